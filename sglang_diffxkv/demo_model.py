@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a small random Llama as a Hugging Face checkpoint, with a tokenizer of bytes.
+
+Its texts are meaningless; its shapes, its memory and the paths it takes through SGLang are real.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+EOS = "<|end|>"
+SPECIAL_TOKENS = ("<|pad|>", EOS, "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
+
+# Standard deviation of attention scores: 0 would be uniform attention, where nothing is important.
+_SCORE_STD = 2.0
+_LOGIT_STD = 4.0
+
+
+def write_demo_model(
+    path: str | Path,
+    *,
+    layers: int = 4,
+    heads: int = 8,
+    kv_heads: int = 2,
+    head_dim: int = 64,
+    hidden: int = 256,
+    vocab: int = 320,
+    dtype: str = "float32",
+    seed: int = 0,
+    max_position: int = 8192,
+) -> Path:
+    """Write config, weights, tokenizer and chat template to folder `path`; return it.
+
+    Token ids 0-255 are bytes, then SPECIAL_TOKENS, then reserved ones up to `vocab`. The same
+    arguments always give the same files. `dtype` is that of the stored weights.
+    """
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
+    if vocab < MIN_VOCAB:
+        raise ValueError(f"vocab must be at least {MIN_VOCAB}, not {vocab}")
+    if heads % kv_heads:
+        raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": dtype,
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": max_position,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "eos_token_id": _token_id(EOS),
+        "pad_token_id": _token_id("<|pad|>"),
+    }
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", {"eos_token_id": _token_id(EOS)})
+    weights = _weights(layers, heads, kv_heads, head_dim, hidden, vocab, seed)
+    stored = {name: w.to(getattr(torch, dtype)).contiguous() for name, w in weights.items()}
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(folder, vocab, max_position)
+    return folder
+
+
+def _token_id(special: str) -> int:
+    return 256 + SPECIAL_TOKENS.index(special)
+
+
+def _weights(
+    layers: int, heads: int, kv_heads: int, head_dim: int, hidden: int, vocab: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Llama's tensors by name, float32 `[out, in]`, scaled to keep activations near unit size."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(out: int, fan_in: int, gain: float = 1.0) -> torch.Tensor:
+        return torch.randn(out, fan_in, generator=generator) * (gain / fan_in**0.5)
+
+    weights = {"model.embed_tokens.weight": normal(vocab, hidden, gain=hidden**0.5)}
+    for i in range(layers):
+        layer = {
+            "self_attn.q_proj": normal(heads * head_dim, hidden, gain=_SCORE_STD),
+            "self_attn.k_proj": normal(kv_heads * head_dim, hidden),
+            "self_attn.v_proj": normal(kv_heads * head_dim, hidden),
+            "self_attn.o_proj": normal(hidden, heads * head_dim),
+            "mlp.gate_proj": normal(2 * hidden, hidden),
+            "mlp.up_proj": normal(2 * hidden, hidden),
+            "mlp.down_proj": normal(hidden, 2 * hidden),
+            "input_layernorm": torch.ones(hidden),
+            "post_attention_layernorm": torch.ones(hidden),
+        }
+        weights |= {f"model.layers.{i}.{name}.weight": w for name, w in layer.items()}
+    weights["model.norm.weight"] = torch.ones(hidden)
+    head = normal(vocab, hidden, gain=_LOGIT_STD)
+    # Only printable ASCII and the end token get large logits, so that output is readable text: bytes
+    # above would be broken UTF-8, which SGLang holds back when it streams.
+    printable = torch.zeros(vocab, 1)
+    printable[32:127] = 1
+    printable[_token_id(EOS)] = 1
+    weights["lm_head.weight"] = head * printable
+    return weights
+
+
+def _write_tokenizer(folder: Path, vocab: int, max_position: int) -> None:
+    """A byte-level BPE tokenizer without merges: one token per byte."""
+    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    reserved = [f"<|reserved_{i}|>" for i in range(vocab - MIN_VOCAB)]
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *reserved)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": EOS,
+        "pad_token": "<|pad|>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_position,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _byte_vocab() -> dict[str, int]:
+    """The character by which byte-level tokenizers write each byte (GPT-2's table), to its value."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return {chr(byte): byte for byte in kept} | {chr(256 + i): byte for i, byte in enumerate(moved)}
+
+
+def _write_json(path: Path, content: dict[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Portable CPU platform: stock SGLang on any x86-64 or ARM CPU, without AMX or sgl-kernel.
+
+SGLang's own CPU engine (SGLANG_USE_CPU_ENGINE=1) needs the CPU build of sgl-kernel. An out-of-tree
+platform takes the native (plain torch) implementation of every layer instead.
+"""
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+from sglang.srt.platforms.cpu import CpuDeviceMixin
+from sglang.srt.platforms.device_mixin import PlatformEnum
+from sglang.srt.platforms.interface import SRTPlatform
+
+NAME = "diffxkv"
+_ACCELERATORS = ("cuda", "xpu", "npu", "musa", "hpu", "mps")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def activate() -> str | None:
+    """Entry point `sglang.srt.platforms`: our class where no accelerator is present, else None.
+
+    SGLANG_PLATFORM=diffxkv chooses it on any machine; SGLANG_USE_CPU_ENGINE=1 chooses SGLang's own.
+    """
+    chosen = os.environ.get("SGLANG_PLATFORM") == NAME
+    in_tree_cpu = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+    if chosen or not (in_tree_cpu or _accelerator_present()):
+        return f"{__name__}.{CpuPlatform.__qualname__}"
+    return None
+
+
+def _accelerator_present() -> bool:
+    # device_count, not is_available: on CUDA it asks NVML and so leaves the runtime uninitialised.
+    modules = (getattr(torch, name, None) for name in _ACCELERATORS)
+    return any(module is not None and module.device_count() > 0 for module in modules)
+
+
+class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    """Plain torch on the CPU: no Triton, no graphs; `capabilities` keep their cautious defaults."""
+
+    _enum = PlatformEnum.OOT
+
+    def get_default_attention_backend(self) -> str:
+        return "torch_native"
+
+    def get_compile_backend(self, mode: str | None = None) -> str:
+        # Inductor would compile C++ for small per-step helpers: seconds of start-up for nothing.
+        return "eager"
+
+    def get_device_total_memory(self, device_id: int = 0) -> int:
+        """Bytes of memory this process may use: the machine's, or its container's if less."""
+        return min(psutil.virtual_memory().total, _cgroup_bytes("memory.max"))
+
+    def get_current_memory_usage(self, device: torch.device | None = None) -> float:
+        """Bytes in use, so that total - in use is what can still be had."""
+        available = psutil.virtual_memory().available
+        in_container = _cgroup_bytes("memory.max") - _cgroup_bytes("memory.current")
+        return float(self.get_device_total_memory() - min(available, max(in_container, 0)))
+
+
+def _cgroup_bytes(name: str) -> int:
+    """One figure of this container's cgroup v2 memory controller; huge where there is none."""
+    try:
+        text = (_CGROUP / name).read_text().strip()
+    except OSError:
+        text = "max"
+    return int(text) if text.isdigit() else 1 << 62

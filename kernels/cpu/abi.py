@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How tensors and layouts are handed to the C++ kernels: pointers and int64 words."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+
+import torch
+
+from sglang_diffxkv.kernels.layout import PageLayout
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""``enum DType`` of rows.h."""
+
+
+def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
+    """Address of the first element."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def layout_words(layout: PageLayout) -> ctypes.Array[ctypes.c_int64]:
+    """``struct Layout`` of payload.h."""
+    high, low = layout.high, layout.low
+    words = (
+        layout.head_dim,
+        layout.num_kv_heads,
+        layout.raw_itemsize,
+        high.key_bits,
+        high.value_bits,
+        low.key_bits,
+        low.value_bits,
+        layout.frame_bytes,
+        layout.max_frames,
+        layout.align,
+    )
+    return (ctypes.c_int64 * len(words))(*words)
+
+
+def threads() -> ctypes.c_int64:
+    """Threads a kernel may use: as many as torch does."""
+    return ctypes.c_int64(torch.get_num_threads())

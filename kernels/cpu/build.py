@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile the C++ kernels once per instruction set and load them through a plain C ABI.
+
+A library is keyed by the hash of its sources, the headers beside them, the flags and the compiler,
+and kept in ``$XDG_CACHE_HOME/sglang-diffxkv`` (default ``~/.cache/sglang-diffxkv``). Without a
+working compiler :func:`load_library` returns None and the operations fall back to torch.
+
+The objects are compiled with OpenMP but linked without it: the ``GOMP_*`` symbols resolve to the
+runtime that torch has loaded already. A second OpenMP runtime has a thread pool of its own, whose
+spinning threads slow torch down about five times (numba's default does exactly that).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+ISA_VARIABLE = "DIFFXKV_CPU_ISA"
+"""Environment variable that forces one of ISAS, or "none" for the torch fallback."""
+
+ISAS = ("avx512", "avx2", "baseline")
+"""Instruction sets, best first. "baseline" is whatever the compiler targets by default."""
+
+INCLUDE = Path(__file__).parent
+
+_NEEDS = {
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
+    "avx2": {"avx2", "fma", "f16c"},
+    "baseline": set(),
+}
+_OPTIONAL = {"avx512": {"avx512_vnni": "-mavx512vnni"}}
+_FLAGS = {
+    "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c "
+    "-mprefer-vector-width=512 -mtune=icelake-server",
+    "avx2": "-mavx2 -mfma -mf16c",
+    "baseline": "",
+}
+_COMMON = "-std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -Wall -Wextra"
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """Features of this CPU as Linux names them; empty where it does not tell (then: baseline)."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.split())
+
+
+def available_isas() -> list[str]:
+    """Members of ISAS that this CPU can run, best first."""
+    return [isa for isa in ISAS if _NEEDS[isa] <= _cpu_flags()]
+
+
+def cpu_isa() -> str:
+    """The instruction set to use: the environment's choice or the best available, or "none".
+
+    Raises:
+        ValueError: the environment names an unknown instruction set or one this CPU lacks.
+    """
+    forced = os.environ.get(ISA_VARIABLE, "")
+    if not forced:
+        return available_isas()[0]
+    if forced != "none" and forced not in available_isas():
+        raise ValueError(f"{ISA_VARIABLE}={forced}: this CPU offers {available_isas()} or none")
+    return forced
+
+
+@functools.cache
+def _compiler() -> tuple[str, str] | None:
+    """Path of the C++ compiler and the version it reports; None where there is none."""
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        path = shutil.which(name) if name else None
+        if path:
+            shown = subprocess.run([path, "--version"], capture_output=True, text=True)
+            if shown.returncode == 0:
+                return path, shown.stdout
+    logger.warning("No C++ compiler found: CPU kernels fall back to torch, which is slower.")
+    return None
+
+
+def _cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(base) / "sglang-diffxkv"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def _flags(isa: str) -> list[str]:
+    extra = [flag for name, flag in _OPTIONAL.get(isa, {}).items() if name in _cpu_flags()]
+    return [*_COMMON.split(), *_FLAGS[isa].split(), *extra, f"-I{INCLUDE}"]
+
+
+def _digest(sources: Sequence[Path], flags: Sequence[str], version: str) -> str:
+    folders = sorted({INCLUDE, *(source.parent for source in sources)})
+    headers = [header for folder in folders for header in sorted(folder.glob("*.h"))]
+    state = hashlib.sha256("\0".join([*flags, version, platform.machine()]).encode())
+    for path in [*sources, *headers]:
+        state.update(path.name.encode() + b"\0" + path.read_bytes())
+    return state.hexdigest()[:20]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock, so that the ranks of one server compile a library once."""
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: str, flags: list[str], sources: Sequence[Path], library: Path) -> None:
+    """Build ``library`` under a temporary name and rename it, so that readers never see a part."""
+    with tempfile.TemporaryDirectory(dir=library.parent) as work:
+        objects = [str(Path(work) / f"{i}.o") for i in range(len(sources))]
+        for source, target in zip(sources, objects, strict=True):
+            _run([compiler, *flags, "-c", str(source), "-o", target])
+        built = Path(work) / library.name
+        _run([compiler, "-shared", "-o", str(built), *objects])
+        built.replace(library)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+
+
+@functools.cache
+def _share_torch_openmp() -> None:
+    """Make the symbols of torch's OpenMP runtime visible to libraries loaded later."""
+    mapped = Path("/proc/self/maps").read_text().split("\n")
+    runtimes = {line.split()[-1] for line in mapped if "libgomp" in line or "libomp" in line}
+    for path in sorted(runtimes):
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+@functools.cache
+def _load(name: str, sources: tuple[Path, ...], isa: str) -> ctypes.CDLL | None:
+    compiler = _compiler()
+    if compiler is None:
+        return None
+    path, version = compiler
+    flags = _flags(isa)
+    try:
+        cache = _cache_dir()
+        library = cache / f"{name}-{isa}-{_digest(sources, flags, version)}.so"
+        if not library.exists():
+            with _locked(cache / f"{name}-{isa}.lock"):
+                if not library.exists():
+                    _compile(path, flags, sources, library)
+        _share_torch_openmp()
+        return ctypes.CDLL(str(library))
+    except (OSError, RuntimeError) as error:
+        logger.warning("CPU kernel %s (%s) falls back to torch: %s", name, isa, error)
+        return None
+
+
+def load_library(name: str, sources: Sequence[Path]) -> ctypes.CDLL | None:
+    """The compiled library for the instruction set in use; compiled on first use, then cached.
+
+    Args:
+        name: short name of the library, part of its file name.
+        sources: C++ files; headers beside them and in ``kernels/cpu`` are on the include path.
+
+    Returns:
+        The library (declare ``argtypes``/``restype`` yourself), or None where there is no compiler,
+        compiling failed (logged once) or the environment chose "none".
+    """
+    isa = cpu_isa()
+    return None if isa == "none" else _load(name, tuple(sources), isa)

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a tier policy is: it grades every token of the pages that are about to be sealed."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, NamedTuple
+
+import torch
+
+from sglang_diffxkv.config import ConfigError, DiffXKVConfig
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, TierFormat
+from sglang_diffxkv.policy.caps import fit, full_bytes, never_exceeds
+
+
+class SealContext(NamedTuple):
+    """What is known about S pages of L layers and H KV heads when they are sealed."""
+
+    importance: torch.Tensor
+    """float32 [S, L, H, 64]: mean attention that the token received from later sampled queries,
+    max over the GQA group; 0 where no query has scored the token."""
+    count: torch.Tensor
+    """float32 [S, 64]: number of queries that scored the token."""
+    position: torch.Tensor
+    """int64 [S]: index of the page in its sequence, so token j is number ``position * 64 + j``."""
+    context: torch.Tensor
+    """int64 [S]: length in tokens of the sequence when the page was last scored."""
+
+
+class TierPolicy(ABC):
+    """Grades tokens; a subclass writes `grade` and the class attributes, one policy per file.
+
+    Args:
+        config: the user's configuration.
+        layout: layout made with the formats that `formats` returned.
+        num_layers: L, layers of the model on this rank.
+
+    Raises:
+        ConfigError: `layer_caps` do not fit the policy or the model.
+    """
+
+    name: ClassVar[str]
+    needs_scores: ClassVar[bool] = False
+    """Whether importance is read; where not, nothing has to be scored before sealing."""
+    can_shrink: ClassVar[bool] = True
+    """Whether tokens may be demoted or pruned to satisfy `layer_caps` below 1."""
+
+    def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
+        self.config = config
+        self.layout = layout
+        shares = _shares(config.layer_caps, num_layers)
+        if not self.can_shrink and min(shares) < 1:
+            raise ConfigError(
+                f"policy {self.name!r} keeps every token in full, so it cannot honour layer_caps "
+                f"below 1 (got {min(shares):g}): leave layer_caps out or choose policy 'diffkv'"
+            )
+        self.caps = [int(share * full_bytes(layout)) for share in shares]
+        """Bytes that a (page, layer) may take at most, by layer: kept exactly by `assign`."""
+
+    @classmethod
+    def formats(cls, config: DiffXKVConfig) -> tuple[TierFormat, TierFormat]:
+        """Formats of the high and the low tier to build the layout with."""
+        return config.tiers.formats
+
+    @property
+    def prunes(self) -> bool:
+        """Whether tokens may be dropped altogether."""
+        return min(self.caps) < full_bytes(self.layout)
+
+    @property
+    def expected_fill(self) -> float:
+        """Share of its caps that a sealed page is expected to take, in (0, 1]: sizes the pool."""
+        expected = self.expected_share * full_bytes(self.layout)
+        return sum(min(cap, expected) for cap in self.caps) / sum(self.caps)
+
+    @property
+    @abstractmethod
+    def expected_share(self) -> float:
+        """Expected bytes of a sealed page without caps, in shares of an all-high one: (0, 1]."""
+
+    @abstractmethod
+    def grade(self, ctx: SealContext) -> torch.Tensor:
+        """Tiers that the policy wants, byte caps aside: uint8 [S, L, H, 64]."""
+
+    def assign(self, ctx: SealContext) -> torch.Tensor:
+        """Tier code (PRUNED, LOW, HIGH) of every token, within the caps: uint8 [S, L, H, 64]."""
+        tiers = self.grade(ctx)
+        if all(never_exceeds(self.layout, cap) for cap in self.caps):
+            return tiers
+        caps = torch.tensor(self.caps, device=tiers.device)
+        return fit(tiers, self._worth(ctx), caps, self.layout)
+
+    def is_sink(self, ctx: SealContext) -> torch.Tensor:
+        """Which tokens are attention sinks, the first of their sequence: bool [S, 64]."""
+        number = torch.arange(PAGE_TOKENS, device=ctx.position.device)
+        return ctx.position[:, None] * PAGE_TOKENS + number < self.config.sink
+
+    def _worth(self, ctx: SealContext) -> torch.Tensor:
+        """Order in which caps take tokens, least first: float32 [S, L, H, 64], never NaN."""
+        most = torch.finfo(torch.float32).max
+        worth = ctx.importance.nan_to_num(nan=most, posinf=most)
+        # Nothing is known against a token that nobody has scored; only sinks matter more.
+        worth = worth.masked_fill((ctx.count == 0)[:, None, None], most)
+        return worth.masked_fill(self.is_sink(ctx)[:, None, None], torch.inf)
+
+
+def _shares(layer_caps: float | tuple[float, ...] | None, num_layers: int) -> tuple[float, ...]:
+    if isinstance(layer_caps, tuple):
+        if len(layer_caps) != num_layers:
+            raise ConfigError(
+                f"layer_caps has {len(layer_caps)} shares, but the model has {num_layers} layers: "
+                "give one number for all layers or one per layer"
+            )
+        return layer_caps
+    return (1.0 if layer_caps is None else layer_caps,) * num_layers

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which queries of a prefill step score the tokens before them.
+
+XKV's mini-prefill scores with the last 8 queries of a prompt, DiffKV's release with the last 64
+(`NUM_TOKENS_SCORE`); both judge the whole prompt by its end, which usually is the user's question.
+A sealed page may be shared by prompts that go on differently, so one question must not decide it:
+here the queries are strided evenly over each chunk. A page is then judged by a regular sample of
+the queries of its own chunk and of the following one. The last query always is in the sample: it
+is the only one that sees every token of the chunk.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+
+class SampledQueries(NamedTuple):
+    """S sampled queries of a ragged batch of B chunks, ascending."""
+
+    rows: torch.Tensor
+    """int64 [S]: rows of the ragged batch of new tokens."""
+    indptr: torch.Tensor
+    """int32 [B + 1]: chunk b has the samples ``indptr[b]`` to ``indptr[b + 1]``."""
+    offsets: torch.Tensor
+    """int64 [S]: place of each query in its own chunk."""
+
+
+def sample_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> SampledQueries:
+    """Sample up to `n` queries of each chunk: all of a shorter one, else one of every ``len / n``.
+
+    Args:
+        extend_lens: [B] new tokens of each chunk; a tensor's device is the results' device, and
+            on an accelerator costs one synchronisation (S must be known): prefer the host's list.
+        n: samples per chunk, at least 1.
+    """
+    lens = torch.as_tensor(extend_lens, dtype=torch.int64)
+    taken = lens.clamp(max=n)
+    indptr = _starts(taken)
+    chunk = torch.repeat_interleave(taken)
+    nth = torch.arange(len(chunk), device=lens.device) - indptr[chunk]
+    # Rounded down, so that the sample at nth = taken - 1 is the chunk's last query.
+    offsets = (nth + 1) * lens[chunk] // taken[chunk] - 1
+    return SampledQueries(_starts(lens)[chunk] + offsets, indptr.to(torch.int32), offsets)
+
+
+def _starts(lens: torch.Tensor) -> torch.Tensor:
+    """[B] to [B + 1]: exclusive cumulative sums and the total."""
+    return torch.nn.functional.pad(lens.cumsum(0), (1, 0))

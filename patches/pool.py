@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam: ``KVCacheConfigurator`` sizes and builds our pool and allocator instead of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.server_args import get_config, is_active
+from sglang_diffxkv.policy.registry import make_policy
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
+from sglang_diffxkv.pool.sizing import plan_pool
+
+CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+
+_setup: PoolSetup | None = None
+"""Made when memory is sized, used when the pool is built moments later in the same process."""
+
+
+def make_setup(
+    config: DiffXKVConfig, configurator: Any, budget_bytes: int, cap_tokens: int | None
+) -> PoolSetup:
+    """Divide the budget for the configurator's model on this rank.
+
+    Raises:
+        ValueError: the budget is too small (one line that says what to raise).
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    model = configurator.model_config
+    num_layers = configurator.layer_info.num_effective_layers
+    policy = make_policy(
+        config,
+        head_dim=model.head_dim,
+        num_kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
+        raw_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
+        num_layers=num_layers,
+    )
+    plan = plan_pool(
+        config.memory_bytes or budget_bytes,
+        policy.layout,
+        num_layers,
+        policy.caps,
+        policy.expected_fill,
+        config.raw_share,
+        max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
+    )
+    return PoolSetup(config, policy.layout, policy, plan)
+
+
+def _config_from_budget(
+    original: Callable[..., Any],
+    self: Any,
+    budget_bytes: int,
+    *,
+    cap_tokens: int | None = None,
+) -> Any:
+    stock = original(self, budget_bytes, cap_tokens=cap_tokens)
+    if not is_active():
+        return stock
+    from sglang.srt.runtime_context import get_schedule
+
+    caps = [c for c in (cap_tokens, get_schedule().max_total_tokens) if c is not None]
+    global _setup
+    _setup = make_setup(get_config(), self, budget_bytes, min(caps, default=None))
+    return dataclasses.replace(stock, max_total_num_tokens=_setup.plan.virtual_tokens)
+
+
+def _resolve_kv_pool_class(
+    original: Callable[..., type], self: Any, *, kind: str, default: type
+) -> type:
+    if _setup is None or kind != "mha" or self.is_draft_worker:
+        return original(self, kind=kind, default=default)
+    return DiffXKVPool.with_setup(_setup)
+
+
+def _build_allocator(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
+    pool = kwargs["token_to_kv_pool"]
+    if not isinstance(pool, DiffXKVPool) or kwargs["token_to_kv_pool_allocator"] is not None:
+        return original(self, **kwargs)
+    return DiffXKVAllocator(
+        kwargs["sizes"].max_total_num_tokens,
+        page_size=PAGE_TOKENS,
+        dtype=self.kv_cache_dtype,
+        device=self.device,
+        kvcache=pool,
+        need_sort=False,
+    )
+
+
+def install() -> None:
+    hook(
+        f"{CONFIGURATOR}.config_from_budget",
+        _config_from_budget,
+        HookType.AROUND,
+        ("budget_bytes", "cap_tokens"),
+    )
+    hook(
+        f"{CONFIGURATOR}._resolve_kv_pool_class",
+        _resolve_kv_pool_class,
+        HookType.AROUND,
+        ("kind", "default"),
+    )
+    hook(
+        f"{CONFIGURATOR}._build_token_to_kv_pool_allocator",
+        _build_allocator,
+        HookType.AROUND,
+        ("sizes", "token_to_kv_pool", "token_to_kv_pool_allocator"),
+    )

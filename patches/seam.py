@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registering hooks with a guard: a seam that is not as we know it is refused, not patched."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+SGLANG_VERSION = "0.5.23"
+
+
+class SeamError(RuntimeError):
+    """The installed SGLang is not the one that this package was written against."""
+
+
+def check_version() -> None:
+    """
+    Raises:
+        SeamError: SGLang has another version than the one whose seams we know.
+    """
+    version = importlib.metadata.version("sglang")
+    if version != SGLANG_VERSION:
+        raise SeamError(
+            f"diffxkv works with sglang=={SGLANG_VERSION}, but {version} is installed: "
+            f"pip install sglang=={SGLANG_VERSION}"
+        )
+
+
+def hook(
+    target: str, function: Callable[..., Any], kind: HookType, parameters: tuple[str, ...]
+) -> None:
+    """Register ``function`` on a function or method of SGLang (``HookRegistry.register``).
+
+    Args:
+        target: dotted path.
+        parameters: the names of the target's parameters that ``function`` relies on.
+
+    Raises:
+        SeamError: the target is gone or lacks one of them.
+    """
+    try:
+        signature = inspect.signature(pkgutil.resolve_name(target))
+    except (ImportError, AttributeError) as error:
+        raise SeamError(f"diffxkv: SGLang has no {target}") from error
+    missing = [name for name in parameters if name not in signature.parameters]
+    if missing:
+        raise SeamError(f"diffxkv: {target} has no parameter {', '.join(missing)}")
+    HookRegistry.register(target, function, kind)

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend: attention over open pages, over sealed pages, and their merge."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
+
+from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, merge
+from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
+from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.batch import (
+    BatchPages,
+    ScoringQueries,
+    count_scores,
+    decode_queries,
+    extend_queries,
+    gather_pages,
+    pages_to_seal,
+    per_page,
+)
+from sglang_diffxkv.pool.kv_pool import DiffXKVPool
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class StepMetadata(NamedTuple):
+    """What all layers of one forward pass share.
+
+    Attributes:
+        pages: the batch's pages.
+        rows: int64 [T], raw-page rows that the new tokens are written to.
+        queries: which queries score the open pages; None where the policy needs no scores.
+        seq_lens, prefix_lens: int64 [B], with and without this step's tokens.
+        q_indptr: int32 [B + 1], new tokens of each sequence.
+    """
+
+    pages: BatchPages
+    rows: torch.Tensor
+    queries: ScoringQueries | None
+    seq_lens: torch.Tensor
+    prefix_lens: torch.Tensor
+    q_indptr: torch.Tensor
+
+
+class DiffXKVBackend(AttentionBackend):
+    """``--attention-backend diffxkv``."""
+
+    needs_cpu_seq_lens = True
+
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__()
+        pool, allocator = model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator
+        if not isinstance(pool, DiffXKVPool) or not isinstance(allocator, DiffXKVAllocator):
+            raise RuntimeError(
+                "diffxkv: SGLang did not build the diffxkv pool, so a hook failed to apply; see "
+                "the plugin errors above in the log"
+            )
+        self.token_to_kv_pool = pool
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.store = pool.store
+        self.config = pool.setup.config
+        self.forward_metadata: StepMetadata | None = None
+
+    def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
+        """Kernels read the directory through the whole forward pass, not only its start."""
+        return SharedReadEnds.POST_REPLAY if fm.is_decode() else SharedReadEnds.UNKNOWN
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        fb, store = forward_batch, self.store
+        seq_lens = fb.seq_lens.long()
+        is_decode = fb.forward_mode.is_decode()
+        pages = gather_pages(
+            store,
+            self.req_to_token_pool.req_to_token,
+            fb.req_pool_indices,
+            seq_lens,
+            int(fb.seq_lens_cpu.max()),
+        )
+        prefix_lens = seq_lens - 1 if is_decode else fb.extend_prefix_lens.long()
+        queries = None
+        if store.policy.needs_scores:
+            queries = (
+                decode_queries(seq_lens)
+                if is_decode
+                else extend_queries(
+                    prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries
+                )
+            )
+        store.step += 1
+        store.touch(
+            pages.pages, pages.position.long(), per_page(pages, seq_lens), self.config.window
+        )
+        lens = (seq_lens - prefix_lens).cumsum(0)
+        self.forward_metadata = StepMetadata(
+            pages=pages,
+            rows=store.write_rows(fb.out_cache_loc),
+            queries=queries,
+            seq_lens=seq_lens,
+            prefix_lens=prefix_lens,
+            q_indptr=torch.nn.functional.pad(lens, (1, 0)).to(torch.int32),
+        )
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention of a (mixed) prefill batch: q [T, Hq * D] -> [T, Hq * D]."""
+        step, index, q = self._begin(q, k, v, layer, save_kv_cache)
+        pages = step.pages
+        part = extend_open(
+            q,
+            step.q_indptr,
+            step.prefix_lens.to(torch.int32),
+            self.store.raw.keys[index],
+            self.store.raw.values[index],
+            pages.open_indptr,
+            pages.slots,
+            pages.position,
+            layer.scaling,
+        )
+        if pages.any_sealed:
+            sealed = extend_sealed(
+                q,
+                step.q_indptr,
+                self.store.arena.buffer,
+                self.store.directory.frames[index],
+                self.store.directory.heads[index],
+                pages.sealed_indptr,
+                pages.sealed,
+                self.store.layout,
+                layer.scaling,
+            )
+            part = merge(part, sealed)
+        return self._finish(q, part, step, index, layer)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
+        step, index, q = self._begin(q, k, v, layer, save_kv_cache)
+        pages = step.pages
+        part = decode_open(
+            q,
+            self.store.raw.keys[index],
+            self.store.raw.values[index],
+            pages.open_indptr,
+            pages.slots,
+            pages.last_len,
+            layer.scaling,
+        )
+        if pages.any_sealed:
+            sealed = decode_sealed(
+                q,
+                self.store.arena.buffer,
+                self.store.directory.frames[index],
+                self.store.directory.heads[index],
+                pages.sealed_indptr,
+                pages.sealed,
+                self.store.layout,
+                layer.scaling,
+            )
+            part = merge(part, sealed)
+        return self._finish(q, part, step, index, layer)
+
+    def _begin(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        save_kv_cache: bool,
+    ) -> tuple[StepMetadata, int, torch.Tensor]:
+        step = self.forward_metadata
+        assert step is not None
+        heads, dim = layer.tp_k_head_num, layer.qk_head_dim
+        if save_kv_cache and k is not None:
+            k, v = k.view(-1, heads, dim), v.view(-1, heads, dim)
+            self.token_to_kv_pool.write(layer.layer_id, step.rows, k, v)
+        index = layer.layer_id - self.token_to_kv_pool.start_layer
+        return step, index, q.reshape(-1, layer.tp_q_head_num, dim)
+
+    def _finish(
+        self,
+        q: torch.Tensor,
+        part: AttentionPart,
+        step: StepMetadata,
+        index: int,
+        layer: RadixAttention,
+    ) -> torch.Tensor:
+        """Score the open pages with the full LSE, and shape the output as SGLang wants it."""
+        if step.queries is not None:
+            rows = step.queries.rows
+            score_open(
+                q if rows is None else q[rows],
+                part.lse if rows is None else part.lse[rows],
+                step.queries.indptr,
+                step.queries.position,
+                self.store.raw.keys[index],
+                step.pages.open_indptr,
+                step.pages.slots,
+                step.pages.position,
+                self.store.raw.scores[index],
+                layer.scaling,
+            )
+        return part.out.to(q.dtype).flatten(1)
+
+    def end_of_step(self) -> None:
+        """After all layers: count the scores, and seal what is full, scored and not recent."""
+        step, self.forward_metadata = self.forward_metadata, None
+        if step is None:
+            return
+        scored_lens = step.seq_lens
+        if step.queries is not None:
+            count_scores(self.store, step.pages, step.queries)
+            scored_lens = step.prefix_lens
+        self.store.seal(
+            pages_to_seal(step.pages, step.seq_lens, scored_lens, self.config.window)
+        )

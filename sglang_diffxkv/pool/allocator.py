@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SGLang's allocator of virtual pages, byte-accounted through its capacity hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang.srt.utils import get_num_new_pages
+
+from sglang_diffxkv.pool.integrity import check_integrity
+from sglang_diffxkv.pool.kv_pool import DiffXKVPool
+from sglang_diffxkv.pool.prefill_budget import DiffXKVPrefillBudget
+from sglang_diffxkv.pool.store import PageStore
+
+
+class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
+    """Virtual pages stay SGLang's; every page handed out is opened in the store first.
+
+    ``available_size`` counts virtual pages only, which keeps SGLang's leak checks exact. Bytes are
+    enforced where the scheduler asks for capacity, in this order: seal cold open pages, evict
+    prefixes, seal pages of running windows, and at last say no, so that it retracts.
+    """
+
+    _kvcache: DiffXKVPool
+
+    @property
+    def store(self) -> PageStore:
+        return self._kvcache.store
+
+    # -- pages in and out --
+
+    def clear(self) -> None:
+        super().clear()
+        self.store.clear()
+
+    def alloc(self, need_size: int) -> torch.Tensor | None:
+        if not self._secure(need_size // self.page_size):
+            return None
+        return self._opening(lambda: super(DiffXKVAllocator, self).alloc(need_size))
+
+    def alloc_extend(
+        self,
+        prefix_lens: torch.Tensor,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        last_loc: torch.Tensor,
+        extend_num_tokens: int,
+        num_new_pages: int | None = None,
+    ) -> torch.Tensor | None:
+        if num_new_pages is None:
+            num_new_pages = get_num_new_pages(
+                seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
+            )
+        if not self._secure(num_new_pages):
+            return None
+        return self._opening(
+            lambda: super(DiffXKVAllocator, self).alloc_extend(
+                prefix_lens,
+                prefix_lens_cpu,
+                seq_lens,
+                seq_lens_cpu,
+                last_loc,
+                extend_num_tokens,
+                num_new_pages,
+            )
+        )
+
+    def alloc_decode(
+        self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
+    ) -> torch.Tensor | None:
+        pages = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True)
+        if not self._secure(pages):
+            return None
+        return self._opening(
+            lambda: super(DiffXKVAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc)
+        )
+
+    def _opening(self, alloc: Any) -> torch.Tensor | None:
+        """Run an allocation of the base class, which takes pages from the list's front."""
+        self.merge_and_sort_free()
+        before = self.free_pages
+        out = alloc()
+        taken = len(before) - len(self.free_pages)
+        if out is not None and taken:
+            self.store.open(before[:taken])
+        return out
+
+    def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
+        self.store.release(torch.cat(page_ids))
+        super()._release_page_ids(*page_ids)
+
+    # -- capacity --
+
+    def _secure(self, pages: int) -> bool:
+        """Make ``pages`` openable without the tree's help; the gates before saw to the rest."""
+        self.store.seal_cold(pages, include_window=False)
+        self.store.seal_cold(pages, include_window=True)
+        return self.store.ledger.headroom >= pages
+
+    @property
+    def largest_chunk(self) -> int:
+        """Tokens that one step can open in an otherwise empty pool."""
+        ledger = self.store.ledger
+        return (min(ledger.raw_total, ledger.largest_sequence) - 1) * self.page_size
+
+    def _mean_frames(self) -> float:
+        return self.store.ledger.mean_frames(self.store.plan.expected_frames)
+
+    def tokens_when_sealed(self, evictable_tokens: int) -> float:
+        """Tokens that fit beside those held, if all get sealed and ``evictable_tokens`` go."""
+        ledger, mean = self.store.ledger, self._mean_frames()
+        free = ledger.frames_total - ledger.frames_used - ledger.open_pages * mean
+        return free / mean * self.page_size + evictable_tokens
+
+    def tokens_openable(self, evictable_tokens: int) -> float:
+        """Tokens that can be opened now after sealing cold pages and evicting prefixes."""
+        ledger, mean = self.store.ledger, self._mean_frames()
+        cold = len(self.store.sealable(include_window=True))
+        credit = cold * (ledger.worst_frames - mean) + evictable_tokens / self.page_size * mean
+        by_frames = int((ledger.frames_free + credit) / ledger.worst_frames)
+        return min(ledger.raw_free + cold, by_frames) * self.page_size
+
+    def create_prefill_budget(
+        self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
+    ) -> DiffXKVPrefillBudget:
+        return DiffXKVPrefillBudget(
+            self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens
+        )
+
+    def get_extend_allocation_demand(
+        self,
+        prefix_lens_cpu: torch.Tensor,
+        seq_lens_cpu: torch.Tensor,
+        *,
+        conservative_num_tokens: int,
+        shard_size: int,
+    ) -> int:
+        """The exact demand: an estimate would seal and evict more than is needed."""
+        pages = get_num_new_pages(
+            seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=prefix_lens_cpu
+        )
+        return pages * self.page_size
+
+    def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
+        store, ledger = self.store, self.store.ledger
+        released = store.counters.released
+        super().evict_to_free_tokens(tree_cache, num_tokens)
+        pages = -(-num_tokens // self.page_size)
+        if ledger.headroom < pages:
+            store.counters.reclaims += 1
+            store.seal_cold(pages, include_window=False)
+            # Cached pages that were open are sealed now, so evicting can only help with frames.
+            if ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
+                tree_cache.evict_for_alloc(
+                    EvictParams(num_tokens=tree_cache.evictable_size()),
+                    allocation_reclaim_satisfied=lambda: ledger.frame_headroom >= pages,
+                )
+        store.counters.evicted += store.counters.released - released
+        return ledger.headroom >= pages
+
+    def check_decode_capacity(
+        self,
+        *,
+        num_tokens: int,
+        tree_cache: Any,
+        requests: Any = None,
+        spec_algorithm: Any = None,
+    ) -> bool:
+        self.evict_to_free_tokens(tree_cache, num_tokens)
+        pages = -(-num_tokens // self.page_size)
+        return self._secure(pages) and self.available_size() >= num_tokens
+
+    def max_new_tokens_for_memory(
+        self,
+        input_tokens: int,
+        max_new_tokens: int,
+        *,
+        token_capacity: int,
+        sliding_window_size: int | None,
+        chunk_size: int | None,
+    ) -> int | None:
+        """Clip to what surely fits alone, sealed at its worst; None: the prompt does not."""
+        worst = min(token_capacity, self.store.ledger.largest_sequence * self.page_size)
+        paged_input = -(-input_tokens // self.page_size) * self.page_size
+        room = worst - paged_input - self.page_size
+        return None if room < 1 else min(max_new_tokens, room - 1)
+
+    def verify_byte_accounting(self) -> list[str]:
+        """Violations of page, frame and raw-page conservation; empty when healthy."""
+        problems = check_integrity(self.store)
+        directory = self.store.directory
+        free = self.get_all_free_pages()
+        in_use = (directory.raw_slot >= 0) | directory.sealed
+        if bool(in_use[free].any()) or len(free) + int(in_use[1:].sum()) != self.num_pages:
+            problems.append("virtual pages: the free list and the directory disagree")
+        return problems

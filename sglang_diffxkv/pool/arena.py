@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arena: one byte tensor of fixed-size frames for all layers and heads."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_diffxkv.kernels.arena import return_frames, take_frames
+
+
+class FrameArena:
+    """Frames and the stack of free ones. How many may be taken is the ledger's business.
+
+    Attributes:
+        buffer: uint8 [F, frame_bytes].
+        stack: int32 [F], free frame ids in ``[0, num_free)``.
+        num_free: int32 [1], on the device so that taking frames needs no host sync.
+    """
+
+    def __init__(self, num_frames: int, frame_bytes: int, device: str) -> None:
+        self.buffer = torch.zeros(num_frames, frame_bytes, dtype=torch.uint8, device=device)
+        self.stack = torch.empty(num_frames, dtype=torch.int32, device=device)
+        self.num_free = torch.empty(1, dtype=torch.int32, device=device)
+        self.clear()
+
+    @property
+    def nbytes(self) -> int:
+        return self.buffer.nbytes + self.stack.nbytes + self.num_free.nbytes
+
+    def clear(self) -> None:
+        num_frames = self.stack.numel()
+        self.stack.copy_(torch.arange(num_frames, dtype=torch.int32, device=self.stack.device))
+        self.num_free.fill_(num_frames)
+
+    def take(self, counts: torch.Tensor, max_frames: int) -> torch.Tensor:
+        """Take ``counts`` (int32 [N]) frames each; int32 [N, max_frames], -1 where unused."""
+        return take_frames(self.stack, self.num_free, counts, max_frames)
+
+    def give_back(self, frames: torch.Tensor) -> None:
+        """Return every id >= 0 of ``frames`` (int32, any shape)."""
+        return_frames(self.stack, self.num_free, frames)

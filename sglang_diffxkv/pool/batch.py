@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of one forward pass: which are open, which sealed, and what scores them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.scoring import sample_queries
+from sglang_diffxkv.pool.store import PageStateError, PageStore
+
+
+class BatchPages(NamedTuple):
+    """Ragged page lists of the B sequences of a batch, shared by all layers.
+
+    Attributes:
+        sealed_indptr: int32 [B + 1]; sealed: int32 [Ns] page ids.
+        open_indptr: int32 [B + 1]; slots: int32 [No] raw slots; position: int32 [No] index of each
+            open page in its sequence, ascending within a sequence.
+        pages: int64 [No], the open pages' ids.
+        last_len: int32 [B], tokens in the last page of each sequence, 1 to 64.
+        any_sealed: whether ``sealed`` has an entry at all.
+    """
+
+    sealed_indptr: torch.Tensor
+    sealed: torch.Tensor
+    open_indptr: torch.Tensor
+    slots: torch.Tensor
+    position: torch.Tensor
+    pages: torch.Tensor
+    last_len: torch.Tensor
+    any_sealed: bool
+
+
+class ScoringQueries(NamedTuple):
+    """Sampled queries of a batch, for ``kernels.score``.
+
+    Attributes:
+        rows: int64 [S], rows of the batch's queries; None stands for all of them.
+        indptr: int32 [B + 1].
+        position: int32 [S], absolute position of each in its sequence.
+    """
+
+    rows: torch.Tensor | None
+    indptr: torch.Tensor
+    position: torch.Tensor
+
+
+def _indptr(mask: torch.Tensor) -> torch.Tensor:
+    counts = mask.sum(dim=1)
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0)).to(torch.int32)
+
+
+def gather_pages(
+    store: PageStore,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_len: int,
+) -> BatchPages:
+    """Look up the pages of a batch. Rows are re-read each step: the radix tree rewrites them.
+
+    Args:
+        req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
+        rows: int64 [B]. seq_lens: int64 [B], including this step's tokens. max_len: their maximum.
+
+    Raises:
+        PageStateError: a page is free.
+    """
+    index = torch.arange(-(-max_len // PAGE_TOKENS), device=rows.device)
+    pages = req_to_token[rows[:, None], index * PAGE_TOKENS].long() // PAGE_TOKENS
+    valid = index * PAGE_TOKENS < seq_lens[:, None]
+    slots = store.directory.raw_slot[pages]
+    is_open = valid & (slots >= 0)
+    is_sealed = valid & (slots < 0)
+    sealed = pages[is_sealed]
+    if not bool(store.directory.sealed[sealed].all()):
+        raise PageStateError("a sequence of the batch has a free page")
+    return BatchPages(
+        sealed_indptr=_indptr(is_sealed),
+        sealed=sealed.to(torch.int32),
+        open_indptr=_indptr(is_open),
+        slots=slots[is_open],
+        position=index.expand_as(pages)[is_open].to(torch.int32),
+        pages=pages[is_open],
+        last_len=((seq_lens - 1) % PAGE_TOKENS + 1).to(torch.int32),
+        any_sealed=sealed.numel() > 0,
+    )
+
+
+def per_page(batch: BatchPages, values: torch.Tensor) -> torch.Tensor:
+    """Repeat a value per sequence ([B]) for each of its open pages ([No])."""
+    return torch.repeat_interleave(values, batch.open_indptr.diff())
+
+
+def decode_queries(seq_lens: torch.Tensor) -> ScoringQueries:
+    """Every decode step's query scores the open pages (DiffKV's decode scoring)."""
+    indptr = torch.arange(seq_lens.numel() + 1, dtype=torch.int32, device=seq_lens.device)
+    return ScoringQueries(None, indptr, (seq_lens - 1).to(torch.int32))
+
+
+def extend_queries(
+    prefix_lens: torch.Tensor, extend_lens: list[int], num_queries: int
+) -> ScoringQueries:
+    """Sampled queries of a prefill batch; prefix_lens int64 [B], extend_lens on the host."""
+    sampled = sample_queries(extend_lens, num_queries)
+    indptr = sampled.indptr.to(prefix_lens.device)
+    start = torch.repeat_interleave(prefix_lens, indptr.diff())
+    position = sampled.offsets.to(prefix_lens.device) + start
+    return ScoringQueries(
+        sampled.rows.to(prefix_lens.device), indptr, position.to(torch.int32)
+    )
+
+
+def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -> None:
+    """Add to each open token's count the sampled queries that come after it (once per step)."""
+    sequence = per_page(batch, torch.arange(queries.indptr.numel() - 1, device=batch.pages.device))
+    stride = 2**32  # keys order by sequence, then position
+    query_sequence = torch.repeat_interleave(queries.indptr.diff())
+    query_keys = query_sequence * stride + queries.position
+    offsets = torch.arange(PAGE_TOKENS, device=batch.pages.device)
+    tokens = batch.position.long()[:, None] * PAGE_TOKENS + offsets
+    token_keys = sequence[:, None] * stride + tokens
+    not_later = torch.searchsorted(query_keys, token_keys, right=True)
+    later = queries.indptr[1:].long()[sequence][:, None] - not_later
+    store.raw.counts.index_add_(0, batch.slots.long(), later.to(torch.float32))
+
+
+def pages_to_seal(
+    batch: BatchPages,
+    seq_lens: torch.Tensor,
+    scored_lens: torch.Tensor,
+    window: int,
+) -> torch.Tensor:
+    """Open pages that are outside the recent window and scored by a step after their own.
+
+    Args:
+        seq_lens: int64 [B]. scored_lens: int64 [B], tokens that were there before this step, or
+            seq_lens where the policy needs no scores.
+
+    Returns:
+        int64 [N], each page once.
+    """
+    limit = per_page(batch, torch.minimum(seq_lens - window, scored_lens))
+    return torch.unique(batch.pages[(batch.position + 1) * PAGE_TOKENS <= limit])

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page directory: what stands behind each virtual page, as device tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_diffxkv.kernels.layout import PageLayout
+
+NO_SLOT = -1
+
+
+class PageDirectory:
+    """Tables indexed by virtual page id; page 0 is SGLang's page for padded tokens.
+
+    A page is *free* (no raw slot, not sealed), *open* (``raw_slot >= 0``) or *sealed*.
+
+    Attributes:
+        raw_slot: int32 [V], raw page of an open page, else -1.
+        sealed: bool [V].
+        frames: int32 [L, V, max_frames], frame ids of a sealed (page, layer), -1 where unused.
+        heads: int32 [L, V, H, 2], byte offset and ``n_high | n_low << 8`` of each head's payload.
+        num_frames: int32 [V], frames of a sealed page over all layers.
+        position: int32 [V], index of the page in its sequence.
+        context: int32 [V], length of the sequence when the page was last attended to.
+        filled: int32 [V], tokens written to an open page.
+        last_used: int64 [V], step in which an open page was last attended to.
+        in_window: bool [V], whether it then lay in the recent window of a running request.
+    """
+
+    def __init__(self, num_pages: int, num_layers: int, layout: PageLayout, device: str) -> None:
+        v, heads = num_pages + 1, layout.num_kv_heads
+        self.num_pages = num_pages
+
+        def table(*shape: int, dtype: torch.dtype = torch.int32, fill: int = 0) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        self.raw_slot = table(v, fill=NO_SLOT)
+        self.sealed = table(v, dtype=torch.bool)
+        self.frames = table(num_layers, v, layout.max_frames, fill=NO_SLOT)
+        self.heads = table(num_layers, v, heads, 2)
+        self.num_frames = table(v)
+        self.position = table(v)
+        self.context = table(v)
+        self.filled = table(v)
+        self.last_used = table(v, dtype=torch.int64)
+        self.in_window = table(v, dtype=torch.bool)
+        self.clear()
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors())
+
+    @staticmethod
+    def bytes_per_page(num_layers: int, layout: PageLayout) -> int:
+        """Bytes that one more virtual page costs, for sizing."""
+        one = PageDirectory(1, num_layers, layout, "meta")
+        return one.nbytes // 2
+
+    def clear(self) -> None:
+        for t in self.tensors():
+            t.zero_()
+        self.raw_slot.fill_(NO_SLOT)
+        self.frames.fill_(NO_SLOT)
+        self.raw_slot[0] = 0  # padded tokens are written to raw page 0
+
+    def open(self, pages: torch.Tensor, slots: torch.Tensor) -> None:
+        """Give free ``pages`` (int64 [N]) the raw ``slots`` (int32 [N])."""
+        self.raw_slot[pages] = slots
+        for t in (self.position, self.context, self.filled, self.last_used, self.in_window):
+            t[pages] = 0
+
+    def seal(self, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor) -> None:
+        """Point open ``pages`` [N] at their payload.
+
+        Args:
+            frames: int32 [L, N, max_frames]. heads: int32 [L, N, H, 2].
+        """
+        self.frames[:, pages] = frames
+        self.heads[:, pages] = heads
+        self.num_frames[pages] = (frames >= 0).sum(dim=(0, 2), dtype=torch.int32)
+        self.raw_slot[pages] = NO_SLOT
+        self.sealed[pages] = True
+
+    def release(self, pages: torch.Tensor) -> None:
+        """Forget ``pages`` (int64 [N])."""
+        self.raw_slot[pages] = NO_SLOT
+        self.sealed[pages] = False
+        self.frames[:, pages] = NO_SLOT
+        self.heads[:, pages] = 0
+        self.num_frames[pages] = 0

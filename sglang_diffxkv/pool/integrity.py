@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Invariants of directory + arena + raw pages + ledger, as code."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_diffxkv.pool.store import PageStore
+
+
+def check_integrity(store: PageStore) -> list[str]:
+    """Recompute the state from the tables; returns violations, empty when healthy."""
+    return [*_check_frames(store), *_check_raw_pages(store), *_check_ledger(store)]
+
+
+def _check_frames(store: PageStore) -> list[str]:
+    directory, arena = store.directory, store.arena
+    total = arena.stack.numel()
+    num_free = int(arena.num_free)
+    owned = directory.frames[directory.frames >= 0].long()
+    everything = torch.cat([arena.stack[:num_free].long(), owned])
+    problems = []
+    if everything.numel() != total or torch.unique(everything).numel() != total:
+        problems.append(
+            f"frames: {num_free} free + {owned.numel()} owned are not the {total} frames, each once"
+        )
+    stray = directory.frames[:, ~directory.sealed]
+    if bool((stray >= 0).any()):
+        problems.append("frames: a page that is not sealed owns frames")
+    counts = (directory.frames >= 0).sum(dim=(0, 2))
+    if not torch.equal(counts.int(), directory.num_frames):
+        problems.append("frames: num_frames differs from the frame table")
+    return problems
+
+
+def _check_raw_pages(store: PageStore) -> list[str]:
+    directory, raw = store.directory, store.raw
+    problems = []
+    is_open = directory.raw_slot >= 0
+    pages = torch.nonzero(is_open).flatten()
+    slots = directory.raw_slot[pages].long()
+    if not torch.equal(raw.page[slots].long(), pages):
+        problems.append("raw pages: directory and slots disagree about owners")
+    everything = torch.cat([raw.stack[: raw.num_free], slots])
+    total = raw.page.numel()
+    if everything.numel() != total or torch.unique(everything).numel() != total:
+        problems.append(
+            f"raw pages: {raw.num_free} free + {slots.numel()} owned are not the {total} slots"
+        )
+    if bool((is_open & directory.sealed).any()):
+        problems.append("a page is both open and sealed")
+    return problems
+
+
+def _check_ledger(store: PageStore) -> list[str]:
+    directory, ledger = store.directory, store.ledger
+    real = {
+        "open_pages": int((directory.raw_slot[1:] >= 0).sum()),
+        "sealed_pages": int(directory.sealed.sum()),
+        "frames_used": int(directory.num_frames.sum()),
+    }
+    problems = [
+        f"ledger: {name} is {getattr(ledger, name)}, really {value}"
+        for name, value in real.items()
+        if getattr(ledger, name) != value
+    ]
+    if ledger.frames_free < 0:
+        problems.append(f"ledger: {-ledger.frames_free} frames more promised than there are")
+    if int(store.arena.num_free) != ledger.frames_total - ledger.frames_used:
+        problems.append("ledger: frames in use differ from the arena's")
+    return problems

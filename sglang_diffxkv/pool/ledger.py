@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host-side byte accounting: what can still be promised, without asking the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Ledger:
+    """Raw pages and frames, as promised and as used. All counts are pages or frames.
+
+    An open page owns one raw page and has a promise of ``worst_frames`` frames, the most that
+    sealing it can take (the layers' byte caps). Sealing trades both for the frames really used,
+    so a promise that was kept can never fail, and what a page did not use is credited back.
+    """
+
+    raw_total: int
+    frames_total: int
+    worst_frames: int
+    open_pages: int = 0
+    sealed_pages: int = 0
+    frames_used: int = 0
+
+    @property
+    def raw_free(self) -> int:
+        return self.raw_total - self.open_pages
+
+    @property
+    def frames_free(self) -> int:
+        """Frames neither used by a sealed page nor promised to an open one."""
+        return self.frames_total - self.frames_used - self.open_pages * self.worst_frames
+
+    @property
+    def frame_headroom(self) -> int:
+        """Pages that the frames allow to open now."""
+        return self.frames_free // self.worst_frames
+
+    @property
+    def headroom(self) -> int:
+        """Pages that may be opened now."""
+        return min(self.raw_free, self.frame_headroom)
+
+    @property
+    def largest_sequence(self) -> int:
+        """Pages that one sequence may hold in an otherwise empty pool, whatever its content."""
+        return self.frames_total // self.worst_frames
+
+    def mean_frames(self, expected: float) -> float:
+        """Frames per sealed page as measured, or ``expected`` while few pages are sealed."""
+        if self.sealed_pages < 16:
+            return expected
+        return max(1.0, self.frames_used / self.sealed_pages)
+
+    def open(self, pages: int) -> None:
+        if pages > self.headroom:
+            raise RuntimeError(f"{pages} pages asked for, {self.headroom} can be promised")
+        self.open_pages += pages
+
+    def seal(self, pages: int, frames: int) -> None:
+        if pages > self.open_pages or frames > pages * self.worst_frames:
+            raise RuntimeError(f"sealing {pages} pages into {frames} frames breaks a promise")
+        self.open_pages -= pages
+        self.sealed_pages += pages
+        self.frames_used += frames
+
+    def release(self, open_pages: int, sealed_pages: int, frames: int) -> None:
+        self.open_pages -= open_pages
+        self.sealed_pages -= sealed_pages
+        self.frames_used -= frames

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Raw pages: uncompressed K/V of open pages in SGLang's own MHA layout, with their scores."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+
+
+class RawPages:
+    """Slots for open pages; slot 0 takes the writes of SGLang's padded tokens.
+
+    Attributes:
+        keys, values: per layer [R, 64, H, D] in the model's dtype.
+        scores: float32 [L, R, H, 64], attention that each token received from sampled queries.
+        counts: float32 [R, 64], how many sampled queries could have attended to each token.
+        page: int32 [R], the virtual page that owns a slot, -1 if free.
+        stack: int64 [R], free slots in ``[0, num_free)``.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        shape = (num_slots, PAGE_TOKENS, num_kv_heads, head_dim)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.scores = torch.zeros(num_layers, num_slots, num_kv_heads, PAGE_TOKENS, device=device)
+        self.counts = torch.zeros(num_slots, PAGE_TOKENS, device=device)
+        self.page = torch.empty(num_slots, dtype=torch.int32, device=device)
+        self.stack = torch.empty(num_slots, dtype=torch.int64, device=device)
+        self.num_free = 0
+        self.clear()
+
+    @property
+    def nbytes(self) -> int:
+        tensors = [*self.keys, *self.values, self.scores, self.counts, self.page, self.stack]
+        return sum(t.nbytes for t in tensors)
+
+    @staticmethod
+    def bytes_per_slot(num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
+        """Bytes of one raw page, its scores and its bookkeeping, for sizing."""
+        per_head = PAGE_TOKENS * (2 * head_dim * itemsize + 4)
+        return num_layers * num_kv_heads * per_head + PAGE_TOKENS * 4 + 12
+
+    def clear(self) -> None:
+        self.page.fill_(-1)
+        self.page[0] = 0
+        slots = torch.arange(self.page.numel() - 1, 0, -1, device=self.stack.device)
+        self.stack[: slots.numel()] = slots
+        self.num_free = slots.numel()
+
+    def take(self, pages: torch.Tensor) -> torch.Tensor:
+        """Give each of ``pages`` (int64 [N]) a slot with clean scores; int32 [N]."""
+        n = pages.numel()
+        self.num_free -= n
+        slots = self.stack[self.num_free : self.num_free + n]
+        self.page[slots] = pages.to(torch.int32)
+        self.scores[:, slots] = 0
+        self.counts[slots] = 0
+        return slots.to(torch.int32)
+
+    def give_back(self, slots: torch.Tensor) -> None:
+        """Free ``slots`` (int64 [N])."""
+        n = slots.numel()
+        self.page[slots] = -1
+        self.stack[self.num_free : self.num_free + n] = slots
+        self.num_free += n

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dividing the memory budget into raw pages, frames and directory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.pool.directory import PageDirectory
+from sglang_diffxkv.pool.raw_pages import RawPages
+
+MIN_RAW_PAGES = 4
+VIRTUAL_SLACK = 1.25
+"""Virtual pages beyond the expected number, so that bytes and not page ids run out first."""
+MAX_VIRTUAL_RATIO = 8
+"""At most this many virtual pages per page that stock SGLang would hold in the same bytes: SGLang
+keeps some tens of bytes per token slot of its own."""
+FREE_LIST_BYTES = 8
+"""SGLang's allocator keeps an int64 per free page."""
+
+
+class PoolPlan(NamedTuple):
+    """How many of what; ``worst_frames`` is the most a page can need when it is sealed."""
+
+    num_layers: int
+    virtual_pages: int
+    raw_pages: int
+    frames: int
+    worst_frames: int
+    expected_frames: float
+    dense_page_bytes: int
+
+    @property
+    def virtual_tokens(self) -> int:
+        return self.virtual_pages * PAGE_TOKENS
+
+
+def plan_pool(
+    budget_bytes: int,
+    layout: PageLayout,
+    num_layers: int,
+    caps: list[int],
+    expected_fill: float,
+    raw_share: float,
+    max_virtual_pages: int | None = None,
+) -> PoolPlan:
+    """Size everything so that its sum is at most ``budget_bytes``.
+
+    Args:
+        caps: bytes per layer that a sealed (page, layer) may take at most.
+        expected_fill: share of its cap that a sealed page takes on average (policy's estimate).
+        raw_share: share of the budget for raw pages.
+        max_virtual_pages: user's bound (``--max-total-tokens``); memory beyond what so many
+            uncompressed pages would take is then not allocated.
+
+    Raises:
+        ValueError: the budget is too small to serve anything.
+    """
+    dense = 2 * num_layers * PAGE_TOKENS * layout.num_kv_heads * layout.row_bytes(0)
+    if max_virtual_pages is not None:
+        budget_bytes = min(budget_bytes, max_virtual_pages * dense)
+    raw_bytes = RawPages.bytes_per_slot(
+        num_layers, layout.num_kv_heads, layout.head_dim, layout.raw_itemsize
+    )
+    entry_bytes = PageDirectory.bytes_per_page(num_layers, layout) + FREE_LIST_BYTES
+    frame_bytes = layout.frame_bytes + 4
+    worst = sum(-(-cap // layout.frame_bytes) for cap in caps)
+    expected = max(1.0, worst * expected_fill)
+
+    raw_pages = int(budget_bytes * raw_share) // raw_bytes - 1  # one more slot for padded tokens
+    rest = budget_bytes - (raw_pages + 1) * raw_bytes - (raw_pages + 1) * entry_bytes
+    frames = int(rest / (frame_bytes + VIRTUAL_SLACK * entry_bytes / expected))
+    if raw_pages < MIN_RAW_PAGES or frames < MIN_RAW_PAGES * worst:
+        need = max(
+            (MIN_RAW_PAGES + 2) * raw_bytes / raw_share,
+            (MIN_RAW_PAGES + 1) * worst * (frame_bytes + entry_bytes) / (1 - raw_share),
+        )
+        raise ValueError(
+            f"diffxkv: {budget_bytes / 2**20:.1f} MiB hold {max(raw_pages, 0)} raw pages and "
+            f"{max(frames, 0) // worst} sealed pages; raise memory_bytes (or --mem-fraction-static "
+            f"or --max-total-tokens) to at least {need / 2**20:.1f} MiB"
+        )
+    pages = raw_pages + int(VIRTUAL_SLACK * frames / expected)
+    limit = max(MAX_VIRTUAL_RATIO * budget_bytes // dense, raw_pages + frames // worst)
+    pages = min(pages, limit, max_virtual_pages or pages)
+    return PoolPlan(num_layers, pages, raw_pages, frames, worst, expected, dense)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page store: life of a virtual page from open to sealed to free. Knows nothing of SGLang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.pack import encode_importance, measure, pack
+from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.pool.arena import FrameArena
+from sglang_diffxkv.pool.directory import PageDirectory
+from sglang_diffxkv.pool.ledger import Ledger
+from sglang_diffxkv.pool.raw_pages import RawPages
+from sglang_diffxkv.pool.sizing import PoolPlan
+
+
+WINDOW_GRACE_STEPS = 8
+"""A page unused for so many steps is in no running request's window: decoding pauses for a few
+prefill batches at a time only."""
+
+
+class PageStateError(RuntimeError):
+    """A page was used in a way its state does not allow (double free, write when sealed ...)."""
+
+
+@dataclass
+class Counters:
+    """Events since the start."""
+
+    opened: int = 0
+    sealed: int = 0
+    sealed_under_pressure: int = 0
+    released: int = 0
+    reclaims: int = 0
+    evicted: int = 0
+
+
+class PageStore:
+    """Directory, raw pages, arena and ledger, kept consistent.
+
+    Pages are sealed in batches: the policy assigns a tier to every (layer, head, token), payloads
+    are packed into frames, and the raw pages are returned (``architecture.md``, sealed pages).
+    """
+
+    def __init__(
+        self,
+        plan: PoolPlan,
+        layout: PageLayout,
+        policy: TierPolicy,
+        dtype: torch.dtype,
+        device: str = "cpu",
+    ) -> None:
+        self.plan, self.layout, self.policy = plan, layout, policy
+        self.num_layers = plan.num_layers
+        self.directory = PageDirectory(plan.virtual_pages, plan.num_layers, layout, device)
+        self.arena = FrameArena(plan.frames, layout.frame_bytes, device)
+        self.raw = RawPages(
+            plan.raw_pages + 1,
+            plan.num_layers,
+            layout.num_kv_heads,
+            layout.head_dim,
+            dtype,
+            device,
+        )
+        self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
+        self.counters = Counters()
+        self.step = 0
+
+    def clear(self) -> None:
+        """Forget every page (SGLang's ``/flush_cache``)."""
+        self.directory.clear()
+        self.arena.clear()
+        self.raw.clear()
+        self.ledger = Ledger(self.plan.raw_pages, self.plan.frames, self.plan.worst_frames)
+
+    def open(self, pages: torch.Tensor) -> None:
+        """Open free ``pages`` (int64 [N], distinct).
+
+        Raises:
+            PageStateError: a page is unknown or not free.
+            RuntimeError: the ledger cannot promise that many.
+        """
+        self._check_ids(pages)
+        d = self.directory
+        if bool((d.sealed[pages] | (d.raw_slot[pages] >= 0)).any()):
+            raise PageStateError("open: page is in use")
+        self.ledger.open(pages.numel())
+        d.open(pages, self.raw.take(pages))
+        self.counters.opened += pages.numel()
+
+    def release(self, pages: torch.Tensor) -> None:
+        """Free open or sealed ``pages`` (int64 [N], distinct).
+
+        Raises:
+            PageStateError: a page is unknown or already free.
+        """
+        self._check_ids(pages)
+        d = self.directory
+        slots = d.raw_slot[pages]
+        is_open, is_sealed = slots >= 0, d.sealed[pages]
+        if not bool((is_open | is_sealed).all()):
+            raise PageStateError("release: page is already free")
+        num_open = int(is_open.sum())
+        sealed = pages[is_sealed]
+        frames = int(d.num_frames[sealed].sum())
+        self.raw.give_back(slots[is_open].long())
+        self.arena.give_back(d.frames[:, sealed])
+        d.release(pages)
+        self.ledger.release(num_open, sealed.numel(), frames)
+        self.counters.released += pages.numel()
+
+    def touch(
+        self,
+        pages: torch.Tensor,
+        position: torch.Tensor,
+        context: torch.Tensor,
+        window: int,
+    ) -> None:
+        """Note that open ``pages`` are about to be written or attended to in this step.
+
+        Args:
+            pages: int64 [N] open pages, all that a sequence of the batch has; may repeat.
+            position: int64 [N], their index in the sequence.
+            context: int64 [N], length of the sequence including this step's tokens.
+            window: recent tokens that a running sequence wants to keep raw.
+        """
+        d = self.directory
+        end = (position + 1) * PAGE_TOKENS
+        d.position[pages] = position.to(torch.int32)
+        d.context[pages] = context.to(torch.int32)
+        d.filled[pages] = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS).to(torch.int32)
+        d.in_window[pages] = False
+        d.in_window[pages[end > context - window]] = True  # of any sequence that shares the page
+        d.last_used[pages] = self.step
+
+    def seal(self, pages: torch.Tensor) -> None:
+        """Seal full open ``pages`` (int64 [N], distinct).
+
+        Raises:
+            PageStateError: a page is not open or not full.
+        """
+        if pages.numel() == 0:
+            return
+        self._check_ids(pages)
+        d, layout = self.directory, self.layout
+        slots = d.raw_slot[pages].long()
+        if not bool(((slots >= 0) & (d.filled[pages] == PAGE_TOKENS)).all()):
+            raise PageStateError("seal: page is not open and full")
+        context = self._seal_context(pages, slots)
+        tiers = self.policy.assign(context)  # [S, L, H, 64]
+        codes = encode_importance(context.importance)
+        measured = measure(tiers, layout)
+        counts = -(-measured.nbytes // layout.frame_bytes)  # [S, L]
+        frames = self.arena.take(counts.reshape(-1).to(torch.int32), layout.max_frames)
+        frames = frames.view(pages.numel(), self.num_layers, layout.max_frames)
+        for layer in range(self.num_layers):
+            pack(
+                self.raw.keys[layer],
+                self.raw.values[layer],
+                slots,
+                tiers[:, layer].contiguous(),
+                codes[:, layer].contiguous(),
+                frames[:, layer].contiguous(),
+                measured.heads[:, layer].contiguous(),
+                self.arena.buffer,
+                layout,
+            )
+        d.seal(pages, frames.transpose(0, 1), measured.heads.transpose(0, 1))
+        self.raw.give_back(slots)
+        self.ledger.seal(pages.numel(), int(counts.sum()))
+        self.counters.sealed += pages.numel()
+
+    def _seal_context(self, pages: torch.Tensor, slots: torch.Tensor) -> SealContext:
+        d = self.directory
+        counts = self.raw.counts[slots]
+        scores = self.raw.scores[:, slots].transpose(0, 1)  # [S, L, H, 64]
+        return SealContext(
+            importance=scores / counts.clamp(min=1)[:, None, None, :],
+            count=counts,
+            position=d.position[pages].long(),
+            context=d.context[pages].long(),
+        )
+
+    def sealable(self, include_window: bool) -> torch.Tensor:
+        """Full open pages, coldest first; int64 [N]."""
+        d = self.directory
+        pages = self.raw.page[1:].long()
+        pages = pages[pages > 0]
+        mask = d.filled[pages] == PAGE_TOKENS
+        if not include_window:
+            stale = d.last_used[pages] < self.step - WINDOW_GRACE_STEPS
+            mask &= ~d.in_window[pages] | stale
+        pages = pages[mask]
+        return pages[torch.argsort(d.last_used[pages], stable=True)]
+
+    def seal_cold(self, headroom: int, include_window: bool) -> None:
+        """Seal the coldest full open pages until ``headroom`` pages may be opened, if that helps.
+
+        With ``include_window`` pages of a running request's recent window go too: it costs that
+        request accuracy, so it is the last thing tried before a request is retracted.
+        """
+        short = headroom - self.ledger.headroom
+        if short <= 0:
+            return
+        cold = self.sealable(include_window)
+        while short > 0 and cold.numel():
+            batch, cold = cold[:short], cold[short:]
+            self.seal(batch)
+            self.counters.sealed_under_pressure += batch.numel()
+            short = headroom - self.ledger.headroom
+
+    def _check_ids(self, pages: torch.Tensor) -> None:
+        if pages.numel() == 0:
+            return
+        if int(pages.min()) < 1 or int(pages.max()) > self.directory.num_pages:
+            raise PageStateError("unknown page id")
+        if torch.unique(pages).numel() != pages.numel():
+            raise PageStateError("page listed twice")
+
+    def write_rows(self, loc: torch.Tensor) -> torch.Tensor:
+        """Rows of the flattened raw pages for token slots ``loc`` (int64 [T]); int64 [T].
+
+        Raises:
+            PageStateError: a slot's page is free or sealed.
+        """
+        slots = self.directory.raw_slot[loc // PAGE_TOKENS].long()
+        if bool((slots < 0).any()):
+            raise PageStateError("write into a page that is not open")
+        return slots * PAGE_TOKENS + loc % PAGE_TOKENS
+
+    @property
+    def nbytes(self) -> int:
+        """Every byte that the store has allocated."""
+        return self.directory.nbytes + self.arena.nbytes + self.raw.nbytes

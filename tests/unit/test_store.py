@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State-machine test of directory + arena + raw pages + ledger, with a plain-Python model."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.pack import unpack
+from sglang_diffxkv.policy.registry import make_policy
+from sglang_diffxkv.pool.integrity import check_integrity
+from sglang_diffxkv.pool.sizing import plan_pool
+from sglang_diffxkv.pool.store import PageStateError, PageStore
+
+LAYERS, HEADS, DIM = 3, 2, 64
+
+
+def make_store(policy: str, budget: int = 5 << 20, **config: object) -> PageStore:
+    graded = make_policy(
+        DiffXKVConfig(policy=policy, **config),
+        head_dim=DIM,
+        num_kv_heads=HEADS,
+        raw_itemsize=4,
+        num_layers=LAYERS,
+    )
+    plan = plan_pool(budget, graded.layout, LAYERS, graded.caps, graded.expected_fill, 0.3)
+    return PageStore(plan, graded.layout, graded, torch.float32)
+
+
+def ids(pages: list[int]) -> torch.Tensor:
+    return torch.tensor(sorted(pages), dtype=torch.int64)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Opens, fills, seals, releases in any order; every step must leave the store consistent."""
+
+    policy = "diffkv"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.store = make_store(self.policy)
+        self.free = set(range(1, self.store.plan.virtual_pages + 1))
+        self.open: set[int] = set()
+        self.full: set[int] = set()
+        self.sealed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.generator = torch.Generator().manual_seed(0)
+
+    def _pick(self, data: st.DataObject, pages: set[int], most: int = 6) -> list[int]:
+        return data.draw(st.lists(st.sampled_from(sorted(pages)), max_size=most, unique=True))
+
+    @rule(data=st.data())
+    def open_pages(self, data: st.DataObject) -> None:
+        pages = self._pick(data, self.free)[: self.store.ledger.headroom]
+        self.store.open(ids(pages))
+        self.free -= set(pages)
+        self.open |= set(pages)
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), position=st.integers(0, 3))
+    def fill_pages(self, data: st.DataObject, position: int) -> None:
+        pages = self._pick(data, self.open)
+        self.store.step += 1
+        for page in pages:
+            slot = int(self.store.directory.raw_slot[page])
+            written = torch.randn(
+                2, LAYERS, PAGE_TOKENS, HEADS, DIM, generator=self.generator
+            )
+            for layer in range(LAYERS):
+                self.store.raw.keys[layer][slot] = written[0, layer]
+                self.store.raw.values[layer][slot] = written[1, layer]
+            self.store.raw.scores[:, slot] = torch.rand(
+                LAYERS, HEADS, PAGE_TOKENS, generator=self.generator
+            )
+            self.store.raw.counts[slot] = 8
+            self.contents[page] = (written[0], written[1])
+        where = torch.full((len(pages),), position)
+        context = torch.full((len(pages),), (position + 1) * PAGE_TOKENS + 70)
+        self.store.touch(ids(pages), where, context, window=64)
+        self.full |= set(pages)
+
+    @precondition(lambda self: self.full)
+    @rule(data=st.data())
+    def seal_pages(self, data: st.DataObject) -> None:
+        pages = self._pick(data, self.full)
+        self.store.seal(ids(pages))
+        self._sealed(set(pages))
+
+    @rule(headroom=st.integers(1, 8), include_window=st.booleans())
+    def seal_cold(self, headroom: int, include_window: bool) -> None:
+        self.store.seal_cold(headroom, include_window)
+        self._sealed({p for p in self.full if bool(self.store.directory.sealed[p])})
+        if include_window and self.store.ledger.headroom < headroom:
+            assert not self.full, "a full page could have been sealed"
+
+    def _sealed(self, pages: set[int]) -> None:
+        self.open -= pages
+        self.full -= pages
+        self.sealed.update({p: self.contents[p] for p in pages})
+
+    @precondition(lambda self: self.open or self.sealed)
+    @rule(data=st.data())
+    def release_pages(self, data: st.DataObject) -> None:
+        pages = self._pick(data, self.open | set(self.sealed))
+        self.store.release(ids(pages))
+        for page in pages:
+            self.open.discard(page)
+            self.full.discard(page)
+            self.sealed.pop(page, None)
+            self.free.add(page)
+
+    @rule(data=st.data())
+    def misuse(self, data: st.DataObject) -> None:
+        page = data.draw(st.sampled_from(sorted(self.free)))
+        with pytest.raises(PageStateError):
+            self.store.release(ids([page]))
+        with pytest.raises(PageStateError):
+            self.store.seal(ids([page]))
+        with pytest.raises(PageStateError):
+            self.store.write_rows(torch.tensor([page * PAGE_TOKENS + 3]))
+        for unknown in (0, self.store.plan.virtual_pages + 1):
+            with pytest.raises(PageStateError):
+                self.store.open(ids([unknown]))
+        if self.sealed:
+            sealed = data.draw(st.sampled_from(sorted(self.sealed)))
+            with pytest.raises(PageStateError):
+                self.store.write_rows(torch.tensor([sealed * PAGE_TOKENS]))
+            with pytest.raises(PageStateError):
+                self.store.open(ids([sealed]))
+            with pytest.raises(PageStateError):
+                self.store.release(ids([sealed, sealed]))
+
+    @rule()
+    def flush(self) -> None:
+        self.store.clear()
+        self.free |= self.open | set(self.sealed)
+        self.open.clear()
+        self.full.clear()
+        self.sealed.clear()
+
+    @invariant()
+    def consistent(self) -> None:
+        assert check_integrity(self.store) == []
+        ledger = self.store.ledger
+        assert (ledger.open_pages, ledger.sealed_pages) == (len(self.open), len(self.sealed))
+
+    def teardown(self) -> None:
+        for page, contents in self.sealed.items():
+            check_payload(self.store, page, contents, exact=self.policy == "lossless")
+
+
+def check_payload(
+    store: PageStore, page: int, contents: tuple[torch.Tensor, torch.Tensor], exact: bool
+) -> None:
+    """What is read back from a sealed page is what was written, up to its tiers' precision."""
+    for layer in range(LAYERS):
+        got = unpack(
+            store.arena.buffer,
+            store.directory.frames[layer],
+            store.directory.heads[layer],
+            torch.tensor([page]),
+            store.layout,
+            torch.float32,
+            torch.float32,
+        )
+        for head in range(HEADS):
+            kept = got.kept[0, head]
+            position = got.position[0, head][kept].long()
+            assert torch.unique(position).numel() == position.numel()
+            for values, written in zip((got.k, got.v), contents, strict=True):
+                expected = written[layer, position, head]
+                if exact:
+                    assert position.numel() == PAGE_TOKENS
+                    assert torch.equal(values[0, head][kept], expected)
+                elif position.numel():
+                    error = (values[0, head][kept] - expected).norm() / expected.norm()
+                    assert error < 0.6
+
+
+class LosslessMachine(StoreMachine):
+    policy = "lossless"
+
+
+class StreamingMachine(StoreMachine):
+    policy = "streaming"
+
+
+RUNS = settings(
+    max_examples=15,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+)
+for machine in (StoreMachine, LosslessMachine, StreamingMachine):
+    machine.TestCase.settings = RUNS
+TestDiffKVStore = StoreMachine.TestCase
+TestLosslessStore = LosslessMachine.TestCase
+TestStreamingStore = StreamingMachine.TestCase
+
+
+def test_plan_stays_within_the_budget() -> None:
+    for policy in ("diffkv", "lossless", "streaming", "uniform"):
+        for budget in (5 << 20, 17 << 20):
+            store = make_store(policy, budget)
+            assert store.nbytes + 8 * store.plan.virtual_pages <= budget
+            assert store.nbytes > 0.85 * budget
+
+
+def test_too_little_memory_is_refused_with_what_is_needed() -> None:
+    with pytest.raises(ValueError, match="raise memory_bytes") as refusal:
+        make_store("diffkv", 1 << 20)
+    needed = float(str(refusal.value).rsplit("at least ", 1)[1].split()[0])
+    make_store("diffkv", int(needed * 2**20) + 1)
+
+
+def test_ledger_refuses_more_than_it_can_promise() -> None:
+    store = make_store("lossless")
+    too_many = store.ledger.headroom + 1
+    with pytest.raises(RuntimeError, match="can be promised"):
+        store.open(torch.arange(1, too_many + 1))
+    assert check_integrity(store) == []
+
+
+def test_cold_pages_go_before_recent_ones() -> None:
+    store = make_store("diffkv")
+    store.open(torch.arange(1, 4))
+    # sequence of 192 tokens: page 2 (the last) lies in the window of 64
+    pages, position = torch.arange(1, 4), torch.arange(3)
+    store.touch(pages, position, torch.full((3,), 192), window=64)
+    assert store.sealable(include_window=False).tolist() == [1, 2]
+    store.step += 1
+    store.touch(torch.tensor([1]), torch.tensor([0]), torch.tensor([192]), window=64)
+    assert store.sealable(include_window=False).tolist() == [2, 1]
+    assert store.sealable(include_window=True).tolist()[-1] == 1

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models that the backend does not go with: refused at start, in one line that says why.
+
+`check_model_config` runs in the launching process, on the model's configuration. `check_layers`
+runs in the scheduler, on the loaded model: its layers show in the same words for every model what
+configuration files name differently or leave to the code.
+"""
+
+from typing import TYPE_CHECKING
+
+from sglang.srt.configs.hybrid_arch import mambaish_config
+from sglang.srt.configs.model_config import AttentionArch, is_minimax_sparse
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from torch import nn
+
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.patches.validation import BACKEND
+from sglang_diffxkv.policy.registry import make_policy
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+_LEAVE_OUT = f"leave out --attention-backend {BACKEND} or choose another model"
+
+
+def check_model_config(model: "ModelConfig", config: DiffXKVConfig) -> None:
+    """Check a model's configuration, and that the policy suits its dimensions.
+
+    Raises:
+        ValueError: a model that the backend cannot serve.
+        ConfigError: a ValueError too: `layer_caps` fit neither the policy nor the model.
+    """
+    found = _unsupported_kind(model) or _unsupported_shape(model)
+    if found is not None:
+        name = (model.hf_config.architectures or ["this model"])[0]
+        raise ValueError(f"{BACKEND} cannot serve {name}, which has {found}: {_LEAVE_OUT}")
+    make_policy(
+        config,
+        head_dim=model.head_dim,
+        num_kv_heads=model.get_total_num_kv_heads(),
+        raw_itemsize=model.dtype.itemsize,
+        num_layers=model.num_attention_layers,
+    )
+
+
+def _unsupported_kind(model: "ModelConfig") -> str | None:
+    """What the model has instead of, or on top of, plain causal self-attention."""
+    text = model.hf_text_config
+    kinds = {
+        "multi-head latent attention (MLA)": model.attention_arch == AttentionArch.MLA,
+        "a state-space model for attention": model.attention_arch == AttentionArch.SSM,
+        "linear-attention or Mamba layers": mambaish_config(model) is not None,
+        "sliding-window layers": model.is_hybrid_swa,
+        "chunked local attention": model.attention_chunk_size is not None,
+        "dual chunk attention": hasattr(model.hf_config, "dual_chunk_attention_config"),
+        "sparse attention": is_minimax_sparse(model.hf_config),
+        "cross-attention (encoder-decoder)": model.is_encoder_decoder,
+        "learned attention sinks": model.has_attention_sinks,
+        "soft-capped attention logits": bool(getattr(text, "attn_logit_softcapping", None)),
+        "no text generation (embedding or reward)": not model.is_generation,
+    }
+    return next((kind for kind, present in kinds.items() if present), None)
+
+
+def _unsupported_shape(model: "ModelConfig") -> str | None:
+    query_heads, kv_heads = model.num_attention_heads, model.get_total_num_kv_heads()
+    if model.head_dim not in HEAD_DIMS:
+        return f"head_dim {model.head_dim} (not one of {', '.join(map(str, HEAD_DIMS))})"
+    if model.v_head_dim != model.head_dim:
+        return f"keys of {model.head_dim} elements and values of {model.v_head_dim}"
+    if query_heads % kv_heads:
+        return f"{query_heads} query heads, not a multiple of its {kv_heads} KV heads"
+    return None
+
+
+def check_layers(model: nn.Module) -> None:
+    """Check the attention layers of a loaded model.
+
+    Raises:
+        ValueError: the first layer that is not plain causal self-attention, or unlike the others.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, RadixAttention)]
+    for layer in layers:
+        found = _unsupported_layer(layer)
+        if found is None and _shape(layer) != _shape(layers[0]):
+            found = f"heads x dim of {_shape(layer)}, others of {_shape(layers[0])}"
+        if found is not None:
+            raise ValueError(
+                f"{BACKEND} cannot serve this model, whose layer {layer.layer_id} has {found}: "
+                f"{_LEAVE_OUT}"
+            )
+
+
+def _unsupported_layer(layer: RadixAttention) -> str | None:
+    kinds = {
+        f"soft-capped attention logits ({layer.logit_cap:g})": layer.logit_cap > 0,
+        f"a sliding window ({layer.sliding_window_size})": layer.sliding_window_size > 0,
+        "cross-attention": layer.is_cross_attention,
+        "chunked local attention": layer.use_irope,
+        "attention that is not causal": layer.attn_type != AttentionType.DECODER,
+        "position-dependent temperature": layer.xai_temperature_len > 0,
+        f"positional encoding {layer.pos_encoding_mode}": layer.pos_encoding_mode != "NONE",
+        "values of another size than keys": layer.v_head_dim != layer.qk_head_dim,
+    }
+    return next((kind for kind, present in kinds.items() if present), None)
+
+
+def _shape(layer: RadixAttention) -> tuple[int, int]:
+    return layer.tp_k_head_num, layer.qk_head_dim

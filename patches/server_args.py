@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam: `--attention-backend diffxkv` and `--diffxkv-config`, their defaults and their refusals.
+
+The configuration travels as the attribute `_diffxkv` of ServerArgs: pickling it for the scheduler
+processes keeps attributes that are no fields, and new fields cannot be added to it. The hooks let
+everything pass as it is unless the backend is ours.
+"""
+
+import os
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sglang.srt.arg_groups.choices import add_attention_backend_choices
+from sglang.srt.arg_groups.overrides import declare_resolution, model_config_of, resolving_view
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_exec, get_server_args
+
+from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig, load_config
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.patches.model_validation import check_model_config
+from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.validation import (
+    BACKEND,
+    check_resolution,
+    check_server_args,
+    is_requested,
+)
+from sglang_diffxkv.policy.registry import policy_class
+
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+_FROM_CLI = "_diffxkv_from_cli"
+
+
+def install() -> None:
+    """Register the backend's name, the flag and the resolution hooks; once per process."""
+    add_attention_backend_choices([BACKEND])
+    hook(f"{_SERVER_ARGS}.add_cli_args", _add_flag, HookType.AFTER, ("parser",))
+    hook(f"{_SERVER_ARGS}.from_cli_args", _carry_config, HookType.AFTER, ("args",))
+    # Early: before SGLang derives anything from the flags that we set or refuse.
+    register_resolution_hook("handle_missing_default_values")(_set_defaults)
+    # Late: the last step that may still change the backend or the KV cache for the model's sake.
+    register_resolution_hook("handle_model_capability_adjustments")(_check_resolved)
+
+
+def is_active() -> bool:
+    """Whether the server of this process runs on our backend (its arguments are published)."""
+    return get_exec().kernel.attention_backend == BACKEND
+
+
+def get_config() -> DiffXKVConfig:
+    """Configuration of this process's server, in whichever of its processes; needs `is_active`."""
+    config: DiffXKVConfig = get_server_args()._diffxkv
+    return config
+
+
+def _add_flag(result: None, parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--diffxkv-config",
+        metavar="JSON",
+        help="Configuration of --attention-backend diffxkv: JSON text, or the path of a JSON file. "
+        f"Without it, the environment variable {ENV_VAR} is read.",
+    )
+
+
+def _carry_config(server_args: Any, cls: type, args: Namespace) -> None:
+    """Mark arguments that come from a command line, and keep what the flag says."""
+    text = getattr(args, "diffxkv_config", None)
+    setattr(server_args, _FROM_CLI, True)
+    if is_requested(server_args):
+        _load(server_args, text)
+    elif text is not None:
+        raise SystemExit("sglang_diffxkv: --diffxkv-config needs --attention-backend diffxkv")
+
+
+def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
+    if is_requested(server_args):
+        if not hasattr(server_args, "_diffxkv"):  # sgl.Engine, which parses no command line
+            _load(server_args, None)
+        with _refusing(server_args):
+            check_server_args(server_args)
+        if resolving_view(server_args).page_size is None:
+            declare_resolution(server_args, BACKEND, page_size=PAGE_TOKENS)
+        # Graphs come with the GPU kernels; declared early, so that no memory is set aside for them.
+        declare_resolution(
+            server_args, BACKEND, disable_prefill_cuda_graph=True, disable_decode_cuda_graph=True
+        )
+    previous(server_args)
+
+
+def _check_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
+    previous(server_args)
+    if is_requested(server_args):
+        with _refusing(server_args):
+            check_resolution(server_args)
+            check_server_args(server_args)
+            check_model_config(model_config_of(server_args), server_args._diffxkv)
+
+
+def _load(server_args: Any, text: str | None) -> None:
+    with _refusing(server_args):
+        server_args._diffxkv = load_config(text, os.environ)
+        policy_class(server_args._diffxkv.policy)
+
+
+@contextmanager
+def _refusing(server_args: Any) -> Iterator[None]:
+    """Stop a command line with one line on stderr, as argparse does, not with a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if hasattr(server_args, _FROM_CLI):
+            raise SystemExit(f"sglang_diffxkv: {error}") from None
+        raise

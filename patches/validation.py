@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags of SGLang that the backend does not go with: refused at start, in one line that says why.
+
+What it needs of the model is in `model_validation`.
+"""
+
+from typing import Any, NamedTuple
+
+from sglang.srt.arg_groups.overrides import attention_backends_of, resolving_view
+from sglang.srt.environ import envs
+from sglang.srt.model_executor.cuda_graph_config import Backend
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+
+BACKEND = "diffxkv"
+
+
+class _Flag(NamedTuple):
+    """A field of ServerArgs, the values that we go with, and why not with others."""
+
+    field: str
+    allowed: tuple[object, ...]
+    """The last one is what to use instead."""
+    why: str
+
+
+_TENSOR_PARALLEL = "parallel ranks come with the GPU backend"
+_OWN_CACHE = "it moves KV out of the pool, whose pages are compressed"
+_FLAGS = (
+    _Flag("page_size", (None, PAGE_TOKENS), f"sealed pages hold {PAGE_TOKENS} tokens"),
+    _Flag("kv_cache_dtype", ("bf16", "bfloat16", "auto"), "it compresses the KV cache itself"),
+    _Flag("speculative_algorithm", (None,), "rejected tokens cannot be taken out of a sealed page"),
+    _Flag("dllm_algorithm", (None,), "diffusion rewrites tokens, sealed pages are written once"),
+    _Flag("disaggregation_mode", ("null",), "sealed pages are not transferred between servers"),
+    _Flag("enable_pdmux", (False,), "prefill and decode share its pages"),
+    _Flag("enable_hierarchical_cache", (False,), _OWN_CACHE),
+    _Flag("enable_lmcache", (False,), _OWN_CACHE),
+    _Flag("enable_flexkv", (False,), _OWN_CACHE),
+    _Flag("enable_unified_cache_external_linker", (False,), _OWN_CACHE),
+    _Flag("radix_cache_backend", (None,), "it relies on SGLang's own radix tree"),
+    _Flag("enable_unified_memory", (False,), "it has a memory pool of its own"),
+    _Flag("enable_page_major_kv_layout", (False,), "it has a memory pool of its own"),
+    _Flag("enable_kv_cache_sharding", (False,), "it has a memory pool of its own"),
+    _Flag("enable_hisparse", (False,), "it has a memory pool of its own"),
+    _Flag("prefill_only_disable_kv_cache", (False,), "it is a KV cache"),
+    _Flag("kv_canary", ("none",), "the canary reads uncompressed KV"),
+    _Flag("enable_two_batch_overlap", (False,), "it plans one batch at a time"),
+    _Flag("enable_mis", (False,), "it has no custom attention masks"),
+    _Flag("enable_nvidia_megakernel", (False,), "fused kernels read uncompressed KV"),
+    _Flag("enable_amd_monokernel", (False,), "fused kernels read uncompressed KV"),
+    _Flag("tp_size", (1,), f"tensor {_TENSOR_PARALLEL}"),
+    _Flag("pp_size", (1,), f"pipeline {_TENSOR_PARALLEL}"),
+    _Flag("attn_dp_size", (1,), f"data-{_TENSOR_PARALLEL}"),
+    _Flag("enable_dp_attention", (False,), f"data-{_TENSOR_PARALLEL}"),
+    _Flag("attn_cp_size", (1,), f"context-{_TENSOR_PARALLEL}"),
+    _Flag("dcp_size", (1,), f"context-{_TENSOR_PARALLEL}"),
+    _Flag("enable_prefill_cp", (False,), f"context-{_TENSOR_PARALLEL}"),
+    _Flag("use_ray", (False,), "SGLang's Ray actors load no plugins"),
+)
+
+
+def is_requested(server_args: Any) -> bool:
+    """Whether the user asked for our backend, for prefill, decode or both."""
+    view = resolving_view(server_args)
+    return BACKEND in (view.attention_backend, *attention_backends_of(view))
+
+
+def check_server_args(server_args: Any) -> None:
+    """Check the flags as they stand; fit for any moment of resolution.
+
+    Raises:
+        ValueError: a flag that the backend does not go with.
+    """
+    view = resolving_view(server_args)
+    prefill, decode = attention_backends_of(view)
+    if (prefill, decode) != (BACKEND, BACKEND):
+        raise ValueError(
+            f"attention backends {prefill} for prefill and {decode} for decode do not go together: "
+            f"both need the pages of {BACKEND}; give --attention-backend {BACKEND} and no other"
+        )
+    for flag in _FLAGS:
+        value = getattr(view, flag.field)
+        if value not in flag.allowed:
+            raise ValueError(_refusal(flag, value))
+    chunk = view.chunked_prefill_size
+    if chunk is not None and (chunk <= 0 or chunk % PAGE_TOKENS):
+        raise ValueError(
+            f"--chunked-prefill-size {chunk} does not go with {BACKEND}, which seals pages between "
+            f"chunks: use a multiple of {PAGE_TOKENS}, such as 2048"
+        )
+    if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
+        raise ValueError(
+            f"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING does not go with {BACKEND}, which divides its "
+            "memory once at start: unset it"
+        )
+
+
+def check_resolution(server_args: Any) -> None:
+    """Check what SGLang made of the flags, at the end of resolution.
+
+    Raises:
+        ValueError: it chose another backend for this model, or was told to capture CUDA graphs.
+    """
+    view = resolving_view(server_args)
+    if view.attention_backend != BACKEND:
+        raise ValueError(
+            f"SGLang runs this model on attention backend {view.attention_backend!r} whatever was "
+            f"asked for: leave out --attention-backend {BACKEND} or choose another model"
+        )
+    graphs = view.cuda_graph_config
+    for phase, config in (("decode", graphs.decode), ("prefill", graphs.prefill)):
+        if config.backend != Backend.DISABLED:
+            raise ValueError(
+                f"CUDA graphs for {phase} ({config.backend}) do not go with --attention-backend "
+                f"{BACKEND} yet: leave out --cuda-graph-backend-{phase} and --cuda-graph-config"
+            )
+
+
+def _refusal(flag: _Flag, value: object) -> str:
+    name = "--" + flag.field.replace("_", "-")
+    shown = name if value is True else f"{name} {value}"
+    default = flag.allowed[-1]
+    advice = f"use {default}" if default not in (None, False, "null", "none") else "leave it out"
+    return f"{shown} does not go with --attention-backend {BACKEND}: {flag.why}; {advice}"

@@ -78,7 +78,7 @@ def unpack_into(
     raw_dtype: torch.dtype,
     k: torch.Tensor,
     v: torch.Tensor,
-    notes: torch.Tensor,
+    notes: torch.Tensor | None = None,
 ) -> None:
     """Dequantise N sealed pages of one layer into rows of the caller's choice.
 
@@ -90,7 +90,7 @@ def unpack_into(
         layout: byte layout.
         raw_dtype: dtype of the elements of raw tiers.
         k, v: [rows, D] outputs; rows that receive no token stay as they are.
-        notes: uint8 [rows, 2] output of (position, importance code).
+        notes: uint8 [rows, 2] output of (position, importance code), or None if not wanted.
     """
     torch_ops.unpack_into(arena, frames, heads, pages, first, layout, raw_dtype, k, v, notes)
 

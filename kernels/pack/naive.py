@@ -123,7 +123,7 @@ def unpack_into(
     raw_dtype: torch.dtype,
     k: torch.Tensor,
     v: torch.Tensor,
-    notes: torch.Tensor,
+    notes: torch.Tensor | None = None,
 ) -> None:
     """See `pack.unpack_into`."""
     size = layout.frame_bytes
@@ -146,4 +146,5 @@ def unpack_into(
                             out[row] = torch.from_numpy(values)
                         else:
                             out[row] = data.view(raw_dtype)
-                    notes[row] = _bytes_at(arena, frames[page], note, NOTE_BYTES, size)
+                    if notes is not None:
+                        notes[row] = _bytes_at(arena, frames[page], note, NOTE_BYTES, size)

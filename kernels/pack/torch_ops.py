@@ -79,7 +79,7 @@ def unpack_into(
     raw_dtype: torch.dtype,
     k: torch.Tensor,
     v: torch.Tensor,
-    notes: torch.Tensor,
+    notes: torch.Tensor | None = None,
 ) -> None:
     """Dequantise N pages of one layer into chosen rows; arguments as in `pack.unpack_into`."""
     frames, heads = frames[pages], heads[pages]
@@ -102,4 +102,5 @@ def unpack_into(
             data = _read(arena, virtual, rows, frames, layout.row_bytes(bits))
             values = dequantize_rows(data, meta[:, half], bits) if bits else data.view(raw_dtype)
             out[target] = values.to(out.dtype)
-        notes[target] = _read(arena, rows.note, rows, frames, NOTE_BYTES)
+        if notes is not None:
+            notes[target] = _read(arena, rows.note, rows, frames, NOTE_BYTES)

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readable reference of extend: one query of one head at a time, in float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..attention_part import AttentionPart, empty_part
+from ..layout import PAGE_TOKENS, PageLayout
+from ..pack import unpack
+
+
+def attend_one(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, float]:
+    """Output [D] and base-2 LSE of one query [D] over tokens [L, D]."""
+    if len(k) == 0:
+        return torch.zeros_like(q, dtype=torch.float64), -math.inf
+    scores = k.double() @ q.double() * sm_scale
+    lse = scores.logsumexp(0)
+    return (scores - lse).exp() @ v.double(), float(lse) / math.log(2)
+
+
+def extend_sealed(
+    q: torch.Tensor,
+    q_indptr: torch.Tensor,
+    arena: torch.Tensor,
+    frames: torch.Tensor,
+    heads: torch.Tensor,
+    indptr: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    sm_scale: float,
+) -> AttentionPart:
+    """See `sealed.extend_sealed`."""
+    part = empty_part(q)
+    group = q.shape[1] // layout.num_kv_heads
+    for b in range(len(indptr) - 1):
+        mine = pages[indptr[b] : indptr[b + 1]]
+        tokens = unpack(arena, frames, heads, mine, layout, torch.float32, q.dtype)
+        for t in range(q_indptr[b], q_indptr[b + 1]):
+            for head in range(q.shape[1]):
+                kv_head = head // group
+                kept = tokens.kept[:, kv_head]
+                part.out[t, head], part.lse[t, head] = attend_one(
+                    q[t, head], tokens.k[:, kv_head][kept], tokens.v[:, kv_head][kept], sm_scale
+                )
+    return part
+
+
+def extend_open(
+    q: torch.Tensor,
+    q_indptr: torch.Tensor,
+    q_position: torch.Tensor,
+    k_raw: torch.Tensor,
+    v_raw: torch.Tensor,
+    indptr: torch.Tensor,
+    slots: torch.Tensor,
+    page_position: torch.Tensor,
+    sm_scale: float,
+) -> AttentionPart:
+    """See `open.extend_open`."""
+    part = empty_part(q)
+    group = q.shape[1] // k_raw.shape[2]
+    for b in range(len(indptr) - 1):
+        listed = slice(int(indptr[b]), int(indptr[b + 1]))
+        first = page_position[listed].long()[:, None] * PAGE_TOKENS
+        position = (first + torch.arange(PAGE_TOKENS)).flatten()
+        k, v = (raw[slots[listed].long()].double().flatten(0, 1) for raw in (k_raw, v_raw))
+        for i, t in enumerate(range(q_indptr[b], q_indptr[b + 1])):
+            visible = position <= q_position[b] + i
+            for head in range(q.shape[1]):
+                part.out[t, head], part.lse[t, head] = attend_one(
+                    q[t, head],
+                    k[visible, head // group],
+                    v[visible, head // group],
+                    sm_scale,
+                )
+    return part

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many queries over open raw pages: earlier tokens without a mask, the new tokens causally.
+
+Splitting at the first new token keeps both products dense: no [T, L] mask is ever made, and earlier
+pages may have gaps between them, as sealed pages may lie in between.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+
+from ..attention_part import AttentionPart, empty_part, merge_parts
+from ..layout import PAGE_TOKENS
+from .dense import attend_all, attend_causal
+
+
+def extend_open(
+    q: torch.Tensor,
+    q_indptr: torch.Tensor,
+    q_position: torch.Tensor,
+    k_raw: torch.Tensor,
+    v_raw: torch.Tensor,
+    indptr: torch.Tensor,
+    slots: torch.Tensor,
+    page_position: torch.Tensor,
+    sm_scale: float,
+) -> AttentionPart:
+    """Causal attention of every query over the tokens of its sequence's open pages.
+
+    Computed in q's dtype with fp32 accumulation. Slots after a sequence's last query are not read.
+
+    Args:
+        q: [T, Hq, D], the new queries; those of a sequence have consecutive positions.
+        q_indptr: int32 [B + 1], queries of each sequence.
+        q_position: int32 [B], position of each sequence's first query.
+        k_raw, v_raw: [R, 64, H, D] raw pages of q's dtype; the new tokens are written already.
+        indptr: int32 [B + 1], into ``slots``.
+        slots: int32 [N], raw page of each listed page, by increasing position.
+        page_position: int32 [N]; token j of a page has position ``page_position * 64 + j``.
+        sm_scale: factor of the scores.
+
+    Raises:
+        ValueError: a page of new tokens is not listed.
+    """
+    part = empty_part(q)
+    queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()
+    positions = page_position.tolist()
+    for b, start in enumerate(starts):
+        mine = slice(queries[b], queries[b + 1])
+        if mine.start == mine.stop:
+            continue
+        new = mine.stop - mine.start
+        listed = positions[bounds[b] : bounds[b + 1]]
+        prior = _tokens_before(listed, start, new)
+        used = slots[bounds[b] : bounds[b] + -(-(prior + new) // PAGE_TOKENS)]
+        k, v = (raw[used].flatten(0, 1).transpose(0, 1) for raw in (k_raw, v_raw))
+        part.out[mine], part.lse[mine] = _attend(q[mine], k, v, prior, sm_scale)
+    return part
+
+
+def _tokens_before(listed: list[int], start: int, new: int) -> int:
+    """Tokens of the listed pages that lie before position ``start``, all of them written.
+
+    Args:
+        listed: increasing page positions.
+        start: position of the first new token.
+        new: number of new tokens.
+    """
+    first, last = start // PAGE_TOKENS, (start + new - 1) // PAGE_TOKENS
+    at = bisect_left(listed, first)
+    if listed[at : at + last - first + 1] != list(range(first, last + 1)):
+        raise ValueError(f"open pages {listed} lack new tokens of pages {first} to {last}")
+    return at * PAGE_TOKENS + start % PAGE_TOKENS
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prior: int, sm_scale: float
+) -> AttentionPart:
+    """q [t, Hq, D] over k, v [H, L, D], of which ``prior`` tokens precede the first query."""
+    t = len(q)
+    if t == 1:
+        return attend_all(q, k[:, : prior + 1], v[:, : prior + 1], sm_scale)
+    new = slice(prior, prior + t)
+    part = attend_causal(q, k[:, new], v[:, new], sm_scale)
+    if prior == 0:
+        return part
+    return merge_parts(attend_all(q, k[:, :prior], v[:, :prior], sm_scale), part)

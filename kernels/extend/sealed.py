@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many queries over sealed pages: dequantise a bounded block of pages, then dense attention."""
+
+from __future__ import annotations
+
+import torch
+
+from ..attention_part import AttentionPart, empty_part, merge_parts
+from ..layout import PAGE_TOKENS, PageLayout
+from ..pack import head_counts, unpack_into
+from .dense import attend_all
+
+BLOCK_BYTES = 64 << 20
+"""Most bytes of dequantised keys and values that exist at one time."""
+
+
+def extend_sealed(
+    q: torch.Tensor,
+    q_indptr: torch.Tensor,
+    arena: torch.Tensor,
+    frames: torch.Tensor,
+    heads: torch.Tensor,
+    indptr: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    sm_scale: float,
+) -> AttentionPart:
+    """Attention of every query over all kept tokens of its sequence's sealed pages.
+
+    The pages lie before every query, so there is no causal mask. Computed in fp32.
+
+    Args:
+        q: [T, Hq, D] fp32, bf16 or fp16; elements of raw tiers are of the same dtype.
+        q_indptr: int32 [B + 1], queries of each sequence.
+        arena: uint8 [F, frame_bytes].
+        frames, heads: int32 [V, max_frames] and [V, H, 2], this layer's directory tables.
+        indptr: int32 [B + 1], into ``pages``.
+        pages: int32 [N], rows of the tables.
+        layout: byte layout.
+        sm_scale: factor of the scores.
+    """
+    part = empty_part(q)
+    page_bytes = 2 * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim * 4
+    block_pages = max(1, BLOCK_BYTES // page_bytes)
+    queries, bounds = q_indptr.tolist(), indptr.tolist()
+    for b in range(len(bounds) - 1):
+        mine = slice(queries[b], queries[b + 1])
+        if mine.start == mine.stop:
+            continue
+        q_fp32 = q[mine].float()
+        for block in pages[bounds[b] : bounds[b + 1]].split(block_pages):
+            more = _attend_block(q_fp32, arena, frames, heads, block, layout, sm_scale, q.dtype)
+            part.out[mine], part.lse[mine] = merge_parts(
+                AttentionPart(part.out[mine], part.lse[mine]), more
+            )
+    return part
+
+
+def _attend_block(
+    q: torch.Tensor,
+    arena: torch.Tensor,
+    frames: torch.Tensor,
+    heads: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    sm_scale: float,
+    raw_dtype: torch.dtype,
+) -> AttentionPart:
+    """Attention of q fp32 [t, Hq, D] over these pages, the kept tokens of a head side by side.
+
+    Pruned tokens thus cost nothing; heads with fewer tokens than the fullest are masked at the end.
+    """
+    n_high, n_low = head_counts(heads[pages])
+    counts = n_high + n_low
+    totals = counts.sum(0)
+    length = int(totals.max())
+    if length == 0:
+        return empty_part(q)
+    h = layout.num_kv_heads
+    k, v = arena.new_zeros((2, h, length, layout.head_dim), dtype=torch.float32)
+    first = counts.cumsum(0) - counts + torch.arange(0, h * length, length)
+    rows = k.flatten(0, 1), v.flatten(0, 1)
+    unpack_into(arena, frames, heads, pages, first, layout, raw_dtype, *rows)
+    vacant = torch.arange(length) >= totals[:, None]
+    bias = torch.zeros(h, length).masked_fill_(vacant, -torch.inf)
+    part = attend_all(q, k, v, sm_scale, bias)
+    # torch's kernel reports LSE 0 for a head without tokens.
+    empty = (totals == 0).repeat_interleave(q.shape[1] // h)
+    return AttentionPart(part.out, part.lse.masked_fill(empty, -torch.inf))

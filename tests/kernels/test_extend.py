@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Extend attention against the naive float64 reference, over sealed and over open pages."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels import extend as ops
+from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge_parts
+from sglang_diffxkv.kernels.extend import naive, sealed
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PRUNED, make_layout
+from sglang_diffxkv.kernels.pack import pack
+from tests.kernels.sealed import random_tiers, seal
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def indptr(*counts: int) -> torch.Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def assert_close(part: AttentionPart, expected: AttentionPart, tolerance: float) -> None:
+    assert part.out.dtype == part.lse.dtype == torch.float32
+    assert part.out.shape == expected.out.shape and part.lse.shape == expected.lse.shape
+    empty = expected.lse == -torch.inf
+    assert torch.equal(part.lse == -torch.inf, empty)
+    assert (part.out[empty] == 0).all()
+    error = (part.out - expected.out).double().norm() / expected.out.double().norm().clamp(1e-9)
+    assert error <= tolerance
+    assert ((part.lse - expected.lse)[~empty].abs() <= 10 * tolerance).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("high", "low", "dtype", "group"),
+    [
+        ("K8V4", "K4V2", torch.bfloat16, 4),
+        ("raw", "K8V8", torch.float32, 1),
+        ("K4V8", "K2V2", torch.float32, 5),
+        ("raw", "raw", torch.float16, 2),
+    ],
+)
+def test_sealed(
+    head_dim: int, high: str, low: str, dtype: torch.dtype, group: int, monkeypatch
+) -> None:
+    """Ragged heads, sequences without pages or queries, pages shared by two sequences, blocks."""
+    torch.manual_seed(head_dim + group)
+    layout = make_layout(
+        head_dim=head_dim,
+        num_kv_heads=2,
+        raw_itemsize=dtype.itemsize,
+        high=FORMATS[high],
+        low=FORMATS[low],
+    )
+    tiers = random_tiers(head_dim, 6, 2)
+    tiers[3:5, 1] = PRUNED
+    data = seal(layout, pages=6, dtype=dtype, pack=pack, tiers=tiers)
+    monkeypatch.setattr(sealed, "BLOCK_BYTES", 3 * 2 * PAGE_TOKENS * 2 * head_dim * 4)
+    queries, listed = indptr(3, 0, 5, 1, 2), indptr(4, 1, 0, 5, 2)
+    pages = torch.tensor([5, 0, 2, 1, 2, 0, 1, 2, 3, 4, 3, 4], dtype=torch.int32)
+    q = torch.randn(11, 2 * group, head_dim).to(dtype)
+    args = (q, queries, data.arena, data.frames, data.heads, listed, pages, layout, 0.11)
+    expected = naive.extend_sealed(*args)
+    assert (expected.lse == -torch.inf).any()
+    assert_close(ops.extend_sealed(*args), expected, 3e-6)
+
+
+OPEN_CASES = {
+    "no prefix": [(0, 130, [0, 1, 2])],
+    "one token": [(0, 1, [0]), (63, 1, [0]), (64, 1, [0, 1]), (200, 1, [1, 3])],
+    "aligned prefix": [(128, 70, [0, 1, 2, 3])],
+    "prefix inside a page": [(70, 9, [0, 1]), (130, 100, [0, 1, 2, 3])],
+    "gaps": [(330, 80, [0, 2, 5, 6]), (64, 3, [1]), (65, 3, [1])],
+    "pages allocated ahead": [(10, 5, [0, 1, 2]), (0, 64, [0, 1])],
+    "sequences without queries": [(5, 0, [0]), (0, 3, [0]), (7, 0, [])],
+}
+
+
+@pytest.mark.parametrize("case", OPEN_CASES)
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "heads", "group"),
+    [(torch.float32, 64, 2, 3), (torch.bfloat16, 80, 1, 4), (torch.float16, 128, 2, 1)],
+)
+def test_open(case: str, dtype: torch.dtype, head_dim: int, heads: int, group: int) -> None:
+    """Slots that no query may see, in listed pages as in others, hold NaN."""
+    torch.manual_seed(head_dim)
+    sequences = OPEN_CASES[case]
+    listed = [page for _, _, pages in sequences for page in pages]
+    k, v = torch.full((2, 2 * len(listed), PAGE_TOKENS, heads, head_dim), torch.nan).to(dtype)
+    slots = torch.randperm(len(k))[: len(listed)].int()
+    i = 0
+    for start, new, pages in sequences:
+        for page in pages:
+            written = min(PAGE_TOKENS, start + new - page * PAGE_TOKENS)
+            for raw in (k, v):
+                if written > 0:
+                    raw[slots[i], :written] = torch.randn(written, heads, head_dim).to(dtype)
+            i += 1
+    queries = indptr(*(new for _, new, _ in sequences))
+    q = torch.randn(int(queries[-1]), heads * group, head_dim).to(dtype)
+    args = (
+        q,
+        queries,
+        torch.tensor([start for start, _, _ in sequences]).int(),
+        k,
+        v,
+        indptr(*(len(pages) for _, _, pages in sequences)),
+        slots,
+        torch.tensor(listed).int(),
+        0.13,
+    )
+    part = ops.extend_open(*args)
+    assert part.out.isfinite().all() and part.lse.isfinite().all()
+    assert_close(part, naive.extend_open(*args), TOLERANCE[dtype])
+
+
+def test_open_refuses_missing_pages() -> None:
+    k = torch.zeros(4, PAGE_TOKENS, 1, 64)
+    q = torch.zeros(100, 1, 64)
+    for listed in ([0, 1], [1, 3], [2], []):
+        slots = torch.arange(len(listed)).int()
+        pages = torch.tensor(listed).int()
+        with pytest.raises(ValueError, match="lack new tokens"):
+            ops.extend_open(
+                q, indptr(100), torch.tensor([64]), k, k, indptr(len(listed)), slots, pages, 1.0
+            )
+
+
+def test_merge_of_parts_equals_the_whole() -> None:
+    torch.manual_seed(5)
+    q, k, v = torch.randn(7, 2, 64), torch.randn(90, 64), torch.randn(90, 64)
+    ends = [0, 1, 1, 40, 90]
+    parts = [part_over(q, k[a:b], v[a:b]) for a, b in pairwise(ends)]
+    merged = empty_part(q)
+    for part in parts:
+        merged = merge_parts(merged, part)
+    assert_close(merged, part_over(q, k, v), 1e-6)
+    nothing = merge_parts(empty_part(q), empty_part(q))
+    assert (nothing.lse == -torch.inf).all() and (nothing.out == 0).all()
+
+
+def part_over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionPart:
+    part = empty_part(q)
+    for t in range(len(q)):
+        for h in range(q.shape[1]):
+            part.out[t, h], part.lse[t, h] = naive.attend_one(q[t, h], k, v, 0.2)
+    return part

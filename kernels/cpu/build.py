@@ -48,7 +48,7 @@ _FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "baseline": "",
 }
-_COMMON = "-std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -Wall -Wextra"
+_COMMON = "-std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -w"
 
 
 @functools.cache

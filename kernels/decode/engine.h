@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of one group of query heads over the tokens of one tier, a tile at a time.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "tile.h"
+
+namespace diffxkv {
+
+constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
+
+// Unnormalised result of a group over some tokens; scores are in base 2.
+struct Partial {
+    float* max;  // [G], -inf: nothing attended
+    float* sum;  // [G]
+    float* out;  // [G, D]
+};
+
+class Engine {
+   public:
+    virtual ~Engine() = default;
+    // Starts a new group; q: [G, D], already times sm_scale * log2(e).
+    virtual void begin(const float* q) = 0;
+    // Attends to tile.n > 0 tokens. May write to the tile beyond n.
+    virtual void process(Tile& tile) = 0;
+    // Merges what was attended since begin() into `partial`.
+    virtual void finish(const Partial& partial) = 0;
+};
+
+// 2^x for x <= 0, below 2e-7 relative error; anything under -126 gives 2^-126, in effect nothing.
+inline float exp2_nonpositive(float x) {
+    x = x > -126.f ? x : -126.f;
+    int32_t whole = static_cast<int32_t>(x - 0.5f);
+    float r = x - static_cast<float>(whole);
+    float y = 1.535336188319500e-4f;
+    y = y * r + 1.339887440266574e-3f;
+    y = y * r + 9.618437357674640e-3f;
+    y = y * r + 5.550332471162809e-2f;
+    y = y * r + 2.402264791363012e-1f;
+    y = y * r + 6.931472028550421e-1f;
+    y = y * r + 1.f;
+    int32_t bits = (whole + 127) << 23;
+    float power;
+    __builtin_memcpy(&power, &bits, sizeof power);
+    return y * power;
+}
+
+// Running softmax of one query head.
+struct RunningSoftmax {
+    float max, sum;
+
+    void reset() { max = kMinusInf, sum = 0.f; }
+
+    // Turns base-2 scores [n] into weights exp2(score - max) in place; returns the factor by which
+    // what was accumulated before must be scaled.
+    float absorb(float* scores, int64_t n) {
+        float top = max;
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < n; ++i) top = scores[i] > top ? scores[i] : top;
+        float factor = std::exp2(max - top), total = 0.f;
+#pragma omp simd reduction(+ : total)
+        for (int64_t i = 0; i < n; ++i) {
+            scores[i] = exp2_nonpositive(scores[i] - top);
+            total += scores[i];
+        }
+        sum = sum * factor + total;
+        max = top;
+        return factor;
+    }
+};
+
+// partial[g] += other, both unnormalised; `element(d)` is element d of the other's output.
+template <class Element>
+inline void merge_group(const Partial& partial, int64_t g, int64_t dim, RunningSoftmax other,
+                        Element&& element) {
+    if (other.max == kMinusInf) return;
+    float top = std::max(partial.max[g], other.max);
+    float old = std::exp2(partial.max[g] - top), now = std::exp2(other.max - top);
+    float* out = partial.out + g * dim;
+    for (int64_t d = 0; d < dim; ++d) out[d] = out[d] * old + element(d) * now;
+    partial.sum[g] = partial.sum[g] * old + other.sum * now;
+    partial.max[g] = top;
+}
+
+}  // namespace diffxkv

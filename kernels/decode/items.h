@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Work items of split-KV decode: (sequence, range of its pages, KV head), merged at the end.
+#pragma once
+
+#include <omp.h>
+
+#include <atomic>
+#include <vector>
+
+#include "engine.h"
+
+namespace diffxkv {
+
+struct Shape {
+    int64_t batch, kv_heads, group, dim;
+};
+
+struct Item {
+    int64_t sequence, head, first_page, last_page;
+};
+
+// Sequences cut into equal ranges of pages, all heads of a range side by side.
+class ItemList {
+   public:
+    ItemList(const Shape& shape, const int32_t* indptr, int64_t threads) : shape_(shape) {
+        // About 16 items per thread level out ragged lengths; a range shorter than 8 pages would
+        // not fill the tiles. One thread alone gains nothing from cutting.
+        const int64_t pages = indptr[shape.batch] - indptr[0];
+        const int64_t wanted = 16 * threads;
+        int64_t range = (pages * shape.kv_heads + wanted - 1) / wanted;
+        if (range < 8) range = 8;
+        if (threads == 1) range = pages + 1;
+        first_.push_back(0);
+        for (int64_t b = 0; b < shape.batch; ++b) {
+            for (int64_t p = indptr[b]; p < indptr[b + 1]; p += range)
+                ranges_.push_back({b, 0, p, std::min<int64_t>(p + range, indptr[b + 1])});
+            first_.push_back(static_cast<int64_t>(ranges_.size()));
+        }
+        const int64_t rows = size() * shape.group;
+        max_.assign(rows, kMinusInf);
+        sum_.assign(rows, 0.f);
+        out_.assign(rows * shape.dim, 0.f);
+    }
+
+    int64_t size() const { return static_cast<int64_t>(ranges_.size()) * shape_.kv_heads; }
+
+    Item item(int64_t i) const {
+        Item item = ranges_[i / shape_.kv_heads];
+        item.head = i % shape_.kv_heads;
+        return item;
+    }
+
+    Partial partial(int64_t i) {
+        const int64_t row = i * shape_.group;
+        return {&max_[row], &sum_[row], &out_[row * shape_.dim]};
+    }
+
+    // Merges the items of one (sequence, head) into out [group, dim] and lse [group].
+    void merge(int64_t sequence, int64_t head, float* out, float* lse) const {
+        const int64_t dim = shape_.dim;
+        for (int64_t g = 0; g < shape_.group; ++g) {
+            auto row = [&](int64_t r) { return (r * shape_.kv_heads + head) * shape_.group + g; };
+            const int64_t begin = first_[sequence], end = first_[sequence + 1];
+            float top = kMinusInf, total = 0.f, *to = out + g * dim;
+            for (int64_t r = begin; r < end; ++r) top = std::max(top, max_[row(r)]);
+            std::fill(to, to + dim, 0.f);
+            lse[g] = kMinusInf;
+            if (top == kMinusInf) continue;
+            for (int64_t r = begin; r < end; ++r) {
+                float weight = std::exp2(max_[row(r)] - top);
+                total += weight * sum_[row(r)];
+                const float* from = &out_[row(r) * dim];
+                for (int64_t d = 0; d < dim; ++d) to[d] += weight * from[d];
+            }
+            for (int64_t d = 0; d < dim; ++d) to[d] /= total;
+            lse[g] = top + std::log2(total);
+        }
+    }
+
+   private:
+    Shape shape_;
+    std::vector<Item> ranges_;
+    std::vector<int64_t> first_;  // [batch + 1]: first range of each sequence
+    std::vector<float> max_, sum_, out_;
+};
+
+// Runs every item and writes out [B, Hkv * G, D] and lse [B, Hkv * G]. `make_worker()` is called
+// once per thread; the worker is called as worker(item, q, partial).
+template <class MakeWorker>
+void run_items(const Shape& shape, const float* q, const int32_t* indptr, float* out, float* lse,
+               int64_t threads, MakeWorker&& make_worker) {
+    ItemList items(shape, indptr, threads);
+    std::atomic<int64_t> next{0};
+    const int64_t count = items.size(), rows = shape.batch * shape.kv_heads;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+        auto worker = make_worker();
+        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+            Item item = items.item(i);
+            int64_t row = (item.sequence * shape.kv_heads + item.head) * shape.group;
+            worker(item, q + row * shape.dim, items.partial(i));
+        }
+#pragma omp barrier
+        for (int64_t r = omp_get_thread_num(); r < rows; r += omp_get_num_threads())
+            items.merge(r / shape.kv_heads, r % shape.kv_heads, out + r * shape.group * shape.dim,
+                        lse + r * shape.group);
+    }
+}
+
+}  // namespace diffxkv

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Readable references in float64: one sequence, KV head, page and token at a time."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from sglang_diffxkv.kernels.decode.part import AttentionPart
+from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout, TierFormat
+
+LOG2_E = math.log2(math.e)
+
+
+def read_bytes(
+    arena: torch.Tensor, frames: torch.Tensor, offset: int, count: int, layout: PageLayout
+) -> torch.Tensor:
+    """``count`` bytes at ``offset`` of the virtual byte space whose frame table is ``frames``."""
+    at = torch.arange(offset, offset + count)
+    return arena[frames[at // layout.frame_bytes].long(), at % layout.frame_bytes]
+
+
+def unpack_row(row: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
+    """Codes of one row of split-plane bytes, as float64 [D]."""
+    codes = torch.empty(head_dim, dtype=torch.float64)
+    width = head_dim * bits // 8
+    for plane in range(8 // bits):
+        codes[plane * width : (plane + 1) * width] = row >> (plane * bits) & ((1 << bits) - 1)
+    return codes
+
+
+def read_token(
+    arena: torch.Tensor,
+    frames: torch.Tensor,
+    starts: tuple[int, int, int],
+    index: int,
+    tier: TierFormat,
+    layout: PageLayout,
+    raw_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value (float64 [D]) of token ``index`` of a tier with sections at ``starts``."""
+    meta = None
+    if not tier.is_raw:
+        raw = read_bytes(arena, frames, starts[2] + index * META_BYTES, META_BYTES, layout)
+        meta = raw.view(torch.float16).double()
+    rows = []
+    for which, bits in enumerate((tier.key_bits, tier.value_bits)):
+        size = layout.row_bytes(bits)
+        row = read_bytes(arena, frames, starts[which] + index * size, size, layout)
+        if meta is None:
+            rows.append(row.view(raw_dtype).double())
+        else:
+            codes = unpack_row(row, bits, layout.head_dim)
+            rows.append(codes * meta[2 * which] + meta[2 * which + 1])
+    return rows[0], rows[1]
+
+
+def read_head(
+    arena: torch.Tensor,
+    frames: torch.Tensor,
+    record: torch.Tensor,
+    layout: PageLayout,
+    raw_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dequantized keys and values (float64 [n, D]) of one head of a sealed page."""
+    offset, counts = int(record[0]), int(record[1])
+    n_high, n_low = counts & 0xFF, counts >> 8 & 0xFF
+    s = layout.sections(n_high, n_low)
+    high = (offset + s.key_high, offset + s.value_high, offset + s.meta_high)
+    low = (offset + s.key_low, offset + s.value_low, offset + s.meta_low)
+    pairs = [
+        read_token(arena, frames, starts, i, tier, layout, raw_dtype)
+        for starts, n, tier in ((high, n_high, layout.high), (low, n_low, layout.low))
+        for i in range(n)
+    ]
+    empty = torch.empty(0, layout.head_dim, dtype=torch.float64)
+    keys = torch.stack([k for k, _ in pairs]) if pairs else empty
+    values = torch.stack([v for _, v in pairs]) if pairs else empty
+    return keys, values
+
+
+def attend(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sm_scale: float
+) -> tuple[torch.Tensor, float]:
+    """Attention of one query head [D] over [n, D]; returns (out [D], base-2 LSE)."""
+    if not len(keys):
+        return torch.zeros_like(q, dtype=torch.float64), -math.inf
+    scores = keys @ q.double() * sm_scale
+    lse = torch.logsumexp(scores, 0)
+    return torch.exp(scores - lse) @ values, float(lse) * LOG2_E
+
+
+def _attend_all(
+    q: torch.Tensor, kv: list[list[tuple[torch.Tensor, torch.Tensor]]], sm_scale: float
+) -> AttentionPart:
+    """Attention of q [B, Hq, D] over kv[sequence][KV head] = (keys, values)."""
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
+    for b in range(q.shape[0]):
+        group = q.shape[1] // len(kv[b])
+        for h in range(q.shape[1]):
+            keys, values = kv[b][h // group]
+            out[b, h], lse[b, h] = attend(q[b, h], keys, values, sm_scale)
+    return AttentionPart(out.float(), lse.float())
+
+
+def decode_sealed(
+    q: torch.Tensor,
+    arena: torch.Tensor,
+    frames: torch.Tensor,
+    heads: torch.Tensor,
+    indptr: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    sm_scale: float,
+) -> AttentionPart:
+    """See :func:`sglang_diffxkv.kernels.decode.decode_sealed`."""
+    kv = []
+    for b in range(q.shape[0]):
+        listed = pages[indptr[b] : indptr[b + 1]].tolist()
+        per_head = []
+        for h in range(layout.num_kv_heads):
+            parts = [read_head(arena, frames[p], heads[p, h], layout, q.dtype) for p in listed]
+            empty = torch.empty(0, layout.head_dim, dtype=torch.float64)
+            keys = torch.cat([empty, *(k for k, _ in parts)])
+            values = torch.cat([empty, *(v for _, v in parts)])
+            per_head.append((keys, values))
+        kv.append(per_head)
+    return _attend_all(q, kv, sm_scale)
+
+
+def decode_open(
+    q: torch.Tensor,
+    k_raw: torch.Tensor,
+    v_raw: torch.Tensor,
+    indptr: torch.Tensor,
+    slots: torch.Tensor,
+    last_len: torch.Tensor,
+    sm_scale: float,
+) -> AttentionPart:
+    """See :func:`sglang_diffxkv.kernels.decode.decode_open`."""
+    kv = []
+    for b in range(q.shape[0]):
+        listed = slots[indptr[b] : indptr[b + 1]].long()
+        length = max(0, len(listed) - 1) * PAGE_TOKENS + (int(last_len[b]) if len(listed) else 0)
+        keys = k_raw[listed].flatten(0, 1)[:length].double()
+        values = v_raw[listed].flatten(0, 1)[:length].double()
+        kv.append([(keys[:, h], values[:, h]) for h in range(k_raw.shape[2])])
+    return _attend_all(q, kv, sm_scale)

@@ -51,7 +51,9 @@ def _unsupported_kind(model: "ModelConfig") -> str | None:
         "multi-head latent attention (MLA)": model.attention_arch == AttentionArch.MLA,
         "a state-space model for attention": model.attention_arch == AttentionArch.SSM,
         "linear-attention or Mamba layers": mambaish_config(model) is not None,
-        "sliding-window layers": model.is_hybrid_swa,
+        # SGLang may run window layers without their own pool, and then does not call it hybrid.
+        "sliding-window layers": model.is_hybrid_swa
+        or "sliding_attention" in (getattr(text, "layer_types", None) or ()),
         "chunked local attention": model.attention_chunk_size is not None,
         "dual chunk attention": hasattr(model.hf_config, "dual_chunk_attention_config"),
         "sparse attention": is_minimax_sparse(model.hf_config),

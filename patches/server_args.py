@@ -41,6 +41,8 @@ def install() -> None:
     hook(f"{_SERVER_ARGS}.from_cli_args", _carry_config, HookType.AFTER, ("args",))
     # Early: before SGLang derives anything from the flags that we set or refuse.
     register_resolution_hook("handle_missing_default_values")(_set_defaults)
+    # Before SGLang refuses, in other words, models that need one of its own backends.
+    register_resolution_hook("handle_model_specific_adjustments")(_check_model)
     # Late: the last step that may still change the backend or the KV cache for the model's sake.
     register_resolution_hook("handle_model_capability_adjustments")(_check_resolved)
 
@@ -90,13 +92,19 @@ def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
 
 
+def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
+    if is_requested(server_args):
+        with _refusing(server_args):
+            check_model_config(model_config_of(server_args), server_args._diffxkv)
+    previous(server_args)
+
+
 def _check_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
     previous(server_args)
     if is_requested(server_args):
         with _refusing(server_args):
             check_resolution(server_args)
             check_server_args(server_args)
-            check_model_config(model_config_of(server_args), server_args._diffxkv)
 
 
 def _load(server_args: Any, text: str | None) -> None:

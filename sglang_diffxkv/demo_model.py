@@ -19,8 +19,9 @@ CHAT_TEMPLATE = (
 )
 MIN_VOCAB = 256 + len(SPECIAL_TOKENS)
 
-# Standard deviation of attention scores: 0 would be uniform attention, where nothing is important.
-_SCORE_STD = 2.0
+# Standard deviation of attention scores. At 3, a tenth of the tokens get 90 % of the attention (in
+# trained models, too, few matter), and greedy output does not fall into a loop at once.
+_SCORE_STD = 3.0
 _LOGIT_STD = 4.0
 
 
@@ -109,8 +110,8 @@ def _weights(
         weights |= {f"model.layers.{i}.{name}.weight": w for name, w in layer.items()}
     weights["model.norm.weight"] = torch.ones(hidden)
     head = normal(vocab, hidden, gain=_LOGIT_STD)
-    # Only printable ASCII and the end token get large logits, so that output is readable text: bytes
-    # above would be broken UTF-8, which SGLang holds back when it streams.
+    # Only printable ASCII and the end token get large logits, so that output is text: bytes above
+    # would be broken UTF-8, which SGLang holds back when it streams.
     printable = torch.zeros(vocab, 1)
     printable[32:127] = 1
     printable[_token_id(EOS)] = 1
@@ -125,7 +126,10 @@ def _write_tokenizer(folder: Path, vocab: int, max_position: int) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     reserved = [f"<|reserved_{i}|>" for i in range(vocab - MIN_VOCAB)]
     tokenizer.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *reserved)]
+        [
+            AddedToken(token, special=True, normalized=False)
+            for token in (*SPECIAL_TOKENS, *reserved)
+        ]
     )
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
@@ -140,7 +144,7 @@ def _write_tokenizer(folder: Path, vocab: int, max_position: int) -> None:
 
 
 def _byte_vocab() -> dict[str, int]:
-    """The character by which byte-level tokenizers write each byte (GPT-2's table), to its value."""
+    """The character by which byte-level tokenizers write each byte (GPT-2's), to its value."""
     kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in kept]
     return {chr(byte): byte for byte in kept} | {chr(256 + i): byte for i, byte in enumerate(moved)}

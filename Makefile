@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` need Python 3.11, git and a C++ compiler, nothing else.
+PYTHON ?= python3.11
+BIN := .venv/bin
+STAMP := .venv/.installed
+DEV_STAMP := .venv/.installed-dev
+TYPED := build/typed/sglang_diffxkv
+
+# kernels/ must not hide the PyPI package of that name (see setup.py).
+export PYTHONSAFEPATH := 1
+# SGLang's processes import thousands of modules each: never without their bytecode.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: demo test bench lint types format env clean
+
+demo: env
+	$(BIN)/sglang-diffxkv demo
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: env
+	$(BIN)/python -m pytest bench $(ARGS)
+
+lint: $(DEV_STAMP) types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+# mypy sees kernels/ and patches/ where they are imported: inside the package.
+types: $(DEV_STAMP)
+	rm -rf build/typed && mkdir -p $(TYPED)
+	ln -s $(CURDIR)/sglang_diffxkv/* $(CURDIR)/kernels $(CURDIR)/patches $(TYPED)
+	$(BIN)/mypy build/typed
+
+format: $(DEV_STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	PYTHON=$(PYTHON) ./.ci/env test
+	touch $@
+
+$(DEV_STAMP): $(STAMP)
+	PYTHON=$(PYTHON) ./.ci/env dev
+	touch $@
+
+clean:
+	rm -rf .venv .uv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

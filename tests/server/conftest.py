@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models and servers that test files share: a server takes half a minute to start."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sglang_diffxkv.demo_model import write_demo_model
+from tests.server.harness import Server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.server)
+
+
+@pytest.fixture(scope="session")
+def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`make_model(**arguments of write_demo_model)`: the folder, written once per session."""
+    made: dict[str, Path] = {}
+
+    def make(**arguments: object) -> Path:
+        key = repr(sorted(arguments.items()))
+        if key not in made:
+            made[key] = write_demo_model(tmp_path_factory.mktemp("model"), **arguments)  # type: ignore[arg-type]
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model(make_model: Callable[..., Path]) -> Path:
+    """The default demo model: 4 layers, 8 heads, 2 KV heads, head_dim 64."""
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def stock_server(model: Path) -> Iterator[Server]:
+    """Stock SGLang: its own pool and torch_native attention, float32, page size 64."""
+    options = ["--attention-backend", "torch_native", "--page-size", 64]
+    # A random model asked for JSON would otherwise write blanks until its limit.
+    options += ["--max-total-tokens", 65536, "--constrained-json-disable-any-whitespace"]
+    with Server(model, *options) as server:
+        yield server

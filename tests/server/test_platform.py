@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stock SGLang (its own pool and torch_native attention) on our CPU platform, over HTTP."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.server.harness import Server
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["Ann", "Bob"]}, "old": {"type": "boolean"}},
+    "required": ["name", "old"],
+    "additionalProperties": False,
+}
+TEXT = "The quick brown fox jumps over the lazy dog. "
+
+
+def test_generate_is_greedy_and_repeatable(stock_server: Server) -> None:
+    first, second = (stock_server.generate(TEXT, max_new_tokens=48) for _ in range(2))
+    assert first["output_ids"] == second["output_ids"]
+    assert first["meta_info"]["completion_tokens"] == 48
+    assert len(set(first["output_ids"])) > 8, "a constant loop would make parity tests vacuous"
+
+
+def test_batch_gives_the_same_as_one_at_a_time(stock_server: Server) -> None:
+    prompts = [TEXT * n + str(n) for n in range(1, 17)]
+    batched = [answer["output_ids"] for answer in stock_server.generate_many(prompts)]
+    assert batched == [stock_server.generate(prompt)["output_ids"] for prompt in prompts]
+
+
+def test_prefix_is_shared_in_whole_pages(stock_server: Server) -> None:
+    stock_server.flush_cache()
+    prompt = "A shared prefix. " * 20  # 340 tokens: five pages of 64 and 20 tokens more
+    cold = stock_server.generate(prompt + "one")
+    warm = stock_server.generate(prompt + "two")
+    assert cold["meta_info"]["cached_tokens"] == 0
+    assert warm["meta_info"]["cached_tokens"] == 320
+    assert stock_server.generate(prompt + "one")["output_ids"] == cold["output_ids"]
+
+
+def test_chat_turns_extend_one_another(stock_server: Server) -> None:
+    stock_server.flush_cache()
+    messages = [{"role": "user", "content": TEXT * 3}]
+    first = stock_server.chat(messages, max_tokens=80, ignore_eos=True)
+    messages.append(dict(first["choices"][0]["message"], role="assistant"))
+    messages.append({"role": "user", "content": "And then?"})
+    prompt = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in messages) + "<|assistant|>"
+    second = stock_server.generate(prompt)
+    assert first["usage"]["completion_tokens"] == 80
+    assert second["meta_info"]["cached_tokens"] == 192
+
+
+def test_json_schema(stock_server: Server) -> None:
+    answer = stock_server.chat(
+        [{"role": "user", "content": "Who are you?"}],
+        max_tokens=64,
+        temperature=1.0,
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "person", "schema": SCHEMA, "strict": True},
+        },
+    )
+    choice = answer["choices"][0]
+    assert choice["finish_reason"] == "stop"
+    person = json.loads(choice["message"]["content"])
+    assert person["name"] in ("Ann", "Bob")
+    assert isinstance(person["old"], bool)
+
+
+def test_streaming_adds_up_to_the_whole_text(stock_server: Server) -> None:
+    events = list(stock_server.stream(TEXT, max_new_tokens=32))
+    assert len(events) > 8
+    assert events[-1]["text"] == stock_server.generate(TEXT, max_new_tokens=32)["text"]
+    texts = [event["text"] for event in events]
+    assert all(later.startswith(earlier) for earlier, later in pairwise(texts))
+
+
+@pytest.mark.parametrize(("head_dim", "page_size"), [(80, 1), (256, 64)])
+def test_bfloat16(make_model: Callable[..., Path], head_dim: int, page_size: int) -> None:
+    model = make_model(head_dim=head_dim, layers=2, dtype="bfloat16")
+    options = ("--page-size", page_size, "--max-total-tokens", 8192)
+    with Server(model, *options, dtype="bfloat16") as server:
+        prompt = TEXT * 8
+        answers = [server.generate(prompt) for _ in range(2)]
+        assert answers[0]["output_ids"] == answers[1]["output_ids"]
+        assert (
+            answers[1]["meta_info"]["cached_tokens"] == (len(prompt) - 1) // page_size * page_size
+        )

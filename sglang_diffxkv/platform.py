@@ -6,9 +6,7 @@ platform takes the native (plain torch) implementation of every layer instead.
 """
 
 import os
-from pathlib import Path
 
-import psutil
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
@@ -16,7 +14,6 @@ from sglang.srt.platforms.interface import SRTPlatform
 
 NAME = "diffxkv"
 _ACCELERATORS = ("cuda", "xpu", "npu", "musa", "hpu", "mps")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def activate() -> str | None:
@@ -48,22 +45,3 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_compile_backend(self, mode: str | None = None) -> str:
         # Inductor would compile C++ for small per-step helpers: seconds of start-up for nothing.
         return "eager"
-
-    def get_device_total_memory(self, device_id: int = 0) -> int:
-        """Bytes of memory this process may use: the machine's, or its container's if less."""
-        return min(psutil.virtual_memory().total, _cgroup_bytes("memory.max"))
-
-    def get_current_memory_usage(self, device: torch.device | None = None) -> float:
-        """Bytes in use, so that total - in use is what can still be had."""
-        available = psutil.virtual_memory().available
-        in_container = _cgroup_bytes("memory.max") - _cgroup_bytes("memory.current")
-        return float(self.get_device_total_memory() - min(available, max(in_container, 0)))
-
-
-def _cgroup_bytes(name: str) -> int:
-    """One figure of this container's cgroup v2 memory controller; huge where there is none."""
-    try:
-        text = (_CGROUP / name).read_text().strip()
-    except OSError:
-        text = "max"
-    return int(text) if text.isdigit() else 1 << 62

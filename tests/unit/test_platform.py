@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When the CPU platform offers itself."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.srt.platforms import _load_platform_class
+
+from sglang_diffxkv import platform
+
+CHOSEN = "sglang_diffxkv.platform.CpuPlatform"
+
+
+@pytest.mark.parametrize(
+    ("accelerators", "env", "expected"),
+    [
+        (0, {}, CHOSEN),
+        (1, {}, None),
+        (1, {"SGLANG_PLATFORM": "diffxkv"}, CHOSEN),
+        (0, {"SGLANG_USE_CPU_ENGINE": "1"}, None),
+        (1, {"SGLANG_PLATFORM": "diffxkv", "SGLANG_USE_CPU_ENGINE": "1"}, CHOSEN),
+    ],
+)
+def test_activate(
+    monkeypatch: pytest.MonkeyPatch, accelerators: int, env: dict[str, str], expected: str | None
+) -> None:
+    for name in ("SGLANG_PLATFORM", "SGLANG_USE_CPU_ENGINE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    for name in platform._ACCELERATORS:
+        monkeypatch.setattr(torch, name, SimpleNamespace(device_count=lambda: 0), raising=False)
+    monkeypatch.setattr(torch, "xpu", SimpleNamespace(device_count=lambda: accelerators))
+    assert platform.activate() == expected
+
+
+def test_class_is_what_sglang_asks_for() -> None:
+    chosen = _load_platform_class(CHOSEN)()
+    assert chosen.is_out_of_tree()
+    assert chosen.get_default_attention_backend() == "torch_native"
+    assert not chosen.capabilities.supports_triton
+    assert not chosen.capabilities.graph_capture

@@ -201,8 +201,8 @@ def _environment(device: str) -> dict[str, str]:
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     if device == "cpu":
         env["SGLANG_PLATFORM"] = "diffxkv"
-        # Tiny matrices: more threads than this cost more than they give.
-        env.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+        # Tiny matrices: a second thread gains little, and on busy cores waits cost tenfold.
+        env.setdefault("OMP_NUM_THREADS", "1")
     env["HF_HUB_OFFLINE"] = "1"
     # /health then answers once the server is up, without a request of its own.
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"

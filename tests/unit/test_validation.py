@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flag, defaults and refusals on SGLang's own ServerArgs, resolved as a launch resolves them."""
+
+import json
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+from sglang.srt.plugins import load_plugins
+from sglang.srt.runtime_context import publish, restore_context, snapshot_context
+from sglang.srt.server_args import ServerArgs, prepare_server_args
+from torch import nn
+
+from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig
+from sglang_diffxkv.demo_model import write_demo_model
+from sglang_diffxkv.patches.model_validation import check_layers
+from sglang_diffxkv.patches.server_args import get_config, is_active
+
+OURS = ("--attention-backend", "diffxkv")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    load_plugins()
+    return str(write_demo_model(tmp_path_factory.mktemp("model"), layers=2))
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ENV_VAR, raising=False)
+
+
+@pytest.fixture
+def own_context() -> Iterator[None]:
+    state = snapshot_context()
+    yield
+    restore_context(state)
+
+
+def resolve(model: str, *argv: str) -> Any:
+    server_args = prepare_server_args(["--model-path", model, "--device", "cpu", *argv])
+    server_args.resolve_once()
+    return server_args
+
+
+def refusal(model: str, *argv: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        resolve(model, *argv)
+    message = str(caught.value)
+    assert message.startswith("sglang_diffxkv: ")
+    assert "\n" not in message
+    return message
+
+
+def test_choosing_the_backend_sets_what_it_needs(model: str) -> None:
+    view = resolving_view(resolve(model, *OURS))
+    assert view.attention_backend == "diffxkv"
+    assert view.page_size == 64
+    assert view.cuda_graph_config.prefill.backend == "disabled"
+    assert view.cuda_graph_config.decode.backend == "disabled"
+
+
+def test_both_phase_flags_choose_it_too(model: str) -> None:
+    phases = ("--prefill-attention-backend", "diffxkv", "--decode-attention-backend", "diffxkv")
+    view = resolving_view(resolve(model, *phases))
+    assert (view.attention_backend, view.page_size) == ("diffxkv", 64)
+
+
+def test_other_backends_are_left_alone(model: str) -> None:
+    server_args = resolve(model, "--attention-backend", "torch_native", "--page-size", "16")
+    assert resolving_view(server_args).page_size == 16
+    assert not hasattr(server_args, "_diffxkv")
+    resolve(model, "--kv-cache-dtype", "bfloat16", "--chunked-prefill-size", "-1")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--page-size", "64"),
+        ("--disable-radix-cache",),
+        ("--kv-cache-dtype", "bf16"),
+        ("--chunked-prefill-size", "128", "--enable-mixed-chunk"),
+        ("--tokenizer-worker-num", "2"),
+        ("--cuda-graph-backend-decode", "disabled"),
+    ],
+)
+def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
+    assert resolving_view(resolve(model, *OURS, *flags)).attention_backend == "diffxkv"
+
+
+@pytest.mark.parametrize(
+    ("flags", "parts"),
+    [
+        (("--page-size", "16"), ["--page-size 16", "use 64"]),
+        (("--speculative-algorithm", "NGRAM"), ["--speculative-algorithm NGRAM"]),
+        (("--enable-hierarchical-cache",), ["--enable-hierarchical-cache", "leave it out"]),
+        (("--enable-lmcache",), ["--enable-lmcache"]),
+        (("--enable-flexkv",), ["--enable-flexkv"]),
+        (("--disaggregation-mode", "prefill"), ["--disaggregation-mode prefill"]),
+        (("--kv-cache-dtype", "fp8_e4m3"), ["--kv-cache-dtype fp8_e4m3", "use auto"]),
+        (("--kv-cache-dtype", "nvfp4"), ["--kv-cache-dtype nvfp4", "use auto"]),
+        (("--chunked-prefill-size", "-1"), ["--chunked-prefill-size -1", "multiple of 64"]),
+        (("--chunked-prefill-size", "100"), ["--chunked-prefill-size 100", "multiple of 64"]),
+        (("--tp-size", "2"), ["--tp-size 2", "GPU backend", "use 1"]),
+        (("--pp-size", "2"), ["--pp-size 2"]),
+        (("--tp-size", "2", "--attn-dp-size", "2"), ["--tp-size 2"]),
+        (("--dcp-size", "2"), ["--dcp-size 2"]),
+        (("--enable-unified-memory",), ["--enable-unified-memory"]),
+        (("--enable-kv-cache-sharding",), ["--enable-kv-cache-sharding"]),
+        (("--enable-hisparse",), ["--enable-hisparse"]),
+        (("--enable-two-batch-overlap",), ["--enable-two-batch-overlap"]),
+        (("--enable-pdmux",), ["--enable-pdmux"]),
+        (("--use-ray",), ["--use-ray", "load no plugins"]),
+        (("--kv-canary", "log"), ["--kv-canary log"]),
+        (("--decode-attention-backend", "triton"), ["diffxkv for prefill", "triton for decode"]),
+        (("--cuda-graph-backend-decode", "full"), ["CUDA graphs for decode"]),
+        (("--cuda-graph-config", '{"prefill":{"backend":"breakable"}}'), ["graphs for prefill"]),
+        (("--diffxkv-config", '{"windo": 3}'), ["windo", "did you mean 'window'"]),
+        (("--diffxkv-config", '{"policy": "difkv"}'), ["difkv", "did you mean 'diffkv'"]),
+        (("--diffxkv-config", '{"layer_caps": [1, 1, 1]}'), ["3 shares", "has 2 layers"]),
+        (
+            ("--diffxkv-config", '{"policy": "lossless", "layer_caps": 0.5}'),
+            ["lossless", "layer_caps below 1"],
+        ),
+    ],
+)
+def test_what_does_not_is_refused_in_one_line(
+    model: str, flags: tuple[str, ...], parts: list[str]
+) -> None:
+    message = refusal(model, *OURS, *flags)
+    for part in parts:
+        assert part in message
+
+
+def test_one_phase_alone_is_refused(model: str) -> None:
+    assert "give --attention-backend diffxkv" in refusal(
+        model, "--prefill-attention-backend", "diffxkv"
+    )
+
+
+def test_flag_without_the_backend_is_refused(model: str) -> None:
+    assert "needs --attention-backend diffxkv" in refusal(model, "--diffxkv-config", "{}")
+
+
+def test_late_capture_sizing_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "1")
+    assert "unset it" in refusal(model, *OURS)
+
+
+PLAIN = {
+    "vocab_size": 320,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "found"),
+    [
+        (
+            "DeepseekV2ForCausalLM",
+            {
+                "model_type": "deepseek_v2",
+                "kv_lora_rank": 64,
+                "qk_nope_head_dim": 64,
+                "qk_rope_head_dim": 32,
+                "v_head_dim": 64,
+                "q_lora_rank": None,
+            },
+            "MLA",
+        ),
+        ("GptOssForCausalLM", {"model_type": "gpt_oss"}, "sliding-window"),
+        ("Gemma3ForCausalLM", {"model_type": "gemma3_text"}, "sliding-window"),
+        ("Gemma2ForCausalLM", {"model_type": "gemma2"}, "sliding-window"),
+        ("Qwen3NextForCausalLM", {"model_type": "qwen3_next"}, "linear-attention"),
+        ("Mamba2ForCausalLM", {"model_type": "mamba2", "num_heads": 8, "expand": 2}, "state-space"),
+        ("WhisperForConditionalGeneration", {"model_type": "whisper"}, "encoder-decoder"),
+        ("LlamaEmbeddingModel", {"model_type": "llama"}, "embedding"),
+        ("LlamaForCausalLM", {"model_type": "llama", "head_dim": 72}, "head_dim 72"),
+        ("LlamaForCausalLM", {"model_type": "llama", "num_key_value_heads": 3}, "3 KV heads"),
+        ("LlamaForCausalLM", {"model_type": "llama", "v_head_dim": 32}, "values of 32"),
+        ("LlamaForCausalLM", {"model_type": "llama", "learnable_sink": True}, "sinks"),
+        ("LlamaForCausalLM", {"model_type": "llama", "attn_logit_softcapping": 9.0}, "soft-capped"),
+        ("LlamaForCausalLM", {"model_type": "llama", "attention_chunk_size": 64}, "chunked local"),
+    ],
+)
+@pytest.mark.usefixtures("model")
+def test_models_it_cannot_serve(
+    tmp_path: Path, architecture: str, config: dict[str, Any], found: str
+) -> None:
+    values = {**PLAIN, **config, "architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    message = refusal(str(tmp_path), *OURS)
+    assert found in message and architecture in message
+
+
+@pytest.mark.parametrize(
+    ("architecture", "model_type"),
+    [("LlamaForCausalLM", "llama"), ("Qwen2ForCausalLM", "qwen2"), ("Qwen3ForCausalLM", "qwen3")],
+)
+@pytest.mark.usefixtures("model")
+def test_models_it_serves(tmp_path: Path, architecture: str, model_type: str) -> None:
+    values = {**PLAIN, "model_type": model_type, "architectures": [architecture]}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert resolving_view(resolve(str(tmp_path), *OURS)).attention_backend == "diffxkv"
+
+
+def attention(layer_id: int = 1, **changes: Any) -> RadixAttention:
+    plain = {"num_heads": 8, "head_dim": 64, "scaling": 0.125, "num_kv_heads": 2}
+    return RadixAttention(**{**plain, "layer_id": layer_id, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"logit_cap": 30.0}, "soft-capped"),
+        ({"sliding_window_size": 512}, "a sliding window (512)"),
+        ({"is_cross_attention": True}, "cross-attention"),
+        ({"use_irope": True}, "chunked local"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "not causal"),
+        ({"v_head_dim": 32}, "values of another size"),
+        ({"num_kv_heads": 4}, "others of"),
+    ],
+)
+def test_layers_it_cannot_serve(changes: dict[str, Any], found: str) -> None:
+    with pytest.raises(ValueError, match=r"layer 1 has ") as caught:
+        check_layers(nn.ModuleList([attention(0), attention(1, **changes)]))
+    assert found in str(caught.value)
+    check_layers(nn.ModuleList([attention(0), attention(1)]))
+
+
+@pytest.mark.usefixtures("own_context")
+def test_config_reaches_the_scheduler_process(model: str) -> None:
+    config = '{"policy": "lossless", "window": 128}'
+    server_args = resolve(model, *OURS, "--diffxkv-config", config)
+    publish(pickle.loads(pickle.dumps(server_args)), role="scheduler")
+    assert is_active()
+    assert get_config() == DiffXKVConfig(policy="lossless", window=128)
+
+
+@pytest.mark.usefixtures("own_context")
+def test_it_is_inactive_with_another_backend(model: str) -> None:
+    publish(resolve(model), role="scheduler")
+    assert not is_active()
+
+
+@pytest.mark.usefixtures("own_context")
+def test_engine_reads_the_environment_and_gets_exceptions(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ENV_VAR, '{"window": 5}')
+    server_args = ServerArgs(model_path=model, device="cpu", attention_backend="diffxkv")
+    server_args.resolve_once()
+    publish(pickle.loads(pickle.dumps(server_args)), role="scheduler")
+    assert get_config().window == 5
+    refused = ServerArgs(model_path=model, device="cpu", attention_backend="diffxkv", pp_size=2)
+    with pytest.raises(ValueError, match="--pp-size 2"):
+        refused.resolve_once()
+
+
+def test_a_refused_launch_prints_one_line_and_no_traceback(model: str) -> None:
+    serve = [Path(sys.executable).with_name("sglang"), "serve", "--model-path", model, *OURS]
+    done = subprocess.run(
+        [*serve, "--device", "cpu", "--pp-size", "2"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert re.search(r"^sglang_diffxkv: --pp-size 2 .*; use 1$", done.stderr, re.MULTILINE)
+    assert "Traceback" not in done.stderr

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..layout import PAGE_TOKENS, PageLayout
-from . import torch_ops
+from . import cpu, torch_ops
 from .importance import decode_importance, encode_importance
 from .measure import Measured, head_counts, measure
 
@@ -56,7 +56,7 @@ def pack(
     """Write the payload of S pages of one layer into frames that are already allocated.
 
     Args:
-        k_raw, v_raw: [R, 64, H, D] raw pages, model dtype.
+        k_raw, v_raw: [R, 64, H, D] raw pages, model dtype; the elements of a row are adjacent.
         slots: int32 or int64 [S], raw page of each.
         tiers: uint8 [S, H, 64] tier codes.
         importance: uint8 [S, H, 64], `encode_importance` codes.
@@ -65,7 +65,8 @@ def pack(
         arena: uint8 [F, frame_bytes], written; bytes between sections are left as they are.
         layout: byte layout; a raw tier needs ``raw_itemsize`` to be the model dtype's.
     """
-    torch_ops.pack(k_raw, v_raw, slots, tiers, importance, frames, heads, arena, layout)
+    chosen = cpu if arena.is_cpu and cpu.library() else torch_ops
+    chosen.pack(k_raw, v_raw, slots, tiers, importance, frames, heads, arena, layout)
 
 
 def unpack_into(
@@ -89,10 +90,13 @@ def unpack_into(
         first: int64 [N, H], output row of each (page, head)'s first token; the others follow.
         layout: byte layout.
         raw_dtype: dtype of the elements of raw tiers.
-        k, v: [rows, D] outputs; rows that receive no token stay as they are.
-        notes: uint8 [rows, 2] output of (position, importance code), or None if not wanted.
+        k, v: contiguous [rows, D] outputs, fp32 for the fast path; rows that receive no token
+            stay as they are.
+        notes: contiguous uint8 [rows, 2] output of (position, importance code), or None.
     """
-    torch_ops.unpack_into(arena, frames, heads, pages, first, layout, raw_dtype, k, v, notes)
+    in_cpp = arena.is_cpu and k.dtype == torch.float32 and cpu.library()
+    chosen = cpu if in_cpp else torch_ops
+    chosen.unpack_into(arena, frames, heads, pages, first, layout, raw_dtype, k, v, notes)
 
 
 def unpack(

@@ -15,10 +15,9 @@ def quantize_row(row: np.ndarray, bits: int) -> tuple[np.ndarray, np.float16, np
     levels = 2**bits - 1
     zero = np.float16(np.clip(row.min(), -FP16_MAX, FP16_MAX))
     scale = np.float16(min((row.max() - row.min()) / np.float32(levels), FP16_MAX))
-    codes = np.zeros(len(row), dtype=np.uint8)
-    if scale > 0:
-        steps = (row - np.float32(zero)) / np.float32(scale)
-        codes = np.clip(np.rint(steps), 0, levels).astype(np.uint8)
+    step = scale if scale > 0 else 1  # a constant row is its zero, whatever its codes
+    steps = (row - np.float32(zero)) / np.float32(step)
+    codes = np.clip(np.rint(steps), 0, levels).astype(np.uint8)
     packed = np.zeros(len(row) * bits // 8, dtype=np.uint8)
     for element, code in enumerate(codes):
         plane, byte = divmod(element, len(packed))

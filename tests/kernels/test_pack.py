@@ -3,10 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from types import ModuleType
+
 import pytest
 import torch
 
 from sglang_diffxkv.kernels import pack as ops
+from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.layout import (
     FORMATS,
     HIGH,
@@ -16,11 +20,11 @@ from sglang_diffxkv.kernels.layout import (
     PageLayout,
     make_layout,
 )
-from sglang_diffxkv.kernels.pack import naive, torch_ops
+from sglang_diffxkv.kernels.pack import cpu, naive, torch_ops
 from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
 from tests.kernels.sealed import Sealed, random_tiers, seal
 
-IMPLEMENTATIONS = [naive, torch_ops]
+CPP = [f"cpp {isa}" for isa in available_isas()]
 PAIRS = [("K8V4", "K4V2"), ("raw", "K8V8"), ("K4V4", "K2V2"), ("K4V8", "K8V4"), ("raw", "raw")]
 
 
@@ -34,6 +38,17 @@ def layout_of(
         high=FORMATS[high],
         low=FORMATS[low],
     )
+
+
+@pytest.fixture(params=["torch", *CPP])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The torch operations, and the C++ ones for every instruction set of this machine."""
+    if request.param == "torch":
+        return torch_ops
+    monkeypatch.setenv(ISA_VARIABLE, request.param.removeprefix("cpp "))
+    if cpu.library() is None:
+        pytest.skip("no C++ compiler")
+    return cpu
 
 
 @pytest.mark.parametrize("high", FORMATS)
@@ -65,7 +80,9 @@ def test_measure_agrees_with_layout(high: str, low: str) -> None:
     ],
 )
 @pytest.mark.parametrize(("high", "low"), PAIRS)
-def test_implementations_agree(head_dim: int, high: str, low: str, dtype: torch.dtype) -> None:
+def test_implementations_agree(
+    implementation: ModuleType, head_dim: int, high: str, low: str, dtype: torch.dtype
+) -> None:
     """Same bytes in the arena, nothing written elsewhere, and the same values read back."""
     torch.manual_seed(head_dim)
     layout = layout_of(head_dim, 2, high, low, dtype)
@@ -73,14 +90,15 @@ def test_implementations_agree(head_dim: int, high: str, low: str, dtype: torch.
     pages = torch.tensor([1, 0, 1])
     first = torch.randperm(6).view(3, 2) * PAGE_TOKENS
     expected = read(naive, sealed, pages, first, torch.float32)
-    for module in IMPLEMENTATIONS[1:]:
-        again = sealed.arena.new_full(sealed.arena.shape, 0xFF)
-        module.pack(*sealed.sources, sealed.frames, sealed.heads, again, layout)
-        assert torch.equal(again, sealed.arena), module
-        for dtype_out in (torch.float32, torch.bfloat16, torch.float16):
-            got = read(module, sealed, pages, first, dtype_out)
-            for a, b in zip(got, expected, strict=True):
-                torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0, equal_nan=True)
+    again = torch.full_like(sealed.arena, 0xFF)
+    implementation.pack(*sealed.sources, sealed.frames, sealed.heads, again, layout)
+    assert torch.equal(again, sealed.arena)
+    for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if implementation is cpu and out_dtype != torch.float32:
+            continue
+        got = read(implementation, sealed, pages, first, out_dtype)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0, equal_nan=True)
 
 
 def read(
@@ -161,25 +179,61 @@ def test_all_pruned_and_empty_batches() -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_constant_and_huge_rows(bits: int) -> None:
-    rows = torch.zeros(6, 64)
+    rows = extreme_rows()
+    packed, meta = quantize_rows(rows, bits)
+    back = dequantize_rows(packed, meta, bits)
+    assert meta.isfinite().all() and back.isfinite().all()
+    assert torch.equal(back[:2], rows[:2])
+    assert (back[2] == -65504).all()
+    assert (back[5] - rows[5]).abs().max() <= 2**-23
+
+
+def extreme_rows() -> torch.Tensor:
+    """fp32 [64, 64]: constant, huge and nearly constant rows, and scales down to subnormal ones."""
+    rows = torch.zeros(64, 64)
     rows[1] = 3.3125
     rows[2] = -1e30
     rows[3, ::2] = 1e38
     rows[3, 1::2] = -1e38
     rows[4, 0] = 60000.0
-    rows[5, :] = 1.0
+    rows[5] = 1.0
     rows[5, 7] += 2**-23
-    packed, meta = quantize_rows(rows, bits)
-    assert meta.isfinite().all()
-    back = dequantize_rows(packed, meta, bits)
-    assert back.isfinite().all()
-    assert torch.equal(back[:2], rows[:2])
-    assert (back[2] == -65504).all()
-    assert (back[5] - rows[5]).abs().max() <= 2**-23
-    for row in range(len(rows)):
-        codes, scale, zero = naive.quantize_row(rows[row].numpy(), bits)
-        assert torch.equal(torch.from_numpy(codes), packed[row])
-        assert [float(scale), float(zero)] == meta[row].tolist()
+    rows[6:] = torch.randn(58, 64) * torch.logspace(-9, 6, 58)[:, None]
+    return rows
+
+
+@pytest.mark.parametrize(("high", "low"), [("K8V4", "K4V2"), ("K4V4", "K2V2")])
+def test_extreme_rows_agree(implementation: ModuleType, high: str, low: str) -> None:
+    layout = layout_of(64, 1, high, low, torch.float32)
+    rows = extreme_rows().view(1, PAGE_TOKENS, 1, 64)
+    tiers = random_tiers(1, 3, 1)[1:2]
+    sealed = seal(
+        layout, pages=1, dtype=torch.float32, pack=naive.pack, tiers=tiers, k=rows, v=-rows
+    )
+    again = torch.full_like(sealed.arena, 0xFF)
+    implementation.pack(*sealed.sources, sealed.frames, sealed.heads, again, layout)
+    assert torch.equal(again, sealed.arena)
+
+
+def test_strided_tables_and_raw_pages(implementation: ModuleType) -> None:
+    """One layer's share of tables and raw pages that hold several layers."""
+    layout = layout_of(96, 2, "K8V4", "K4V2")
+    sealed = seal(layout, pages=3, dtype=torch.bfloat16, pack=naive.pack)
+    k, v, *rest = sealed.sources
+    k, v, frames, heads = (
+        torch.stack([x, torch.zeros_like(x)], dim=1)[:, 0]
+        for x in (k, v, sealed.frames, sealed.heads)
+    )
+    again = torch.full_like(sealed.arena, 0xFF)
+    implementation.pack(k, v, *rest, frames, heads, again, layout)
+    assert torch.equal(again, sealed.arena)
+    strided = replace(sealed, frames=frames, heads=heads)
+    pages, first = torch.arange(3), torch.arange(6).view(3, 2) * PAGE_TOKENS
+    expected = read(naive, sealed, pages, first, torch.float32)
+    for a, b in zip(
+        read(implementation, strided, pages, first, torch.float32), expected, strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 def test_importance_codes() -> None:

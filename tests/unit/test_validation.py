@@ -271,9 +271,9 @@ def test_engine_reads_the_environment_and_gets_exceptions(
 
 
 def test_a_refused_launch_prints_one_line_and_no_traceback(model: str) -> None:
-    serve = [Path(sys.executable).with_name("sglang"), "serve", "--model-path", model, *OURS]
+    sglang = str(Path(sys.executable).with_name("sglang"))
     done = subprocess.run(
-        [*serve, "--device", "cpu", "--pp-size", "2"],
+        [sglang, "serve", "--model-type", "llm", "--model-path", model, *OURS, "--pp-size", "2"],
         capture_output=True,
         text=True,
         timeout=300,

@@ -8,6 +8,6 @@ waits for the device. Both are one fixed sequence of tensor operations, whatever
 
 from __future__ import annotations
 
-from .torch_ops import return_frames, take_frames
+from sglang_diffxkv.kernels.arena.torch_ops import return_frames, take_frames
 
 __all__ = ["return_frames", "take_frames"]

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ..attention_part import AttentionPart
+from sglang_diffxkv.kernels.attention_part import AttentionPart
 
 LOG2_E = math.log2(math.e)
 

@@ -7,9 +7,9 @@ import math
 
 import torch
 
-from ..attention_part import AttentionPart, empty_part
-from ..layout import PAGE_TOKENS, PageLayout
-from ..pack import unpack
+from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.pack import unpack
 
 
 def attend_one(

@@ -11,9 +11,9 @@ from bisect import bisect_left
 
 import torch
 
-from ..attention_part import AttentionPart, empty_part, merge_parts
-from ..layout import PAGE_TOKENS
-from .dense import attend_all, attend_causal
+from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
+from sglang_diffxkv.kernels.extend.dense import attend_all, attend_causal
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 
 def extend_open(
@@ -86,4 +86,4 @@ def _attend(
     part = attend_causal(q, k[:, new], v[:, new], sm_scale)
     if prior == 0:
         return part
-    return merge_parts(attend_all(q, k[:, :prior], v[:, :prior], sm_scale), part)
+    return merge(attend_all(q, k[:, :prior], v[:, :prior], sm_scale), part)

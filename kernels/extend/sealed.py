@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from ..attention_part import AttentionPart, empty_part, merge_parts
-from ..layout import PAGE_TOKENS, PageLayout
-from ..pack import head_counts, unpack_into
-from .dense import attend_all
+from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
+from sglang_diffxkv.kernels.extend.dense import attend_all
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.pack import head_counts, unpack_into
 
 BLOCK_BYTES = 64 << 20
 """Most bytes of dequantised keys and values that exist at one time."""
@@ -50,7 +50,7 @@ def extend_sealed(
         q_fp32 = q[mine].float()
         for block in pages[bounds[b] : bounds[b + 1]].split(block_pages):
             more = _attend_block(q_fp32, arena, frames, heads, block, layout, sm_scale, q.dtype)
-            part.out[mine], part.lse[mine] = merge_parts(
+            part.out[mine], part.lse[mine] = merge(
                 AttentionPart(part.out[mine], part.lse[mine]), more
             )
     return part

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..layout import PAGE_TOKENS, PageLayout
-from . import cpu, torch_ops
-from .importance import decode_importance, encode_importance
-from .measure import Measured, head_counts, measure
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.pack import cpu, torch_ops
+from sglang_diffxkv.kernels.pack.importance import decode_importance, encode_importance
+from sglang_diffxkv.kernels.pack.measure import Measured, head_counts, measure
 
 __all__ = [
     "Measured",

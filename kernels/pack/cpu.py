@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from ..cpu.abi import DTYPE_CODES, layout_words, pointer, threads
-from ..cpu.build import load_library
-from ..layout import PageLayout
+from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, layout_words, pointer, threads
+from sglang_diffxkv.kernels.cpu.build import load_library
+from sglang_diffxkv.kernels.layout import PageLayout
 
 _SOURCES = (Path(__file__).with_name("cpu.cpp"),)
 

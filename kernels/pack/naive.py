@@ -6,8 +6,16 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from ..layout import HIGH, LOW, META_BYTES, NOTE_BYTES, PAGE_TOKENS, PageLayout, TierFormat
-from .quantize import FP16_MAX
+from sglang_diffxkv.kernels.layout import (
+    HIGH,
+    LOW,
+    META_BYTES,
+    NOTE_BYTES,
+    PAGE_TOKENS,
+    PageLayout,
+    TierFormat,
+)
+from sglang_diffxkv.kernels.pack.quantize import FP16_MAX
 
 
 def quantize_row(row: np.ndarray, bits: int) -> tuple[np.ndarray, np.float16, np.float16]:

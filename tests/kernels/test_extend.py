@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels import extend as ops
-from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge_parts
+from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
 from sglang_diffxkv.kernels.extend import naive, sealed
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PRUNED, make_layout
 from sglang_diffxkv.kernels.pack import pack
@@ -146,9 +146,9 @@ def test_merge_of_parts_equals_the_whole() -> None:
     parts = [part_over(q, k[a:b], v[a:b]) for a, b in pairwise(ends)]
     merged = empty_part(q)
     for part in parts:
-        merged = merge_parts(merged, part)
+        merged = merge(merged, part)
     assert_close(merged, part_over(q, k, v), 1e-6)
-    nothing = merge_parts(empty_part(q), empty_part(q))
+    nothing = merge(empty_part(q), empty_part(q))
     assert (nothing.lse == -torch.inf).all() and (nothing.out == 0).all()
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from types import ModuleType
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -84,21 +86,34 @@ def test_implementations_agree(
     implementation: ModuleType, head_dim: int, high: str, low: str, dtype: torch.dtype
 ) -> None:
     """Same bytes in the arena, nothing written elsewhere, and the same values read back."""
-    torch.manual_seed(head_dim)
-    layout = layout_of(head_dim, 2, high, low, dtype)
-    sealed = seal(layout, pages=2, dtype=dtype, pack=naive.pack)
-    pages = torch.tensor([1, 0, 1])
-    first = torch.randperm(6).view(3, 2) * PAGE_TOKENS
-    expected = read(naive, sealed, pages, first, torch.float32)
+    case = reference(head_dim, high, low, dtype)
+    sealed, layout = case.sealed, case.sealed.layout
     again = torch.full_like(sealed.arena, 0xFF)
     implementation.pack(*sealed.sources, sealed.frames, sealed.heads, again, layout)
     assert torch.equal(again, sealed.arena)
     for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
         if implementation is cpu and out_dtype != torch.float32:
             continue
-        got = read(implementation, sealed, pages, first, out_dtype)
-        for a, b in zip(got, expected, strict=True):
+        got = read(implementation, sealed, case.pages, case.first, out_dtype)
+        for a, b in zip(got, case.values, strict=True):
             torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0, equal_nan=True)
+
+
+class Reference(NamedTuple):
+    """Pages sealed by the naive implementation, and what it reads back of some of them."""
+
+    sealed: Sealed
+    pages: torch.Tensor
+    first: torch.Tensor
+    values: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+@cache
+def reference(head_dim: int, high: str, low: str, dtype: torch.dtype) -> Reference:
+    sealed = seal(layout_of(head_dim, 2, high, low, dtype), pages=2, dtype=dtype, pack=naive.pack)
+    pages = torch.tensor([1, 0, 1])
+    first = torch.randperm(6).view(3, 2) * PAGE_TOKENS
+    return Reference(sealed, pages, first, read(naive, sealed, pages, first, torch.float32))
 
 
 def read(

@@ -51,3 +51,17 @@ def hook(
     if missing:
         raise SeamError(f"diffxkv: {target} has no parameter {', '.join(missing)}")
     HookRegistry.register(target, function, kind)
+
+
+def refuse_backend(problem: SeamError) -> None:
+    """Let ``--attention-backend diffxkv`` be parsed, and stop the launch with ``problem``."""
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+    add_attention_backend_choices(["diffxkv"])
+
+    @register_resolution_hook("handle_missing_default_values")
+    def refuse(server_args: Any, previous: Callable[[Any], None]) -> None:
+        if server_args.attention_backend == "diffxkv":
+            raise SystemExit(f"sglang_diffxkv: {problem}")
+        previous(server_args)

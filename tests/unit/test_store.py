@@ -189,7 +189,7 @@ class StreamingMachine(StoreMachine):
 
 
 RUNS = settings(
-    max_examples=15,
+    max_examples=10,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -230,7 +230,7 @@ def test_cold_pages_go_before_recent_ones() -> None:
     # sequence of 192 tokens: page 2 (the last) lies in the window of 64
     pages, position = torch.arange(1, 4), torch.arange(3)
     store.touch(pages, position, torch.full((3,), 192), window=64)
-    assert store.sealable(include_window=False).tolist() == [1, 2]
+    assert sorted(store.sealable(include_window=False).tolist()) == [1, 2]
     store.step += 1
     store.touch(torch.tensor([1]), torch.tensor([0]), torch.tensor([192]), window=64)
     assert store.sealable(include_window=False).tolist() == [2, 1]

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam: pool statistics in ``/server_info``, ``/diffxkv/stats``, Prometheus and token usage."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_diffxkv.metrics import PrometheusGauges, physical_usage, pool_stats
+from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+
+SCHEDULER = "sglang.srt.managers.scheduler_components"
+STATE_KEY = "diffxkv"
+
+EXPORT_INTERVAL_S = 1.0
+"""Counting tiers walks the directory, and SGLang reports after every decode step."""
+
+_gauges: PrometheusGauges | None = None
+_last_export = 0.0
+
+
+def _add_memory_usage(result: Any, self: Any, state: dict[str, Any]) -> None:
+    allocator = self.scheduler.token_to_kv_pool_allocator
+    if isinstance(allocator, DiffXKVAllocator):
+        state[STATE_KEY] = pool_stats(allocator.store)
+
+
+def _get_token_info(result: Any, self: Any) -> Any:
+    """Token usage by bytes: virtual pages are plenty by design. Leak checks do not read it."""
+    allocator = self.token_to_kv_pool_allocator
+    if not isinstance(allocator, DiffXKVAllocator):
+        return None
+    usage = physical_usage(allocator.store, result.full_evictable_size)
+    return dataclasses.replace(result, full_token_usage=max(usage, result.full_token_usage))
+
+
+def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    global _gauges, _last_export
+    allocator = self.scheduler.token_to_kv_pool_allocator
+    if not self.enable_metrics or not isinstance(allocator, DiffXKVAllocator):
+        return
+    if time.monotonic() - _last_export < EXPORT_INTERVAL_S:
+        return
+    _last_export = time.monotonic()
+    if _gauges is None:
+        _gauges = PrometheusGauges(dict(self.metrics_collector.labels))
+    _gauges.update(pool_stats(allocator.store))
+
+
+def _add_route(*args: Any, **kwargs: Any) -> None:
+    from sglang.srt.entrypoints import http_server
+
+    @http_server.app.get("/diffxkv/stats")
+    async def diffxkv_stats() -> list[dict[str, Any]] | dict[str, Any]:
+        """Pool statistics; a list with one entry per data-parallel rank where there are several."""
+        states = await http_server._global_state.tokenizer_manager.get_internal_state()
+        stats = [state[STATE_KEY] for state in states if STATE_KEY in state]
+        return stats[0] if len(stats) == 1 else stats
+
+
+def install() -> None:
+    state = f"{SCHEDULER}.internal_state.SchedulerInternalStateController._add_memory_usage"
+    hook(state, _add_memory_usage, HookType.AFTER, ("state",))
+    observer = f"{SCHEDULER}.pool_stats_observer.SchedulerPoolStatsObserver._get_token_info"
+    hook(observer, _get_token_info, HookType.AFTER, ())
+    reporter = f"{SCHEDULER}.metrics_reporter.SchedulerMetricsReporter"
+    for method in ("report_decode_stats", "report_prefill_stats", "_maybe_log_idle_metrics"):
+        hook(f"{reporter}.{method}", _export, HookType.AFTER, ())
+    http = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
+    hook(http, _add_route, HookType.BEFORE, ())

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point ``sglang.srt.plugins``: makes ``--attention-backend diffxkv`` known to SGLang.
+
+SGLang runs it in its main process, in every scheduler process and in the detokenizer, before any
+of them reads its arguments, and logs instead of raising what goes wrong here. So when a seam does
+not fit, the backend is registered all the same, and choosing it is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def register() -> None:
+    """Register the backend and install every seam; harmless unless the backend is chosen."""
+    from sglang_diffxkv.patches.seam import SeamError, check_version, refuse_backend
+
+    try:
+        check_version()
+        _install()
+    except SeamError as problem:
+        refuse_backend(problem)
+
+
+def _install() -> None:
+    from sglang.srt.layers.attention.attention_registry import register_attention_backend
+
+    from sglang_diffxkv.patches import forward, observability, pool, server_args
+
+    for seam in (server_args, pool, forward, observability):
+        seam.install()
+
+    @register_attention_backend(server_args.BACKEND)
+    def create_backend(model_runner: Any) -> Any:
+        from sglang_diffxkv.backend import DiffXKVBackend
+
+        return DiffXKVBackend(model_runner)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that several test files send, and how to compare answers."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from tests.server.harness import Json, Server
+
+TIE = 2e-3
+"""Two next tokens closer than this in log-probability are a tie: which one wins depends on the
+shapes of the batch's matrix products, in stock SGLang as much as here."""
+
+
+def random_tokens(rng: random.Random, length: int) -> list[int]:
+    return [rng.randrange(256) for _ in range(length)]
+
+
+def mixed_prompts(seed: int, count: int, longest: int = 3000) -> list[list[int]]:
+    """Random prompts of 1 to ``longest`` tokens; a third share one of three long prefixes."""
+    rng = random.Random(seed)
+    prefixes = [random_tokens(rng, n) for n in (200, 640, 1100)]
+    prompts = []
+    for i in range(count):
+        if i % 3 == 2:
+            tail = random_tokens(rng, rng.randint(1, 300))
+            prompts.append(rng.choice(prefixes) + tail)
+        else:
+            length = min(longest, int(2 ** rng.uniform(0, 12)))
+            prompts.append(random_tokens(rng, max(1, length)))
+    prompts[0] = random_tokens(rng, longest)
+    prompts[1] = random_tokens(rng, 1)
+    return prompts
+
+
+def outputs(answers: Sequence[Any]) -> list[list[int]]:
+    return [answer["output_ids"] for answer in answers]
+
+
+def is_tie(server: Server, prompt: list[int], expected: list[int], got: list[int]) -> bool:
+    """Whether two greedy outputs part at a step where stock SGLang's two best tokens are level."""
+    same = next((i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b), None)
+    if same is None:
+        return True
+    answer: Json = server.generate(
+        prompt + expected[:same], max_new_tokens=1, return_logprob=True, top_logprobs_num=2
+    )
+    (first, token_1, _), (second, token_2, _) = answer["meta_info"]["output_top_logprobs"][0]
+    return first - second < TIE and {token_1, token_2} == {expected[same], got[same]}
+
+
+def assert_same_outputs(
+    stock: Server, prompts: Sequence[list[int]], expected: list[list[int]], got: list[list[int]]
+) -> None:
+    """Greedy outputs are identical, up to at most two ties."""
+    different = [i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b]
+    real = [i for i in different if not is_tie(stock, prompts[i], expected[i], got[i])]
+    assert not real, f"outputs of prompts {real} differ"
+    assert len(different) <= 2, f"{len(different)} of {len(prompts)} outputs differ, if by ties"
+
+
+def assert_healthy(server: Server) -> None:
+    """Alive, and neither SGLang's leak checks nor our byte accounting complained."""
+    assert server.is_alive()
+    log = server.log_text()
+    for complaint in ("leak detected", "Mem Check", "byte accounting", "Traceback"):
+        assert complaint not in log, f"{complaint!r} in {server.log}"

@@ -12,7 +12,7 @@ import torch
 from sglang_diffxkv.kernels import extend as ops
 from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
 from sglang_diffxkv.kernels.extend import naive, sealed
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PRUNED, make_layout
+from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PAGE_TOKENS, PRUNED, make_layout
 from sglang_diffxkv.kernels.pack import pack
 from tests.kernels.sealed import random_tiers, seal
 
@@ -76,6 +76,37 @@ def test_sealed(
     expected = naive.extend_sealed(*args)
     assert (expected.lse == -torch.inf).any()
     assert_close(ops.extend_sealed(*args), expected, 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"),
+    [
+        ("raw", 2e-6),
+        ("K8V8", 0.015),
+        ("K8V4", 0.13),
+        ("K4V8", 0.16),
+        ("K4V4", 0.2),
+        ("K4V2", 0.65),
+        ("K2V2", 1.0),
+    ],
+)
+def test_quality_of_formats(name: str, bound: float) -> None:
+    """Error of attention over sealed Gaussian tokens against float64 over the tokens themselves."""
+    torch.manual_seed(8)
+    layout = make_layout(
+        head_dim=128, num_kv_heads=2, raw_itemsize=4, high=FORMATS[name], low=FORMATS[name]
+    )
+    k, v = torch.randn(2, 8, PAGE_TOKENS, 2, 128)
+    data = seal(layout, pages=8, dtype=torch.float32, pack=pack, tiers=HIGH, k=k, v=v)
+    q = torch.randn(20, 4, 128)
+    pages = torch.arange(8).int()
+    part = ops.extend_sealed(
+        q, indptr(20), data.arena, data.frames, data.heads, indptr(8), pages, layout, 128**-0.5
+    )
+    keys, values = (x.double().flatten(0, 1).repeat_interleave(2, dim=1) for x in (k, v))
+    scores = torch.einsum("qhd,lhd->hql", q.double(), keys) * 128**-0.5
+    exact = torch.einsum("hql,lhd->qhd", scores.softmax(-1), values)
+    assert (part.out - exact).norm() <= bound * exact.norm()
 
 
 OPEN_CASES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cache
+from itertools import product
 from types import ModuleType
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.kernels.pack import cpu, naive, torch_ops
 from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
+from tests.kernels import builders
 from tests.kernels.sealed import Sealed, random_tiers, seal
 
 CPP = [f"cpp {isa}" for isa in available_isas()]
@@ -136,6 +138,28 @@ def read(
         notes,
     )
     return k, v, notes
+
+
+@pytest.mark.parametrize(("high", "low"), PAIRS)
+def test_reads_what_an_independent_packer_wrote(
+    implementation: ModuleType, high: str, low: str
+) -> None:
+    gen = torch.Generator().manual_seed(11)
+    layout = layout_of(80, 2, high, low, torch.float32)
+    tiers = builders.random_tiers(3, 2, (0.3, 0.4, 0.3), gen)
+    built = builders.build_sealed(layout, tiers, gen)
+    k, v = torch.full((2, 6 * PAGE_TOKENS, 80), torch.nan)
+    first = torch.arange(6).view(3, 2) * PAGE_TOKENS
+    implementation.unpack_into(
+        built.arena, built.frames, built.heads, torch.arange(3), first, layout, torch.float32, k, v
+    )
+    for got, source in ((k, built.keys), (v, built.values)):
+        for page, head in product(range(3), range(2)):
+            tier = tiers[page, :, head]
+            order = torch.cat([(tier == code).nonzero().flatten() for code in (HIGH, LOW)])
+            rows = got.view(3, 2, PAGE_TOKENS, 80)[page, head]
+            torch.testing.assert_close(rows[: len(order)], source[page, order, head].float())
+            assert rows[len(order) :].isnan().all()
 
 
 @pytest.mark.parametrize(("high", "low"), PAIRS)

@@ -7,6 +7,7 @@ index, hence the bytes after each of a sorted list of moves are a cumulative sum
 """
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -41,9 +42,13 @@ def fit(
     Returns:
         uint8 [S, L, H, 64].
     """
+    # Both sorts are stable and so agree on the order of a head's tokens.
+    orders = _Orders(
+        worth.flatten(-2).argsort(dim=-1, stable=True), worth.argsort(dim=-1, stable=True)
+    )
     sizes = _size_table(layout, tiers.device)
-    tiers = _lower(tiers, worth, caps, sizes, HIGH, LOW)
-    return _lower(tiers, worth, caps, sizes, LOW, PRUNED)
+    tiers = _lower(tiers, orders, caps, sizes, HIGH, LOW)
+    return _lower(tiers, orders, caps, sizes, LOW, PRUNED)
 
 
 def payload_bytes(tiers: torch.Tensor, layout: PageLayout) -> torch.Tensor:
@@ -52,9 +57,18 @@ def payload_bytes(tiers: torch.Tensor, layout: PageLayout) -> torch.Tensor:
     return _size_table(layout, tiers.device)[n_high * _COUNTS + n_low].sum(-1)
 
 
+class _Orders(NamedTuple):
+    """Token indices by ascending worth."""
+
+    overall: torch.Tensor
+    """int64 [S, L, H * 64]: over all heads of a (page, layer)."""
+    by_head: torch.Tensor
+    """int64 [S, L, H, 64]: within each head."""
+
+
 def _lower(
     tiers: torch.Tensor,
-    worth: torch.Tensor,
+    orders: _Orders,
     caps: torch.Tensor,
     sizes: torch.Tensor,
     source: int,
@@ -66,19 +80,16 @@ def _lower(
     start = sizes[n_high * _COUNTS + n_low].sum((-2, -1))  # [S, L]
 
     # moves: how many tokens of its head have moved once this one has; 0..64 also where unmovable.
-    by_head = worth.argsort(dim=-1, stable=True)
-    moves = _unsort(movable.gather(-1, by_head).cumsum(-1), by_head)
+    moves = _unsort(movable.gather(-1, orders.by_head).cumsum(-1), orders.by_head)
     high_step, low_step = (1, -1) if source == HIGH else (0, 1)
     step = high_step * _COUNTS + low_step
     after = n_high * _COUNTS + n_low - moves * step
     change = torch.where(movable, sizes[after] - sizes[after + step * movable], 0)
 
-    # Stable, hence the same order within every head: each head's moves are summed in turn.
-    order = worth.flatten(-2).argsort(dim=-1, stable=True)
-    change = change.flatten(-2).gather(-1, order)
+    change = change.flatten(-2).gather(-1, orders.overall)
     fits_before = start[..., None] + change.cumsum(-1) - change <= caps[:, None]
     # Alignment can make a move cost bytes: what counts is that no earlier state has fitted.
-    moved = _unsort(fits_before.cumsum(-1) == 0, order).unflatten(-1, movable.shape[-2:])
+    moved = _unsort(fits_before.cumsum(-1) == 0, orders.overall).unflatten(-1, movable.shape[-2:])
     return tiers.masked_fill(moved & movable, target)
 
 

@@ -270,6 +270,7 @@ def test_engine_reads_the_environment_and_gets_exceptions(
         refused.resolve_once()
 
 
+@pytest.mark.server
 def test_a_refused_launch_prints_one_line_and_no_traceback(model: str) -> None:
     sglang = str(Path(sys.executable).with_name("sglang"))
     done = subprocess.run(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
@@ -116,7 +116,6 @@ class DiffXKVBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **kwargs: Any,
     ) -> torch.Tensor:
         """Attention of a (mixed) prefill batch: q [T, Hq * D] -> [T, Hq * D]."""
         step, index, q = self._begin(q, k, v, layer, save_kv_cache)
@@ -155,7 +154,6 @@ class DiffXKVBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
-        **kwargs: Any,
     ) -> torch.Tensor:
         """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
         step, index, q = self._begin(q, k, v, layer, save_kv_cache)
@@ -211,9 +209,11 @@ class DiffXKVBackend(AttentionBackend):
         """Score the open pages with the full LSE, and shape the output as SGLang wants it."""
         if step.queries is not None:
             rows = step.queries.rows
+            lse = part.lse if rows is None else part.lse[rows]
             score_open(
                 q if rows is None else q[rows],
-                part.lse if rows is None else part.lse[rows],
+                # scores in units of uniform attention: a query that sees n tokens gives each n * p
+                lse - step.queries.log2_seen,
                 step.queries.indptr,
                 step.queries.position,
                 self.store.raw.keys[index],

@@ -33,5 +33,7 @@ def _install() -> None:
     @register_attention_backend(server_args.BACKEND)
     def create_backend(model_runner: Any) -> Any:
         from sglang_diffxkv.backend import DiffXKVBackend
+        from sglang_diffxkv.patches.model_validation import check_layers
 
+        check_layers(model_runner.model)
         return DiffXKVBackend(model_runner)

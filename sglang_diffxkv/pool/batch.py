@@ -41,11 +41,21 @@ class ScoringQueries(NamedTuple):
         rows: int64 [S], rows of the batch's queries; None stands for all of them.
         indptr: int32 [B + 1].
         position: int32 [S], absolute position of each in its sequence.
+        log2_seen: float32 [S, 1], base-2 logarithm of how many tokens each attends to.
     """
 
     rows: torch.Tensor | None
     indptr: torch.Tensor
     position: torch.Tensor
+    log2_seen: torch.Tensor
+
+    @classmethod
+    def at(
+        cls, rows: torch.Tensor | None, indptr: torch.Tensor, position: torch.Tensor
+    ) -> ScoringQueries:
+        """Queries at absolute ``position`` (int64 [S])."""
+        log2_seen = torch.log2((position + 1).float())[:, None]
+        return cls(rows, indptr, position.to(torch.int32), log2_seen)
 
 
 def _indptr(mask: torch.Tensor) -> torch.Tensor:
@@ -98,7 +108,7 @@ def per_page(batch: BatchPages, values: torch.Tensor) -> torch.Tensor:
 def decode_queries(seq_lens: torch.Tensor) -> ScoringQueries:
     """Every decode step's query scores the open pages (DiffKV's decode scoring)."""
     indptr = torch.arange(seq_lens.numel() + 1, dtype=torch.int32, device=seq_lens.device)
-    return ScoringQueries(None, indptr, (seq_lens - 1).to(torch.int32))
+    return ScoringQueries.at(None, indptr, seq_lens - 1)
 
 
 def extend_queries(
@@ -109,9 +119,7 @@ def extend_queries(
     indptr = sampled.indptr.to(prefix_lens.device)
     start = torch.repeat_interleave(prefix_lens, indptr.diff())
     position = sampled.offsets.to(prefix_lens.device) + start
-    return ScoringQueries(
-        sampled.rows.to(prefix_lens.device), indptr, position.to(torch.int32)
-    )
+    return ScoringQueries.at(sampled.rows.to(prefix_lens.device), indptr, position)
 
 
 def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -> None:

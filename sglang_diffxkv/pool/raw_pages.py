@@ -13,7 +13,8 @@ class RawPages:
 
     Attributes:
         keys, values: per layer [R, 64, H, D] in the model's dtype.
-        scores: float32 [L, R, H, 64], attention that each token received from sampled queries.
+        scores: float32 [L, R, H, 64], sum over sampled queries of the attention that each token
+            received, in units of uniform attention (1 / tokens that the query sees).
         counts: float32 [R, 64], how many sampled queries could have attended to each token.
         page: int32 [R], the virtual page that owns a slot, -1 if free.
         stack: int64 [R], free slots in ``[0, num_free)``.

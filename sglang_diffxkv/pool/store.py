@@ -175,13 +175,17 @@ class PageStore:
 
     def _seal_context(self, pages: torch.Tensor, slots: torch.Tensor) -> SealContext:
         d = self.directory
-        counts = self.raw.counts[slots]
+        counts, context = self.raw.counts[slots], d.context[pages].long()
         scores = self.raw.scores[:, slots].transpose(0, 1)  # [S, L, H, 64]
+        # Mean attention as if every query had seen the whole context: an early query spreads its
+        # attention over fewer tokens, which must not make those look more important (DiffKV's
+        # thresholds are multiples of 1 / N).
+        uniform = counts.clamp(min=1) * context[:, None]
         return SealContext(
-            importance=scores / counts.clamp(min=1)[:, None, None, :],
+            importance=scores / uniform[:, None, None, :],
             count=counts,
             position=d.position[pages].long(),
-            context=d.context[pages].long(),
+            context=context,
         )
 
     def sealable(self, include_window: bool) -> torch.Tensor:

@@ -72,7 +72,7 @@ class StoreMachine(RuleBasedStateMachine):
             for layer in range(LAYERS):
                 self.store.raw.keys[layer][slot] = written[0, layer]
                 self.store.raw.values[layer][slot] = written[1, layer]
-            self.store.raw.scores[:, slot] = torch.rand(
+            self.store.raw.scores[:, slot] = 4 * torch.rand(
                 LAYERS, HEADS, PAGE_TOKENS, generator=self.generator
             )
             self.store.raw.counts[slot] = 8

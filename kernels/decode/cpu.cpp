@@ -12,23 +12,13 @@
 namespace diffxkv {
 namespace {
 
-template <int Dim>
-std::unique_ptr<Engine> float_engine(Tier tier, DType raw, const Shape& shape) {
-    return std::make_unique<FloatEngine<Dim>>(tier, raw, shape.dim, shape.group);
-}
-
 std::unique_ptr<Engine> make_engine(Tier tier, DType raw, const Shape& shape) {
 #ifdef __AVX512VNNI__
     if (!tier.raw()) return std::make_unique<VnniEngine>(tier, shape.dim, shape.group);
 #endif
-    switch (shape.dim) {
-        case 64: return float_engine<64>(tier, raw, shape);
-        case 80: return float_engine<80>(tier, raw, shape);
-        case 96: return float_engine<96>(tier, raw, shape);
-        case 128: return float_engine<128>(tier, raw, shape);
-        case 256: return float_engine<256>(tier, raw, shape);
-        default: return float_engine<0>(tier, raw, shape);
-    }
+    return with_dim(shape.dim, [&](auto dim) -> std::unique_ptr<Engine> {
+        return std::make_unique<FloatEngine<dim>>(tier, raw, shape.dim, shape.group);
+    });
 }
 
 // Rows of one tier on their way through its engine.

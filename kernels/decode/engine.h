@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "exp2.h"
 #include "tile.h"
 
 namespace diffxkv {
@@ -31,24 +32,6 @@ class Engine {
     virtual void finish(const Partial& partial) = 0;
 };
 
-// 2^x for x <= 0, below 2e-7 relative error; anything under -126 gives 2^-126, in effect nothing.
-inline float exp2_nonpositive(float x) {
-    x = x > -126.f ? x : -126.f;
-    int32_t whole = static_cast<int32_t>(x - 0.5f);
-    float r = x - static_cast<float>(whole);
-    float y = 1.535336188319500e-4f;
-    y = y * r + 1.339887440266574e-3f;
-    y = y * r + 9.618437357674640e-3f;
-    y = y * r + 5.550332471162809e-2f;
-    y = y * r + 2.402264791363012e-1f;
-    y = y * r + 6.931472028550421e-1f;
-    y = y * r + 1.f;
-    int32_t bits = (whole + 127) << 23;
-    float power;
-    __builtin_memcpy(&power, &bits, sizeof power);
-    return y * power;
-}
-
 // Running softmax of one query head.
 struct RunningSoftmax {
     float max, sum;
@@ -64,7 +47,7 @@ struct RunningSoftmax {
         float factor = std::exp2(max - top), total = 0.f;
 #pragma omp simd reduction(+ : total)
         for (int64_t i = 0; i < n; ++i) {
-            scores[i] = exp2_nonpositive(scores[i] - top);
+            scores[i] = fast_exp2(scores[i] - top);
             total += scores[i];
         }
         sum = sum * factor + total;

@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "dots.h"
 #include "engine.h"
 #include "rows.h"
 
@@ -51,28 +52,11 @@ class FloatEngine final : public Engine {
     void score_token(const uint8_t* key, int64_t t) {
         float* row = rows_.data();
         row_to_float(key, tier_.key_bits, raw_, dim(), row);
+        dots<Dim>(row, q_, group_, dim_, scores_.data() + t, kTile);
         const Meta& m = meta_[t];
-        int64_t g = 0;
-        for (; g + 4 <= group_; g += 4) {
-            const float* q = q_ + g * dim();
-            float a = 0.f, b = 0.f, c = 0.f, d = 0.f;
-#pragma omp simd reduction(+ : a, b, c, d)
-            for (int64_t i = 0; i < dim(); ++i) {
-                a += row[i] * q[i];
-                b += row[i] * q[dim() + i];
-                c += row[i] * q[2 * dim() + i];
-                d += row[i] * q[3 * dim() + i];
-            }
-            const float dots[4] = {a, b, c, d};
-            for (int64_t j = 0; j < 4; ++j)
-                scores_[(g + j) * kTile + t] = m.key_scale * dots[j] + m.key_zero * q_sum_[g + j];
-        }
-        for (; g < group_; ++g) {
-            const float* q = q_ + g * dim();
-            float dot = 0.f;
-#pragma omp simd reduction(+ : dot)
-            for (int64_t i = 0; i < dim(); ++i) dot += row[i] * q[i];
-            scores_[g * kTile + t] = m.key_scale * dot + m.key_zero * q_sum_[g];
+        for (int64_t g = 0; g < group_; ++g) {
+            float& score = scores_[g * kTile + t];
+            score = m.key_scale * score + m.key_zero * q_sum_[g];
         }
     }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readable references in float64: one sequence, KV head, page and token at a time."""
+"""Readable references in float64: one sequence, KV head and page at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import torch
 
 from sglang_diffxkv.kernels.decode.part import AttentionPart
-from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout, TierFormat
+from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout
 
 LOG2_E = math.log2(math.e)
 
@@ -30,30 +30,26 @@ def unpack_row(row: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
     return codes
 
 
-def read_token(
+def read_section(
     arena: torch.Tensor,
     frames: torch.Tensor,
-    starts: tuple[int, int, int],
-    index: int,
-    tier: TierFormat,
+    start: int,
+    bits: int,
+    meta: torch.Tensor,
     layout: PageLayout,
     raw_dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value (float64 [D]) of token ``index`` of a tier with sections at ``starts``."""
-    meta = None
-    if not tier.is_raw:
-        raw = read_bytes(arena, frames, starts[2] + index * META_BYTES, META_BYTES, layout)
-        meta = raw.view(torch.float16).double()
-    rows = []
-    for which, bits in enumerate((tier.key_bits, tier.value_bits)):
-        size = layout.row_bytes(bits)
-        row = read_bytes(arena, frames, starts[which] + index * size, size, layout)
-        if meta is None:
-            rows.append(row.view(raw_dtype).double())
+) -> torch.Tensor:
+    """Dequantized rows float64 [n, D] of the section at ``start``; meta: fp16 [n, (scale, zero)]."""
+    size, n = layout.row_bytes(bits), len(meta)
+    section = read_bytes(arena, frames, start, n * size, layout).view(n, size)
+    rows = torch.empty(n, layout.head_dim, dtype=torch.float64)
+    for i in range(n):
+        if bits:
+            codes = unpack_row(section[i], bits, layout.head_dim)
+            rows[i] = codes * meta[i, 0].double() + meta[i, 1].double()
         else:
-            codes = unpack_row(row, bits, layout.head_dim)
-            rows.append(codes * meta[2 * which] + meta[2 * which + 1])
-    return rows[0], rows[1]
+            rows[i] = section[i].view(raw_dtype).double()
+    return rows
 
 
 def read_head(
@@ -67,17 +63,21 @@ def read_head(
     offset, counts = int(record[0]), int(record[1])
     n_high, n_low = counts & 0xFF, counts >> 8 & 0xFF
     s = layout.sections(n_high, n_low)
-    high = (offset + s.key_high, offset + s.value_high, offset + s.meta_high)
-    low = (offset + s.key_low, offset + s.value_low, offset + s.meta_low)
-    pairs = [
-        read_token(arena, frames, starts, i, tier, layout, raw_dtype)
-        for starts, n, tier in ((high, n_high, layout.high), (low, n_low, layout.low))
-        for i in range(n)
-    ]
-    empty = torch.empty(0, layout.head_dim, dtype=torch.float64)
-    keys = torch.stack([k for k, _ in pairs]) if pairs else empty
-    values = torch.stack([v for _, v in pairs]) if pairs else empty
-    return keys, values
+    keys, values = [], []
+    for tier, n, key, value, meta_start in (
+        (layout.high, n_high, s.key_high, s.value_high, s.meta_high),
+        (layout.low, n_low, s.key_low, s.value_low, s.meta_low),
+    ):
+        meta = torch.empty(n, 4, dtype=torch.float16)
+        if not tier.is_raw:
+            raw = read_bytes(arena, frames, offset + meta_start, n * META_BYTES, layout)
+            meta = raw.view(torch.float16).view(n, 4)
+        for rows, start, bits, pair in (
+            (keys, key, tier.key_bits, meta[:, :2]),
+            (values, value, tier.value_bits, meta[:, 2:]),
+        ):
+            rows.append(read_section(arena, frames, offset + start, bits, pair, layout, raw_dtype))
+    return torch.cat(keys), torch.cat(values)
 
 
 def attend(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random sealed arenas and raw pages, made row by row: slow, and independent of the kernels.
+"""Random sealed arenas, made head by head: slow, and independent of the kernels.
 
-Everything that no kernel may read is poisoned: arena bytes 0xFF (NaN in every float format), raw
-slots NaN, unused entries of frame tables -1.
+Everything that no kernel may read is poisoned: arena bytes 0xFF (NaN in every float format),
+unused entries of frame tables -1.
 """
 
 from __future__ import annotations
@@ -76,19 +76,19 @@ def random_tiers(
     return tiers
 
 
-def quantize(row: torch.Tensor, bits: int) -> tuple[torch.Tensor, float, float]:
-    """Codes, scale and zero (both rounded to fp16) of one row."""
-    low, high = row.min(), row.max()
-    scale = float(((high - low) / (2**bits - 1)).half()) or 1.0
-    zero = float(low.half())
-    return ((row - zero) / scale).round().clamp(0, 2**bits - 1), scale, zero
+def quantize(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and zeros (both rounded to fp16) of rows float64 [n, D]."""
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    scale, zero = ((high - low) / (2**bits - 1)).half(), low.half()
+    codes = ((rows - zero.double()) / scale.double()).round().clamp(0, 2**bits - 1)
+    return codes, scale, zero
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Split-plane bytes of one row of codes [D]."""
-    planes = codes.to(torch.int64).view(8 // bits, -1)
-    shifts = torch.arange(0, 8, bits).unsqueeze(1)
-    return (planes << shifts).sum(0).to(torch.uint8)
+    """Split-plane bytes uint8 [n, D * bits / 8] of codes [n, D]."""
+    planes = codes.to(torch.int64).unflatten(1, (8 // bits, -1))
+    shifts = torch.arange(0, 8, bits).view(-1, 1)
+    return (planes << shifts).sum(1).to(torch.uint8)
 
 
 def _store(space: torch.Tensor, at: int, data: torch.Tensor) -> None:
@@ -110,27 +110,24 @@ def _pack_head(
     """
     high, low = (tiers == HIGH).nonzero().flatten(), (tiers == LOW).nonzero().flatten()
     s = layout.sections(len(high), len(low))
-    for tier, tokens, starts in (
-        (layout.high, high, (s.key_high, s.value_high, s.meta_high)),
-        (layout.low, low, (s.key_low, s.value_low, s.meta_low)),
+    for tier, tokens, starts, meta_start in (
+        (layout.high, high, (s.key_high, s.value_high), s.meta_high),
+        (layout.low, low, (s.key_low, s.value_low), s.meta_low),
     ):
-        for i, token in enumerate(tokens.tolist()):
-            meta: list[float] = []
-            for x, bits, start in (
-                (key, tier.key_bits, starts[0]),
-                (value, tier.value_bits, starts[1]),
-            ):
-                if tier.is_raw:
-                    row = x[token].to(raw_dtype)
-                    x[token] = row.double()
-                else:
-                    codes, scale, zero = quantize(x[token], bits)
-                    row = pack_codes(codes, bits)
-                    x[token] = codes * scale + zero
-                    meta += [scale, zero]
-                _store(space, start + i * layout.row_bytes(bits), row)
-            if meta:
-                _store(space, starts[2] + 8 * i, torch.tensor(meta, dtype=torch.float16))
+        meta: list[torch.Tensor] = []
+        bits_of = (tier.key_bits, tier.value_bits)
+        for x, bits, start in zip((key, value), bits_of, starts, strict=True):
+            if tier.is_raw:
+                rows = x[tokens].to(raw_dtype)
+                x[tokens] = rows.double()
+            else:
+                codes, scale, zero = quantize(x[tokens], bits)
+                rows = pack_codes(codes, bits)
+                x[tokens] = codes * scale.double() + zero.double()
+                meta += [scale, zero]
+            _store(space, start, rows)
+        if meta:
+            _store(space, meta_start, torch.cat(meta, 1))
     return s.total
 
 

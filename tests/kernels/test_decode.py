@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention: every implementation against float64 over the dequantized tokens."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels import decode
+from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
+from sglang_diffxkv.kernels.decode import AttentionPart, cpu, merge, naive
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PRUNED
+from tests.kernels.builders import (
+    SealedArena,
+    build_sealed,
+    error_norm,
+    layout_of,
+    page_lists,
+    random_tiers,
+)
+
+IMPLEMENTATIONS = ["naive", "none", *available_isas()]
+"""naive.py, the torch fallback (instruction set "none"), and each compiled variant."""
+
+# Integer products round queries and weights to 16 bits; everything else is fp32 throughout.
+TOLERANCE = {"avx512": 3e-4}
+SHARES = (0.25, 0.5, 0.25)
+LENGTHS = [3, 0, 14, 1]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of the implementation under test, selected for the public functions."""
+    if request.param != "naive":
+        monkeypatch.setenv(ISA_VARIABLE, request.param)
+        # A library that fails to compile must not pass as the fallback.
+        assert (cpu.kernels() is None) == (request.param == "none")
+    return request.param
+
+
+@functools.cache
+def sealed(
+    high: str = "K8V4",
+    low: str = "K4V2",
+    *,
+    pages: int = 3,
+    head_dim: int = 128,
+    kv_heads: int = 2,
+    shares: tuple[float, float, float] = SHARES,
+    dtype: torch.dtype = torch.float32,
+) -> SealedArena:
+    """A random arena, made once for all implementations."""
+    gen = torch.Generator().manual_seed(head_dim)
+    layout = layout_of(high, low, head_dim=head_dim, kv_heads=kv_heads, itemsize=dtype.itemsize)
+    return build_sealed(layout, random_tiers(pages, kv_heads, shares, gen), gen, dtype)
+
+
+def implementation(name: str) -> Any:
+    return naive if name == "naive" else decode
+
+
+def dense_reference(
+    q: torch.Tensor, kv: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], sm_scale: float
+) -> AttentionPart:
+    """Attention of q [B, Hq, D] over kv[b] = keys, values [T, H, D] and a mask [T, H]."""
+    parts = []
+    for b, (keys, values, kept) in enumerate(kv):
+        group = q.shape[1] // keys.shape[1]
+        keys, values = (x.double().nan_to_num().repeat_interleave(group, 1) for x in (keys, values))
+        scores = torch.einsum("hd,thd->ht", q[b].double(), keys) * sm_scale
+        mask = kept.repeat_interleave(group, 1).T
+        scores = scores.masked_fill(~mask, -math.inf)
+        lse = torch.logsumexp(scores, 1) if len(keys) else torch.full((q.shape[1],), -math.inf)
+        weights = torch.where(mask, torch.exp(scores - lse.unsqueeze(1)), 0)
+        parts.append((torch.einsum("ht,thd->hd", weights, values), lse * math.log2(math.e)))
+    return AttentionPart(torch.stack([o for o, _ in parts]), torch.stack([x for _, x in parts]))
+
+
+def check(actual: AttentionPart, expected: AttentionPart, tolerance: float) -> None:
+    empty = torch.isinf(expected.lse)
+    assert actual.out.dtype == actual.lse.dtype == torch.float32
+    assert torch.equal(torch.isneginf(actual.lse), empty)
+    assert not actual.out[empty].any()
+    assert error_norm(actual.out, expected.out) <= tolerance
+    if not empty.all():
+        assert (actual.lse - expected.lse)[~empty].abs().max() <= max(tolerance, 1e-5)
+
+
+def check_sealed(
+    name: str,
+    arena: SealedArena,
+    lengths: list[int],
+    group: int,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    layout = arena.layout
+    if name == "naive":  # reads row by row: a few pages tell as much
+        lengths = [min(n, 3) for n in lengths]
+    gen = torch.Generator().manual_seed(group)
+    indptr, pages = page_lists(lengths, len(arena.frames), gen)
+    q = torch.randn(len(lengths), layout.num_kv_heads * group, layout.head_dim, generator=gen)
+    q, sm_scale = q.to(dtype), layout.head_dim**-0.5
+    kv = []
+    for b in range(len(lengths)):
+        listed = pages[indptr[b] : indptr[b + 1]].long()
+        kept = arena.tiers[listed].flatten(0, 1) != PRUNED
+        kv.append((arena.keys[listed].flatten(0, 1), arena.values[listed].flatten(0, 1), kept))
+    actual = implementation(name).decode_sealed(
+        q, arena.arena, arena.frames, arena.heads, indptr, pages, layout, sm_scale
+    )
+    check(actual, dense_reference(q, kv, sm_scale), TOLERANCE.get(name, 1e-5))
+
+
+@pytest.mark.parametrize("tiers", ["K8V4/K4V2", "K8V8/K2V2", "K4V8/K4V4", "raw/K4V2", "K8V4/raw"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_formats_and_head_dims(name: str, tiers: str, head_dim: int) -> None:
+    high, low = tiers.split("/")
+    check_sealed(name, sealed(high, low, head_dim=head_dim), LENGTHS, 4)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 7, 8, 16, 17])
+def test_groups(name: str, group: int) -> None:
+    check_sealed(name, sealed(head_dim=64), LENGTHS, group)
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 112])
+def test_unusual_head_dims(name: str, head_dim: int) -> None:
+    check_sealed(name, sealed("K8V4", "K2V2", head_dim=head_dim, kv_heads=3), LENGTHS, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_model_dtypes(name: str, dtype: torch.dtype) -> None:
+    check_sealed(name, sealed("raw", "K4V2", dtype=dtype), LENGTHS, 4, dtype)
+
+
+@pytest.mark.parametrize("shares", [(1, 0, 0), (0, 1, 0), (0.02, 0.02, 0.96)])
+def test_lopsided_tiers(name: str, shares: tuple[float, float, float]) -> None:
+    check_sealed(name, sealed(shares=shares, pages=4, kv_heads=5), [4, 1, 9], 4)
+
+
+def test_everything_pruned(name: str) -> None:
+    gen = torch.Generator().manual_seed(3)
+    tiers = torch.full((2, PAGE_TOKENS, 2), PRUNED, dtype=torch.uint8)
+    check_sealed(name, build_sealed(layout_of(), tiers, gen), [2, 0], 4)
+
+
+def test_many_pages_split_over_kv(name: str) -> None:
+    """More pages than one work item takes, for a single sequence and for ragged ones."""
+    arena = sealed("K4V4", "K2V2", head_dim=16, kv_heads=1)
+    check_sealed(name, arena, [61], 2)
+    check_sealed(name, arena, [40, 3, 0, 17], 2)
+
+
+def test_strided_tables(name: str) -> None:
+    """Directory tables of one layer, cut out of tables [V, layers, ...]."""
+    arena = sealed()
+    frames = torch.stack((torch.full_like(arena.frames, -1), arena.frames), 1)[:, 1]
+    heads = torch.stack((torch.full_like(arena.heads, -1), arena.heads), 1)[:, 1]
+    check_sealed(name, replace(arena, frames=frames, heads=heads), LENGTHS, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("group", [1, 4, 6])
+def test_open(name: str, dtype: torch.dtype, head_dim: int, group: int) -> None:
+    gen = torch.Generator().manual_seed(group)
+    k_raw, v_raw = torch.randn(2, 9, 2, PAGE_TOKENS, 3, head_dim, generator=gen).to(dtype)[:, :, 1]
+    indptr = torch.tensor([0, 3, 3, 4, 8], dtype=torch.int32)
+    slots = torch.randperm(9, generator=gen)[:8].to(torch.int32)
+    last_len = torch.tensor([17, 0, 64, 1], dtype=torch.int32)
+    for b in (0, 3):
+        k_raw[slots[indptr[b + 1] - 1].long(), last_len[b] :] = math.nan
+        v_raw[slots[indptr[b + 1] - 1].long(), last_len[b] :] = math.nan
+    q = torch.randn(4, 3 * group, head_dim, generator=gen).to(dtype)
+    kv = []
+    for b in range(4):
+        listed = slots[indptr[b] : indptr[b + 1]].long()
+        keys, values = k_raw[listed].flatten(0, 1), v_raw[listed].flatten(0, 1)
+        length = len(keys) - PAGE_TOKENS + int(last_len[b])
+        kept = (torch.arange(len(keys)) < length).unsqueeze(1).expand(-1, 3)
+        kv.append((keys, values, kept))
+    expected = dense_reference(q, kv, head_dim**-0.5)
+    actual = implementation(name).decode_open(
+        q, k_raw, v_raw, indptr, slots, last_len, head_dim**-0.5
+    )
+    check(actual, expected, 1e-6)
+
+
+def test_merge_matches_attention_over_all() -> None:
+    gen = torch.Generator().manual_seed(6)
+    q = torch.randn(3, 4, 64, generator=gen)
+    keys, values = torch.randn(2, 100, 2, 64, generator=gen)
+    first = (torch.arange(100) < 37).unsqueeze(1).expand(-1, 2)
+    whole, none = torch.ones_like(first), torch.zeros_like(first)
+
+    def part(*masks: torch.Tensor) -> AttentionPart:
+        parts = dense_reference(q, [(keys, values, mask) for mask in masks], 0.125)
+        return AttentionPart(parts.out.float(), parts.lse.float())
+
+    merged = merge(part(first, whole, none), part(~first, none, whole))
+    check(merged, part(whole, whole, whole), 1e-6)
+    nothing = merge(part(none, none, none), part(none, none, none))
+    check(nothing, part(none, none, none), 1e-6)
+
+
+def test_mismatches_are_refused() -> None:
+    gen = torch.Generator().manual_seed(7)
+    arena = sealed()
+    indptr, pages = page_lists([1], 1, gen)
+    tables = (arena.arena, arena.frames, arena.heads, indptr, pages, arena.layout, 1.0)
+    for shape in ((1, 4, 64), (1, 3, 128)):
+        with pytest.raises(ValueError, match="against"):
+            decode.decode_sealed(torch.zeros(shape), *tables)
+    raw = torch.zeros(1, PAGE_TOKENS, 128, 2).transpose(2, 3)
+    with pytest.raises(ValueError, match="strides"):
+        decode.decode_open(torch.zeros(1, 4, 128), raw, raw, indptr, pages, indptr, 1.0)

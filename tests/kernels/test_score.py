@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importance scores: every implementation against dense attention in float64."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels import score
+from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.score import cpu, naive
+from tests.kernels.builders import error_norm
+
+KV_HEADS = 2
+
+
+@pytest.fixture(params=["naive", "none", *available_isas()])
+def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of the implementation under test, selected for the public function."""
+    if request.param != "naive":
+        monkeypatch.setenv(ISA_VARIABLE, request.param)
+        assert (cpu.kernel() is None) == (request.param == "none")
+    return request.param
+
+
+class Sequences(NamedTuple):
+    """Arguments of score_open before ``accum``, and the dense scores float64 [R, H, 64]."""
+
+    args: tuple[torch.Tensor, ...]
+    expected: torch.Tensor
+
+
+def random_sequences(
+    lengths: list[int], queries: list[list[int]], group: int, dim: int, dtype: torch.dtype
+) -> Sequences:
+    """Sequences of these lengths, all open, with queries at these positions.
+
+    The first page's raw slot is shared by all sequences. Elsewhere, tokens past the end hold NaN.
+    """
+    gen = torch.Generator().manual_seed(dim + group)
+    counts = [-(-n // PAGE_TOKENS) for n in lengths]
+    slots_per = [[0, *range(1 + 10 * b, 10 * b + n)] if n else [] for b, n in enumerate(counts)]
+    k_raw = torch.randn(10 * len(lengths), PAGE_TOKENS, KV_HEADS, dim, generator=gen).to(dtype)
+    expected = torch.zeros(len(k_raw), KV_HEADS, PAGE_TOKENS, dtype=torch.float64)
+    q_all, lse_all = [], []
+    for length, slots, positions in zip(lengths, slots_per, queries, strict=True):
+        if length % PAGE_TOKENS and len(slots) > 1:
+            k_raw[slots[-1], length % PAGE_TOKENS :] = math.nan
+        q = torch.randn(len(positions), KV_HEADS * group, dim, generator=gen).to(dtype)
+        keys = k_raw[slots].flatten(0, 1).double().nan_to_num().repeat_interleave(group, 1)
+        scores = torch.einsum("shd,thd->sht", q.double(), keys) * dim**-0.5
+        token, at = torch.arange(len(keys)), torch.tensor(positions)[:, None, None]
+        lse = scores.masked_fill(token > at, -math.inf).logsumexp(-1, keepdim=True)
+        received = torch.where(token < at, torch.exp(scores - lse), 0).sum(0)
+        received = received.view(KV_HEADS, group, -1).amax(1)
+        expected.index_add_(
+            0, torch.tensor(slots), received.view(KV_HEADS, -1, PAGE_TOKENS).transpose(0, 1)
+        )
+        q_all.append(q)
+        lse_all.append(lse.squeeze(-1).float() * math.log2(math.e))
+
+    def offsets(parts: list[list[int]]) -> torch.Tensor:
+        return torch.tensor([0, *map(len, parts)]).cumsum(0).to(torch.int32)
+
+    def flat(parts: list[list[int]]) -> torch.Tensor:
+        return torch.tensor([x for part in parts for x in part], dtype=torch.int32)
+
+    page_position = flat([list(range(n)) for n in counts])
+    args = (torch.cat(q_all), torch.cat(lse_all), offsets(queries), flat(queries), k_raw)
+    return Sequences((*args, offsets(slots_per), flat(slots_per), page_position), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("group", "dim"), [(1, 64), (4, 128), (5, 80), (3, 48)])
+def test_scores(name: str, dtype: torch.dtype, group: int, dim: int) -> None:
+    queries = [[0, 5, 63, 64, 100], [1], [], list(range(3, 80, 4))]
+    sequences = random_sequences([101, 2, 64, 80], queries, group, dim, dtype)
+    before = torch.rand(sequences.expected.shape, generator=torch.Generator().manual_seed(0))
+    accum = before.clone()
+    run = naive.score_open if name == "naive" else score.score_open
+    run(*sequences.args, accum, dim**-0.5)
+    assert error_norm(accum - before, sequences.expected) <= 1e-5
+    unseen = sequences.expected == 0
+    assert torch.equal(accum[unseen], before[unseen])
+
+
+def test_deterministic_with_shared_slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many sequences add to one slot: the same sum, bit for bit, every time."""
+    monkeypatch.delenv(ISA_VARIABLE, raising=False)
+    queries = [[40 + b, 63] for b in range(12)]
+    sequences = random_sequences([64] * 12, queries, 2, 64, torch.float32)
+    results = []
+    for _ in range(5):
+        accum = torch.zeros(sequences.expected.shape)
+        score.score_open(*sequences.args, accum, 0.125)
+        results.append(accum)
+    assert error_norm(results[0], sequences.expected) <= 1e-5
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_mismatches_are_refused() -> None:
+    args = random_sequences([3], [[2]], 1, 64, torch.float32).args
+    with pytest.raises(ValueError, match="accum"):
+        score.score_open(*args, torch.zeros(3, KV_HEADS, PAGE_TOKENS), 1.0)
+    with pytest.raises(ValueError, match="against"):
+        score.score_open(args[0][:, :1], *args[1:], torch.zeros(10, KV_HEADS, PAGE_TOKENS), 1.0)

@@ -131,7 +131,7 @@ class PageLayout:
             cursor = _align_up(cursor, row) if row else cursor
             starts.append(cursor)
             cursor += n * row
-        return Sections(*starts, total=_align_up(cursor, self.align))
+        return Sections(*starts, _align_up(cursor, self.align))
 
     @cached_property
     def page_bytes(self) -> int:

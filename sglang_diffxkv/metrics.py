@@ -114,22 +114,26 @@ class PrometheusGauges:
         from prometheus_client import Gauge
 
         self.labels = labels
-        mode = "mostrecent"
         self.gauges = {
-            name: Gauge(PREFIX + name, f"DiffXKV: {name}", list(labels), multiprocess_mode=mode)
+            name: Gauge(
+                PREFIX + name,
+                f"DiffXKV: {name}",
+                list(labels),
+                multiprocess_mode="mostrecent",
+            )
             for name in self.NAMES
         }
         self.tiers = Gauge(
             PREFIX + "tier_tokens",
             "DiffXKV: (token, KV head, layer) entries of sealed pages by tier",
             [*labels, "tier"],
-            multiprocess_mode=mode,
+            multiprocess_mode="mostrecent",
         )
         self.events = Gauge(
             PREFIX + "events",
             "DiffXKV: pages opened, sealed, released, evicted, and reclaims, since the start",
             [*labels, "event"],
-            multiprocess_mode=mode,
+            multiprocess_mode="mostrecent",
         )
 
     def update(self, stats: dict[str, Any]) -> None:

@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The default policy as users run it: sharing, structured output, statistics, KV events."""
+
+import json
+import random
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.harness import Json, Server
+from tests.server.kv_events import CacheMirror
+from tests.server.workload import assert_healthy, mixed_prompts, random_tokens
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ada", "bob"]}, "old": {"type": "boolean"}},
+    "required": ["name", "old"],
+}
+PAGE = 64
+
+
+@pytest.fixture(scope="module")
+def events_endpoint() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def server(make_model: Callable[..., Path], events_endpoint: str) -> Iterator[Server]:
+    model = make_model(dtype="bfloat16", head_dim=128, layers=3)
+    config = {"policy": "diffkv", "memory_bytes": "24MiB"}
+    events = {"publisher": "zmq", "endpoint": events_endpoint, "bind": True}
+    args = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
+    args += ["--chunked-prefill-size", "512", "--enable-metrics", "--enable-cache-report"]
+    args += ["--kv-events-config", json.dumps(events), "--constrained-json-disable-any-whitespace"]
+    env = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+    with Server(model, *args, dtype="bfloat16", env=env) as server:
+        yield server
+        assert_healthy(server)
+
+
+@pytest.fixture(scope="module")
+def mirror(server: Server, events_endpoint: str) -> Iterator[CacheMirror]:
+    with CacheMirror(events_endpoint) as mirror:
+        time.sleep(0.5)  # a subscription takes a moment to reach the publisher
+        yield mirror
+
+
+def sharing_prompts(seed: int) -> list[list[int]]:
+    """Turns of five chats, each extending the turn before, and questions about one document."""
+    rng = random.Random(seed)
+    prompts = []
+    for _ in range(5):
+        chat: list[int] = []
+        for _ in range(4):
+            chat = chat + random_tokens(rng, rng.randint(30, 200))
+            prompts.append(chat)
+    document = random_tokens(rng, 1000)
+    prompts += [document + random_tokens(rng, rng.randint(5, 90)) for _ in range(8)]
+    return prompts
+
+
+def test_prefix_hits_equal_stock(stock_server: Server, server: Server) -> None:
+    """Whatever is sealed stays shared: the hits of every request, token for token."""
+    hits = []
+    for target in (stock_server, server):
+        target.flush_cache()
+        answers = [target.generate(p, max_new_tokens=8) for p in sharing_prompts(seed=11)]
+        hits.append([answer["meta_info"]["cached_tokens"] for answer in answers])
+    assert hits[0] == hits[1]
+    assert sum(hits[1]) > 7 * 900
+
+
+def test_sealed_prefix_is_read_not_recomputed(server: Server) -> None:
+    server.flush_cache()
+    document = random_tokens(random.Random(12), 20 * PAGE)
+    server.generate([*document, 1, 2, 3], max_new_tokens=4)
+    before = server.stats()
+    assert before["sealed_pages"] >= 17
+    answer = server.generate([*document, 7, 8, 9], max_new_tokens=4)
+    after = server.stats()
+    assert answer["meta_info"]["cached_tokens"] == len(document)
+    assert after["counters"]["opened"] - before["counters"]["opened"] == 1
+    assert after["sealed_pages"] >= before["sealed_pages"]
+
+
+def test_stats_everywhere_agree(server: Server) -> None:
+    server.generate_many([{"prompt": p, "max_new_tokens": 4} for p in mixed_prompts(13, 24, 900)])
+    stats = server.stats()
+    assert server.server_info()["internal_states"][0]["diffxkv"] == stats
+    parts = stats["bytes"]
+    assert sum(parts.values()) == stats["bytes_in_use"] <= stats["bytes_total"] <= 24 << 20
+    assert min(parts.values()) >= 0
+    assert parts["slack"] <= 0.05 * (parts["payload"] + parts["metadata"] + parts["slack"])
+    entries = stats["sealed_pages"] * PAGE * 3 * 2  # layers, KV heads
+    assert sum(stats["tier_tokens"].values()) == entries
+    assert stats["tier_tokens"]["low"] > 0.1 * entries
+    assert len(stats["sealed_bytes_per_token_by_layer"]) == 3
+    dense = stats["tokens_held"] * 3 * 2 * 2 * 128 * 2
+    assert stats["physical_compression"] == pytest.approx(dense / stats["bytes_in_use"])
+    assert stats["physical_compression"] > 1.5
+    for _ in range(20):  # gauges are exported once a second at most
+        server.generate([1, 2, 3], max_new_tokens=2)
+        gauges = server.get("/metrics").text
+        if "sglang:diffxkv_sealed_pages{" in gauges:
+            break
+        time.sleep(0.3)
+    for name in ("sealed_pages", "open_pages", "bytes_in_use", "physical_compression", "events"):
+        assert f"sglang:diffxkv_{name}{{" in gauges
+
+
+def test_token_usage_is_of_bytes(server: Server) -> None:
+    log = server.log_text()
+    usages = [
+        float(line.split("token usage: ")[1][:4])
+        for line in log.splitlines()
+        if "token usage: " in line
+    ]
+    assert max(usages) > 0.2
+    assert "#cached-token: " in log
+
+
+def test_chat_schema_stream_and_samples(server: Server) -> None:
+    chat = [{"role": "user", "content": "who is it? " * 30}]
+    first = server.chat(chat, max_tokens=8)
+    assert first["usage"]["completion_tokens"] <= 8
+    chat += [{"role": "assistant", "content": "ada"}, {"role": "user", "content": "how old?"}]
+    body = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}
+    }
+    second = server.chat(chat, max_tokens=80, **body)
+    answer = json.loads(second["choices"][0]["message"]["content"])
+    assert set(answer) == {"name", "old"}
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] >= 256
+    texts = [event["text"] for event in server.stream([5] * 200, max_new_tokens=12)]
+    assert len(texts) > 3
+    samples = server.generate([9] * 300, max_new_tokens=90, sampling={"n": 3, "temperature": 1.0})
+    assert len({tuple(sample["output_ids"]) for sample in samples}) == 3
+
+
+def test_kv_events_mirror_the_cache(server: Server, mirror: CacheMirror) -> None:
+    server.flush_cache()
+    mirror.blocks.clear()
+    prompts = mixed_prompts(14, 60, 2000)  # more than fits: blocks are evicted, too
+    server.generate_many([{"prompt": p, "max_new_tokens": 12} for p in prompts])
+    held: Json = {}
+    for _ in range(50):
+        held = server.stats()
+        if len(mirror.blocks) == held["sealed_pages"] + held["open_pages"]:
+            break
+        time.sleep(0.1)
+    assert len(mirror.blocks) == held["sealed_pages"] + held["open_pages"] > 50
+    assert all(len(tokens) == PAGE for tokens in mirror.blocks.values())
+    assert held["counters"]["evicted"] > 0
+    server.flush_cache()
+    deadline = time.monotonic() + 10
+    while mirror.blocks and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not mirror.blocks
+
+
+def test_pressure_with_compression(server: Server) -> None:
+    rng = random.Random(15)
+    items = [
+        {"prompt": p, "max_new_tokens": rng.randint(1, 150)} for p in mixed_prompts(15, 100, 1500)
+    ]
+    answers = server.generate_many(items, workers=32)
+    for item, answer in zip(items, answers, strict=True):
+        assert len(answer["output_ids"]) == item["max_new_tokens"]
+    assert server.stats()["counters"]["sealed_under_pressure"] > 0
+    assert_healthy(server)

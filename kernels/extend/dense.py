@@ -4,12 +4,29 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 
 LOG2_E = math.log2(math.e)
+
+
+@cache
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What to compute attention of this dtype in: fp32, or bf16 where the CPU multiplies it.
+
+    Elsewhere torch emulates 16-bit products, slower than it computes in fp32.
+    """
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if dtype == torch.bfloat16 and native else torch.float32
+
+
+def heads_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[L, H, D] of any dtype to contiguous [H, L, D], which torch's kernel reads fastest."""
+    length, h, d = x.shape
+    return torch.empty(h, length, d, dtype=dtype).copy_(x.transpose(0, 1))
 
 
 def attend_all(
@@ -25,14 +42,14 @@ def attend_all(
     are read once per group, and short queries still make matrix products of useful height.
 
     Args:
-        q: [T, Hq, D].
-        k, v: [H, L, D] of q's dtype, any strides with unit stride over D.
+        q: [T, Hq, D] of any dtype.
+        k, v: [H, L, D] of one dtype, which is computed in.
         sm_scale: factor of the scores.
-        bias: [H, L] of q's dtype, added to the scores of each head's tokens, or None.
+        bias: [H, L] of k's dtype, added to the scores of each head's tokens, or None.
     """
     t, hq, d = q.shape
     h = k.shape[0]
-    folded = q.view(t, h, hq // h, d).permute(1, 2, 0, 3).reshape(1, h, -1, d)
+    folded = q.view(t, h, hq // h, d).permute(1, 2, 0, 3).reshape(1, h, -1, d).to(k.dtype)
     mask = None if bias is None else bias[None, :, None]
     out, lse = _flash(folded, k[None], v[None], sm_scale, causal=False, mask=mask)
     out = out.reshape(h, hq // h, t, d).permute(2, 0, 1, 3).reshape(t, hq, d)
@@ -43,7 +60,8 @@ def attend_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
 ) -> AttentionPart:
     """Query i attends to tokens 0 ... i; arguments as in `attend_all`, with L = T."""
-    out, lse = _flash(q.transpose(0, 1)[None], k[None], v[None], sm_scale, causal=True, mask=None)
+    queries = q.to(k.dtype).transpose(0, 1)[None]
+    out, lse = _flash(queries, k[None], v[None], sm_scale, causal=True, mask=None)
     return AttentionPart(out[0].transpose(0, 1).float(), lse[0].T * LOG2_E)
 
 

@@ -11,8 +11,13 @@ from bisect import bisect_left
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
-from sglang_diffxkv.kernels.extend.dense import attend_all, attend_causal
+from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part, merge
+from sglang_diffxkv.kernels.extend.dense import (
+    attend_all,
+    attend_causal,
+    compute_dtype,
+    heads_first,
+)
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 
@@ -29,7 +34,8 @@ def extend_open(
 ) -> AttentionPart:
     """Causal attention of every query over the tokens of its sequence's open pages.
 
-    Computed in q's dtype with fp32 accumulation. Slots after a sequence's last query are not read.
+    Computed in fp32, or in bf16 where q is and the CPU multiplies it natively. Slots after a
+    sequence's last query are not read into the computation.
 
     Args:
         q: [T, Hq, D], the new queries; those of a sequence have consecutive positions.
@@ -44,7 +50,8 @@ def extend_open(
     Raises:
         ValueError: a page of new tokens is not listed.
     """
-    part = empty_part(q)
+    parts = []
+    dtype = compute_dtype(q.dtype)
     queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()
     positions = page_position.tolist()
     for b, start in enumerate(starts):
@@ -55,9 +62,11 @@ def extend_open(
         listed = positions[bounds[b] : bounds[b + 1]]
         prior = _tokens_before(listed, start, new)
         used = slots[bounds[b] : bounds[b] + -(-(prior + new) // PAGE_TOKENS)]
-        k, v = (raw[used].flatten(0, 1).transpose(0, 1) for raw in (k_raw, v_raw))
-        part.out[mine], part.lse[mine] = _attend(q[mine], k, v, prior, sm_scale)
-    return part
+        k, v = (
+            heads_first(raw[used].flatten(0, 1)[: prior + new], dtype) for raw in (k_raw, v_raw)
+        )
+        parts.append(_attend(q[mine], k, v, prior, sm_scale))
+    return concat_parts(parts) if parts else empty_part(q)
 
 
 def _tokens_before(listed: list[int], start: int, new: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
+from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part, merge
 from sglang_diffxkv.kernels.extend.dense import attend_all
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import head_counts, unpack_into
@@ -39,21 +39,18 @@ def extend_sealed(
         layout: byte layout.
         sm_scale: factor of the scores.
     """
-    part = empty_part(q)
+    parts = []
     page_bytes = 2 * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim * 4
     block_pages = max(1, BLOCK_BYTES // page_bytes)
     queries, bounds = q_indptr.tolist(), indptr.tolist()
     for b in range(len(bounds) - 1):
-        mine = slice(queries[b], queries[b + 1])
-        if mine.start == mine.stop:
-            continue
-        q_fp32 = q[mine].float()
-        for block in pages[bounds[b] : bounds[b + 1]].split(block_pages):
-            more = _attend_block(q_fp32, arena, frames, heads, block, layout, sm_scale, q.dtype)
-            part.out[mine], part.lse[mine] = merge(
-                AttentionPart(part.out[mine], part.lse[mine]), more
-            )
-    return part
+        mine = q[queries[b] : queries[b + 1]]
+        blocks = pages[bounds[b] : bounds[b + 1]].split(block_pages)
+        part = _attend_block(mine, arena, frames, heads, blocks[0], layout, sm_scale)
+        for block in blocks[1:]:
+            part = merge(part, _attend_block(mine, arena, frames, heads, block, layout, sm_scale))
+        parts.append(part)
+    return concat_parts(parts) if parts else empty_part(q)
 
 
 def _attend_block(
@@ -64,12 +61,13 @@ def _attend_block(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-    raw_dtype: torch.dtype,
 ) -> AttentionPart:
-    """Attention of q fp32 [t, Hq, D] over these pages, the kept tokens of a head side by side.
+    """Attention of q [t, Hq, D] over these pages, the kept tokens of a head side by side.
 
     Pruned tokens thus cost nothing; heads with fewer tokens than the fullest are masked at the end.
     """
+    if len(q) == 0 or len(pages) == 0:
+        return empty_part(q)
     n_high, n_low = head_counts(heads[pages])
     counts = n_high + n_low
     totals = counts.sum(0)
@@ -80,7 +78,7 @@ def _attend_block(
     k, v = arena.new_zeros((2, h, length, layout.head_dim), dtype=torch.float32)
     first = counts.cumsum(0) - counts + torch.arange(0, h * length, length)
     rows = k.flatten(0, 1), v.flatten(0, 1)
-    unpack_into(arena, frames, heads, pages, first, layout, raw_dtype, *rows)
+    unpack_into(arena, frames, heads, pages, first, layout, q.dtype, *rows)
     vacant = torch.arange(length) >= totals[:, None]
     bias = torch.zeros(h, length).masked_fill_(vacant, -torch.inf)
     part = attend_all(q, k, v, sm_scale, bias)

@@ -105,7 +105,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def largest_chunk(self) -> int:
         """Tokens that one step can open in an otherwise empty pool."""
         ledger = self.store.ledger
-        return (min(ledger.raw_total, ledger.largest_sequence) - 1) * self.page_size
+        return min(ledger.raw_total, ledger.largest_sequence) * self.page_size
 
     def _mean_frames(self) -> float:
         return self.store.ledger.mean_frames(self.store.plan.expected_frames)
@@ -153,7 +153,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         if ledger.headroom < pages:
             store.counters.reclaims += 1
             store.seal_cold(pages, include_window=False)
-            # Cached pages that were open are sealed now, so evicting can only help with frames.
+            # Cached pages that are open are sealed now, so evicting can only help with frames.
             if ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
                 tree_cache.evict_for_alloc(
                     EvictParams(num_tokens=tree_cache.evictable_size()),
@@ -161,6 +161,12 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
                 )
         store.counters.evicted += store.counters.released - released
         return ledger.headroom >= pages
+
+    def reclaim(self, tree_cache: Any, num_tokens: int) -> int:
+        """Do everything short of retraction to have ``num_tokens``; tokens that can be had now."""
+        self.evict_to_free_tokens(tree_cache, num_tokens)
+        self._secure(-(-num_tokens // self.page_size))
+        return min(self.available_size(), self.store.ledger.headroom * self.page_size)
 
     def check_decode_capacity(
         self,
@@ -170,9 +176,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         requests: Any = None,
         spec_algorithm: Any = None,
     ) -> bool:
-        self.evict_to_free_tokens(tree_cache, num_tokens)
-        pages = -(-num_tokens // self.page_size)
-        return self._secure(pages) and self.available_size() >= num_tokens
+        return self.reclaim(tree_cache, num_tokens) >= num_tokens
 
     def max_new_tokens_for_memory(
         self,

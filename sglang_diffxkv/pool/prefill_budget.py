@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 class DiffXKVPrefillBudget(PrefillBudget):
     """``PrefillBudget`` bounded by bytes as well as by virtual pages.
 
-    ``remaining_total`` asks what fits once pages are sealed (mean frames per page);
-    ``remaining_current`` asks what can be opened in this step (worst case per page).
+    ``remaining_total`` and ``remaining_current`` are estimates (what fits once everything is
+    sealed, what reclaiming could free) and only end the pass early. A request is admitted on room
+    that was really made: running short in the allocation that follows would end SGLang's scheduler.
     """
 
     allocator: DiffXKVAllocator
@@ -46,10 +47,17 @@ class DiffXKVPrefillBudget(PrefillBudget):
     def has_capacity(self) -> bool:
         return not self._shortened and super().has_capacity()
 
-    def _chunk_room(self) -> int:
-        """Tokens that a chunk may have now, a multiple of the page; one page is for its tail."""
-        room = int(self.remaining_current) - self.page_size
-        return max(0, room // self.page_size * self.page_size)
+    def _make_room(self, tokens: int) -> int:
+        """Reclaim for ``tokens`` new ones beside those admitted in this pass.
+
+        Returns:
+            How many of them can be opened for sure. Nothing is reclaimed for less than a page.
+        """
+        tokens = min(tokens, int(self.remaining_current))
+        if tokens < self.page_size:
+            return 0
+        room = self.allocator.reclaim(self.tree_cache, tokens + self.current_offset)
+        return min(tokens, room - self.current_offset)
 
     def check_prefill(
         self,
@@ -65,15 +73,17 @@ class DiffXKVPrefillBudget(PrefillBudget):
         if self._shortened or total_tokens >= self.remaining_total:
             return False, None
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
-        room = self._chunk_room()
-        if self.ceil_paged_tokens(wanted) <= room:
-            return True, chunk_limit
-        # Wait for room, unless even an empty pool could not open so much in one step.
+        needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will charge it
         largest = self.allocator.largest_chunk
-        if chunk_limit is None or self.ceil_paged_tokens(wanted) <= largest or room == 0:
+        if needed <= largest:
+            fits = needed <= self.remaining_current and needed <= self._make_room(needed)
+            return (True, chunk_limit) if fits else (False, None)
+        # Not even an empty pool could open so much in one step: take what there is.
+        room = self._make_room(largest) - self.page_size
+        if chunk_limit is None or room < self.page_size:
             return False, None
         self._shortened = True
-        return True, room
+        return True, min(chunk_limit, room)
 
     def can_allocate_prefill(
         self,
@@ -83,11 +93,15 @@ class DiffXKVPrefillBudget(PrefillBudget):
         max_new_tokens: int,
         chunk_limit: int | None,
     ) -> bool:
-        return paged_input <= min(self.remaining_current, self.remaining_total)
+        if paged_input > min(self.remaining_total, self.remaining_current):
+            return False
+        return paged_input <= self._make_room(paged_input)
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        room = min(chunk_limit, self._chunk_room())
-        return room if room > 0 else None
+        largest = self.allocator.largest_chunk
+        room = self._make_room(min(chunk_limit + self.page_size, largest)) - self.page_size
+        room = room // self.page_size * self.page_size
+        return min(chunk_limit, room) if room > 0 else None
 
     def fit_chunk(
         self, *, extend_input_len: int, max_new_tokens: int, chunk_limit: int

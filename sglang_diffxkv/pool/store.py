@@ -16,7 +16,6 @@ from sglang_diffxkv.pool.ledger import Ledger
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sizing import PoolPlan
 
-
 WINDOW_GRACE_STEPS = 8
 """A page unused for so many steps is in no running request's window: decoding pauses for a few
 prefill batches at a time only."""

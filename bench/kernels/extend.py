@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -170,7 +171,8 @@ def main() -> None:
     lines = [
         "# Extend attention on the CPU",
         "",
-        f"`python bench/kernels/extend.py --rounds {rounds}`, {torch.get_num_threads()} threads. "
+        f"`python bench/kernels/extend.py --rounds {rounds}`, {torch.get_num_threads()} threads, load "
+        f"average {os.getloadavg()[0]:.1f} at the start. "
         f"One layer, {HQ}/{H} heads, head_dim {D}; sealed prefixes K8V4/K4V2, tiers 25/50/25. "
         "Milliseconds, minimum / median, runs interleaved.",
         "",

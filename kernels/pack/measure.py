@@ -45,7 +45,7 @@ def section_tensors(
         start = _align_up(cursor, row) if row else cursor
         starts.append(start)
         cursor = start + n * row
-    return SectionTensors(*starts, total=_align_up(cursor, layout.align))
+    return SectionTensors(*starts, _align_up(cursor, layout.align))
 
 
 def _align_up(x: torch.Tensor, multiple: int) -> torch.Tensor:

@@ -171,8 +171,8 @@ def main() -> None:
     lines = [
         "# Extend attention on the CPU",
         "",
-        f"`python bench/kernels/extend.py --rounds {rounds}`, {torch.get_num_threads()} threads, load "
-        f"average {os.getloadavg()[0]:.1f} at the start. "
+        f"`python bench/kernels/extend.py --rounds {rounds}`, {torch.get_num_threads()} threads, "
+        f"load average {os.getloadavg()[0]:.1f} at the start. "
         f"One layer, {HQ}/{H} heads, head_dim {D}; sealed prefixes K8V4/K4V2, tiers 25/50/25. "
         "Milliseconds, minimum / median, runs interleaved.",
         "",

@@ -45,7 +45,8 @@ def section_tensors(
         start = _align_up(cursor, row) if row else cursor
         starts.append(start)
         cursor = start + n * row
-    return SectionTensors(*starts, _align_up(cursor, layout.align))
+    starts.append(_align_up(cursor, layout.align))
+    return SectionTensors(*starts)
 
 
 def _align_up(x: torch.Tensor, multiple: int) -> torch.Tensor:

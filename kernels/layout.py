@@ -131,14 +131,13 @@ class PageLayout:
             cursor = _align_up(cursor, row) if row else cursor
             starts.append(cursor)
             cursor += n * row
-        return Sections(*starts, _align_up(cursor, self.align))
+        return Sections(*starts, total=_align_up(cursor, self.align))  # type: ignore[misc]
 
     @cached_property
     def page_bytes(self) -> int:
-        """Bytes of a (page, layer) whose tokens are all kept in the dearer tier."""
-        return self.num_kv_heads * max(
-            self.sections(PAGE_TOKENS, 0).total, self.sections(0, PAGE_TOKENS).total
-        )
+        """Bytes of the largest (page, layer): every token kept, in the dearest mix of tiers."""
+        mixes = (self.sections(n, PAGE_TOKENS - n).total for n in range(PAGE_TOKENS + 1))
+        return self.num_kv_heads * max(mixes)
 
 
 FRAMES_PER_FULL_PAGE = 20

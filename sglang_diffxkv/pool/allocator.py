@@ -102,27 +102,29 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         return self.store.ledger.headroom >= pages
 
     @property
-    def largest_chunk(self) -> int:
-        """Tokens that one step can open in an otherwise empty pool."""
-        ledger = self.store.ledger
-        return min(ledger.raw_total, ledger.largest_sequence) * self.page_size
+    def tokens_promisable(self) -> int:
+        """Tokens that virtual pages and frames allow to open now, raw pages aside."""
+        return min(self.available_size(), self.store.ledger.frame_headroom * self.page_size)
 
-    def _mean_frames(self) -> float:
-        return self.store.ledger.mean_frames(self.store.plan.expected_frames)
+    @property
+    def tokens_with_raw_page(self) -> int:
+        """Tokens that there are raw pages for now."""
+        return self.store.ledger.raw_free * self.page_size
 
     def tokens_when_sealed(self, evictable_tokens: int) -> float:
         """Tokens that fit beside those held, if all get sealed and ``evictable_tokens`` go."""
-        ledger, mean = self.store.ledger, self._mean_frames()
+        ledger = self.store.ledger
+        mean = ledger.mean_frames(self.store.plan.expected_frames)
         free = ledger.frames_total - ledger.frames_used - ledger.open_pages * mean
         return free / mean * self.page_size + evictable_tokens
 
-    def tokens_openable(self, evictable_tokens: int) -> float:
-        """Tokens that can be opened now after sealing cold pages and evicting prefixes."""
-        ledger, mean = self.store.ledger, self._mean_frames()
+    def tokens_openable(self, evictable_tokens: int) -> int:
+        """Tokens that frames can be promised to after sealing cold pages and evicting prefixes."""
+        ledger = self.store.ledger
+        mean = ledger.frames_used / max(1, ledger.sealed_pages)
         cold = len(self.store.sealable(include_window=True))
         credit = cold * (ledger.worst_frames - mean) + evictable_tokens / self.page_size * mean
-        by_frames = int((ledger.frames_free + credit) / ledger.worst_frames)
-        return min(ledger.raw_free + cold, by_frames) * self.page_size
+        return int((ledger.frames_free + credit) / ledger.worst_frames) * self.page_size
 
     def create_prefill_budget(
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
@@ -162,11 +164,11 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         store.counters.evicted += store.counters.released - released
         return ledger.headroom >= pages
 
-    def reclaim(self, tree_cache: Any, num_tokens: int) -> int:
-        """Do everything short of retraction to have ``num_tokens``; tokens that can be had now."""
+    def reclaim(self, tree_cache: Any, num_tokens: int) -> bool:
+        """Do everything short of retraction to have ``num_tokens``; whether they can be had now."""
         self.evict_to_free_tokens(tree_cache, num_tokens)
-        self._secure(-(-num_tokens // self.page_size))
-        return min(self.available_size(), self.store.ledger.headroom * self.page_size)
+        secured = self._secure(-(-num_tokens // self.page_size))
+        return secured and self.available_size() >= num_tokens
 
     def check_decode_capacity(
         self,
@@ -176,7 +178,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         requests: Any = None,
         spec_algorithm: Any = None,
     ) -> bool:
-        return self.reclaim(tree_cache, num_tokens) >= num_tokens
+        return self.reclaim(tree_cache, num_tokens)
 
     def max_new_tokens_for_memory(
         self,

@@ -10,6 +10,9 @@ from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 if TYPE_CHECKING:
     from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 
+MIN_CHUNK_PAGES = 3
+"""A chunk is not cut shorter than this, its tail's page included: each costs a forward pass."""
+
 
 class DiffXKVPrefillBudget(PrefillBudget):
     """``PrefillBudget`` bounded by bytes as well as by virtual pages.
@@ -51,13 +54,12 @@ class DiffXKVPrefillBudget(PrefillBudget):
         """Reclaim for ``tokens`` new ones beside those admitted in this pass.
 
         Returns:
-            How many of them can be opened for sure. Nothing is reclaimed for less than a page.
+            How many of them can be opened for sure, a multiple of the page.
         """
-        tokens = min(tokens, int(self.remaining_current))
-        if tokens < self.page_size:
-            return 0
-        room = self.allocator.reclaim(self.tree_cache, tokens + self.current_offset)
-        return min(tokens, room - self.current_offset)
+        self.allocator.reclaim(self.tree_cache, tokens + self.current_offset)
+        room = min(self.allocator.tokens_promisable, self.allocator.tokens_with_raw_page)
+        room = min(tokens, room - int(self.current_offset))
+        return max(0, room // self.page_size * self.page_size)
 
     def check_prefill(
         self,
@@ -74,16 +76,18 @@ class DiffXKVPrefillBudget(PrefillBudget):
             return False, None
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
         needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will charge it
-        largest = self.allocator.largest_chunk
-        if needed <= largest:
-            fits = needed <= self.remaining_current and needed <= self._make_room(needed)
-            return (True, chunk_limit) if fits else (False, None)
-        # Not even an empty pool could open so much in one step: take what there is.
-        room = self._make_room(largest) - self.page_size
-        if chunk_limit is None or room < self.page_size:
+        if needed > self.remaining_current:
+            return False, None
+        room = self._make_room(needed)
+        if room >= needed:
+            return True, chunk_limit
+        # What lacks frames waits for others to finish. What only lacks raw pages goes in smaller
+        # chunks: running requests hold theirs as long as they run, a chunk's come free when sealed.
+        lacks_frames = needed + self.current_offset > self.allocator.tokens_promisable
+        if lacks_frames or chunk_limit is None or room < MIN_CHUNK_PAGES * self.page_size:
             return False, None
         self._shortened = True
-        return True, min(chunk_limit, room)
+        return True, room - self.page_size
 
     def can_allocate_prefill(
         self,
@@ -98,9 +102,9 @@ class DiffXKVPrefillBudget(PrefillBudget):
         return paged_input <= self._make_room(paged_input)
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        largest = self.allocator.largest_chunk
-        room = self._make_room(min(chunk_limit + self.page_size, largest)) - self.page_size
-        room = room // self.page_size * self.page_size
+        # An unfinished request holds its pages, so it goes on with whatever room there is.
+        wanted = min(chunk_limit + self.page_size, int(self.remaining_current))
+        room = self._make_room(wanted) - self.page_size
         return min(chunk_limit, room) if room > 0 else None
 
     def fit_chunk(

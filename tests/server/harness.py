@@ -44,7 +44,7 @@ class Server:
         self.log = log or Path(tempfile.mkstemp(prefix="sglang-", suffix=".log")[1])
         self.start_seconds = 0.0
         self._start_timeout = start_timeout
-        self._env = _environment(device) | (env or {})
+        self._env = server_environment(device) | (env or {})
         own = ["--model-path", model, "--device", device, "--dtype", dtype, "--port", self.port]
         # Without --sleep-on-idle the scheduler spins, which on two cores halves all else.
         own += ["--host", "127.0.0.1", "--sleep-on-idle", "--skip-server-warmup"]
@@ -194,7 +194,7 @@ def _generate_body(
     return {key: value, "sampling_params": params | (sampling or {})}
 
 
-def _environment(device: str) -> dict[str, str]:
+def server_environment(device: str) -> dict[str, str]:
     """What makes a server start fast and stay off the network."""
     env = dict(os.environ)
     # Three processes import some thousand modules each: never without their bytecode.

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.server.harness import _environment
+from tests.server.harness import server_environment
 
 PROGRAM = """
 import json, sys
@@ -35,7 +35,7 @@ if __name__ == "__main__":
 def test_engine_runs_on_sealed_pages(make_model: Callable[..., Path], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    env = _environment("cpu") | {"DIFFXKV_CONFIG": json.dumps({"policy": "lossless"})}
+    env = server_environment("cpu") | {"DIFFXKV_CONFIG": json.dumps({"policy": "lossless"})}
     run = subprocess.run(
         [sys.executable, "-P", str(program), str(make_model())],
         env={**os.environ, **env},

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The console script `sglang-diffxkv`: one subcommand per thing to do beside serving."""
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+
+DEMO_HELP = "serve a small embedded model on sealed pages, and compare with stock SGLang's pool"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand in `argv` (default: the command line); return the exit status."""
+    args = _parser().parse_args(argv)
+    # As Ctrl-C does, so that a server which the subcommand has started is stopped.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sglang-diffxkv",
+        description="Compressed KV cache for stock SGLang. To serve: "
+        "sglang serve --model-path MODEL --attention-backend diffxkv",
+    )
+    commands = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
+    demo = commands.add_parser("demo", help=DEMO_HELP, description=DEMO_HELP)
+    demo.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
+    )
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _demo(args: argparse.Namespace) -> int:
+    # Imported here: the help of the command must not wait for torch.
+    from sglang_diffxkv.demo.run import run_demo
+
+    return run_demo(args.device)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs `sglang serve` as a subprocess of a command-line program, and ends it with all its children.
+
+This is for programs that need a server for a while; it changes nothing about how SGLang serves.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+START_TIMEOUT_S = 600.0
+_POLL_S = 0.3
+
+
+class ServerError(RuntimeError):
+    """A server that did not start; the text ends with the last lines of its log."""
+
+
+class ServerProcess:
+    """`sglang serve` with `args`, from entering the context (it then answers) to leaving it.
+
+    Attributes:
+        url: where it answers, on a free port of the loopback interface.
+        log: the file that its output goes to.
+        start_seconds: from launch to the first answer, known once it runs.
+    """
+
+    def __init__(self, *args: object, log: Path, start_timeout: float = START_TIMEOUT_S) -> None:
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = log
+        self.start_seconds = 0.0
+        self._start_timeout = start_timeout
+        # The script beside this interpreter: the environment need not be activated.
+        sglang = Path(sys.executable).with_name("sglang")
+        own = ("serve", "--host", "127.0.0.1", "--port", port, "--skip-server-warmup")
+        self._command = [str(part) for part in (sglang, *own, *args)]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        begin = time.monotonic()
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # A group of its own: Ctrl-C reaches this program only, which then stops the server.
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy(begin + self._start_timeout)
+        except BaseException:
+            self.stop()
+            raise
+        self.start_seconds = time.monotonic() - begin
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the server and all its children; harmless where it has ended."""
+        if self._process is None:
+            return
+        tree: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self._process.pid)
+            tree = [*root.children(recursive=True), root]
+        # Children first: asked alone, the main process takes many seconds to drain.
+        for process in tree:
+            with suppress(psutil.NoSuchProcess):
+                process.terminate()
+        _, alive = psutil.wait_procs(tree, timeout=3)
+        for process in alive:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._process.wait()
+        self._process = None
+
+    def log_tail(self, lines: int = 30) -> str:
+        text = self.log.read_text(errors="replace")
+        return "\n".join(line[:500] for line in text.splitlines()[-lines:])
+
+    def _wait_until_healthy(self, deadline: float) -> None:
+        assert self._process is not None
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise ServerError(f"the server ended while starting\n{self.log_tail()}")
+            try:
+                with urllib.request.urlopen(self.url + "/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(_POLL_S)
+        raise ServerError(f"no answer after {self._start_timeout:.0f} s\n{self.log_tail()}")
+
+
+def _environment() -> dict[str, str]:
+    env = dict(os.environ)
+    # Three processes import some thousand modules each: never without their bytecode.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    # /health then answers once the server is up, without a request of its own.
+    env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
+    return env
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

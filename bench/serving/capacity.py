@@ -11,21 +11,22 @@ bytes from `/diffxkv/stats`.
 from __future__ import annotations
 
 import argparse
-import random
+import json
 import threading
+from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
 from bench.serving.common import (
     MIB,
     PAPER,
+    WEIGHTS,
+    Load,
     Shape,
     Step,
     decode_steps,
     demo_model,
     diffxkv_server,
     page_floor,
-    random_prompt,
     retractions,
     stock_server,
     table,
@@ -36,19 +37,6 @@ from tests.server.harness import Json, Server
 POLL_S = 0.5
 NEEDED = 2.5
 """What issue 2 asks for, as a multiple of stock."""
-
-
-class Load(NamedTuple):
-    """Distinct random prompts of `prompt` ± 10 % tokens, `output` new tokens each, all at once."""
-
-    requests: int
-    prompt: int
-    output: int
-
-    def items(self) -> list[Json]:
-        rng = random.Random(0)
-        lengths = [round(self.prompt * rng.uniform(0.9, 1.1)) for _ in range(self.requests)]
-        return [{"prompt": random_prompt(rng, n), "max_new_tokens": self.output} for n in lengths]
 
 
 class StatsPoller:
@@ -90,18 +78,18 @@ def summary(steps: list[Step], log: str) -> Json:
     }
 
 
-def run_stock(shape: Shape, tokens: int, load: Load, args: list[object]) -> Json:
-    with demo_model(shape) as model, stock_server(model, tokens, *args) as server:
-        server.generate_many(load.items(), workers=load.requests)
+def run_stock(model: Path, tokens: int, load: Load, args: list[object]) -> Json:
+    with stock_server(model, tokens, *args) as server:
+        load.send(server)
         log = server.log_text()
     # Its pool is full of cached prefixes soon, so what it can hold is what it holds.
     return summary(decode_steps(log), log) | {"tokens_held": tokens}
 
 
-def run_ours(shape: Shape, config: Json, load: Load, args: list[object]) -> Json:
-    with demo_model(shape) as model, diffxkv_server(model, config, *args) as server:
+def run_ours(model: Path, config: Json, load: Load, args: list[object]) -> Json:
+    with diffxkv_server(model, config, *args) as server:
         with StatsPoller(server) as poller:
-            server.generate_many(load.items(), workers=load.requests)
+            load.send(server)
         log = server.log_text()
     held = {"tokens_held": poller.peak["tokens_held"], "stats": poller.peak}
     return summary(decode_steps(log), log) | held
@@ -118,7 +106,19 @@ ROWS = {
 }
 
 
-def report(shape: Shape, memory: int, load: Load, config: Json, stock: Json, ours: Json) -> str:
+def setting(shape: Shape, result: Json) -> str:
+    """What was run, in words."""
+    requests, prompt, output = result["load"].values()
+    return (
+        f"{result['memory_bytes'] // MIB} MiB on both sides; bfloat16 demo model "
+        f"{result['shape']}, weights: {result['weights']} ({shape.token_bytes} bytes per "
+        f"uncompressed token); {requests} distinct requests of about {prompt} random tokens and "
+        f"{output} new ones, all at once. diffxkv: `{json.dumps(result['config'])}`. "
+        f"Needed: {NEEDED} × stock."
+    )
+
+
+def report(stock: Json, ours: Json) -> str:
     compared = [["", "stock", "diffxkv", "ratio"]]
     for key, title in ROWS.items():
         ratio = ours[key] / stock[key] if key.startswith(("requests_", "tokens_")) else ""
@@ -131,10 +131,6 @@ def report(shape: Shape, memory: int, load: Load, config: Json, stock: Json, our
     tiers = ", ".join(f"{k} {v / graded:.1%}" for k, v in stats["tier_tokens"].items())
     return "\n\n".join(
         [
-            f"{memory // MIB} MiB on both sides; bfloat16 demo model {shape._asdict()} with random "
-            f"weights ({shape.token_bytes} bytes per uncompressed token); {load.requests} distinct "
-            f"requests of about {load.prompt} random tokens and {load.output} new ones, all at "
-            f"once. diffxkv: `{config}`. Needed: {NEEDED} × stock.",
             table(compared),
             f"At the peak of tokens held: {stats['tokens_held']} tokens in {total} bytes of "
             f"{stats['bytes_total']} allocated, physical compression "
@@ -150,12 +146,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--memory-mib", type=int, default=48)
     parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--weights", choices=WEIGHTS, default="random")
     parser.add_argument("--requests", type=int, default=36)
     parser.add_argument("--prompt", type=int, default=1500)
     parser.add_argument("--output", type=int, default=128)
-    parser.add_argument(
-        "--raw-share", type=float, default=None, help="default: the configuration's"
-    )
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON beside the paper's")
     parser.add_argument("--chunk", type=int, default=512, help="--chunked-prefill-size of both")
     parser.add_argument("--name", default="capacity", help="of the files in bench/results")
     return parser.parse_args()
@@ -166,17 +161,16 @@ def main() -> None:
     shape = Shape(head_dim=options.head_dim)
     memory = options.memory_mib * MIB
     load = Load(options.requests, options.prompt, options.output)
-    config: Json = {"policy": "diffkv", "memory_bytes": memory} | PAPER
-    if options.raw_share is not None:
-        config["raw_share"] = options.raw_share
+    config: Json = {"policy": "diffkv", "memory_bytes": memory} | PAPER | options.config
     args: list[object] = ["--decode-log-interval", 1, "--chunked-prefill-size", options.chunk]
     args += ["--max-running-requests", options.requests]
-    ours = run_ours(shape, config, load, args)
-    stock = run_stock(shape, page_floor(memory // shape.token_bytes), load, args)
-    result = {"shape": shape._asdict(), "memory_bytes": memory, "load": load._asdict()}
-    result |= {"config": config, "stock": stock, "diffxkv": ours}
-    title = "Capacity in equal memory"
-    write_results(options.name, title, result, report(shape, memory, load, config, stock, ours))
+    with demo_model(shape, weights=options.weights) as model:
+        ours = run_ours(model, config, load, args)
+        stock = run_stock(model, page_floor(memory // shape.token_bytes), load, args)
+    result: Json = {"shape": shape._asdict(), "weights": options.weights, "memory_bytes": memory}
+    result |= {"load": load._asdict(), "config": config, "stock": stock, "diffxkv": ours}
+    text = f"{setting(shape, result)}\n\n{report(stock, ours)}"
+    write_results(options.name, "Capacity in equal memory", result, text)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
+from bench.serving.heavy_hitters import add_heavy_hitters
 from sglang_diffxkv.demo_model import write_demo_model
 from tests.server.harness import Json, Server
 
@@ -25,6 +26,7 @@ MIB = 2**20
 PAGE_TOKENS = 64
 PAPER = {"tiers": {"high": "K8V4", "low": "K4V2"}, "alpha_high": 1, "alpha_low": 0.02}
 """DiffKV's setting for Llama-3 (arXiv 2412.03131)."""
+WEIGHTS = ("random", "heavy-hitters")
 
 _STEP = re.compile(
     r"Decode batch.*?#running-req: (\d+), #token: (\d+), token usage: ([\d.]+).*?#queue-req: (\d+)"
@@ -55,9 +57,13 @@ class Step(NamedTuple):
 
 
 @contextmanager
-def demo_model(shape: Shape, dtype: str = "bfloat16") -> Iterator[Path]:
-    with TemporaryDirectory(prefix="demo-model-") as folder:
-        yield write_demo_model(folder, dtype=dtype, **shape._asdict())
+def demo_model(shape: Shape, dtype: str = "bfloat16", weights: str = "random") -> Iterator[Path]:
+    """Folder of a demo model; `weights` is one of WEIGHTS."""
+    with TemporaryDirectory(prefix="demo-model-") as name:
+        folder = write_demo_model(name, dtype=dtype, **shape._asdict())
+        if weights == "heavy-hitters":
+            add_heavy_hitters(folder)
+        yield folder
 
 
 def stock_server(model: Path, tokens: int, *args: object, dtype: str = "bfloat16") -> Server:
@@ -78,6 +84,21 @@ def page_floor(tokens: int) -> int:
 def random_prompt(rng: random.Random, length: int) -> list[int]:
     """Ids of random bytes."""
     return [rng.randrange(256) for _ in range(length)]
+
+
+class Load(NamedTuple):
+    """Distinct random prompts of `prompt` ± 10 % tokens, `output` new tokens each."""
+
+    requests: int
+    prompt: int
+    output: int
+
+    def send(self, server: Server) -> list[Json]:
+        """All requests at once; answers in order."""
+        rng = random.Random(0)
+        lengths = [round(self.prompt * rng.uniform(0.9, 1.1)) for _ in range(self.requests)]
+        items = [{"prompt": random_prompt(rng, n), "max_new_tokens": self.output} for n in lengths]
+        return server.generate_many(items, workers=self.requests)
 
 
 def decode_steps(log: str) -> list[Step]:
@@ -126,7 +147,7 @@ def write_results(name: str, title: str, result: Json, text: str) -> None:
 
 
 def _cell(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _cpu_model() -> str:

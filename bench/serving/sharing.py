@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from bench.serving.common import (
     MIB,
+    PAGE_TOKENS,
     PAPER,
     Shape,
     demo_model,
@@ -127,8 +128,8 @@ def report(shape: Shape, memory: int, capacity: int, found: Json) -> str:
     stock_tokens = page_floor(memory // shape.token_bytes)
     return "\n\n".join(
         [
-            f"bfloat16 demo model {shape._asdict()} with random weights, page size {64}. Prompt "
-            f"tokens found in the prefix cache. Equal capacity: {capacity} tokens on both sides; "
+            f"bfloat16 demo model {shape._asdict()} with random weights, page size {PAGE_TOKENS}. "
+            f"Prompt tokens found in the prefix cache. Equal capacity: {capacity} tokens on both sides; "
             f"equal memory: {memory // MIB} MiB, which hold {stock_tokens} tokens of stock's. "
             f"Chats: {CHATS} of {TURNS} turns ({USER} tokens from the user, {ANSWER} answered), "
             f"resumed in random order. Shared prefixes: {ASKED} questions of {QUESTION} tokens, "

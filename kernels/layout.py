@@ -140,8 +140,8 @@ class PageLayout:
         return self.num_kv_heads * max(mixes)
 
 
-FRAMES_PER_FULL_PAGE = 24
-"""The last frame of a (page, layer) is half empty on average: 1/48 of a full page is wasted."""
+FRAMES_PER_FULL_PAGE = 32
+"""The last frame of a (page, layer) is half empty on average: 1/64 of a full page is wasted."""
 
 
 def make_layout(

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "lanes.h"
+
 namespace diffxkv {
 
 // Calls f(integral_constant<int, Dim>) with Dim = dim if the kernels specialise for it, else 0.
@@ -20,29 +22,28 @@ inline auto with_dim(int64_t dim, F&& f) {
     }
 }
 
-// out[i * out_stride] = row . q[i] for i < count; row [dim], q [count, dim].
+// out[i * out_stride] = row . q[i] for i < count; row [dim], q [count, dim], dim a multiple of 16.
 template <int Dim>
 inline void dots(const float* row, const float* q, int64_t count, int64_t any_dim, float* out,
                  int64_t out_stride) {
     const int64_t dim = Dim ? Dim : any_dim;
-    int64_t i = 0;
-    for (; i + 4 <= count; i += 4, q += 4 * dim) {
-        float a = 0.f, b = 0.f, c = 0.f, d = 0.f;
-#pragma omp simd reduction(+ : a, b, c, d)
-        for (int64_t j = 0; j < dim; ++j) {
-            a += row[j] * q[j];
-            b += row[j] * q[dim + j];
-            c += row[j] * q[2 * dim + j];
-            d += row[j] * q[3 * dim + j];
+    for (int64_t i = 0; i < count; i += 4) {
+        // Heads past the last repeat it: a group need not be a multiple of four.
+        const int64_t left = count - i - 1;
+        const float* q0 = q + i * dim;
+        const float* q1 = q0 + (left < 1 ? left : 1) * dim;
+        const float* q2 = q0 + (left < 2 ? left : 2) * dim;
+        const float* q3 = q0 + (left < 3 ? left : 3) * dim;
+        Lanes a{}, b{}, c{}, d{};
+        for (int64_t j = 0; j < dim; j += kLanes) {
+            Lanes x = load_lanes(row + j);
+            a += x * load_lanes(q0 + j);
+            b += x * load_lanes(q1 + j);
+            c += x * load_lanes(q2 + j);
+            d += x * load_lanes(q3 + j);
         }
-        out[i * out_stride] = a, out[(i + 1) * out_stride] = b;
-        out[(i + 2) * out_stride] = c, out[(i + 3) * out_stride] = d;
-    }
-    for (; i < count; ++i, q += dim) {
-        float a = 0.f;
-#pragma omp simd reduction(+ : a)
-        for (int64_t j = 0; j < dim; ++j) a += row[j] * q[j];
-        out[i * out_stride] = a;
+        Quad sums = sum_lanes(a, b, c, d);
+        for (int64_t k = 0; k < 4 && k <= left; ++k) out[(i + k) * out_stride] = sums[k];
     }
 }
 

@@ -29,8 +29,13 @@ constexpr int64_t kPageTokens = 64;
 constexpr int64_t kMetaBytes = 8;
 constexpr int64_t kNoteBytes = 2;
 
+// Offsets fit 32 bits (the directory holds int32), where division is much cheaper.
+inline int64_t divide(int64_t x, int64_t by) {
+    return static_cast<uint32_t>(x) / static_cast<uint32_t>(by);
+}
+
 inline int64_t align_up(int64_t x, int64_t multiple) {
-    return (x + multiple - 1) / multiple * multiple;
+    return divide(x + multiple - 1, multiple) * multiple;
 }
 
 // Byte offsets of one tier's sections, relative to the start of the head's payload.
@@ -84,10 +89,11 @@ struct Payload {
     // that lies contiguously in one frame. No row straddles two frames.
     template <class F>
     void each_run(int64_t offset, int64_t row_bytes, int64_t count, F&& f) const {
-        int64_t frame = offset / frame_bytes, inside = offset - frame * frame_bytes;
+        int64_t frame = divide(offset, frame_bytes), inside = offset - frame * frame_bytes;
         for (int64_t row = 0; row < count; ++frame, inside = 0) {
-            int64_t fits = (frame_bytes - inside) / row_bytes;
-            int64_t rows = fits < count - row ? fits : count - row;
+            int64_t rows = count - row;
+            if (inside + rows * row_bytes > frame_bytes)
+                rows = divide(frame_bytes - inside, row_bytes);
             f(arena + static_cast<int64_t>(frames[frame]) * frame_bytes + inside, row, rows);
             row += rows;
         }

@@ -2,6 +2,7 @@
 // Decode attention over sealed and over open pages, behind a plain C ABI (see cpu.py).
 
 #include <memory>
+#include <utility>
 
 #include "float_engine.h"
 #include "items.h"
@@ -12,46 +13,51 @@
 namespace diffxkv {
 namespace {
 
-std::unique_ptr<Engine> make_engine(Tier tier, DType raw, const Shape& shape) {
+std::unique_ptr<Engine> make_engine(const Layout& layout, Tier tier, DType raw, int64_t group) {
 #ifdef __AVX512VNNI__
-    if (!tier.raw()) return std::make_unique<VnniEngine>(tier, shape.dim, shape.group);
+    if (!tier.raw()) return std::make_unique<VnniEngine>(layout, tier, group);
 #endif
-    return with_dim(shape.dim, [&](auto dim) -> std::unique_ptr<Engine> {
-        return std::make_unique<FloatEngine<dim>>(tier, raw, shape.dim, shape.group);
+    return with_dim(layout.head_dim, [&](auto dim) -> std::unique_ptr<Engine> {
+        return std::make_unique<FloatEngine<dim>>(layout, tier, raw, group);
     });
 }
 
-// Rows of one tier on their way through its engine.
+// Rows of one tier on their way through its engine: one tile waits while the next is gathered, so
+// that its rows are fetched during the arithmetic on the first.
 class Stream {
    public:
-    Stream(Tier tier, DType raw, const Shape& shape) : engine_(make_engine(tier, raw, shape)) {}
+    Stream(const Layout& layout, Tier tier, DType raw, int64_t group)
+        : engine_(make_engine(layout, tier, raw, group)) {}
 
     void begin(const float* q) {
         engine_->begin(q);
-        tile_.n = 0;
+        full_->n = next_->n = 0;
     }
 
     void finish(const Partial& partial) {
-        flush();
+        advance();
+        advance();
         engine_->finish(partial);
     }
 
     // Queues `count` <= kTile tokens; fill(Tile&, first) sets their row addresses.
     template <class Fill>
     void push(int64_t count, Fill&& fill) {
-        if (tile_.n + count > kTile) flush();
-        fill(tile_, tile_.n);
-        tile_.n += count;
+        if (next_->n + count > kTile) advance();
+        fill(*next_, next_->n);
+        next_->n += count;
     }
 
    private:
-    void flush() {
-        if (tile_.n) engine_->process(tile_);
-        tile_.n = 0;
+    void advance() {
+        if (full_->n) engine_->process(*full_, *next_);
+        full_->n = 0;
+        std::swap(full_, next_);
     }
 
     std::unique_ptr<Engine> engine_;
-    Tile tile_;
+    Tile tiles_[2];
+    Tile *full_ = &tiles_[0], *next_ = &tiles_[1];
 };
 
 struct SealedPages {
@@ -64,8 +70,9 @@ struct SealedPages {
 
 class SealedWorker {
    public:
-    SealedWorker(const SealedPages& in, DType raw, const Shape& shape)
-        : in_(in), high_(in.layout.high, raw, shape), low_(in.layout.low, raw, shape) {}
+    SealedWorker(const SealedPages& in, DType raw, int64_t group)
+        : in_(in), high_(in.layout, in.layout.high, raw, group),
+          low_(in.layout, in.layout.low, raw, group) {}
 
     void operator()(const Item& item, const float* q, const Partial& partial) {
         high_.begin(q);
@@ -100,14 +107,16 @@ class SealedWorker {
             auto rows = [&](int64_t section, int64_t row_bytes, const uint8_t** to) {
                 payload.each_run(offset + section, row_bytes, n,
                                  [&](const uint8_t* row, int64_t first, int64_t count) {
-                                     prefetch_bytes(row, count * row_bytes);
                                      for (int64_t i = 0; i < count; ++i)
                                          to[first + i] = row + i * row_bytes;
                                  });
             };
             rows(s.key, in_.layout.row_bytes(tier.key_bits), tile.key + at);
             rows(s.value, in_.layout.row_bytes(tier.value_bits), tile.value + at);
-            if (!tier.raw()) rows(s.meta, kMetaBytes, tile.meta + at);
+            if (tier.raw()) return;
+            rows(s.meta, kMetaBytes, tile.meta + at);
+            for (int64_t i = 0; i < n; i += 8) __builtin_prefetch(tile.meta[at + i]);
+            __builtin_prefetch(tile.meta[at + n - 1]);
         });
     }
 
@@ -116,28 +125,27 @@ class SealedWorker {
 };
 
 struct OpenPages {
+    Layout layout;  // of raw rows
     const uint8_t *key, *value;
-    int64_t page_bytes, token_bytes, row_bytes;
+    int64_t page_bytes, token_bytes;
     const int32_t *indptr, *slots, *last_len;
 };
 
 class OpenWorker {
    public:
-    OpenWorker(const OpenPages& in, DType raw, const Shape& shape)
-        : in_(in), stream_(Tier{0, 0}, raw, shape) {}
+    OpenWorker(const OpenPages& in, DType raw, int64_t group)
+        : in_(in), stream_(in.layout, in.layout.high, raw, group) {}
 
     void operator()(const Item& item, const float* q, const Partial& partial) {
         stream_.begin(q);
         for (int64_t i = item.first_page; i < item.last_page; ++i) {
             bool last = i == in_.indptr[item.sequence + 1] - 1;
             int64_t n = last ? in_.last_len[item.sequence] : kPageTokens;
-            int64_t base = in_.slots[i] * in_.page_bytes + item.head * in_.row_bytes;
+            int64_t base = in_.slots[i] * in_.page_bytes + item.head * in_.layout.row_bytes(0);
             stream_.push(n, [&](Tile& tile, int64_t at) {
                 for (int64_t t = 0; t < n; ++t, base += in_.token_bytes) {
                     tile.key[at + t] = in_.key + base;
                     tile.value[at + t] = in_.value + base;
-                    prefetch_bytes(in_.key + base, in_.row_bytes);
-                    prefetch_bytes(in_.value + base, in_.row_bytes);
                 }
             });
         }
@@ -164,7 +172,7 @@ extern "C" void diffxkv_decode_sealed(const float* q, int64_t batch, int64_t gro
     Shape shape{batch, layout->kv_heads, group, layout->head_dim};
     SealedPages in{*layout, arena, frames, heads, frames_stride, heads_stride, pages};
     run_items(shape, q, indptr, out, lse, threads,
-              [&] { return SealedWorker(in, static_cast<DType>(raw_dtype), shape); });
+              [&] { return SealedWorker(in, static_cast<DType>(raw_dtype), group); });
 }
 
 // key, value: [R, 64, Hkv, D] of raw_dtype, page_stride elements from one slot to the next.
@@ -175,8 +183,9 @@ extern "C" void diffxkv_decode_open(const float* q, int64_t batch, int64_t group
                                     float* lse, int64_t threads) {
     const int64_t itemsize = raw_dtype == kFloat32 ? 4 : 2;
     Shape shape{batch, kv_heads, group, dim};
-    OpenPages in{key, value, page_stride * itemsize, kv_heads * dim * itemsize, dim * itemsize,
+    Layout layout{dim, kv_heads, itemsize, {0, 0}, {0, 0}, 0, 0, 0};
+    OpenPages in{layout, key, value, page_stride * itemsize, kv_heads * dim * itemsize,
                  indptr, slots, last_len};
     run_items(shape, q, indptr, out, lse, threads,
-              [&] { return OpenWorker(in, static_cast<DType>(raw_dtype), shape); });
+              [&] { return OpenWorker(in, static_cast<DType>(raw_dtype), group); });
 }

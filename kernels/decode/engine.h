@@ -26,8 +26,9 @@ class Engine {
     virtual ~Engine() = default;
     // Starts a new group; q: [G, D], already times sm_scale * log2(e).
     virtual void begin(const float* q) = 0;
-    // Attends to tile.n > 0 tokens. May write to the tile beyond n.
-    virtual void process(Tile& tile) = 0;
+    // Attends to tile.n > 0 tokens and fetches the rows of `next` meanwhile. May write to the tile
+    // beyond n.
+    virtual void process(Tile& tile, const Tile& next) = 0;
     // Merges what was attended since begin() into `partial`.
     virtual void finish(const Partial& partial) = 0;
 };

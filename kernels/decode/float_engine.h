@@ -14,9 +14,11 @@ namespace diffxkv {
 template <int Dim>
 class FloatEngine final : public Engine {
    public:
-    FloatEngine(Tier tier, DType raw, int64_t dim, int64_t group)
-        : tier_(tier), raw_(raw), dim_(dim), group_(group), softmax_(group), zero_(group),
-          q_sum_(group), scores_(group * kTile), rows_(kRows * dim), out_(group * dim) {}
+    FloatEngine(const Layout& layout, Tier tier, DType raw, int64_t group)
+        : tier_(tier), raw_(raw), dim_(layout.head_dim), group_(group),
+          key_bytes_(layout.row_bytes(tier.key_bits)),
+          value_bytes_(layout.row_bytes(tier.value_bits)), softmax_(group), zero_(group),
+          q_sum_(group), scores_(group * kTile), rows_(kRows * dim_), out_(group * dim_) {}
 
     void begin(const float* q) override {
         q_ = q;
@@ -28,13 +30,18 @@ class FloatEngine final : public Engine {
         std::fill(out_.begin(), out_.end(), 0.f);
     }
 
-    void process(Tile& tile) override {
+    void process(Tile& tile, const Tile& next) override {
+        TileFetcher ahead(next, key_bytes_, value_bytes_);
         for (int64_t t = 0; t < tile.n; ++t) {
+            ahead.fetch(1);
             meta_[t] = tier_.raw() ? kRawMeta : load_meta(tile.meta[t]);
             score_token(tile.key[t], t);
         }
         for (int64_t g = 0; g < group_; ++g) weigh(g, tile.n);
-        for (int64_t t = 0; t < tile.n; t += kRows) add_values(tile, t);
+        for (int64_t t = 0; t < tile.n; t += kRows) {
+            ahead.fetch(kRows);
+            add_values(tile, t);
+        }
     }
 
     void finish(const Partial& partial) override {
@@ -100,7 +107,7 @@ class FloatEngine final : public Engine {
 
     Tier tier_;
     DType raw_;
-    int64_t dim_, group_;
+    int64_t dim_, group_, key_bytes_, value_bytes_;
     const float* q_ = nullptr;
     std::vector<RunningSoftmax> softmax_;
     std::vector<float> zero_, q_sum_, scores_, rows_, out_;

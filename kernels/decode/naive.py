@@ -21,13 +21,10 @@ def read_bytes(
     return arena[frames[at // layout.frame_bytes].long(), at % layout.frame_bytes]
 
 
-def unpack_row(row: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
-    """Codes of one row of split-plane bytes, as float64 [D]."""
-    codes = torch.empty(head_dim, dtype=torch.float64)
-    width = head_dim * bits // 8
-    for plane in range(8 // bits):
-        codes[plane * width : (plane + 1) * width] = row >> (plane * bits) & ((1 << bits) - 1)
-    return codes
+def unpack_rows(rows: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes (float64 [n, D]) of rows of split-plane bytes [n, D * bits / 8]."""
+    planes = [rows >> shift & ((1 << bits) - 1) for shift in range(0, 8, bits)]
+    return torch.cat(planes, 1).double()
 
 
 def read_section(
@@ -39,17 +36,17 @@ def read_section(
     layout: PageLayout,
     raw_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Dequantized rows float64 [n, D] of the section at ``start``; meta: fp16 [n, (scale, zero)]."""
-    size, n = layout.row_bytes(bits), len(meta)
-    section = read_bytes(arena, frames, start, n * size, layout).view(n, size)
-    rows = torch.empty(n, layout.head_dim, dtype=torch.float64)
-    for i in range(n):
-        if bits:
-            codes = unpack_row(section[i], bits, layout.head_dim)
-            rows[i] = codes * meta[i, 0].double() + meta[i, 1].double()
-        else:
-            rows[i] = section[i].view(raw_dtype).double()
-    return rows
+    """Dequantized rows (float64 [n, D]) of the section at ``start``.
+
+    Args:
+        meta: fp16 [n, 2], scale and zero of each row; unused by raw rows (0 bits).
+    """
+    n, size = len(meta), layout.row_bytes(bits)
+    rows = read_bytes(arena, frames, start, n * size, layout).view(n, size)
+    if not bits:
+        return rows.view(raw_dtype).double()
+    scale, zero = meta.double().unsqueeze(2).unbind(1)
+    return unpack_rows(rows, bits) * scale + zero
 
 
 def read_head(

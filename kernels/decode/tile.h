@@ -18,9 +18,26 @@ struct Tile {
     const uint8_t* meta[kTile];  // of four fp16 each; unused by raw tiers
 };
 
-// Fetch ahead into L2: a tile is worked on only when full, long after its rows are known.
 inline void prefetch_bytes(const uint8_t* begin, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i);
 }
+
+// Fetches the rows of the tile to come, a few at a time between pieces of arithmetic: a core has
+// some ten line fill buffers, and a burst of requests would wait for them.
+class TileFetcher {
+   public:
+    TileFetcher(const Tile& tile, int64_t key_bytes, int64_t value_bytes)
+        : tile_(tile), key_bytes_(key_bytes), value_bytes_(value_bytes) {}
+
+    void fetch(int64_t rows) {
+        for (; rows > 0 && key_ < tile_.n; --rows) prefetch_bytes(tile_.key[key_++], key_bytes_);
+        for (; rows > 0 && value_ < tile_.n; --rows)
+            prefetch_bytes(tile_.value[value_++], value_bytes_);
+    }
+
+   private:
+    const Tile& tile_;
+    int64_t key_bytes_, value_bytes_, key_ = 0, value_ = 0;
+};
 
 }  // namespace diffxkv

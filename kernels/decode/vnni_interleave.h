@@ -75,12 +75,27 @@ inline int64_t narrow_byte(int64_t vector, int64_t lane) {
     return start[lane / 4] + vector * 4 + lane % 4;
 }
 
+// sums += codes (unsigned bytes) . weights (signed bytes). As assembly, because GCC 12 copies the
+// accumulator around the intrinsic, which costs more than the instruction.
+inline void add_dots(__m512i& sums, __m512i codes, __m512i weights) {
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(codes), "v"(weights));
+}
+
 // Field `plane` of every byte.
 template <int Bits>
 inline __m512i plane_codes(__m512i bytes, int plane) {
     if (Bits == 8) return bytes;
     return _mm512_and_si512(_mm512_srli_epi16(bytes, plane * Bits),
                             _mm512_set1_epi8((1 << Bits) - 1));
+}
+
+template <int Bits, int Count>
+inline void store_planes(const __m512i* bytes, __m512i* to) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Count; ++v)
+#pragma GCC unroll 4
+        for (int plane = 0; plane < 8 / Bits; ++plane)
+            to[v * (8 / Bits) + plane] = plane_codes<Bits>(bytes[v], plane);
 }
 
 }  // namespace diffxkv

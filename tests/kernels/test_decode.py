@@ -165,8 +165,7 @@ def test_strided_tables(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("group", [1, 4, 6])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 6), (128, 4), (16, 3)])
 def test_open(name: str, dtype: torch.dtype, head_dim: int, group: int) -> None:
     gen = torch.Generator().manual_seed(group)
     k_raw, v_raw = torch.randn(2, 9, 2, PAGE_TOKENS, 3, head_dim, generator=gen).to(dtype)[:, :, 1]

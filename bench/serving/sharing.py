@@ -131,9 +131,9 @@ def report(shape: Shape, memory: int, capacity: int, found: Json) -> str:
             f"bfloat16 demo model {shape._asdict()} with random weights, page size {PAGE_TOKENS}. "
             f"Prompt tokens found in the prefix cache. Equal capacity: {capacity} tokens on both "
             f"sides; equal memory: {memory // MIB} MiB, which hold {stock_tokens} tokens of "
-            f"stock's. Chats: {CHATS} of {TURNS} turns ({USER} tokens from the user, {ANSWER} answered), "
-            f"resumed in random order. Shared prefixes: {ASKED} questions of {QUESTION} tokens, "
-            f"each after one of {PREFIXES} prefixes of {PREFIX} tokens.",
+            f"stock's. Chats: {CHATS} of {TURNS} turns ({USER} tokens from the user, {ANSWER} "
+            f"answered), resumed in random order. Shared prefixes: {ASKED} questions of "
+            f"{QUESTION} tokens, each after one of {PREFIXES} prefixes of {PREFIX} tokens.",
             table(rows),
         ]
     )

@@ -66,9 +66,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.step += 1
         for page in pages:
             slot = int(self.store.directory.raw_slot[page])
-            written = torch.randn(
-                2, LAYERS, PAGE_TOKENS, HEADS, DIM, generator=self.generator
-            )
+            written = torch.randn(2, LAYERS, PAGE_TOKENS, HEADS, DIM, generator=self.generator)
             for layer in range(LAYERS):
                 self.store.raw.keys[layer][slot] = written[0, layer]
                 self.store.raw.values[layer][slot] = written[1, layer]

@@ -9,7 +9,7 @@ Payload of one head with ``n_high`` and ``n_low`` kept tokens, in this order::
 
     K high [n_high, key_bytes]     V high [n_high, value_bytes]
     K low  [n_low,  key_bytes]     V low  [n_low,  value_bytes]
-    meta high [n_high, 4] fp16     meta low [n_low, 4] fp16     (key scale, key zero, value scale, value zero)
+    meta high [n_high, 4] fp16     meta low [n_low, 4] fp16     (K scale, K zero, V scale, V zero)
     notes [n_high + n_low, 2] uint8                             (position in page, importance code)
 
 Each section starts at a multiple of its own row size, each head at a multiple of ``align``, and a

@@ -90,9 +90,7 @@ class DiffXKVBackend(AttentionBackend):
             queries = (
                 decode_queries(seq_lens)
                 if is_decode
-                else extend_queries(
-                    prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries
-                )
+                else extend_queries(prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries)
             )
         store.step += 1
         store.touch(
@@ -234,6 +232,4 @@ class DiffXKVBackend(AttentionBackend):
         if step.queries is not None:
             count_scores(self.store, step.pages, step.queries)
             scored_lens = step.prefix_lens
-        self.store.seal(
-            pages_to_seal(step.pages, step.seq_lens, scored_lens, self.config.window)
-        )
+        self.store.seal(pages_to_seal(step.pages, step.seq_lens, scored_lens, self.config.window))

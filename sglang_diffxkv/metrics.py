@@ -50,9 +50,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
     raw_bytes = store.raw.nbytes * ledger.open_pages // plan.raw_pages
     in_use = frame_bytes + raw_bytes + store.directory.nbytes
     open_pages = store.directory.raw_slot[1:] >= 0
-    tokens = ledger.sealed_pages * PAGE_TOKENS + int(
-        store.directory.filled[1:][open_pages].sum()
-    )
+    tokens = ledger.sealed_pages * PAGE_TOKENS + int(store.directory.filled[1:][open_pages].sum())
     per_layer = (store.directory.frames >= 0).sum(dim=(1, 2)) * layout.frame_bytes
     sealed_tokens = max(1, ledger.sealed_pages * PAGE_TOKENS)
     return {

@@ -107,8 +107,7 @@ class SealedWorker {
             auto rows = [&](int64_t section, int64_t row_bytes, const uint8_t** to) {
                 payload.each_run(offset + section, row_bytes, n,
                                  [&](const uint8_t* row, int64_t first, int64_t count) {
-                                     for (int64_t i = 0; i < count; ++i)
-                                         to[first + i] = row + i * row_bytes;
+                                     set_rows(to + first, row, row_bytes, count);
                                  });
             };
             rows(s.key, in_.layout.row_bytes(tier.key_bits), tile.key + at);

@@ -5,7 +5,8 @@ One layer of 32/8 heads, head_dim 128, 4,096 tokens to a sequence, tiers 25/50/2
 pruned). The contestants run in turn, so that whatever else the machine does hits all alike, and
 each run takes the next of several layers, so that nothing stays in the L3 cache. A turn repeats
 short runs for a tenth of a second or more, since a shared machine's scheduler would otherwise
-decide the result. Results are verified first: sealed attention against float64, uncompressed contestants against each other.
+decide the result. Results are verified first: sealed attention against float64, uncompressed
+contestants against each other.
 
     python bench/kernels/decode.py [--rounds 15]     # writes bench/results/decode_cpu.{md,json}
 """
@@ -220,7 +221,7 @@ def measure_case(case: Case, rounds: int) -> dict[str, object]:
         layers.append(make_layer(case, tables.pages))
     error = verify(layers[0], tables)
     runs = contestants()
-    repeats = {name: 1 for name in runs}
+    repeats = dict.fromkeys(runs, 1)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(rounds + 1):
         for name, run in runs.items():
@@ -263,9 +264,9 @@ def to_markdown(report: dict[str, object], cases: list[dict[str, object]]) -> st
         "",
         f"One layer, {HQ}/{H} heads, head_dim {D}, {TOKENS} tokens to a sequence, tiers 25/50/25 "
         "(K8V4, K4V2, pruned). Ragged: the shares vary from head to head. Runs are interleaved, "
-        f"{report['rounds']} rounds; every run takes another layer than the one before. Times: mean "
-        "of the runs of a turn (0.15 s or one run). Times slower: of one round, against sealed "
-        "attention in the same round.",
+        f"{report['rounds']} rounds; every run takes another layer than the one before. Times: "
+        "mean of the runs of a turn (0.15 s or one run). Times slower: of one round, against "
+        "sealed attention in the same round.",
     ]
     for case in cases:
         lines += [

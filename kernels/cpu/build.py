@@ -5,9 +5,10 @@ A library is keyed by the hash of its sources, the headers beside them, the flag
 and kept in ``$XDG_CACHE_HOME/sglang-diffxkv`` (default ``~/.cache/sglang-diffxkv``). Without a
 working compiler :func:`load_library` returns None and the operations fall back to torch.
 
-The objects are compiled with OpenMP but linked without it: the ``GOMP_*`` symbols resolve to the
-runtime that torch has loaded already. A second OpenMP runtime has a thread pool of its own, whose
-spinning threads slow torch down about five times (numba's default does exactly that).
+Kernels share work through pool.h. They may also use OpenMP, but are linked without it: the
+``GOMP_*`` symbols resolve to the runtime that torch has loaded already. A second OpenMP runtime has
+a thread pool of its own, whose spinning threads slow torch down about five times (numba's default
+does exactly that).
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ _FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "baseline": "",
 }
-_COMMON = "-std=c++17 -O3 -fPIC -fopenmp -fno-math-errno -fno-trapping-math -w"
+_COMMON = "-std=c++17 -O3 -fPIC -pthread -fopenmp -fno-math-errno -fno-trapping-math -w"
 
 
 @functools.cache
@@ -130,7 +131,7 @@ def _compile(compiler: str, flags: list[str], sources: Sequence[Path], library: 
         for source, target in zip(sources, objects, strict=True):
             _run([compiler, *flags, "-c", str(source), "-o", target])
         built = Path(work) / library.name
-        _run([compiler, "-shared", "-o", str(built), *objects])
+        _run([compiler, "-shared", "-pthread", "-o", str(built), *objects])
         built.replace(library)
 
 

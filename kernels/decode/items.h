@@ -2,12 +2,11 @@
 // Work items of split-KV decode: (sequence, range of its pages, KV head), merged at the end.
 #pragma once
 
-#include <omp.h>
-
 #include <atomic>
 #include <vector>
 
 #include "engine.h"
+#include "pool.h"
 
 namespace diffxkv {
 
@@ -90,21 +89,21 @@ template <class MakeWorker>
 void run_items(const Shape& shape, const float* q, const int32_t* indptr, float* out, float* lse,
                int64_t threads, MakeWorker&& make_worker) {
     ItemList items(shape, indptr, threads);
-    std::atomic<int64_t> next{0};
     const int64_t count = items.size(), rows = shape.batch * shape.kv_heads;
-#pragma omp parallel num_threads(static_cast<int>(threads))
-    {
+    std::atomic<int64_t> next_item{0}, next_row{0};
+    Pool::instance().run(threads, [&] {
         auto worker = make_worker();
-        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+        for (int64_t i; (i = next_item.fetch_add(1)) < count;) {
             Item item = items.item(i);
             int64_t row = (item.sequence * shape.kv_heads + item.head) * shape.group;
             worker(item, q + row * shape.dim, items.partial(i));
         }
-#pragma omp barrier
-        for (int64_t r = omp_get_thread_num(); r < rows; r += omp_get_num_threads())
+    });
+    Pool::instance().run(threads, [&] {
+        for (int64_t r; (r = next_row.fetch_add(1)) < rows;)
             items.merge(r / shape.kv_heads, r % shape.kv_heads, out + r * shape.group * shape.dim,
                         lse + r * shape.group);
-    }
+    });
 }
 
 }  // namespace diffxkv

@@ -2,11 +2,13 @@
 // Attention that the tokens of open pages receive from sampled queries (see cpu.py).
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "dots.h"
 #include "exp2.h"
 #include "payload.h"
+#include "pool.h"
 #include "rows.h"
 
 namespace diffxkv {
@@ -83,23 +85,24 @@ void run(const ScoreInput& in, float* accum, int64_t accum_stride, int64_t threa
     for (int64_t b = 0; b < in.batch; ++b)
         std::fill(sequence.begin() + in.indptr[b], sequence.begin() + in.indptr[b + 1], b);
     std::vector<float> scores(entries * in.kv_heads * kPageTokens);
-#pragma omp parallel num_threads(static_cast<int>(threads))
-    {
+    const int64_t count = entries * in.kv_heads;
+    std::atomic<int64_t> next{0}, next_head{0};
+    Pool::instance().run(threads, [&] {
         PageScorer<Dim> scorer(in);
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < entries * in.kv_heads; ++i)
+        for (int64_t i; (i = next.fetch_add(1)) < count;)
             scorer.score(i / in.kv_heads, sequence[i / in.kv_heads], i % in.kv_heads,
                          scores.data() + i * kPageTokens);
-        // Sequences may share a slot: one thread owns a head, so adds cannot race and their order
-        // is always the same.
-#pragma omp for schedule(static)
-        for (int64_t h = 0; h < in.kv_heads; ++h)
+    });
+    // Sequences may share a slot: one thread owns a head, so adds cannot race and their order is
+    // always the same.
+    Pool::instance().run(threads, [&] {
+        for (int64_t h; (h = next_head.fetch_add(1)) < in.kv_heads;)
             for (int64_t e = 0; e < entries; ++e) {
                 const float* from = scores.data() + (e * in.kv_heads + h) * kPageTokens;
                 float* to = accum + in.slots[e] * accum_stride + h * kPageTokens;
                 for (int64_t t = 0; t < kPageTokens; ++t) to[t] += from[t];
             }
-    }
+    });
 }
 
 }  // namespace

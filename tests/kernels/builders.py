@@ -22,7 +22,7 @@ from sglang_diffxkv.kernels.layout import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SealedArena:
     """One layer's sealed pages.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import functools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -91,6 +92,31 @@ def check(actual: AttentionPart, expected: AttentionPart, tolerance: float) -> N
         assert (actual.lse - expected.lse)[~empty].abs().max() <= max(tolerance, 1e-5)
 
 
+class Case(NamedTuple):
+    """Positional arguments of a decode function and what it must return."""
+
+    args: tuple[Any, ...]
+    expected: AttentionPart
+
+
+@functools.cache
+def sealed_case(
+    arena: SealedArena, lengths: tuple[int, ...], group: int, dtype: torch.dtype
+) -> Case:
+    layout, sm_scale = arena.layout, arena.layout.head_dim**-0.5
+    gen = torch.Generator().manual_seed(group)
+    indptr, pages = page_lists(list(lengths), len(arena.frames), gen)
+    q = torch.randn(len(lengths), layout.num_kv_heads * group, layout.head_dim, generator=gen)
+    q = q.to(dtype)
+    kv = []
+    for b in range(len(lengths)):
+        listed = pages[indptr[b] : indptr[b + 1]].long()
+        kept = arena.tiers[listed].flatten(0, 1) != PRUNED
+        kv.append((arena.keys[listed].flatten(0, 1), arena.values[listed].flatten(0, 1), kept))
+    args = (q, arena.arena, arena.frames, arena.heads, indptr, pages, layout, sm_scale)
+    return Case(args, dense_reference(q, kv, sm_scale))
+
+
 def check_sealed(
     name: str,
     arena: SealedArena,
@@ -98,22 +124,11 @@ def check_sealed(
     group: int,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    layout = arena.layout
-    if name == "naive":  # reads row by row: a few pages tell as much
+    if name == "naive":  # a few pages tell as much
         lengths = [min(n, 3) for n in lengths]
-    gen = torch.Generator().manual_seed(group)
-    indptr, pages = page_lists(lengths, len(arena.frames), gen)
-    q = torch.randn(len(lengths), layout.num_kv_heads * group, layout.head_dim, generator=gen)
-    q, sm_scale = q.to(dtype), layout.head_dim**-0.5
-    kv = []
-    for b in range(len(lengths)):
-        listed = pages[indptr[b] : indptr[b + 1]].long()
-        kept = arena.tiers[listed].flatten(0, 1) != PRUNED
-        kv.append((arena.keys[listed].flatten(0, 1), arena.values[listed].flatten(0, 1), kept))
-    actual = implementation(name).decode_sealed(
-        q, arena.arena, arena.frames, arena.heads, indptr, pages, layout, sm_scale
-    )
-    check(actual, dense_reference(q, kv, sm_scale), TOLERANCE.get(name, 1e-5))
+    case = sealed_case(arena, tuple(lengths), group, dtype)
+    actual = implementation(name).decode_sealed(*case.args)
+    check(actual, case.expected, TOLERANCE.get(name, 1e-5))
 
 
 @pytest.mark.parametrize("tiers", ["K8V4/K4V2", "K8V8/K2V2", "K4V8/K4V4", "raw/K4V2", "K8V4/raw"])
@@ -164,9 +179,9 @@ def test_strided_tables(name: str) -> None:
     check_sealed(name, replace(arena, frames=frames, heads=heads), LENGTHS, 4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 6), (128, 4), (16, 3)])
-def test_open(name: str, dtype: torch.dtype, head_dim: int, group: int) -> None:
+@functools.cache
+def open_case(dtype: torch.dtype, head_dim: int, group: int) -> Case:
+    """Ragged open pages, one sequence without any; NaN where nothing is written."""
     gen = torch.Generator().manual_seed(group)
     k_raw, v_raw = torch.randn(2, 9, 2, PAGE_TOKENS, 3, head_dim, generator=gen).to(dtype)[:, :, 1]
     indptr = torch.tensor([0, 3, 3, 4, 8], dtype=torch.int32)
@@ -183,11 +198,24 @@ def test_open(name: str, dtype: torch.dtype, head_dim: int, group: int) -> None:
         length = len(keys) - PAGE_TOKENS + int(last_len[b])
         kept = (torch.arange(len(keys)) < length).unsqueeze(1).expand(-1, 3)
         kv.append((keys, values, kept))
-    expected = dense_reference(q, kv, head_dim**-0.5)
-    actual = implementation(name).decode_open(
-        q, k_raw, v_raw, indptr, slots, last_len, head_dim**-0.5
-    )
-    check(actual, expected, 1e-6)
+    args = (q, k_raw, v_raw, indptr, slots, last_len, head_dim**-0.5)
+    return Case(args, dense_reference(q, kv, head_dim**-0.5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 6), (128, 4), (16, 3)])
+def test_open(name: str, dtype: torch.dtype, head_dim: int, group: int) -> None:
+    case = open_case(dtype, head_dim, group)
+    check(implementation(name).decode_open(*case.args), case.expected, 1e-6)
+
+
+def test_concurrent_callers_share_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(ISA_VARIABLE, raising=False)
+    case = sealed_case(sealed(), (14, 9), 4, torch.float32)
+    with ThreadPoolExecutor(4) as callers:
+        parts = list(callers.map(lambda _: decode.decode_sealed(*case.args), range(40)))
+    for part in parts:
+        check(part, case.expected, TOLERANCE["avx512"])
 
 
 def test_merge_matches_attention_over_all() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -32,6 +33,15 @@ class Sequences(NamedTuple):
 
     args: tuple[torch.Tensor, ...]
     expected: torch.Tensor
+
+
+LENGTHS = [101, 2, 64, 80]
+QUERIES = [[0, 5, 63, 64, 100], [1], [], list(range(3, 80, 4))]
+
+
+@functools.cache
+def mixed_sequences(group: int, dim: int, dtype: torch.dtype) -> Sequences:
+    return random_sequences(LENGTHS, QUERIES, group, dim, dtype)
 
 
 def random_sequences(
@@ -77,8 +87,7 @@ def random_sequences(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("group", "dim"), [(1, 64), (4, 128), (5, 80), (3, 48)])
 def test_scores(name: str, dtype: torch.dtype, group: int, dim: int) -> None:
-    queries = [[0, 5, 63, 64, 100], [1], [], list(range(3, 80, 4))]
-    sequences = random_sequences([101, 2, 64, 80], queries, group, dim, dtype)
+    sequences = mixed_sequences(group, dim, dtype)
     before = torch.rand(sequences.expected.shape, generator=torch.Generator().manual_seed(0))
     accum = before.clone()
     run = naive.score_open if name == "naive" else score.score_open

@@ -60,7 +60,8 @@ def read_head(
     offset, counts = int(record[0]), int(record[1])
     n_high, n_low = counts & 0xFF, counts >> 8 & 0xFF
     s = layout.sections(n_high, n_low)
-    keys, values = [], []
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
     for tier, n, key, value, meta_start in (
         (layout.high, n_high, s.key_high, s.value_high, s.meta_high),
         (layout.low, n_low, s.key_low, s.value_low, s.meta_low),

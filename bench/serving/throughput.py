@@ -11,6 +11,7 @@ does hits both; the idle one sleeps. Each round starts with an empty cache.
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from statistics import fmean
 from typing import NamedTuple
@@ -68,10 +69,10 @@ def report(result: Json, rounds: list[tuple[Round, Round]]) -> str:
             f"{result['memory_bytes'] // MIB} MiB on both sides; bfloat16 demo model "
             f"{result['shape']}, weights: {result['weights']}; {load['requests']} distinct "
             f"requests of about {load['prompt']} random tokens and {load['output']} new ones, all "
-            "at once. Output tokens over the time from the first request to the last answer, "
-            "prefill included; one thread per server. Stock's attention is `torch_native`, the "
-            "only one that it has for such CPUs, so the ratio holds both more requests at once "
-            "and a faster kernel.",
+            f"at once. diffxkv: `{json.dumps(result['config'])}`. Output tokens over "
+            "the time from the first request to the last answer, prefill included; one "
+            "thread per server. Stock's attention is `torch_native`, the only one that it has for "
+            "such CPUs, so the ratio holds both more requests at once and a faster kernel.",
             table(rows),
         ]
     )
@@ -84,11 +85,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--prompt", type=int, default=900)
     parser.add_argument("--output", type=int, default=100)
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON beside the paper's")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--name", default="throughput", help="of the files in bench/results")
     options = parser.parse_args()
     shape, memory = Shape(), options.memory_mib * MIB
-    config: Json = {"policy": "diffkv", "memory_bytes": memory} | PAPER
+    config: Json = {"policy": "diffkv", "memory_bytes": memory} | PAPER | options.config
     args = ["--decode-log-interval", 1, "--chunked-prefill-size", CHUNK]
     args += ["--max-running-requests", options.requests]
     load = Load(options.requests, options.prompt, options.output)

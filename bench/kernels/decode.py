@@ -17,11 +17,13 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import sglang
 import torch
@@ -35,8 +37,7 @@ from sglang_diffxkv.kernels.pack import measure, pack
 HQ, H, D, TOKENS = 32, 8, 128, 4096
 PAGES = TOKENS // PAGE_TOKENS
 SCALE = D**-0.5
-SEALED_BYTES = 100e6
-"""Sealed bytes to rotate through, about twice a large L3 cache."""
+SEALED_BYTES = 100e6  # to rotate through: about twice a large L3 cache
 TURN_SECONDS = 0.15
 RESULTS = Path(__file__).parents[1] / "results"
 LAYOUT = make_layout(
@@ -120,8 +121,7 @@ def make_layer(case: Case, pages: torch.Tensor) -> Layer:
 
 def torch_native(layer: Layer, tables: Tables) -> torch.Tensor:
     """SGLang's own method, on the same memory."""
-    backend = TorchNativeAttnBackend.__new__(TorchNativeAttnBackend)
-    batch = len(layer.q)
+    backend, batch = TorchNativeAttnBackend.__new__(TorchNativeAttnBackend), len(layer.q)
     return backend._run_sdpa_forward_decode(
         layer.q,
         torch.empty_like(layer.q),
@@ -151,26 +151,21 @@ def folded(layer: Layer, tables: Tables) -> torch.Tensor:
 
 def uncompressed(layer: Layer, tables: Tables) -> torch.Tensor:
     """Our kernel on bf16 pages."""
-    indptr, pages, last_len, _ = tables
-    return decode_open(layer.q, layer.k, layer.v, indptr, pages, last_len, SCALE).out
+    return decode_open(layer.q, layer.k, layer.v, *tables[:3], SCALE).out
 
 
 def sealed(layer: Layer, tables: Tables) -> torch.Tensor:
     """Our kernel on sealed pages."""
-    indptr, pages, _, _ = tables
-    _, _, _, arena, frames, heads = layer
-    return decode_sealed(layer.q, arena, frames, heads, indptr, pages, LAYOUT, SCALE).out
+    pages = layer.arena, layer.frames, layer.heads, tables.indptr, tables.pages
+    return decode_sealed(layer.q, *pages, LAYOUT, SCALE).out
 
 
 def sealed_with(isa: str) -> Callable[[Layer, Tables], torch.Tensor]:
     """``sealed``, compiled for this instruction set."""
 
     def run(layer: Layer, tables: Tables) -> torch.Tensor:
-        os.environ[ISA_VARIABLE] = isa
-        try:
+        with mock.patch.dict(os.environ, {ISA_VARIABLE: isa}):
             return sealed(layer, tables)
-        finally:
-            del os.environ[ISA_VARIABLE]
 
     return run
 
@@ -206,11 +201,8 @@ def verify(layer: Layer, tables: Tables) -> float:
 
 
 def spread(values: list[float]) -> dict[str, float]:
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }
+    summary = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return {name: round(value, 3) for name, value in summary.items()}
 
 
 def measure_case(case: Case, rounds: int) -> dict[str, object]:
@@ -233,17 +225,17 @@ def measure_case(case: Case, rounds: int) -> dict[str, object]:
                 times[name].append(seconds * 1e3)
             else:  # the first round warms up
                 repeats[name] = max(1, round(TURN_SECONDS / seconds))
+    base = times["sealed"]
     ratios = {
-        name: spread([t / s for t, s in zip(values, times["sealed"], strict=True)])
+        name: spread([t / s for t, s in zip(values, base, strict=True)])
         for name, values in times.items()
-        if name != "sealed"
+        if values is not base
     }
-    layer = layers[0]
     return {
         "case": case.title,
         "layers": len(layers),
-        "bf16_mb": round((layer.k.nbytes + layer.v.nbytes) / 1e6, 1),
-        "sealed_mb": round(layer.arena.nbytes / 1e6, 1),
+        "bf16_mb": round(2 * layers[0].k.nbytes / 1e6, 1),
+        "sealed_mb": round(layers[0].arena.nbytes / 1e6, 1),
         "error": error,
         "ms": {name: spread(values) for name, values in times.items()},
         "times_slower_than_sealed": ratios,
@@ -251,17 +243,15 @@ def measure_case(case: Case, rounds: int) -> dict[str, object]:
 
 
 def cpu_model() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "unknown")
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else "unknown"
 
 
 def to_markdown(report: dict[str, object], cases: list[dict[str, object]]) -> str:
     lines = [
-        "# Decode attention on the CPU",
-        "",
+        "# Decode attention on the CPU\n",
         f"`{report['command']}` on {report['cpu']}, {report['threads']} threads, instruction set "
-        f"{report['isa']}; {report['versions']}; load average {report['load']} at the start.",
-        "",
+        f"{report['isa']}; {report['versions']}; load average {report['load']} at the start.\n",
         f"One layer, {HQ}/{H} heads, head_dim {D}, {TOKENS} tokens to a sequence, tiers 25/50/25 "
         "(K8V4, K4V2, pruned). Ragged: the shares vary from head to head. Runs are interleaved, "
         f"{report['rounds']} rounds; every run takes another layer than the one before. Times: "
@@ -270,13 +260,10 @@ def to_markdown(report: dict[str, object], cases: list[dict[str, object]]) -> st
     ]
     for case in cases:
         lines += [
-            "",
-            f"## {str(case['case']).capitalize()}",
-            "",
+            f"\n## {str(case['case']).capitalize()}\n",
             f"Per layer {case['bf16_mb']} MB of bf16 KV, {case['sealed_mb']} MB sealed; "
             f"{case['layers']} layers; error of sealed attention against float64 over the same "
-            f"codes {case['error']:.1e}.",
-            "",
+            f"codes {case['error']:.1e}.\n",
             "| | ms: median (min – max) | times slower: median (min – max) |",
             "|---|---|---|",
         ]
@@ -293,8 +280,8 @@ def to_markdown(report: dict[str, object], cases: list[dict[str, object]]) -> st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=RESULTS / "decode_cpu")
     args = parser.parse_args()
+    output = RESULTS / "decode_cpu"
     report: dict[str, object] = {
         "command": f"python bench/kernels/decode.py --rounds {args.rounds}",
         "cpu": cpu_model(),
@@ -306,9 +293,10 @@ def main() -> None:
         "rounds": args.rounds,
     }
     cases = [measure_case(case, args.rounds) for case in CASES]
-    args.output.with_suffix(".json").write_text(json.dumps(report | {"cases": cases}, indent=1))
-    args.output.with_suffix(".md").write_text(to_markdown(report, cases))
-    print(args.output.with_suffix(".md").read_text())
+    output.with_suffix(".json").write_text(json.dumps(report | {"cases": cases}, indent=1))
+    text = to_markdown(report, cases)
+    output.with_suffix(".md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,10 @@ class VnniEngine final : public Engine {
     VnniEngine(const Layout& layout, Tier tier, int64_t group)
         : tier_(tier), dim_(layout.head_dim), group_(group),
           key_bytes_(layout.row_bytes(tier.key_bits)),
-          value_bytes_(layout.row_bytes(tier.value_bits)), softmax_(group), zero_(group), q_scale_(group),
+          value_bytes_(layout.row_bytes(tier.value_bits)),
+          values_plan_(value_bytes_, tier.value_bits), vectors_(values_plan_.vectors()), softmax_(group), zero_(group), q_scale_(group),
           q_sum_(group), factor_(group), w_scale_(group), q_codes_(group * dim_ / 2),
           w_codes_(2 * group * kTile), scores_(group * kTile) {
-        plan_values();
         keys_.resize((key_bytes_ + 63) / 64 * 16 * 2);
         values_.resize(kTile / 4 * vectors_);
         out_.resize(group * vectors_);
@@ -69,7 +69,7 @@ class VnniEngine final : public Engine {
             ahead.fetch(8);
             weigh(g, tile.n, padded);
         }
-        for (const Chunk& chunk : chunks_) {
+        for (const Chunk& chunk : values_plan_.chunks) {
             switch (tier_.value_bits) {
                 case 2: interleave<2>(tile, chunk, ahead); break;
                 case 4: interleave<4>(tile, chunk, ahead); break;
@@ -83,8 +83,8 @@ class VnniEngine final : public Engine {
         std::vector<float> row(dim_);
         for (int64_t g = 0; g < group_; ++g) {
             const float* out = reinterpret_cast<const float*>(&out_[g * vectors_]);
-            for (size_t i = 0; i < element_.size(); ++i)
-                if (element_[i] >= 0) row[element_[i]] = out[i] + zero_[g];
+            for (size_t i = 0; i < values_plan_.element.size(); ++i)
+                if (values_plan_.element[i] >= 0) row[values_plan_.element[i]] = out[i] + zero_[g];
             merge_group(partial, g, dim_, softmax_[g], [&](int64_t d) { return row[d]; });
         }
     }
@@ -113,30 +113,6 @@ class VnniEngine final : public Engine {
                 default: f(Width<4>(), g);
             }
         }
-    }
-
-    // Stretch of a value row that is interleaved at once; `vector`: the first it fills in values_.
-    struct Chunk {
-        int64_t offset, bytes, vector;
-        bool wide() const { return bytes > 32; }
-    };
-
-    // Cuts a value row into chunks and notes which element each lane of the output holds.
-    void plan_values() {
-        const int64_t planes = 8 / tier_.value_bits;
-        for (int64_t at = 0; at < value_bytes_; at += 64) {
-            Chunk chunk{at, std::min<int64_t>(64, value_bytes_ - at),
-                        static_cast<int64_t>(element_.size()) / 16};
-            chunks_.push_back(chunk);
-            for (int64_t v = 0; v < (chunk.wide() ? 4 : 2); ++v)
-                for (int64_t plane = 0; plane < planes; ++plane)
-                    for (int64_t lane = 0; lane < 16; ++lane) {
-                        int64_t byte = chunk.wide() ? wide_byte(v, lane) : narrow_byte(v, lane);
-                        bool exists = byte < chunk.bytes;
-                        element_.push_back(exists ? plane * value_bytes_ + at + byte : -1);
-                    }
-        }
-        vectors_ = static_cast<int64_t>(element_.size()) / 16;
     }
 
     // Meta rows of tokens [0, padded) to meta_; those past tile.n become zero.
@@ -300,9 +276,9 @@ class VnniEngine final : public Engine {
     }
 
     Tier tier_;
-    int64_t dim_, group_, key_bytes_, value_bytes_, vectors_ = 0;
-    std::vector<Chunk> chunks_;
-    std::vector<int64_t> element_;  // [vectors_ * 16]: element of the output row, or -1
+    int64_t dim_, group_, key_bytes_, value_bytes_;
+    InterleavePlan values_plan_;
+    int64_t vectors_;
     std::vector<RunningSoftmax> softmax_;
     std::vector<float> zero_, q_scale_, q_sum_, factor_, w_scale_;
     std::vector<int32_t> q_codes_;

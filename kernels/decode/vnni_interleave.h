@@ -5,7 +5,9 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <vector>
 
 namespace diffxkv {
 
@@ -74,6 +76,34 @@ inline int64_t narrow_byte(int64_t vector, int64_t lane) {
     constexpr int64_t start[4] = {0, 16, 8, 24};
     return start[lane / 4] + vector * 4 + lane % 4;
 }
+
+// Stretch of a value row that is interleaved at once; `vector`: the first it fills of the row's.
+struct Chunk {
+    int64_t offset, bytes, vector;
+    bool wide() const { return bytes > 32; }
+};
+
+// How a value row is cut into chunks, and which element each lane of the result holds.
+struct InterleavePlan {
+    InterleavePlan(int64_t row_bytes, int64_t bits) {
+        for (int64_t at = 0; at < row_bytes; at += 64) {
+            Chunk chunk{at, std::min<int64_t>(64, row_bytes - at), vectors()};
+            chunks.push_back(chunk);
+            for (int64_t v = 0; v < (chunk.wide() ? 4 : 2); ++v)
+                for (int64_t plane = 0; plane < 8 / bits; ++plane)
+                    for (int64_t lane = 0; lane < 16; ++lane) {
+                        int64_t byte = chunk.wide() ? wide_byte(v, lane) : narrow_byte(v, lane);
+                        bool exists = byte < chunk.bytes;
+                        element.push_back(exists ? plane * row_bytes + at + byte : -1);
+                    }
+        }
+    }
+
+    int64_t vectors() const { return static_cast<int64_t>(element.size()) / 16; }
+
+    std::vector<Chunk> chunks;
+    std::vector<int64_t> element;  // [vectors * 16]: element of the output row, or -1
+};
 
 // sums += codes (unsigned bytes) . weights (signed bytes). As assembly, because GCC 12 copies the
 // accumulator around the intrinsic, which costs more than the instruction.

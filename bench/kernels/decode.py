@@ -122,17 +122,10 @@ def make_layer(case: Case, pages: torch.Tensor) -> Layer:
 def torch_native(layer: Layer, tables: Tables) -> torch.Tensor:
     """SGLang's own method, on the same memory."""
     backend, batch = TorchNativeAttnBackend.__new__(TorchNativeAttnBackend), len(layer.q)
-    return backend._run_sdpa_forward_decode(
-        layer.q,
-        torch.empty_like(layer.q),
-        layer.k.view(-1, H, D),
-        layer.v.view(-1, H, D),
-        tables.req_to_token,
-        torch.arange(batch),
-        torch.full((batch,), TOKENS),
-        scaling=SCALE,
-        enable_gqa=True,
-    )
+    keys, values = layer.k.view(-1, H, D), layer.v.view(-1, H, D)
+    which = torch.arange(batch), torch.full((batch,), TOKENS)
+    args = layer.q, torch.empty_like(layer.q), keys, values, tables.req_to_token, *which
+    return backend._run_sdpa_forward_decode(*args, scaling=SCALE, enable_gqa=True)
 
 
 def folded(layer: Layer, tables: Tables) -> torch.Tensor:

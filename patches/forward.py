@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: after every forward pass of the model the backend seals pages."""
+"""Seam: the model's forward pass writes K/V through our pool, and ends with sealing."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.backend import DiffXKVBackend
 from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 
 
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -16,7 +18,18 @@ def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         self.attn_backend.end_of_step()
 
 
+def _no_fused_write(result: bool, forward_batch: Any) -> bool:
+    """Rotary kernels of some models write K/V to SGLang's own buffers, which we do not have."""
+    return result and not isinstance(get_token_to_kv_pool(), DiffXKVPool)
+
+
 def install() -> None:
+    hook(
+        "sglang.srt.models.utils.enable_fused_set_kv_buffer",
+        _no_fused_write,
+        HookType.AFTER,
+        ("forward_batch",),
+    )
     hook(
         "sglang.srt.model_executor.model_runner.ModelRunner.forward",
         _after_forward,

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_diffxkv.metrics import PrometheusGauges, physical_usage, pool_stats
+from sglang_diffxkv.metrics import PrometheusGauges, pool_stats
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 
@@ -34,7 +34,7 @@ def _get_token_info(result: Any, self: Any) -> Any:
     allocator = self.token_to_kv_pool_allocator
     if not isinstance(allocator, DiffXKVAllocator):
         return None
-    usage = physical_usage(allocator.store, result.full_evictable_size)
+    usage = allocator.usage(result.full_evictable_size)
     return dataclasses.replace(result, full_token_usage=max(usage, result.full_token_usage))
 
 

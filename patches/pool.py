@@ -53,7 +53,24 @@ def make_setup(
         config.raw_share,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
     )
+    _check_chunk(plan.raw_pages)
     return PoolSetup(config, policy.layout, policy, plan)
+
+
+def _check_chunk(raw_pages: int) -> None:
+    """Without the radix cache SGLang takes whole chunks only: one must fit into the raw pages.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from sglang.srt.runtime_context import get_memory, get_schedule
+
+    largest = (raw_pages - 1) * PAGE_TOKENS
+    if get_memory().disable_radix_cache and get_schedule().chunked_prefill_size > largest:
+        raise ValueError(
+            f"diffxkv: with --disable-radix-cache, --chunked-prefill-size may be at most {largest} "
+            f"({raw_pages} raw pages): lower it, or raise memory_bytes or raw_share"
+        )
 
 
 def _config_from_budget(

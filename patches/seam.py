@@ -13,6 +13,8 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 SGLANG_VERSION = "0.5.23"
 
+_targets: list[str] = []
+
 
 class SeamError(RuntimeError):
     """The installed SGLang is not the one that this package was written against."""
@@ -51,6 +53,17 @@ def hook(
     if missing:
         raise SeamError(f"diffxkv: {target} has no parameter {', '.join(missing)}")
     HookRegistry.register(target, function, kind)
+    _targets.append(target)
+
+
+def check_applied() -> None:
+    """
+    Raises:
+        SeamError: SGLang, which only logs it, failed to apply one of our hooks.
+    """
+    failed = [target for target in _targets if target not in HookRegistry._patched]
+    if failed:
+        raise SeamError(f"diffxkv: SGLang did not apply the hooks of {', '.join(failed)}")
 
 
 def refuse_backend(problem: SeamError) -> None:

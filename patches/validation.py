@@ -55,6 +55,8 @@ _FLAGS = (
     _Flag("attn_cp_size", (1,), f"context-{_TENSOR_PARALLEL}"),
     _Flag("dcp_size", (1,), f"context-{_TENSOR_PARALLEL}"),
     _Flag("enable_prefill_cp", (False,), f"context-{_TENSOR_PARALLEL}"),
+    _Flag("enable_streaming_session", (False,), "a retried turn rewrites a token that was sealed"),
+    _Flag("enable_memory_saver", (False,), "its tables do not survive being paged out"),
     _Flag("use_ray", (False,), "SGLang's Ray actors load no plugins"),
 )
 

@@ -92,7 +92,7 @@ class DiffXKVBackend(AttentionBackend):
                 if is_decode
                 else extend_queries(prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries)
             )
-        store.step += 1
+        store.begin_step(decodes=is_decode or fb.forward_mode.is_mixed())
         store.touch(
             pages.pages, pages.position.long(), per_page(pages, seq_lens), self.config.window
         )
@@ -232,4 +232,4 @@ class DiffXKVBackend(AttentionBackend):
         if step.queries is not None:
             count_scores(self.store, step.pages, step.queries)
             scored_lens = step.prefix_lens
-        self.store.seal(pages_to_seal(step.pages, step.seq_lens, scored_lens, self.config.window))
+        self.store.seal(pages_to_seal(self.store, step.pages, scored_lens))

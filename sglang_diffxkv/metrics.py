@@ -80,21 +80,6 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
     }
 
 
-def physical_usage(store: PageStore, evictable_tokens: int) -> float:
-    """Share of the scarcer of frames and raw pages that running requests hold, 0 to 1.
-
-    Args:
-        evictable_tokens: tokens that only the prefix cache holds.
-    """
-    ledger = store.ledger
-    mean = ledger.mean_frames(store.plan.expected_frames)
-    promised = ledger.frames_total - ledger.frames_free
-    frames = (promised - evictable_tokens / PAGE_TOKENS * mean) / ledger.frames_total
-    sealable = len(store.sealable(include_window=False))
-    raw = (ledger.open_pages - sealable) / ledger.raw_total
-    return min(1.0, max(0.0, frames, raw))
-
-
 class PrometheusGauges:
     """Gauges of one scheduler process; made after SGLang has set up multiprocess mode."""
 

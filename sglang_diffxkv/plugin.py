@@ -34,6 +34,8 @@ def _install() -> None:
     def create_backend(model_runner: Any) -> Any:
         from sglang_diffxkv.backend import DiffXKVBackend
         from sglang_diffxkv.patches.model_validation import check_layers
+        from sglang_diffxkv.patches.seam import check_applied
 
+        check_applied()
         check_layers(model_runner.model)
         return DiffXKVBackend(model_runner)

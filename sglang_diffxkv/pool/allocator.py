@@ -21,7 +21,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
 
     ``available_size`` counts virtual pages only, which keeps SGLang's leak checks exact. Bytes are
     enforced where the scheduler asks for capacity, in this order: seal cold open pages, evict
-    prefixes, seal pages of running windows, and at last say no, so that it retracts.
+    prefixes, seal pages of running windows, and at last say no, so that it waits or retracts.
     """
 
     _kvcache: DiffXKVPool
@@ -118,13 +118,26 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         free = ledger.frames_total - ledger.frames_used - ledger.open_pages * mean
         return free / mean * self.page_size + evictable_tokens
 
-    def tokens_openable(self, evictable_tokens: int) -> int:
-        """Tokens that frames can be promised to after sealing cold pages and evicting prefixes."""
+    def frames_reclaimable(self, evictable_tokens: int) -> float:
+        """Frames that come free by sealing every full page and evicting ``evictable_tokens``."""
         ledger = self.store.ledger
         mean = ledger.frames_used / max(1, ledger.sealed_pages)
-        cold = len(self.store.sealable(include_window=True))
-        credit = cold * (ledger.worst_frames - mean) + evictable_tokens / self.page_size * mean
-        return int((ledger.frames_free + credit) / ledger.worst_frames) * self.page_size
+        full = len(self.store.sealable(include_window=True))
+        return full * (ledger.worst_frames - mean) + evictable_tokens / self.page_size * mean
+
+    def tokens_openable(self, evictable_tokens: int) -> int:
+        """Tokens that frames can be promised to after all that can be reclaimed is."""
+        ledger = self.store.ledger
+        free = ledger.frames_free + self.frames_reclaimable(evictable_tokens)
+        return int(free / ledger.worst_frames + 1e-6) * self.page_size
+
+    def usage(self, evictable_tokens: int) -> float:
+        """Share of the scarcer of frames and raw pages that requests hold, from 0 to 1."""
+        ledger = self.store.ledger
+        free = ledger.frames_free + self.frames_reclaimable(evictable_tokens)
+        raw = ledger.open_pages - len(self.store.sealable(include_window=True))
+        used = max(1 - free / ledger.frames_total, raw / ledger.raw_total)
+        return min(1.0, max(0.0, used))
 
     def create_prefill_budget(
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
@@ -148,27 +161,33 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         return pages * self.page_size
 
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
-        store, ledger = self.store, self.store.ledger
-        released = store.counters.released
-        super().evict_to_free_tokens(tree_cache, num_tokens)
-        pages = -(-num_tokens // self.page_size)
-        if ledger.headroom < pages:
-            store.counters.reclaims += 1
-            store.seal_cold(pages, include_window=False)
-            # Cached pages that are open are sealed now, so evicting can only help with frames.
-            if ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
-                tree_cache.evict_for_alloc(
-                    EvictParams(num_tokens=tree_cache.evictable_size()),
-                    allocation_reclaim_satisfied=lambda: ledger.frame_headroom >= pages,
-                )
-        store.counters.evicted += store.counters.released - released
-        return ledger.headroom >= pages
+        """Evict for virtual pages only: SGLang asks again before each allocation, for a page per
+        running request in decode, when the gates before have made the room that is needed."""
+        released = self.store.counters.released
+        result = super().evict_to_free_tokens(tree_cache, num_tokens)
+        self.store.counters.evicted += self.store.counters.released - released
+        return result
 
     def reclaim(self, tree_cache: Any, num_tokens: int) -> bool:
         """Do everything short of retraction to have ``num_tokens``; whether they can be had now."""
         self.evict_to_free_tokens(tree_cache, num_tokens)
-        secured = self._secure(-(-num_tokens // self.page_size))
-        return secured and self.available_size() >= num_tokens
+        store, pages = self.store, -(-num_tokens // self.page_size)
+        if store.ledger.headroom < pages:
+            store.counters.reclaims += 1
+            store.seal_cold(pages, include_window=False)
+            # Cached pages that are open are sealed now, so evicting can only help with frames.
+            if store.ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
+                self._evict_for_frames(tree_cache, pages)
+        return self._secure(pages) and self.available_size() >= num_tokens
+
+    def _evict_for_frames(self, tree_cache: Any, pages: int) -> None:
+        ledger, counters = self.store.ledger, self.store.counters
+        released = counters.released
+        tree_cache.evict_for_alloc(
+            EvictParams(num_tokens=tree_cache.evictable_size()),
+            allocation_reclaim_satisfied=lambda: ledger.frame_headroom >= pages,
+        )
+        counters.evicted += counters.released - released
 
     def check_decode_capacity(
         self,

@@ -136,20 +136,15 @@ def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -
     store.raw.counts.index_add_(0, batch.slots.long(), later.to(torch.float32))
 
 
-def pages_to_seal(
-    batch: BatchPages,
-    seq_lens: torch.Tensor,
-    scored_lens: torch.Tensor,
-    window: int,
-) -> torch.Tensor:
-    """Open pages that are outside the recent window and scored by a step after their own.
+def pages_to_seal(store: PageStore, batch: BatchPages, scored_lens: torch.Tensor) -> torch.Tensor:
+    """Open pages that are in no recent window and scored by a step after their own.
 
     Args:
-        seq_lens: int64 [B]. scored_lens: int64 [B], tokens that were there before this step, or
-            seq_lens where the policy needs no scores.
+        scored_lens: int64 [B], tokens that were there before this step; those of this step, too,
+            where the policy needs no scores.
 
     Returns:
         int64 [N], each page once.
     """
-    limit = per_page(batch, torch.minimum(seq_lens - window, scored_lens))
-    return torch.unique(batch.pages[(batch.position + 1) * PAGE_TOKENS <= limit])
+    scored = (batch.position + 1) * PAGE_TOKENS <= per_page(batch, scored_lens)
+    return torch.unique(batch.pages[scored & ~store.in_window(batch.pages)])

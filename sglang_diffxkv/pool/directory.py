@@ -25,7 +25,7 @@ class PageDirectory:
         context: int32 [V], length of the sequence when the page was last attended to.
         filled: int32 [V], tokens written to an open page.
         last_used: int64 [V], step in which an open page was last attended to.
-        in_window: bool [V], whether it then lay in the recent window of a running request.
+        window_step: int64 [V], last decode step at which it lay in a sequence's recent window.
     """
 
     def __init__(self, num_pages: int, num_layers: int, layout: PageLayout, device: str) -> None:
@@ -44,7 +44,7 @@ class PageDirectory:
         self.context = table(v)
         self.filled = table(v)
         self.last_used = table(v, dtype=torch.int64)
-        self.in_window = table(v, dtype=torch.bool)
+        self.window_step = table(v, dtype=torch.int64)
         self.clear()
 
     def tensors(self) -> list[torch.Tensor]:
@@ -70,7 +70,7 @@ class PageDirectory:
     def open(self, pages: torch.Tensor, slots: torch.Tensor) -> None:
         """Give free ``pages`` (int64 [N]) the raw ``slots`` (int32 [N])."""
         self.raw_slot[pages] = slots
-        for t in (self.position, self.context, self.filled, self.last_used, self.in_window):
+        for t in (self.position, self.context, self.filled, self.last_used, self.window_step):
             t[pages] = 0
 
     def seal(self, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor) -> None:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 MIN_CHUNK_PAGES = 3
 """A chunk is not cut shorter than this, its tail's page included: each costs a forward pass."""
 
+_NOT_IN_THIS_STEP = (True, 0)
+"""A chunk of no tokens: SGLang passes the request over, and asks again before the next step."""
+
 
 class DiffXKVPrefillBudget(PrefillBudget):
     """``PrefillBudget`` bounded by bytes as well as by virtual pages.
@@ -26,8 +29,9 @@ class DiffXKVPrefillBudget(PrefillBudget):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # SGLang tracks one unfinished chunk at a time, so a chunk that we shortened ends the pass.
-        self._shortened = False
+        # SGLang keeps track of one unfinished prompt: after one that we shortened or put off,
+        # nobody else may be admitted in this pass.
+        self._closed = False
 
     @property
     def remaining_total(self) -> float:
@@ -48,10 +52,14 @@ class DiffXKVPrefillBudget(PrefillBudget):
         return tokens - self.current_offset
 
     def has_capacity(self) -> bool:
-        return not self._shortened and super().has_capacity()
+        # Not `remaining_current`: what is short now may be sealed a step later, and SGLang would
+        # admit nobody until some request finishes.
+        return not self._closed and self.remaining_total > 0
 
     def _make_room(self, tokens: int) -> int:
         """Reclaim for ``tokens`` new ones beside those admitted in this pass.
+
+        Unlike stock's, these checks change the cache: they evict what the request will need.
 
         Returns:
             How many of them can be opened for sure, a multiple of the page.
@@ -72,12 +80,12 @@ class DiffXKVPrefillBudget(PrefillBudget):
         chunk_limit: int | None,
         auxiliary_swa_host_hit_length: int = 0,
     ) -> tuple[bool, int | None]:
-        if self._shortened or total_tokens >= self.remaining_total:
+        if self._closed or total_tokens >= self.remaining_total:
             return False, None
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
         needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will charge it
         if needed > self.remaining_current:
-            return False, None
+            return _NOT_IN_THIS_STEP
         room = self._make_room(needed)
         if room >= needed:
             return True, chunk_limit
@@ -85,8 +93,8 @@ class DiffXKVPrefillBudget(PrefillBudget):
         # chunks: running requests hold theirs as long as they run, a chunk's come free when sealed.
         lacks_frames = needed + self.current_offset > self.allocator.tokens_promisable
         if lacks_frames or chunk_limit is None or room < MIN_CHUNK_PAGES * self.page_size:
-            return False, None
-        self._shortened = True
+            return _NOT_IN_THIS_STEP
+        self._closed = True
         return True, room - self.page_size
 
     def can_allocate_prefill(
@@ -97,18 +105,24 @@ class DiffXKVPrefillBudget(PrefillBudget):
         max_new_tokens: int,
         chunk_limit: int | None,
     ) -> bool:
-        if paged_input > min(self.remaining_total, self.remaining_current):
+        """Where the radix cache is off: admits a whole prompt, of which one chunk is opened now."""
+        wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
+        needed = self.ceil_paged_tokens(wanted) + self.page_size
+        if self._closed or paged_input > self.remaining_total or needed > self.remaining_current:
             return False
-        return paged_input <= self._make_room(paged_input)
+        return needed <= self._make_room(needed)
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
-        # An unfinished request holds its pages, so it goes on with whatever room there is.
+        # An unfinished prompt holds its pages, so it goes on with whatever room there is.
         wanted = min(chunk_limit + self.page_size, int(self.remaining_current))
         room = self._make_room(wanted) - self.page_size
-        return min(chunk_limit, room) if room > 0 else None
+        if room > 0:
+            return min(chunk_limit, room)
+        self._closed = True
+        return None
 
     def fit_chunk(
         self, *, extend_input_len: int, max_new_tokens: int, chunk_limit: int
     ) -> int | None:
-        self._shortened = chunk_limit < extend_input_len
+        self._closed = chunk_limit < extend_input_len
         return chunk_limit

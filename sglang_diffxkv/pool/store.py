@@ -16,10 +16,6 @@ from sglang_diffxkv.pool.ledger import Ledger
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sizing import PoolPlan
 
-WINDOW_GRACE_STEPS = 8
-"""A page unused for so many steps is in no running request's window: decoding pauses for a few
-prefill batches at a time only."""
-
 
 class PageStateError(RuntimeError):
     """A page was used in a way its state does not allow (double free, write when sealed ...)."""
@@ -67,6 +63,7 @@ class PageStore:
         self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
         self.counters = Counters()
         self.step = 0
+        self.decode_step = 1  # 0 stands for never
 
     def clear(self) -> None:
         """Forget every page (SGLang's ``/flush_cache``)."""
@@ -111,6 +108,11 @@ class PageStore:
         self.ledger.release(num_open, sealed.numel(), frames)
         self.counters.released += pages.numel()
 
+    def begin_step(self, decodes: bool) -> None:
+        """A forward pass begins; ``decodes``: with the next token of every running request."""
+        self.step += 1
+        self.decode_step += decodes
+
     def touch(
         self,
         pages: torch.Tensor,
@@ -131,8 +133,7 @@ class PageStore:
         d.position[pages] = position.to(torch.int32)
         d.context[pages] = context.to(torch.int32)
         d.filled[pages] = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS).to(torch.int32)
-        d.in_window[pages] = False
-        d.in_window[pages[end > context - window]] = True  # of any sequence that shares the page
+        d.window_step[pages[end > context - window]] = self.decode_step
         d.last_used[pages] = self.step
 
     def seal(self, pages: torch.Tensor) -> None:
@@ -187,6 +188,14 @@ class PageStore:
             context=context,
         )
 
+    def in_window(self, pages: torch.Tensor) -> torch.Tensor:
+        """Which ``pages`` (int64 [N]) lie in the recent window of a sequence that may still run.
+
+        A running request decodes in every decode step, so a page that was not in a window at the
+        latest one is in none. Requests that finished since then are not told apart.
+        """
+        return self.directory.window_step[pages] == self.decode_step
+
     def sealable(self, include_window: bool) -> torch.Tensor:
         """Full open pages, coldest first; int64 [N]."""
         d = self.directory
@@ -194,26 +203,29 @@ class PageStore:
         pages = pages[pages > 0]
         mask = d.filled[pages] == PAGE_TOKENS
         if not include_window:
-            stale = d.last_used[pages] < self.step - WINDOW_GRACE_STEPS
-            mask &= ~d.in_window[pages] | stale
+            mask &= ~self.in_window(pages)
         pages = pages[mask]
         return pages[torch.argsort(d.last_used[pages], stable=True)]
 
     def seal_cold(self, headroom: int, include_window: bool) -> None:
         """Seal the coldest full open pages until ``headroom`` pages may be opened, if that helps.
 
-        With ``include_window`` pages of a running request's recent window go too: it costs that
-        request accuracy, so it is the last thing tried before a request is retracted.
+        With ``include_window`` recent windows of running requests go too: it costs them accuracy,
+        so everything else is tried before.
         """
-        short = headroom - self.ledger.headroom
+        ledger = self.ledger
+        short = headroom - ledger.headroom
         if short <= 0:
             return
         cold = self.sealable(include_window)
         while short > 0 and cold.numel():
+            frames_free = ledger.frames_free
             batch, cold = cold[:short], cold[short:]
             self.seal(batch)
             self.counters.sealed_under_pressure += batch.numel()
-            short = headroom - self.ledger.headroom
+            short = headroom - ledger.headroom
+            if ledger.raw_free >= headroom and ledger.frames_free == frames_free:
+                return  # only frames lack, and these pages take all that they were promised
 
     def _check_ids(self, pages: torch.Tensor) -> None:
         if pages.numel() == 0:

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of a batch, and what is counted and sealed after it, against plain loops."""
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.pool.batch import (
+    count_scores,
+    decode_queries,
+    extend_queries,
+    gather_pages,
+    pages_to_seal,
+    per_page,
+)
+from sglang_diffxkv.pool.store import PageStateError, PageStore
+from tests.unit.test_store import make_store
+
+WINDOW = 64
+
+
+class Batch:
+    """Sequences with given numbers of tokens; the first `shared` pages are the same for all."""
+
+    def __init__(self, lens: list[int], sealed: list[int], shared: int = 0) -> None:
+        """`sealed`: how many of each sequence's first pages are sealed already."""
+        self.store: PageStore = make_store("diffkv", 24 << 20)
+        self.lens = torch.tensor(lens)
+        self.req_to_token = torch.zeros(len(lens) + 3, 4096, dtype=torch.int32)
+        self.rows = torch.arange(len(lens)) + 2
+        self.pages: list[list[int]] = []
+        next_page = 5
+        for row, length in zip(self.rows.tolist(), lens, strict=True):
+            count = -(-length // PAGE_TOKENS)
+            own = list(range(next_page, next_page + count))
+            if self.pages:
+                own[:shared] = self.pages[0][:shared]
+            next_page += count
+            self.pages.append(own)
+            slots = torch.tensor(own)[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
+            self.req_to_token[row, :length] = slots.flatten()[:length].int()
+        everything = sorted({page for own in self.pages for page in own})
+        self.store.open(torch.tensor(everything))
+        first = sorted({p for own, n in zip(self.pages, sealed, strict=True) for p in own[:n]})
+        self.store.directory.filled[first] = PAGE_TOKENS
+        self.store.seal(torch.tensor(first, dtype=torch.int64))
+
+    def gather(self):  # type: ignore[no-untyped-def]
+        return gather_pages(
+            self.store, self.req_to_token, self.rows, self.lens, int(self.lens.max())
+        )
+
+    def touch(self, decodes: bool) -> None:
+        batch = self.gather()
+        self.store.begin_step(decodes)
+        context = per_page(batch, self.lens)
+        self.store.touch(batch.pages, batch.position.long(), context, WINDOW)
+
+
+def test_gather_lists_every_page_once_per_sequence() -> None:
+    b = Batch([130, 64, 1, 400], sealed=[1, 0, 0, 3])
+    got = b.gather()
+    for i, own in enumerate(b.pages):
+        n = [1, 0, 0, 3][i]
+        begin, end = got.sealed_indptr[i], got.sealed_indptr[i + 1]
+        assert got.sealed[begin:end].tolist() == own[:n]
+        begin, end = got.open_indptr[i], got.open_indptr[i + 1]
+        assert got.pages[begin:end].tolist() == own[n:]
+        assert got.position[begin:end].tolist() == list(range(n, len(own)))
+        slots = b.store.directory.raw_slot[own[n:]].tolist()
+        assert got.slots[begin:end].tolist() == slots
+    assert got.last_len.tolist() == [2, 64, 1, 16]
+    assert got.any_sealed
+
+
+def test_gather_refuses_a_free_page() -> None:
+    b = Batch([130], sealed=[0])
+    b.store.release(torch.tensor(b.pages[0][:1]))
+    with pytest.raises(PageStateError, match="free page"):
+        b.gather()
+
+
+@pytest.mark.parametrize("decodes", [True, False])
+def test_counts_are_of_later_queries(decodes: bool) -> None:
+    b = Batch([130, 64, 300], sealed=[0, 0, 2], shared=1)
+    prefix = b.lens - 1 if decodes else torch.tensor([70, 0, 128])
+    extend = (b.lens - prefix).tolist()
+    queries = decode_queries(b.lens) if decodes else extend_queries(prefix, extend, 16)
+    positions = [
+        queries.position[queries.indptr[i] : queries.indptr[i + 1]].tolist() for i in range(3)
+    ]
+    for i, asked in enumerate(positions):
+        assert asked[-1] == b.lens[i] - 1 and min(asked) >= prefix[i]
+        assert len(asked) == min(16, extend[i])
+    batch = b.gather()
+    count_scores(b.store, batch, queries)
+    expected = torch.zeros_like(b.store.raw.counts)
+    for i, own in enumerate(b.pages):
+        for place, page in enumerate(own):
+            slot = int(b.store.directory.raw_slot[page])
+            for token in range(PAGE_TOKENS if slot >= 0 else 0):
+                number = place * PAGE_TOKENS + token
+                expected[slot, token] += sum(position > number for position in positions[i])
+    assert torch.equal(b.store.raw.counts, expected)
+
+
+def test_pages_seal_when_scored_and_out_of_the_window() -> None:
+    b = Batch([700, 130], sealed=[2, 0])
+    b.touch(decodes=False)
+    batch = b.gather()
+    first, second = b.pages
+    # written by this very step: not scored by a following one yet
+    assert pages_to_seal(b.store, batch, torch.tensor([128, 0])).tolist() == []
+    # a second chunk from 384 on: what was there before it, less what was sealed
+    assert pages_to_seal(b.store, batch, torch.tensor([384, 0])).tolist() == first[2:6]
+    # all scored: up to the window, which reaches back from 700 to 636 and from 130 to 66
+    sealable = pages_to_seal(b.store, batch, b.lens).tolist()
+    assert sealable == sorted(first[2:9] + second[:1])
+
+
+def test_shared_page_waits_for_every_window() -> None:
+    """Page 1 of the short sequence is recent for it, though not for the long one."""
+    b = Batch([700, 140], sealed=[0, 0], shared=2)
+    b.touch(decodes=True)
+    batch = b.gather()
+    assert b.pages[0][1] not in pages_to_seal(b.store, batch, b.lens).tolist()
+    b.store.begin_step(decodes=True)  # the short one has finished, the long one goes on
+    assert b.pages[0][1] in b.store.sealable(include_window=False).tolist()

@@ -126,7 +126,7 @@ def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -
     """Add to each open token's count the sampled queries that come after it (once per step)."""
     sequence = per_page(batch, torch.arange(queries.indptr.numel() - 1, device=batch.pages.device))
     stride = 2**32  # keys order by sequence, then position
-    query_sequence = torch.repeat_interleave(queries.indptr.diff())
+    query_sequence = torch.repeat_interleave(queries.indptr.diff().long())
     query_keys = query_sequence * stride + queries.position
     offsets = torch.arange(PAGE_TOKENS, device=batch.pages.device)
     tokens = batch.position.long()[:, None] * PAGE_TOKENS + offsets

@@ -108,8 +108,9 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
 
     @property
     def tokens_with_raw_page(self) -> int:
-        """Tokens that there are raw pages for now."""
-        return self.store.ledger.raw_free * self.page_size
+        """Tokens that there are raw pages for, once every full page is sealed."""
+        full = len(self.store.sealable(include_window=True))
+        return (self.store.ledger.raw_free + full) * self.page_size
 
     def tokens_when_sealed(self, evictable_tokens: int) -> float:
         """Tokens that fit beside those held, if all get sealed and ``evictable_tokens`` go."""

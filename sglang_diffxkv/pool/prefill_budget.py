@@ -56,6 +56,15 @@ class DiffXKVPrefillBudget(PrefillBudget):
         # admit nobody until some request finishes.
         return not self._closed and self.remaining_total > 0
 
+    def _openable(self, tokens: int) -> int:
+        """How many of ``tokens`` new ones, in whole pages, raw pages allow to open in this step.
+
+        The rest of a prompt is opened in later steps, when these are sealed: to promise frames to
+        it now would evict, at the worst case, much that sealing does not need.
+        """
+        tokens = min(tokens, self.allocator.tokens_with_raw_page - int(self.current_offset))
+        return max(0, tokens // self.page_size * self.page_size)
+
     def _make_room(self, tokens: int) -> int:
         """Reclaim for ``tokens`` new ones beside those admitted in this pass.
 
@@ -65,9 +74,8 @@ class DiffXKVPrefillBudget(PrefillBudget):
             How many of them can be opened for sure, a multiple of the page.
         """
         self.allocator.reclaim(self.tree_cache, tokens + self.current_offset)
-        room = min(self.allocator.tokens_promisable, self.allocator.tokens_with_raw_page)
-        room = min(tokens, room - int(self.current_offset))
-        return max(0, room // self.page_size * self.page_size)
+        promisable = self.allocator.tokens_promisable - int(self.current_offset)
+        return self._openable(min(tokens, promisable))
 
     def check_prefill(
         self,
@@ -84,18 +92,15 @@ class DiffXKVPrefillBudget(PrefillBudget):
             return False, None
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
         needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will charge it
-        if needed > self.remaining_current:
+        openable = self._openable(needed)
+        if openable > self.remaining_current or self._make_room(openable) < openable:
             return _NOT_IN_THIS_STEP
-        room = self._make_room(needed)
-        if room >= needed:
+        if openable == needed:
             return True, chunk_limit
-        # What lacks frames waits for others to finish. What only lacks raw pages goes in smaller
-        # chunks: running requests hold theirs as long as they run, a chunk's come free when sealed.
-        lacks_frames = needed + self.current_offset > self.allocator.tokens_promisable
-        if lacks_frames or chunk_limit is None or room < MIN_CHUNK_PAGES * self.page_size:
+        if openable < MIN_CHUNK_PAGES * self.page_size or chunk_limit is None:
             return _NOT_IN_THIS_STEP
         self._closed = True
-        return True, room - self.page_size
+        return True, openable - self.page_size
 
     def can_allocate_prefill(
         self,
@@ -115,7 +120,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
         # An unfinished prompt holds its pages, so it goes on with whatever room there is.
         wanted = min(chunk_limit + self.page_size, int(self.remaining_current))
-        room = self._make_room(wanted) - self.page_size
+        room = self._make_room(self._openable(wanted)) - self.page_size
         if room > 0:
             return min(chunk_limit, room)
         self._closed = True

@@ -84,7 +84,7 @@ class DiffXKVConfig:
     ] = None
     raw_share: Annotated[
         float, Field(gt=0, le=0.9, description="a share above 0 and up to 0.9")
-    ] = 0.15
+    ] = 0.2
     score_queries: Annotated[
         int, Field(ge=1, description="a whole number of queries, at least 1")
     ] = 64

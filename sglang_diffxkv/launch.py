@@ -34,11 +34,19 @@ class ServerProcess:
         start_seconds: from launch to the first answer, known once it runs.
     """
 
-    def __init__(self, *args: object, log: Path, start_timeout: float = START_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        *args: object,
+        log: Path,
+        env: dict[str, str] | None = None,
+        start_timeout: float = START_TIMEOUT_S,
+    ) -> None:
+        """`env` is added to the environment that the server inherits."""
         port = _free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.start_seconds = 0.0
+        self._env = server_environment() | (env or {})
         self._start_timeout = start_timeout
         # The script beside this interpreter: the environment need not be activated.
         sglang = Path(sys.executable).with_name("sglang")
@@ -51,7 +59,7 @@ class ServerProcess:
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self._command,
-                env=_environment(),
+                env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -88,14 +96,19 @@ class ServerProcess:
         self._process.wait()
         self._process = None
 
+    def is_alive(self) -> bool:
+        """Whether the main process runs; SGLang ends it when its scheduler dies."""
+        return self._process is not None and self._process.poll() is None
+
+    def log_text(self) -> str:
+        return self.log.read_text(errors="replace")
+
     def log_tail(self, lines: int = 30) -> str:
-        text = self.log.read_text(errors="replace")
-        return "\n".join(line[:500] for line in text.splitlines()[-lines:])
+        return "\n".join(line[:500] for line in self.log_text().splitlines()[-lines:])
 
     def _wait_until_healthy(self, deadline: float) -> None:
-        assert self._process is not None
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if not self.is_alive():
                 raise ServerError(f"the server ended while starting\n{self.log_tail()}")
             try:
                 with urllib.request.urlopen(self.url + "/health", timeout=5):
@@ -105,7 +118,8 @@ class ServerProcess:
         raise ServerError(f"no answer after {self._start_timeout:.0f} s\n{self.log_tail()}")
 
 
-def _environment() -> dict[str, str]:
+def server_environment() -> dict[str, str]:
+    """This process's environment, less what makes a server start slowly."""
     env = dict(os.environ)
     # Three processes import some thousand modules each: never without their bytecode.
     env.pop("PYTHONDONTWRITEBYTECODE", None)

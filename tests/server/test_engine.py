@@ -2,13 +2,13 @@
 """`sglang.Engine`, which parses no command line: configured by the environment."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.server.harness import server_environment
+from sglang_diffxkv.launch import server_environment
+from tests.server.harness import fast_environment
 
 PROGRAM = """
 import json, sys
@@ -35,10 +35,11 @@ if __name__ == "__main__":
 def test_engine_runs_on_sealed_pages(make_model: Callable[..., Path], tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    env = server_environment("cpu") | {"DIFFXKV_CONFIG": json.dumps({"policy": "lossless"})}
+    env = server_environment() | fast_environment("cpu")
+    env["DIFFXKV_CONFIG"] = json.dumps({"policy": "lossless"})
     run = subprocess.run(
         [sys.executable, "-P", str(program), str(make_model())],
-        env={**os.environ, **env},
+        env=env,
         capture_output=True,
         text=True,
         timeout=400,

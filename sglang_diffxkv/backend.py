@@ -11,6 +11,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, merge
 from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
+from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.kernels.score import score_open
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.batch import (
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+Tensor = torch.Tensor
+SealedArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, PageLayout]
 
 
 class StepMetadata(NamedTuple):
@@ -130,18 +135,8 @@ class DiffXKVBackend(AttentionBackend):
             layer.scaling,
         )
         if pages.any_sealed:
-            sealed = extend_sealed(
-                q,
-                step.q_indptr,
-                self.store.arena.buffer,
-                self.store.directory.frames[index],
-                self.store.directory.heads[index],
-                pages.sealed_indptr,
-                pages.sealed,
-                self.store.layout,
-                layer.scaling,
-            )
-            part = merge(part, sealed)
+            sealed = self._sealed(index, pages)
+            part = merge(part, extend_sealed(q, step.q_indptr, *sealed, layer.scaling))
         return self._finish(q, part, step, index, layer)
 
     def forward_decode(
@@ -166,17 +161,8 @@ class DiffXKVBackend(AttentionBackend):
             layer.scaling,
         )
         if pages.any_sealed:
-            sealed = decode_sealed(
-                q,
-                self.store.arena.buffer,
-                self.store.directory.frames[index],
-                self.store.directory.heads[index],
-                pages.sealed_indptr,
-                pages.sealed,
-                self.store.layout,
-                layer.scaling,
-            )
-            part = merge(part, sealed)
+            sealed = self._sealed(index, pages)
+            part = merge(part, decode_sealed(q, *sealed, layer.scaling))
         return self._finish(q, part, step, index, layer)
 
     def _begin(
@@ -195,6 +181,17 @@ class DiffXKVBackend(AttentionBackend):
             self.token_to_kv_pool.write(layer.layer_id, step.rows, k, v)
         index = layer.layer_id - self.token_to_kv_pool.start_layer
         return step, index, q.reshape(-1, layer.tp_q_head_num, dim)
+
+    def _sealed(self, index: int, pages: BatchPages) -> SealedArguments:
+        """What the kernels need to read the batch's sealed pages of one layer."""
+        return (
+            self.store.arena.buffer,
+            self.store.directory.frames[index],
+            self.store.directory.heads[index],
+            pages.sealed_indptr,
+            pages.sealed,
+            self.store.layout,
+        )
 
     def _finish(
         self,

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
-Tensor = torch.Tensor
-SealedArguments = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, PageLayout]
+SealedArguments = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, PageLayout
+]
 
 
 class StepMetadata(NamedTuple):

@@ -25,6 +25,8 @@ BENCHES := kernels.decode kernels.extend kernels.formats \
 # The servers that benches start are programs of their own, which the current folder cannot disturb.
 bench: env
 	set -e; for bench in $(BENCHES); do PYTHONSAFEPATH= $(BIN)/python -m bench.$$bench; done
+	PYTHONSAFEPATH= $(BIN)/python -m bench.serving.capacity --weights heavy-hitters \
+		--requests 44 --output 96 --name capacity_heavy_hitters
 
 lint: $(DEV_STAMP) types
 	$(BIN)/ruff format --check

@@ -51,12 +51,6 @@ def fit(
     return _lower(tiers, orders, caps, sizes, LOW, PRUNED)
 
 
-def payload_bytes(tiers: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Bytes that each (page, layer) takes with these tiers: int64 [S, L]."""
-    n_high, n_low = ((tiers == tier).sum(-1) for tier in (HIGH, LOW))
-    return _size_table(layout, tiers.device)[n_high * _COUNTS + n_low].sum(-1)
-
-
 class _Orders(NamedTuple):
     """Token indices by ascending worth."""
 

@@ -63,5 +63,6 @@ def assert_healthy(server: Server) -> None:
     """Alive, and neither SGLang's leak checks nor our byte accounting complained."""
     assert server.is_alive()
     log = server.log_text()
-    for complaint in ("leak detected", "Mem Check", "byte accounting", "hit an exception"):
+    # byte accounting is reported as a leak of the pool "pool-bytes"
+    for complaint in ("leak detected", "Mem Check", "hit an exception"):
         assert complaint not in log, f"{complaint!r} in {server.log}"

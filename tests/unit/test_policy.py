@@ -130,10 +130,6 @@ def test_caps_are_never_exceeded(
     policy = build(config, head_dim)
     tiers = policy.assign(make_context(kind))
     assert_within(policy, tiers)
-    assert torch.equal(
-        caps.payload_bytes(tiers, policy.layout),
-        torch.tensor(measured_bytes(tiers, policy.layout)),
-    )
 
 
 @pytest.mark.parametrize("high", FORMATS.values(), ids=str)

@@ -92,11 +92,12 @@ class DiffXKVBackend(AttentionBackend):
         )
         prefix_lens = seq_lens - 1 if is_decode else fb.extend_prefix_lens.long()
         queries = None
-        if store.policy.needs_scores:
-            queries = (
-                decode_queries(seq_lens)
-                if is_decode
-                else extend_queries(prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries)
+        policy = store.policy
+        if policy.needs_scores and is_decode:
+            queries = decode_queries(seq_lens)
+        elif policy.needs_scores:
+            queries = extend_queries(
+                prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries, policy.sample
             )
         store.begin_step(decodes=is_decode or fb.forward_mode.is_mixed())
         store.touch(
@@ -230,4 +231,4 @@ class DiffXKVBackend(AttentionBackend):
         if step.queries is not None:
             count_scores(self.store, step.pages, step.queries)
             scored_lens = step.prefix_lens
-        self.store.seal(pages_to_seal(self.store, step.pages, scored_lens))
+        self.store.seal(*pages_to_seal(self.store, step.pages, scored_lens))

@@ -2,6 +2,7 @@
 """What a tier policy is: it grades every token of the pages that are about to be sealed."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, TierFormat
 from sglang_diffxkv.policy.caps import fit, full_bytes, never_exceeds
+from sglang_diffxkv.policy.scoring import SampledQueries, sample_queries
 
 
 class SealContext(NamedTuple):
@@ -23,6 +25,8 @@ class SealContext(NamedTuple):
     """int64 [S]: index of the page in its sequence, so token j is number ``position * 64 + j``."""
     context: torch.Tensor
     """int64 [S]: length in tokens of the sequence when the page was last scored."""
+    sequence: torch.Tensor
+    """int64 [S]: pages with equal numbers are of one sequence, and may be judged together."""
 
 
 class TierPolicy(ABC):
@@ -46,7 +50,8 @@ class TierPolicy(ABC):
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
         self.config = config
         self.layout = layout
-        shares = _shares(config.layer_caps, num_layers)
+        self.shares = shares = _shares(config.layer_caps, num_layers)
+        """`layer_caps` of each layer, in (0, 1]."""
         if not self.can_shrink and min(shares) < 1:
             raise ConfigError(
                 f"policy {self.name!r} keeps every token in full, so it cannot honour layer_caps "
@@ -59,6 +64,10 @@ class TierPolicy(ABC):
     def formats(cls, config: DiffXKVConfig) -> tuple[TierFormat, TierFormat]:
         """Formats of the high and the low tier to build the layout with."""
         return config.tiers.formats
+
+    def sample(self, extend_lens: Sequence[int], n: int) -> SampledQueries:
+        """Which queries of a prefill step score the tokens before them, up to `n` of a chunk."""
+        return sample_queries(extend_lens, n)
 
     @property
     def prunes(self) -> bool:

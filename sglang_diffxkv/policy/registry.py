@@ -8,11 +8,13 @@ from sglang_diffxkv.kernels.layout import make_layout
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.diffkv import DiffKVPolicy
 from sglang_diffxkv.policy.lossless import LosslessPolicy
+from sglang_diffxkv.policy.snapkv import SnapKVPolicy
 from sglang_diffxkv.policy.streaming import StreamingPolicy
 from sglang_diffxkv.policy.uniform import UniformPolicy
 
 POLICIES: dict[str, type[TierPolicy]] = {
-    policy.name: policy for policy in (DiffKVPolicy, LosslessPolicy, StreamingPolicy, UniformPolicy)
+    policy.name: policy
+    for policy in (DiffKVPolicy, LosslessPolicy, SnapKVPolicy, StreamingPolicy, UniformPolicy)
 }
 
 

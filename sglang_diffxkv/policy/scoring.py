@@ -6,10 +6,10 @@ XKV's mini-prefill scores with the last 8 queries of a prompt, DiffKV's release 
 A sealed page may be shared by prompts that go on differently, so one question must not decide it:
 here the queries are strided evenly over each chunk. A page is then judged by a regular sample of
 the queries of its own chunk and of the following one. The last query always is in the sample: it
-is the only one that sees every token of the chunk.
+is the only one that sees every token of the chunk. SnapKV's baseline takes the last ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,10 @@ class SampledQueries(NamedTuple):
     """int64 [S]: place of each query in its own chunk."""
 
 
+Sampler = Callable[[list[int], int], SampledQueries]
+"""Takes the new tokens of each chunk and the most queries to sample of one."""
+
+
 def sample_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> SampledQueries:
     """Sample up to `n` queries of each chunk: all of a shorter one, else one of every ``len / n``.
 
@@ -36,12 +40,29 @@ def sample_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> Sampled
     """
     lens = torch.as_tensor(extend_lens, dtype=torch.int64)
     taken = lens.clamp(max=n)
-    indptr = _starts(taken)
-    chunk = torch.repeat_interleave(taken)
-    nth = torch.arange(len(chunk), device=lens.device) - indptr[chunk]
+    chunk, nth = _members(taken)
     # Rounded down, so that the sample at nth = taken - 1 is the chunk's last query.
     offsets = (nth + 1) * lens[chunk] // taken[chunk] - 1
-    return SampledQueries(_starts(lens)[chunk] + offsets, indptr.to(torch.int32), offsets)
+    return SampledQueries(_starts(lens)[chunk] + offsets, _starts(taken).to(torch.int32), offsets)
+
+
+def last_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> SampledQueries:
+    """The last `n` queries of each chunk, all of a shorter one: SnapKV's observation window.
+
+    Args:
+        extend_lens, n: as for `sample_queries`.
+    """
+    lens = torch.as_tensor(extend_lens, dtype=torch.int64)
+    taken = lens.clamp(max=n)
+    chunk, nth = _members(taken)
+    offsets = (lens - taken)[chunk] + nth
+    return SampledQueries(_starts(lens)[chunk] + offsets, _starts(taken).to(torch.int32), offsets)
+
+
+def _members(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B] to int64 [sum] twice: which chunk each sample is of, and its rank among that one's."""
+    chunk = torch.repeat_interleave(counts)
+    return chunk, torch.arange(len(chunk), device=counts.device) - _starts(counts)[chunk]
 
 
 def _starts(lens: torch.Tensor) -> torch.Tensor:

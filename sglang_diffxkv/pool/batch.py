@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.policy.scoring import sample_queries
+from sglang_diffxkv.policy.scoring import Sampler
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 
 
@@ -112,10 +112,10 @@ def decode_queries(seq_lens: torch.Tensor) -> ScoringQueries:
 
 
 def extend_queries(
-    prefix_lens: torch.Tensor, extend_lens: list[int], num_queries: int
+    prefix_lens: torch.Tensor, extend_lens: list[int], num_queries: int, sampler: Sampler
 ) -> ScoringQueries:
     """Sampled queries of a prefill batch; prefix_lens int64 [B], extend_lens on the host."""
-    sampled = sample_queries(extend_lens, num_queries)
+    sampled = sampler(extend_lens, num_queries)
     indptr = sampled.indptr.to(prefix_lens.device)
     start = torch.repeat_interleave(prefix_lens, indptr.diff())
     position = sampled.offsets.to(prefix_lens.device) + start
@@ -136,15 +136,28 @@ def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -
     store.raw.counts.index_add_(0, batch.slots.long(), later.to(torch.float32))
 
 
-def pages_to_seal(store: PageStore, batch: BatchPages, scored_lens: torch.Tensor) -> torch.Tensor:
+class SealBatch(NamedTuple):
+    """Pages to seal, each once.
+
+    Attributes:
+        pages: int64 [N], ascending.
+        sequence: int64 [N], the first sequence of the batch that has the page.
+    """
+
+    pages: torch.Tensor
+    sequence: torch.Tensor
+
+
+def pages_to_seal(store: PageStore, batch: BatchPages, scored_lens: torch.Tensor) -> SealBatch:
     """Open pages that are in no recent window and scored by a step after their own.
 
     Args:
         scored_lens: int64 [B], tokens that were there before this step; those of this step, too,
             where the policy needs no scores.
-
-    Returns:
-        int64 [N], each page once.
     """
     scored = (batch.position + 1) * PAGE_TOKENS <= per_page(batch, scored_lens)
-    return torch.unique(batch.pages[scored & ~store.in_window(batch.pages)])
+    ready = scored & ~store.in_window(batch.pages)
+    pages, place = torch.unique(batch.pages[ready], return_inverse=True)
+    owner = per_page(batch, torch.arange(scored_lens.numel(), device=batch.pages.device))[ready]
+    sequence = torch.empty_like(pages).scatter_reduce_(0, place, owner, "amin", include_self=False)
+    return SealBatch(pages, sequence)

@@ -136,8 +136,12 @@ class PageStore:
         d.window_step[pages[end > context - window]] = self.decode_step
         d.last_used[pages] = self.step
 
-    def seal(self, pages: torch.Tensor) -> None:
+    def seal(self, pages: torch.Tensor, sequence: torch.Tensor | None = None) -> None:
         """Seal full open ``pages`` (int64 [N], distinct).
+
+        Args:
+            sequence: int64 [N], equal for pages of one sequence, which the policy may judge
+                together; None: nothing is known, every page is judged by itself.
 
         Raises:
             PageStateError: a page is not open or not full.
@@ -149,7 +153,9 @@ class PageStore:
         slots = d.raw_slot[pages].long()
         if not bool(((slots >= 0) & (d.filled[pages] == PAGE_TOKENS)).all()):
             raise PageStateError("seal: page is not open and full")
-        context = self._seal_context(pages, slots)
+        if sequence is None:
+            sequence = torch.arange(pages.numel(), device=pages.device)
+        context = self._seal_context(pages, slots, sequence)
         tiers = self.policy.assign(context)  # [S, L, H, 64]
         codes = encode_importance(context.importance)
         measured = measure(tiers, layout)
@@ -173,7 +179,9 @@ class PageStore:
         self.ledger.seal(pages.numel(), int(counts.sum()))
         self.counters.sealed += pages.numel()
 
-    def _seal_context(self, pages: torch.Tensor, slots: torch.Tensor) -> SealContext:
+    def _seal_context(
+        self, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor
+    ) -> SealContext:
         d = self.directory
         counts, context = self.raw.counts[slots], d.context[pages].long()
         scores = self.raw.scores[:, slots].transpose(0, 1)  # [S, L, H, 64]
@@ -186,6 +194,7 @@ class PageStore:
             count=counts,
             position=d.position[pages].long(),
             context=context,
+            sequence=sequence,
         )
 
     def in_window(self, pages: torch.Tensor) -> torch.Tensor:

@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
 
-from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStateError
+from tests.unit.policies import config_of
 
 LAYERS, HEADS, DIM = 2, 2, 64
 
 
 def make_allocator(policy: str = "diffkv", mib: float = 3) -> DiffXKVAllocator:
-    config = DiffXKVConfig(policy=policy)
+    config = config_of(policy)
     graded = make_policy(
         config, head_dim=DIM, num_kv_heads=HEADS, raw_itemsize=4, num_layers=LAYERS
     )
@@ -188,17 +188,22 @@ class UniformMachine(AllocatorMachine):
     policy = "uniform"
 
 
+class SnapKVMachine(AllocatorMachine):
+    policy = "snapkv"
+
+
 RUNS = settings(
     max_examples=15,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-for machine in (AllocatorMachine, LosslessMachine, UniformMachine):
+for machine in (AllocatorMachine, LosslessMachine, UniformMachine, SnapKVMachine):
     machine.TestCase.settings = RUNS
 TestDiffKVAllocator = AllocatorMachine.TestCase
 TestLosslessAllocator = LosslessMachine.TestCase
 TestUniformAllocator = UniformMachine.TestCase
+TestSnapKVAllocator = SnapKVMachine.TestCase
 
 
 def test_double_free_raises() -> None:
@@ -216,7 +221,7 @@ def test_reading_by_slot_raises() -> None:
         pool.get_key_buffer(0)
 
 
-@pytest.mark.parametrize("policy", ["diffkv", "lossless"])
+@pytest.mark.parametrize("policy", ["diffkv", "lossless", "snapkv"])
 def test_longest_request_is_admitted_alone(policy: str) -> None:
     """What `max_new_tokens_for_memory` lets in goes all the way, chunk by chunk, at its worst."""
     allocator = make_allocator(policy)

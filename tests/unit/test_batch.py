@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.scoring import Sampler, last_queries, sample_queries
 from sglang_diffxkv.pool.batch import (
     count_scores,
     decode_queries,
@@ -80,12 +81,16 @@ def test_gather_refuses_a_free_page() -> None:
         b.gather()
 
 
-@pytest.mark.parametrize("decodes", [True, False])
-def test_counts_are_of_later_queries(decodes: bool) -> None:
+@pytest.mark.parametrize("sampler", [None, sample_queries, last_queries])
+def test_counts_are_of_later_queries(sampler: Sampler | None) -> None:
+    """Queries of a decode step where there is no sampler."""
     b = Batch([130, 64, 300], sealed=[0, 0, 2], shared=1)
-    prefix = b.lens - 1 if decodes else torch.tensor([70, 0, 128])
+    prefix = b.lens - 1 if sampler is None else torch.tensor([70, 0, 128])
     extend = (b.lens - prefix).tolist()
-    queries = decode_queries(b.lens) if decodes else extend_queries(prefix, extend, 16)
+    if sampler is None:
+        queries = decode_queries(b.lens)
+    else:
+        queries = extend_queries(prefix, extend, 16, sampler)
     positions = [
         queries.position[queries.indptr[i] : queries.indptr[i + 1]].tolist() for i in range(3)
     ]
@@ -110,12 +115,13 @@ def test_pages_seal_when_scored_and_out_of_the_window() -> None:
     batch = b.gather()
     first, second = b.pages
     # written by this very step: not scored by a following one yet
-    assert pages_to_seal(b.store, batch, torch.tensor([128, 0])).tolist() == []
+    assert pages_to_seal(b.store, batch, torch.tensor([128, 0])).pages.tolist() == []
     # a second chunk from 384 on: what was there before it, less what was sealed
-    assert pages_to_seal(b.store, batch, torch.tensor([384, 0])).tolist() == first[2:6]
+    assert pages_to_seal(b.store, batch, torch.tensor([384, 0])).pages.tolist() == first[2:6]
     # all scored: up to the window, which reaches back from 700 to 636 and from 130 to 66
-    sealable = pages_to_seal(b.store, batch, b.lens).tolist()
-    assert sealable == sorted(first[2:9] + second[:1])
+    sealable = pages_to_seal(b.store, batch, b.lens)
+    assert sealable.pages.tolist() == sorted(first[2:9] + second[:1])
+    assert sealable.sequence.tolist() == [0] * 7 + [1]
 
 
 def test_shared_page_waits_for_every_window() -> None:
@@ -123,6 +129,29 @@ def test_shared_page_waits_for_every_window() -> None:
     b = Batch([700, 140], sealed=[0, 0], shared=2)
     b.touch(decodes=True)
     batch = b.gather()
-    assert b.pages[0][1] not in pages_to_seal(b.store, batch, b.lens).tolist()
+    assert b.pages[0][1] not in pages_to_seal(b.store, batch, b.lens).pages.tolist()
     b.store.begin_step(decodes=True)  # the short one has finished, the long one goes on
     assert b.pages[0][1] in b.store.sealable(include_window=False).tolist()
+
+
+def test_shared_page_is_sealed_once_with_the_first_sequence_that_may() -> None:
+    b = Batch([400, 300, 500], sealed=[0, 0, 0], shared=3)
+    b.touch(decodes=False)
+    batch = b.gather()
+    first, second, third = b.pages
+    pages, sequence = pages_to_seal(b.store, batch, b.lens)
+    owners = (
+        dict.fromkeys(third[:6], 2) | dict.fromkeys(second[:3], 1) | dict.fromkeys(first[:5], 0)
+    )
+    assert dict(zip(pages.tolist(), sequence.tolist(), strict=True)) == owners
+    assert len(pages) == len(owners)
+    b.store.seal(pages, sequence)
+    assert bool(b.store.directory.sealed[pages].all())
+    # for the first sequence, they were written by this very step
+    b = Batch([400, 300, 500], sealed=[0, 0, 0], shared=3)
+    b.touch(decodes=False)
+    assert pages_to_seal(b.store, b.gather(), torch.tensor([64, 192, 0])).sequence.tolist() == [
+        0,
+        1,
+        1,
+    ]

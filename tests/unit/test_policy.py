@@ -22,9 +22,16 @@ from sglang_diffxkv.policy import caps
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.registry import POLICIES, make_policy, policy_class
 from sglang_diffxkv.policy.scoring import sample_queries
+from tests.unit.policies import config_of
 
 PAGES, LAYERS, HEADS = 5, 3, 2
-SHRINKING = [name for name, policy in POLICIES.items() if policy.can_shrink]
+CAPS = [1.0, 0.71, 0.4, 0.07, 0.001, (0.9, 0.3, 0.01)]
+CAPPED = [
+    (name, share)
+    for name, policy in POLICIES.items()
+    for share in CAPS
+    if policy.can_shrink and (name, share) != ("snapkv", 1.0)
+]
 
 
 def build(config: DiffXKVConfig, head_dim: int = 64, itemsize: int = 2) -> TierPolicy:
@@ -54,7 +61,7 @@ def make_context(kind: str, seed: int = 0) -> SealContext:
         "inf": torch.where(spread > spread.median(), torch.inf, spread),
         "one head": spread * torch.tensor([0.0, 1e6])[:, None],
     }[kind]
-    return SealContext(importance, count, torch.arange(PAGES), context)
+    return SealContext(importance, count, torch.arange(PAGES), context, torch.arange(PAGES))
 
 
 KINDS = ["spread", "zero", "ties", "nan", "inf", "one head"]
@@ -82,7 +89,7 @@ def assert_within(policy: TierPolicy, tiers: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_policy_grades_every_token_within_its_caps(name: str, kind: str) -> None:
-    policy, ctx = build(DiffXKVConfig(policy=name)), make_context(kind)
+    policy, ctx = build(config_of(name)), make_context(kind)
     tiers = policy.assign(ctx)
     assert tiers.dtype == torch.uint8
     assert tiers.shape == ctx.importance.shape
@@ -95,9 +102,9 @@ def test_every_policy_grades_every_token_within_its_caps(name: str, kind: str) -
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_pages_are_graded_independently(name: str) -> None:
+def test_pages_of_different_sequences_are_graded_independently(name: str) -> None:
     shares = (0.3, 0.5, 0.2) if policy_class(name).can_shrink else None
-    policy, ctx = build(DiffXKVConfig(policy=name, layer_caps=shares)), make_context("spread")
+    policy, ctx = build(config_of(name, layer_caps=shares)), make_context("spread")
     order = torch.tensor([3, 0, 4, 2, 1])
     shuffled = SealContext(*(field[order] for field in ctx))
     assert torch.equal(policy.assign(shuffled), policy.assign(ctx)[order])
@@ -107,7 +114,7 @@ def test_pages_are_graded_independently(name: str) -> None:
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_declarations_hold(name: str) -> None:
-    policy = build(DiffXKVConfig(policy=name))
+    policy = build(config_of(name))
     assert policy.name == name
     assert len(policy.caps) == LAYERS
     assert all(0 < cap <= policy.layout.page_bytes for cap in policy.caps)
@@ -120,9 +127,8 @@ def test_declarations_hold(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share", [1.0, 0.71, 0.4, 0.07, 0.001, (0.9, 0.3, 0.01)])
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
-@pytest.mark.parametrize("name", SHRINKING)
+@pytest.mark.parametrize(("name", "share"), CAPPED)
 def test_caps_are_never_exceeded(
     name: str, head_dim: int, share: float | tuple[float, ...], kind: str
 ) -> None:
@@ -216,6 +222,10 @@ def test_streaming_keeps_sinks_only() -> None:
     [
         (DiffXKVConfig(policy="lossless", layer_caps=0.5), "layer_caps below 1"),
         (DiffXKVConfig(policy="uniform", layer_caps=(1.0, 0.9, 1.0)), "layer_caps below 1"),
+        (DiffXKVConfig(policy="snapkv"), "'snapkv' needs layer_caps below 1: the share of tokens"),
+        (DiffXKVConfig(policy="snapkv", layer_caps=1.0), "needs layer_caps below 1"),
+        (DiffXKVConfig(policy="snapkv", layer_caps=(0.5, 1.0, 0.5)), "needs layer_caps below 1"),
+        (DiffXKVConfig(policy="snapkv", layer_caps=(0.5, 0.5)), "2 shares, but the model has 3"),
         (DiffXKVConfig(layer_caps=(0.5, 0.5)), "2 shares, but the model has 3 layers"),
         (DiffXKVConfig(policy="difkv"), "did you mean 'diffkv'"),
     ],

@@ -7,20 +7,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import unpack
-from sglang_diffxkv.policy.registry import make_policy
+from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStateError, PageStore
+from tests.unit.policies import config_of
 
 LAYERS, HEADS, DIM = 3, 2, 64
 
 
 def make_store(policy: str, budget: int = 5 << 20, **config: object) -> PageStore:
     graded = make_policy(
-        DiffXKVConfig(policy=policy, **config),
+        config_of(policy, **config),
         head_dim=DIM,
         num_kv_heads=HEADS,
         raw_itemsize=4,
@@ -84,7 +84,9 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def seal_pages(self, data: st.DataObject) -> None:
         pages = self._pick(data, self.full)
-        self.store.seal(ids(pages))
+        numbers = st.lists(st.integers(0, 2), min_size=len(pages), max_size=len(pages))
+        sequence = data.draw(st.none() | numbers.map(torch.LongTensor))
+        self.store.seal(ids(pages), sequence)
         self._sealed(set(pages))
 
     @rule(headroom=st.integers(1, 8), include_window=st.booleans())
@@ -186,21 +188,26 @@ class StreamingMachine(StoreMachine):
     policy = "streaming"
 
 
+class SnapKVMachine(StoreMachine):
+    policy = "snapkv"
+
+
 RUNS = settings(
     max_examples=10,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-for machine in (StoreMachine, LosslessMachine, StreamingMachine):
+for machine in (StoreMachine, LosslessMachine, StreamingMachine, SnapKVMachine):
     machine.TestCase.settings = RUNS
 TestDiffKVStore = StoreMachine.TestCase
 TestLosslessStore = LosslessMachine.TestCase
 TestStreamingStore = StreamingMachine.TestCase
+TestSnapKVStore = SnapKVMachine.TestCase
 
 
 def test_plan_stays_within_the_budget() -> None:
-    for policy in ("diffkv", "lossless", "streaming", "uniform"):
+    for policy in POLICIES:
         for budget in (5 << 20, 17 << 20):
             store = make_store(policy, budget)
             assert store.nbytes + 8 * store.plan.virtual_pages <= budget

@@ -129,6 +129,7 @@ def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
             ("--diffxkv-config", '{"policy": "lossless", "layer_caps": 0.5}'),
             ["lossless", "layer_caps below 1"],
         ),
+        (("--diffxkv-config", '{"policy": "snapkv"}'), ["snapkv", "layer_caps below 1"]),
     ],
 )
 def test_what_does_not_is_refused_in_one_line(

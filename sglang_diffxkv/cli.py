@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from sglang_diffxkv.eval import command
+
 DEMO_HELP = "serve a small embedded model on sealed pages, and compare with stock SGLang's pool"
 
 
@@ -35,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
     )
     demo.set_defaults(run=_demo)
+    evaluation = commands.add_parser("eval", help=command.HELP, description=command.HELP)
+    command.add_options(evaluation)
+    evaluation.set_defaults(run=command.run)
     return parser
 
 

@@ -121,7 +121,7 @@ def _weights(
 
 def _write_tokenizer(folder: Path, vocab: int, max_position: int) -> None:
     """A byte-level BPE tokenizer without merges: one token per byte."""
-    tokenizer = Tokenizer(models.BPE(vocab=_byte_vocab(), merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab=byte_vocab(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     reserved = [f"<|reserved_{i}|>" for i in range(vocab - MIN_VOCAB)]
@@ -143,7 +143,7 @@ def _write_tokenizer(folder: Path, vocab: int, max_position: int) -> None:
     _write_json(folder / "tokenizer_config.json", settings)
 
 
-def _byte_vocab() -> dict[str, int]:
+def byte_vocab() -> dict[str, int]:
     """The character by which byte-level tokenizers write each byte (GPT-2's), to its value."""
     kept = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     moved = [byte for byte in range(256) if byte not in kept]

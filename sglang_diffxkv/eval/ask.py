@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a server the questions of a cell, and reads what its pool holds afterwards."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+import requests
+
+from sglang_diffxkv.eval.prompts import Cell, Prompt
+
+AT_ONCE = 16
+"""Prompts in flight, and so in the pool at least."""
+WARM_TOKENS = 4
+"""Generated while the cache is filled: a page is sealed once a later step has scored it."""
+TOP = 256
+"""Likeliest tokens of each distribution that are compared; the others count as one."""
+_TIMEOUT_S = 600.0
+
+_In = TypeVar("_In")
+_Out = TypeVar("_Out")
+Distribution = dict[int, float]
+"""Log-probabilities by token id."""
+
+
+class Answer(NamedTuple):
+    text: str
+    ids: list[int]
+    distributions: list[Distribution]
+    """Before each token of the answer that full KV gave."""
+    cached_tokens: int
+
+
+class CellAnswers(NamedTuple):
+    answers: list[Answer]
+    stats: dict[str, Any] | None
+    """`/diffxkv/stats` after the last answer; None from SGLang's own pool."""
+
+
+def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool) -> CellAnswers:
+    """Answers to all prompts of `cell`, from a cache that holds nothing else.
+
+    Args:
+        forced: ids of the answers whose tokens' distributions are wanted, one per prompt; None
+            stands for the answers that are given here.
+    """
+    client = _Client(url)
+    client.flush()
+    answers: list[Answer] = []
+    for start in range(0, len(cell.prompts), AT_ONCE):
+        prompts = cell.prompts[start : start + AT_ONCE]
+        warm = {(prompt.namespace, tuple(prompt.warm)): prompt for prompt in prompts}
+        _together(client.warm, warm.values())
+        given = _together(client.answer, prompts)
+        wanted = forced[start : start + AT_ONCE] if forced else [answer.ids for answer in given]
+        found = _together(client.distributions, list(zip(prompts, wanted, strict=True)))
+        answers += [
+            answer._replace(distributions=rows) for answer, rows in zip(given, found, strict=True)
+        ]
+    return CellAnswers(answers, client.stats() if is_ours else None)
+
+
+class _Client:
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def flush(self) -> None:
+        requests.post(f"{self._url}/flush_cache", timeout=_TIMEOUT_S).raise_for_status()
+
+    def stats(self) -> dict[str, Any]:
+        response = requests.get(f"{self._url}/diffxkv/stats", timeout=_TIMEOUT_S)
+        response.raise_for_status()
+        stats: dict[str, Any] = response.json()
+        return stats
+
+    def warm(self, prompt: Prompt) -> None:
+        self._generate(prompt, prompt.warm, WARM_TOKENS, ignore_eos=True)
+
+    def answer(self, prompt: Prompt) -> Answer:
+        most = 2 * prompt.answer_tokens + 16
+        found = self._generate(prompt, prompt.ids, most, return_logprob=True)
+        meta = found["meta_info"]
+        ids = [token for _, token, _ in meta["output_token_logprobs"]]
+        return Answer(found["text"], ids, [], meta["cached_tokens"])
+
+    def distributions(self, item: tuple[Prompt, list[int]]) -> list[Distribution]:
+        prompt, ids = item
+        found = self._generate(
+            prompt,
+            prompt.ids + ids,
+            1,
+            return_logprob=True,
+            logprob_start_len=len(prompt.ids) - 1,
+            top_logprobs_num=TOP,
+        )
+        # SGLang gives none before the first of these tokens, the prompt's last.
+        rows = found["meta_info"]["input_top_logprobs"][1:]
+        return [{token: logprob for logprob, token, _ in row} for row in rows]
+
+    def _generate(
+        self, prompt: Prompt, ids: list[int], tokens: int, ignore_eos: bool = False, **body: Any
+    ) -> Any:
+        sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": ignore_eos}
+        request = {"input_ids": ids, "sampling_params": sampling, "extra_key": prompt.namespace}
+        response = requests.post(f"{self._url}/generate", json=request | body, timeout=_TIMEOUT_S)
+        response.raise_for_status()
+        return response.json()
+
+
+def divergence(full: Distribution, other: Distribution) -> float:
+    """KL(full || other) in nats, all tokens that either does not list taken as one.
+
+    Merging tokens can only lower it, so this is a lower bound, and exact where both list all.
+    """
+    listed = full.keys() & other.keys()
+    kl = sum(math.exp(full[token]) * (full[token] - other[token]) for token in listed)
+    rest, other_rest = (
+        max(0.0, 1.0 - sum(math.exp(d[token]) for token in listed)) for d in (full, other)
+    )
+    if rest > 1e-6:
+        kl += rest * math.log(rest / max(other_rest, 1e-12))
+    return max(0.0, kl)
+
+
+def _together(call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(call, items))

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One server per variant, the same prompts for all, a row for each cell."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ByteSize
+
+from sglang_diffxkv.config import ConfigError
+from sglang_diffxkv.eval.ask import AT_ONCE, CellAnswers, ask
+from sglang_diffxkv.eval.prompts import Cell, make_cells
+from sglang_diffxkv.eval.score import Row, score
+from sglang_diffxkv.eval.tasks.registry import NAMES
+from sglang_diffxkv.eval.variants import FULL, KNOBS, Shape, Variant, make_variant
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.launch import ServerProcess
+
+DTYPE, ITEMSIZE = "bfloat16", 2
+_SLACK = 256
+"""Tokens beside a prompt's nominal length: question, chat template, answer."""
+_ROOM = 3
+"""Times the prompts in flight that a pool holds, so that no page is sealed for want of memory."""
+
+
+class Options(NamedTuple):
+    """What to evaluate; see `sglang-diffxkv eval --help`."""
+
+    model: Path
+    policies: Sequence[str]
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    samples: int
+    seed: int
+    device: str
+    targets: Sequence[float]
+    """Physical compressions that policies with a knob are set to; none: as configured."""
+
+
+class Model(NamedTuple):
+    """Of a checkpoint: what bytes depend on, and its tokenizer."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    tokenizer: Any
+
+    @property
+    def token_bytes(self) -> int:
+        """Of one token's KV in SGLang's own pool."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * ITEMSIZE
+
+
+def load_model(path: Path) -> Model:
+    """Read a Hugging Face checkpoint's configuration and tokenizer; weights are not loaded."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    heads = config.num_attention_heads
+    return Model(
+        config.num_hidden_layers,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        AutoTokenizer.from_pretrained(path, local_files_only=True),
+    )
+
+
+def make_variants(options: Options, model: Model) -> list[Variant]:
+    """Full KV first, as all others are compared with it; then a variant per policy and target.
+
+    Raises:
+        ConfigError: an unknown name, or a target that cannot be met.
+    """
+    shape = Shape(model.head_dim, model.kv_heads, ITEMSIZE, min(options.lengths))
+    variants = [make_variant(FULL, None, shape)]
+    for name in dict.fromkeys(options.policies):
+        targets = options.targets if name in KNOBS else ()
+        for target in targets or (None,):
+            variants.append(make_variant(name, target, shape))
+    return list(dict.fromkeys(variants))
+
+
+def evaluate(options: Options) -> Iterator[Row]:
+    """Rows in the order of variants, tasks and lengths, as soon as each is measured.
+
+    Raises:
+        ConfigError: the options ask for something that does not exist or cannot be met.
+        ServerError: a server did not start.
+    """
+    unknown = [task for task in options.tasks if task not in NAMES]
+    if unknown:
+        raise ConfigError(f"unknown task {unknown[0]!r}; one of: {', '.join(NAMES)}")
+    model = load_model(options.model)
+    variants = make_variants(options, model)
+    cells = make_cells(
+        model.tokenizer,
+        list(options.tasks),
+        list(options.lengths),
+        options.samples,
+        options.seed,
+    )
+    yield from compare(options.model, options.device, model, variants, cells)
+
+
+def compare(
+    path: Path, device: str, model: Model, variants: Sequence[Variant], cells: Sequence[Cell]
+) -> Iterator[Row]:
+    """Rows of any variants, the first of which is full KV, on any cells."""
+    full: list[CellAnswers] = []
+    with tempfile.TemporaryDirectory(prefix="diffxkv-eval-") as folder:
+        for variant in variants:
+            log = Path(folder) / "server.log"
+            with ServerProcess(*_arguments(path, device, model, variant, cells), log=log) as server:
+                for i, cell in enumerate(cells):
+                    forced = [answer.ids for answer in full[i].answers] if i < len(full) else None
+                    try:
+                        found = ask(server.url, cell, forced, variant.config is not None)
+                    except Exception as error:
+                        error.add_note(server.log_tail())
+                        raise
+                    if forced is None:
+                        full.append(found)
+                    yield score(variant, cell, found, full[i])
+
+
+def _arguments(
+    path: Path, device: str, model: Model, variant: Variant, cells: Sequence[Cell]
+) -> list[object]:
+    # Both servers alike: more threads gain nothing on a small model.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    longest = max(len(prompt.ids) for cell in cells for prompt in cell.prompts)
+    tokens = _ROOM * AT_ONCE * -(-(longest + _SLACK) // PAGE_TOKENS) * PAGE_TOKENS
+    options: list[object] = ["--model-path", path, "--device", device, "--dtype", DTYPE]
+    options += ["--max-running-requests", AT_ONCE, "--page-size", PAGE_TOKENS]
+    # A prompt is compressed once it is whole, as the papers have it.
+    options += ["--chunked-prefill-size", max(8192, longest)]
+    if device == "cpu":
+        options += ["--sleep-on-idle"]
+    if variant.config is None:
+        options += ["--max-total-tokens", tokens]
+        return [*options, *(["--attention-backend", "torch_native"] if device == "cpu" else [])]
+    # Half for raw pages: here prompts wait together, uncompressed, to be sealed.
+    config = replace(
+        variant.config, memory_bytes=ByteSize(2 * tokens * model.token_bytes), raw_share=0.5
+    )
+    return [*options, "--attention-backend", "diffxkv", "--diffxkv-config", config.to_json()]

@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repeating a list: every word of the answer must be found in turn."""
+
+from sglang_diffxkv.eval.tasks.base import Question, Sample, Scene, hide
+from sglang_diffxkv.eval.tasks.words import WORDS
+
+_SHORTEST, _LONGEST = 4, 16
+
+
+def copy(scene: Scene) -> Sample:
+    """Named lists of distinct words in filler, one of which is to be repeated."""
+    rng = scene.rng
+    words = rng.sample(WORDS, len(WORDS))
+    lists: dict[str, list[str]] = {}
+    length = 0
+    most = 0.5 * scene.budget
+    while not lists or (length < most and len(words) > _LONGEST):
+        name, taken = words.pop(), rng.randint(_SHORTEST, _LONGEST)
+        lists[name] = [words.pop() for _ in range(taken)]
+        length += taken
+    text = hide(scene, [f"List {name}: {' '.join(items)}." for name, items in lists.items()])
+    asked = rng.sample(list(lists), min(scene.questions, len(lists)))
+    questions = [
+        Question(f"Repeat the list {name}?", " ".join(lists[name]), (" ".join(lists[name]),))
+        for name in asked
+    ]
+    return Sample((("user", text),), tuple(questions))

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is compared: SGLang's own pool and configurations of ours, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+from sglang_diffxkv.config import ConfigError, DiffXKVConfig, Tiers
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, TierFormat, make_layout
+from sglang_diffxkv.policy.caps import full_bytes
+from sglang_diffxkv.policy.registry import policy_class
+
+
+class Variant(NamedTuple):
+    """A named way to hold KV; `config` is None for SGLang's own pool."""
+
+    name: str
+    config: DiffXKVConfig | None
+    target: float | None = None
+    """Physical compression that it was made for."""
+
+
+class Shape(NamedTuple):
+    """What bytes depend on: the model, and the shortest prompt."""
+
+    head_dim: int
+    kv_heads: int
+    itemsize: int
+    tokens: int
+
+
+def _uniform(name: str) -> DiffXKVConfig:
+    return DiffXKVConfig(policy="uniform", tiers=Tiers(high=name, low="K2V2"))
+
+
+FULL = "full"
+VARIANTS: Mapping[str, DiffXKVConfig | None] = {
+    FULL: None,
+    "lossless": DiffXKVConfig(policy="lossless"),
+    "int8": _uniform("K8V8"),
+    "int4": _uniform("K4V4"),
+    "int2": _uniform("K2V2"),
+    "k8v4": _uniform("K8V4"),
+    "k4v8": _uniform("K4V8"),
+    "uniform": _uniform("K8V4"),
+    "streaming": DiffXKVConfig(policy="streaming", window=256),
+    "snapkv": DiffXKVConfig(policy="snapkv", layer_caps=0.25),
+    "diffkv": DiffXKVConfig(policy="diffkv"),
+}
+"""Without a target; `uniform` is the format that a target picks."""
+
+
+def make_variant(name: str, target: float | None, shape: Shape) -> Variant:
+    """The variant `name`, its knob set so that its physical compression meets `target`.
+
+    Raises:
+        ConfigError: no such variant, or one that cannot meet the target at this length.
+    """
+    if name not in VARIANTS:
+        raise ConfigError(f"unknown policy {name!r}; one of: {', '.join(VARIANTS)}")
+    config = VARIANTS[name]
+    if target is None or config is None or name not in KNOBS:
+        return Variant(name, config)
+    return Variant(name, KNOBS[name](config, target, shape), target)
+
+
+def _set_caps(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
+    """A share of every layer's bytes: exact, as the policy keeps to it."""
+    layout = _layout(shape, *policy_class(config.policy).formats(config))
+    share = _page_bytes(config, target, shape) / full_bytes(layout)
+    if share >= 1:
+        return config
+    # A frame per page and layer is lost to rounding at most.
+    share -= layout.frame_bytes / full_bytes(layout)
+    if share <= 0:
+        raise ConfigError(_too_much(config, target, shape))
+    return replace(config, layer_caps=share)
+
+
+def _set_window(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
+    """The recent tokens; a page that it covers in part is kept whole, and the first has sinks."""
+    window = int(shape.tokens / target) - 2 * PAGE_TOKENS
+    if window < PAGE_TOKENS:
+        raise ConfigError(_too_much(config, target, shape))
+    return replace(config, window=window)
+
+
+def _set_format(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
+    """The most precise format that takes few enough bytes."""
+    allowed = _page_bytes(config, target, shape)
+    for name in ("K8V8", "K8V4", "K4V4", "K4V2", "K2V2"):
+        layout = _layout(shape, FORMATS[name], FORMATS[name])
+        frames = -(-full_bytes(layout) // layout.frame_bytes)
+        if frames * layout.frame_bytes <= allowed:
+            return replace(config, tiers=Tiers(high=name, low="K2V2"))
+    raise ConfigError(_too_much(config, target, shape))
+
+
+KNOBS: Mapping[str, Callable[[DiffXKVConfig, float, Shape], DiffXKVConfig]] = {
+    "uniform": _set_format,
+    "streaming": _set_window,
+    "snapkv": _set_caps,
+    "diffkv": _set_caps,
+}
+
+
+def _page_bytes(config: DiffXKVConfig, target: float, shape: Shape) -> float:
+    """Bytes that a sealed (page, layer) may take so that all pages of a prompt meet the target."""
+    dense = 2 * shape.kv_heads * shape.head_dim * shape.itemsize
+    sealed = max(0, shape.tokens - config.window) // PAGE_TOKENS
+    raw = -(-shape.tokens // PAGE_TOKENS) - sealed
+    if not sealed:
+        raise ConfigError(_too_much(config, target, shape))
+    return dense * (shape.tokens / target - raw * PAGE_TOKENS) / sealed
+
+
+def _layout(shape: Shape, high: TierFormat, low: TierFormat) -> PageLayout:
+    return make_layout(
+        head_dim=shape.head_dim,
+        num_kv_heads=shape.kv_heads,
+        raw_itemsize=shape.itemsize,
+        high=high,
+        low=low,
+    )
+
+
+def _too_much(config: DiffXKVConfig, target: float, shape: Shape) -> str:
+    return (
+        f"policy {config.policy!r} cannot reach a compression of {target:g} on prompts of "
+        f"{shape.tokens} tokens with a window of {config.window}: lower the target, or ask for "
+        "longer prompts"
+    )

@@ -124,9 +124,8 @@ class Corpus:
     def _spans(self, chat: Chat, length: int) -> None:
         """Random words in which spans of earlier ones come again."""
         rng = self._rng
-        words = rng.sample(WORDS, min(len(WORDS), length))
-        fresh = rng.randint(length // 4, length // 2)
-        ids = self._encode(" " + " ".join(words[:fresh]))
+        fresh = min(rng.randint(length // 4, length // 2), len(WORDS))
+        ids = self._encode(" " + " ".join(rng.sample(WORDS, fresh)))
         chat.ids.extend(ids)
         chat.weights.extend([0.0] * len(ids))
         while len(chat.ids) < length:

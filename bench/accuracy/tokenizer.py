@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from sglang_diffxkv.demo_model import EOS, SPECIAL_TOKENS, byte_vocab
 from sglang_diffxkv.eval.tasks.base import Scene
+from sglang_diffxkv.eval.tasks.records import FIELDS
 from sglang_diffxkv.eval.tasks.registry import TASKS
 from sglang_diffxkv.eval.tasks.words import EVERY, HELD_OUT, TRAIN
 
@@ -68,6 +69,8 @@ def _texts() -> list[str]:
     """Texts in which every word occurs that a task can use."""
     rng = random.Random(0)
     texts = [f" {word}" for word in EVERY]
+    # In JSON, words stand without a space before them.
+    texts += [word for field, values in FIELDS.items() for word in (field, *values)]
     spaces: Callable[[str], int] = lambda text: text.count(" ")  # noqa: E731
     for make in TASKS.values():
         for i in range(_SAMPLES_PER_TASK):

@@ -30,18 +30,19 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048)
 PROMOTE_AT = 0.9
 """Accuracy of the retrieval tasks at the longest length in use from which a longer one joins."""
 RETRIEVAL = ("niah_single", "niah_multikey", "kv_lookup")
+DRILLS = (12.0, 2.0)
+"""Weight of drills in the data while chats are as short as can be, and later."""
 MIX = {
-    DRILL: 12.0,
     "niah_single": 1.0,
     "niah_multikey": 2.0,
     "niah_multiquery": 1.5,
     "kv_lookup": 2.0,
     "vt": 1.0,
-    "cwe": 0.3,
+    "cwe": 0.5,
     "fwe": 0.3,
     "copy": 1.0,
     "recall": 1.0,
-    "records": 0.7,
+    "records": 1.5,
 }
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.25
@@ -87,7 +88,8 @@ class Trainer:
         corpus = Corpus(self.tokenizer, hash((self.options.seed, self.step)))
         begin, saved = time.monotonic() - self.seconds, time.monotonic()
         while self.seen < self.options.tokens:
-            batch = corpus.batch(self._length(), self.options.batch, MIX)
+            mix = MIX | {DRILL: DRILLS[self.stage > 0]}
+            batch = corpus.batch(self._length(), self.options.batch, mix)
             self._train(batch)
             self.seconds = time.monotonic() - begin
             if self.step % 20 == 0:
@@ -151,10 +153,10 @@ class Trainer:
     def progress(self) -> str:
         longest = LENGTHS[self.stage]
         done = self.seen / self.options.tokens
-        bar = "#" * int(20 * done)
+        bar = "#" * min(20, int(20 * done))
         tasks = " ".join(
             f"{task} {self.accuracy[f'{task}@{longest}']:.0%}"
-            for task in MIX
+            for task in (DRILL, *MIX)
             if f"{task}@{longest}" in self.accuracy
         )
         speed = self.seen / max(self.seconds, 1e-9)

@@ -7,20 +7,21 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tokenizers import Tokenizer
+
 from sglang_diffxkv.demo.measure import Probe
 from sglang_diffxkv.demo.table import Run, progress, table
 from sglang_diffxkv.demo.workload import run_load
-from sglang_diffxkv.demo_model import write_demo_model
+from sglang_diffxkv.eval.command import BUNDLED
+from sglang_diffxkv.eval.run import load_model
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.launch import ServerError, ServerProcess
 
-LAYERS, KV_HEADS, HEAD_DIM = 4, 2, 128
-DENSE_BYTES = 2 * LAYERS * KV_HEADS * HEAD_DIM * 2
-"""Bytes of one token in SGLang's pool: keys and values of all layers and heads in bfloat16."""
-MEMORY_BYTES = 32 * 2**20
+MEMORY_BYTES = 20 * 2**20
 
 NOTE = (
-    "The embedded model is small and random: its texts are meaningless, its memory figures are not."
+    "The embedded model knows nothing but to look up what its prompts say: answers are compared "
+    "with what was said."
 )
 
 
@@ -32,15 +33,8 @@ def run_demo(device: str | None) -> int:
     device = device or _default_device()
     print(f"{NOTE}\nDevice: {device}. KV memory of each server: {MEMORY_BYTES / 2**20:.0f} MiB.")
     with tempfile.TemporaryDirectory(prefix="diffxkv-demo-") as folder:
-        model = write_demo_model(
-            Path(folder) / "model",
-            layers=LAYERS,
-            kv_heads=KV_HEADS,
-            head_dim=HEAD_DIM,
-            dtype="bfloat16",
-        )
         try:
-            runs = [_serve(name, model, device, Path(folder)) for name in _POOLS]
+            runs = [_serve(name, device, Path(folder)) for name in _POOLS]
         except ServerError as error:
             print(error, file=sys.stderr)
             return 1
@@ -52,9 +46,11 @@ _OURS, _STOCK = "sglang_diffxkv", "stock SGLang"
 _POOLS = (_STOCK, _OURS)
 
 
-def _serve(name: str, model: Path, device: str, folder: Path) -> Run:
+def _serve(name: str, device: str, folder: Path) -> Run:
     """Start the server `name`, send it the load, and stop it."""
-    stock_tokens = MEMORY_BYTES // DENSE_BYTES // PAGE_TOKENS * PAGE_TOKENS
+    dense_bytes = load_model(BUNDLED).token_bytes
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+    stock_tokens = MEMORY_BYTES // dense_bytes // PAGE_TOKENS * PAGE_TOKENS
     options: list[object]
     if name == _STOCK:
         options = ["--attention-backend", "torch_native", "--page-size", PAGE_TOKENS]
@@ -62,7 +58,7 @@ def _serve(name: str, model: Path, device: str, folder: Path) -> Run:
     else:
         config = {"policy": "diffkv", "memory_bytes": MEMORY_BYTES}
         options = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
-    options += ["--model-path", model, "--device", device, "--dtype", "bfloat16"]
+    options += ["--model-path", BUNDLED, "--device", device, "--dtype", "bfloat16"]
     options += ["--enable-metrics", "--constrained-json-disable-any-whitespace"]
     if device == "cpu":
         options += ["--sleep-on-idle"]  # spinning would take a core from everything else
@@ -70,16 +66,16 @@ def _serve(name: str, model: Path, device: str, folder: Path) -> Run:
     log = folder / f"{name.replace(' ', '-')}.log"
     with ServerProcess(*options, log=log) as server:
         print(f"{name}: answers at {server.url} after {server.start_seconds:.0f} s")
-        probe = Probe(server.url, DENSE_BYTES, stock_tokens if name == _STOCK else None)
+        probe = Probe(server.url, dense_bytes, stock_tokens if name == _STOCK else None)
         stages = []
         try:
-            for stage in run_load(server.url, probe):
+            for stage in run_load(server.url, probe, lambda text: len(tokenizer.encode(text))):
                 print(progress(stage), flush=True)
                 stages.append(stage)
         except Exception:
             print(server.log_tail(), file=sys.stderr)
             raise
-    return Run(name, DENSE_BYTES, stages)
+    return Run(name, dense_bytes, stages)
 
 
 def _default_device() -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from sglang_diffxkv.demo.measure import Counters
-from sglang_diffxkv.demo.workload import Stage
+from sglang_diffxkv.demo.workload import Score, Stage
 
 _MIB = 2**20
 
@@ -23,6 +23,10 @@ class Run(NamedTuple):
         return Counters(*(sum(part) for part in zip(*self._counters, strict=True)))
 
     @property
+    def score(self) -> Score:
+        return Score(*(sum(part) for part in zip(*(s.score for s in self.stages), strict=True)))
+
+    @property
     def seconds(self) -> float:
         return sum(stage.seconds for stage in self.stages)
 
@@ -34,7 +38,8 @@ class Run(NamedTuple):
 def progress(stage: Stage) -> str:
     """One line on a part that has just been done."""
     return (
-        f"  {stage.name:<15} {stage.counters.requests:>3} requests in {stage.seconds:5.1f} s, "
+        f"  {stage.name:<16} {stage.counters.requests:>3} requests in {stage.seconds:5.1f} s, "
+        f"{stage.score.right:>2} of {stage.score.asked:>2} answers right, "
         f"{stage.counters.hit_rate:4.0%} of prompt tokens from cache, "
         f"{stage.held.tokens:>6,} tokens held in {stage.held.bytes_in_use / _MIB:5.1f} MiB"
     )
@@ -66,6 +71,7 @@ _ROWS: Sequence[tuple[str, Callable[[Run], str]]] = (
         "physical compression at the end",
         lambda run: f"{run.stages[-1].held.compression(run.dense_bytes):.2f}",
     ),
+    ("answers right", lambda run: f"{run.score.right} of {run.score.asked}"),
     ("requests done", lambda run: f"{run.total.requests}"),
     ("requests retracted", lambda run: f"{run.total.retractions}"),
     ("tokens evicted from the prefix cache", lambda run: f"{run.total.evicted_tokens:,}"),

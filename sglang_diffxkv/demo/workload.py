@@ -1,54 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo's load: what several users would send, the same on every server.
-
-Answers are of fixed length, so that servers whose texts differ still hold the same tokens.
-"""
+"""The demo's load: what several users would send, the same on every server, with known answers."""
 
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from openai import OpenAI
 
 from sglang_diffxkv.demo.measure import Counters, Held, Probe
+from sglang_diffxkv.eval.tasks.base import Sample, Scene, hide
+from sglang_diffxkv.eval.tasks.recall import ATTRIBUTES, PEOPLE, REPLY
+from sglang_diffxkv.eval.tasks.records import FIELDS
+from sglang_diffxkv.eval.tasks.registry import TASKS
+from sglang_diffxkv.eval.tasks.words import HELD_OUT
 
 # Chosen with `run.MEMORY_BYTES`: about twice what stock SGLang holds in that memory.
 USERS = 8
-FIRST_TURNS = 4
-LATER_TURNS = 1
-MESSAGE_BYTES = 300
-ANSWER_TOKENS = 24
-REPORT_BYTES = 2000
+TOLD_TURNS = 3
+TURN_TOKENS = 350
+REPORT_TOKENS = 2000
 QUESTIONS = 17
-QUESTION_BYTES = 40
+RECORDS_TOKENS = 1000
 FORMS = 4
+TABLE_TOKENS = 1000
+FORKS = 3
 
 FORM_SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {
-        "city": {"type": "string", "pattern": "^[A-Z][a-z]{2,8}$"},
-        "severity": {"enum": ["low", "medium", "high"]},
-        "injured": {"type": "integer", "minimum": 0, "maximum": 99},
-        "closed": {"type": "boolean"},
-    },
-    "required": ["city", "severity", "injured", "closed"],
+    "properties": {field: {"enum": list(values)} for field, values in FIELDS.items()},
+    "required": list(FIELDS),
     "additionalProperties": False,
 }
 
-_WHO = (
-    "the crew",
-    "a driver",
-    "the harbour office",
-    "our neighbour",
-    "the night shift",
-    "an engineer",
-)
-_DID = ("reported", "closed", "found", "repaired", "asked about", "could not open", "measured")
-_WHAT = ("the north gate", "a broken valve", "the river bridge", "train seven", "the water main")
-_WHEN = ("before dawn", "at noon", "after the storm", "last week", "an hour later", "twice")
+Size = Callable[[str], int]
+
+
+class Score(NamedTuple):
+    """Answers that were exactly right, of those asked for."""
+
+    right: int
+    asked: int
 
 
 class Stage(NamedTuple):
@@ -56,112 +50,131 @@ class Stage(NamedTuple):
 
     name: str
     seconds: float
+    score: Score
     counters: Counters
     """Of this part alone."""
     held: Held
 
 
 class Conversation:
-    """A user who chats through the OpenAI-compatible API; each turn sends the whole history."""
+    """A user who tells facts in long messages, and asks for them later.
 
-    def __init__(self, client: OpenAI, user: int) -> None:
+    Each turn sends the whole history through the OpenAI-compatible API.
+    """
+
+    def __init__(self, client: OpenAI, user: int, size: Size) -> None:
+        rng = random.Random(user)
         self._client = client
-        self._rng = random.Random(user)
+        self._scene = Scene(rng, HELD_OUT, TURN_TOKENS, 1, size)
         self._messages: list[Any] = []
+        people = rng.sample(PEOPLE, TOLD_TURNS)
+        kinds = rng.choices(list(ATTRIBUTES), k=TOLD_TURNS)
+        self._facts = [
+            (f"{kind} of my {who}", rng.choice(ATTRIBUTES[kind]))
+            for kind, who in zip(kinds, people, strict=True)
+        ]
 
-    def turn(self) -> None:
-        message = _sentences(self._rng, MESSAGE_BYTES)
-        self._messages.append({"role": "user", "content": message})
+    def tell(self, turn: int) -> bool:
+        """Tell the fact of that turn; whether it was acknowledged."""
+        fact, value = self._facts[turn]
+        return self._say(hide(self._scene, [f"The {fact} is {value}."])) == REPLY
+
+    def ask(self, turn: int) -> bool:
+        """Ask for what was told in that turn; whether the answer is right."""
+        fact, value = self._facts[turn]
+        return self._say(f"What is the {fact}?") == value
+
+    def _say(self, text: str) -> str:
+        self._messages.append({"role": "user", "content": text})
         answer = _chat(self._client, self._messages)
         self._messages.append({"role": "assistant", "content": answer})
+        return answer
 
 
-def run_load(url: str, probe: Probe) -> Iterator[Stage]:
-    """Send the load to the server at `url`; yields after each part."""
+def run_load(url: str, probe: Probe, size: Size) -> Iterator[Stage]:
+    """Send the load to the server at `url`; yields after each part.
+
+    Args:
+        size: tokens of a text.
+    """
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
-    chats = [Conversation(client, user) for user in range(USERS)]
-    report = _sentences(random.Random("report"), REPORT_BYTES)
+    chats = [Conversation(client, user, size) for user in range(USERS)]
 
-    def stage(name: str, part: Callable[[], None]) -> Stage:
+    def stage(name: str, part: Callable[[], Iterable[bool]]) -> Stage:
         before, begin = probe.counters(), time.monotonic()
-        part()
+        right = list(part())
         seconds = time.monotonic() - begin
-        return Stage(name, seconds, probe.counters().since(before), probe.held())
+        score = Score(sum(right), len(right))
+        return Stage(name, seconds, score, probe.counters().since(before), probe.held())
 
-    for turn in range(FIRST_TURNS):
-        yield stage(f"chat, turn {turn + 1}", lambda: _together(chat.turn for chat in chats))
-    yield stage("shared prefix", lambda: _ask(client, report))
-    yield stage("JSON schema", lambda: _fill_forms(client, report))
-    yield stage("sgl.function", lambda: _run_program(url, report))
-    for turn in range(FIRST_TURNS, FIRST_TURNS + LATER_TURNS):
-        yield stage(f"chat, turn {turn + 1}", lambda: _together(chat.turn for chat in chats))
+    for turn in range(TOLD_TURNS):
+        yield stage(
+            f"chat, turn {turn + 1}",
+            lambda turn=turn: _together(lambda chat: chat.tell(turn), chats),
+        )
+    yield stage("chat, question 1", lambda: _together(lambda chat: chat.ask(0), chats))
+    yield stage("shared prefix", lambda: _ask(client, size))
+    yield stage("JSON schema", lambda: _fill_forms(client, size))
+    yield stage("sgl.function", lambda: _run_program(url, size))
+    yield stage("chat, question 2", lambda: _together(lambda chat: chat.ask(1), chats))
 
 
-def _ask(client: OpenAI, report: str) -> None:
+def _ask(client: OpenAI, size: Size) -> list[bool]:
     """Many questions about one long report, which all prompts start with."""
-    rng = random.Random("questions")
-    system = {"role": "system", "content": report}
-    prompts = [
-        [system, {"role": "user", "content": _sentences(rng, QUESTION_BYTES)}]
-        for _ in range(QUESTIONS)
-    ]
+    report = _sample("niah_multikey", REPORT_TOKENS, QUESTIONS, size)
+
+    def ask(number: int) -> bool:
+        question = report.questions[number]
+        return _chat(client, _messages(report, number)) == question.answer
+
     # Alone, as the user who opens the report does: requests sent at once cannot share it yet.
-    _chat(client, prompts[0])
-    _together(lambda messages=messages: _chat(client, messages) for messages in prompts[1:])
+    return [ask(0), *_together(ask, range(1, len(report.questions)))]
 
 
-def _fill_forms(client: OpenAI, report: str) -> None:
-    """Structured generation: each answer is parsed and checked against the schema's keys."""
-    response_format = {
-        "type": "json_schema",
-        "json_schema": {"name": "form", "schema": FORM_SCHEMA, "strict": True},
-    }
+def _fill_forms(client: OpenAI, size: Size) -> list[bool]:
+    """Structured generation: each answer is parsed, and compared with the record in the text."""
+    sample = _sample("records", RECORDS_TOKENS, FORMS, size)
+    schema = {"name": "record", "schema": FORM_SCHEMA, "strict": True}
+    response_format = {"type": "json_schema", "json_schema": schema}
 
-    def fill(number: int) -> None:
-        messages = [
-            {"role": "system", "content": report},
-            {"role": "user", "content": f"Fill in form {number} as JSON."},
-        ]
-        text = _chat(client, messages, max_tokens=120, response_format=response_format)
+    def fill(number: int) -> bool:
+        text = _chat(client, _messages(sample, number), response_format=response_format)
         form = json.loads(text)
-        if sorted(form) != sorted(FORM_SCHEMA["required"]):
+        if sorted(form) != sorted(FIELDS):
             raise RuntimeError(f"an answer does not follow the schema: {text}")
+        return bool(form == json.loads(sample.questions[number].answer))
 
-    _together(lambda number=number: fill(number) for number in range(FORMS))
+    return _together(fill, range(len(sample.questions)))
 
 
-def _run_program(url: str, report: str) -> None:
+def _run_program(url: str, size: Size) -> list[bool]:
     # Imported here: it loads the whole of SGLang, which takes seconds.
     from sglang_diffxkv.demo.program import review
 
-    # As the chat template writes it, so that the program's prompts share the report's pages.
-    review(url, f"<|system|>{report}<|end|>")
+    table = _sample("kv_lookup", TABLE_TOKENS, FORKS, size)
+    answers = [question.answer for question in table.questions]
+    found = review(url, table.context[0][1], list(table.questions), answers)
+    right = [given == answer for given, answer in zip(found.answers, answers, strict=True)]
+    return [*right, found.choice == answers[-1]]
 
 
-def _chat(
-    client: OpenAI, messages: list[Any], max_tokens: int = ANSWER_TOKENS, **options: Any
-) -> str:
-    fixed_length = "response_format" not in options
+def _sample(task: str, tokens: int, questions: int, size: Size) -> Sample:
+    return TASKS[task](Scene(random.Random(task), HELD_OUT, tokens, questions, size))
+
+
+def _messages(sample: Sample, number: int) -> list[Any]:
+    asked = sample.messages(sample.questions[number])
+    return [{"role": role, "content": text} for role, text in asked]
+
+
+def _chat(client: OpenAI, messages: list[Any], **options: Any) -> str:
     answer = client.chat.completions.create(
-        model="default",
-        messages=messages,
-        max_tokens=max_tokens,
-        temperature=0,
-        extra_body={"ignore_eos": fixed_length},
-        **options,
+        model="default", messages=messages, max_tokens=64, temperature=0, **options
     )
-    return answer.choices[0].message.content or ""
+    return (answer.choices[0].message.content or "").strip()
 
 
-def _together(calls: Any) -> None:
-    """Make all calls, `USERS` at a time, and raise what any of them raises."""
+def _together(call: Callable[[Any], bool], items: Iterable[Any]) -> list[bool]:
+    """`call` for all items, `USERS` at a time; raises what any of them raises."""
     with ThreadPoolExecutor(USERS) as pool:
-        list(pool.map(lambda call: call(), calls))
-
-
-def _sentences(rng: random.Random, length: int) -> str:
-    """Text of `length` characters; the embedded model's tokenizer makes one token of each."""
-    text = ""
-    while len(text) < length:
-        text += " ".join(map(rng.choice, (_WHO, _DID, _WHAT, _WHEN))).capitalize() + ". "
-    return text[:length]
+        return list(pool.map(call, items))

@@ -142,10 +142,24 @@ def _pool(stats: dict[str, Any] | None) -> dict[str, Any]:
     tiers = stats["tier_tokens"]
     entries = max(1, sum(tiers.values()))
     return {
-        "physical_compression": stats["physical_compression"],
+        "physical_compression": _compression(stats),
         "kept_high": tiers["high"] / entries,
         "kept_low": tiers["low"] / entries,
         "pruned": tiers["pruned"] / entries,
         "sealed": stats["sealed_pages"] * PAGE_TOKENS / max(1, stats["tokens_held"]),
         "under_pressure": stats["counters"]["sealed_under_pressure"],
     }
+
+
+def _compression(stats: dict[str, Any]) -> float:
+    """Of the pages held, by every byte they take.
+
+    An evaluation's pool is made far larger than what it holds, so that nothing is sealed early; of
+    the directory, which is as large as the pool, it counts the entries of the pages held.
+    """
+    dense = stats["physical_compression"] * stats["bytes_in_use"]
+    directory = stats["bytes"]["directory"]
+    pages = stats["sealed_pages"] + stats["open_pages"]
+    entries = directory * pages / stats["virtual_pages"]
+    taken: float = stats["bytes_in_use"] - directory + entries
+    return dense / taken if taken else 1.0

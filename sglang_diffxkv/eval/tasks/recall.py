@@ -11,7 +11,7 @@ _PEOPLE = "aunt boss brother cousin doctor father friend mother neighbor sister 
 PEOPLE = tuple(_PEOPLE.split())
 REPLY = "Noted."
 
-_TOKENS_PER_TURN = 40
+_TOKENS_PER_TURN = (40, 300)
 _FRAME = 6
 """Tokens around a turn's text, about: the reply and what the chat template adds."""
 
@@ -19,7 +19,7 @@ _FRAME = 6
 def recall(scene: Scene) -> Sample:
     """Facts about people, one per turn, among filler; some are asked for in the end."""
     pairs = list(product(ATTRIBUTES, PEOPLE))
-    turns = max(2, min(scene.budget // _TOKENS_PER_TURN, len(pairs)))
+    turns = max(2, min(scene.budget // scene.rng.randint(*_TOKENS_PER_TURN), len(pairs)))
     asked = scene.rng.sample(pairs, turns)
     facts = {f"{kind} of my {who}": scene.rng.choice(ATTRIBUTES[kind]) for kind, who in asked}
     each = scene._replace(budget=scene.budget // turns - _FRAME)

@@ -23,8 +23,7 @@ def niah_multiquery(scene: Scene) -> Sample:
     """Many needles, of which several are asked for at once."""
     facts = _facts(scene, _count(scene))
     questions = []
-    for _ in range(scene.questions):
-        keys = scene.rng.sample(list(facts), min(_QUERIES, len(facts)))
+    for keys in _triples(scene, list(facts)):
         text = f"What are the codes of {', '.join(keys[:-1])} and {keys[-1]}?"
         answer = ", ".join(f"{key} is {facts[key]}" for key in keys)
         questions.append(Question(text, answer, tuple(facts[key] for key in keys)))
@@ -47,6 +46,13 @@ def kv_lookup(scene: Scene) -> Sample:
         for key in pick(scene, list(table))
     ]
     return Sample((("user", f"Table: {rows}."),), tuple(questions))
+
+
+def _triples(scene: Scene, keys: list[str]) -> list[tuple[str, ...]]:
+    """Up to as many different selections of keys as questions are to be asked."""
+    size = min(_QUERIES, len(keys))
+    drawn = [tuple(scene.rng.sample(keys, size)) for _ in range(scene.questions)]
+    return list(dict.fromkeys(drawn))
 
 
 def _count(scene: Scene) -> int:

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+import math
+import random
+
+import pytest
+from scipy.stats import binomtest
+
+from sglang_diffxkv.config import ConfigError
+from sglang_diffxkv.eval.ask import Answer, CellAnswers, divergence
+from sglang_diffxkv.eval.plot import plot, points
+from sglang_diffxkv.eval.prompts import Cell, Prompt
+from sglang_diffxkv.eval.report import markdown
+from sglang_diffxkv.eval.score import Row, mean, score, wilson
+from sglang_diffxkv.eval.tasks.base import Question
+from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape, Variant, make_variant
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.caps import full_bytes
+from sglang_diffxkv.policy.registry import make_policy
+
+SHAPE = Shape(head_dim=64, kv_heads=2, itemsize=2, tokens=1024)
+
+
+def logs(weights):
+    total = sum(weights.values())
+    return {token: math.log(weight / total) for token, weight in weights.items()}
+
+
+def test_divergence_is_exact_where_all_tokens_are_listed():
+    rng = random.Random(0)
+    full, other = (logs({i: rng.random() + 0.01 for i in range(50)}) for _ in range(2))
+    expected = sum(math.exp(full[i]) * (full[i] - other[i]) for i in range(50))
+    assert divergence(full, other) == pytest.approx(expected, rel=1e-6)
+    assert divergence(full, full) == pytest.approx(0, abs=1e-9)
+
+
+def test_divergence_of_listed_tokens_is_a_lower_bound():
+    rng = random.Random(1)
+    for _ in range(200):
+        full, other = (logs({i: rng.random() ** 4 + 1e-4 for i in range(50)}) for _ in range(2))
+        exact = divergence(full, other)
+        top = [
+            dict(sorted(d.items(), key=lambda item: -item[1])[: rng.randint(1, 40)])
+            for d in (full, other)
+        ]
+        assert -1e-9 <= divergence(*top) <= exact + 1e-6
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 20), (7, 20), (20, 20), (190, 200)])
+def test_wilson(hits, count):
+    ends = binomtest(hits, count).proportion_ci(method="wilson")
+    found = wilson(hits, count)
+    assert found.mean == hits / count
+    assert found.low == pytest.approx(ends.low, abs=1e-4)
+    assert found.high == pytest.approx(ends.high, abs=1e-4)
+
+
+def test_mean_covers_the_truth_as_often_as_it_says():
+    rng = random.Random(2)
+    inside = 0
+    for _ in range(400):
+        found = mean([rng.gauss(3, 2) for _ in range(100)])
+        inside += found.low <= 3 <= found.high
+    assert 0.9 < inside / 400 < 0.99
+
+
+def answer(text, first, tokens=1):
+    return Answer(text, [0] * tokens, [logs({first: 2 + first, 9: 1})] * tokens, cached_tokens=64)
+
+
+def test_score():
+    question = Question("What?", "a is b", ("a", "b"))
+    prompts = [Prompt([1] * 100, [1] * 100, question, str(i), 1) for i in range(4)]
+    cell = Cell("vt", 100, prompts)
+    full = CellAnswers([answer("a is b", 1)] * 4, None)
+    texts = ["a is b", " a  is b\n", "b then a", "no"]
+    given = CellAnswers(
+        [answer(text, first, 2) for text, first in zip(texts, (1, 1, 2, 2), strict=True)],
+        {
+            "physical_compression": 2.0,
+            "bytes_in_use": 1000,
+            "bytes": {"directory": 400},
+            "virtual_pages": 100,
+            "sealed_pages": 3,
+            "open_pages": 1,
+            "tokens_held": 250,
+            "tier_tokens": {"high": 5, "low": 3, "pruned": 2},
+            "counters": {"sealed_under_pressure": 0},
+        },
+    )
+    full = full._replace(
+        answers=[a._replace(distributions=a.distributions * 2) for a in full.answers]
+    )
+    row = score(Variant("diffkv", VARIANTS["diffkv"]), cell, given, full)
+    assert (row.exact_match, row.recall, row.agreement) == (0.5, 0.75, 0.5)
+    assert row.physical_compression == pytest.approx(2000 / (600 + 400 * 4 / 100))
+    assert (row.kept_high, row.kept_low, row.pruned) == (0.5, 0.3, 0.2)
+    assert row.sealed == pytest.approx(3 * PAGE_TOKENS / 250)
+    assert row.cached == 0.64
+    assert row.mean_kl > 0
+    assert score(Variant("full", None), cell, full, full).physical_compression == 1
+    page = markdown([row, row._replace(length=200)], "Title", "about")
+    assert "## 100 tokens" in page and "50% / 30% / 20%" in page
+
+
+@pytest.mark.parametrize("tokens", [1024, 1100, 2048, 8000])
+@pytest.mark.parametrize("target", [2.0, 3.0, 4.0, 6.0])
+@pytest.mark.parametrize("name", KNOBS)
+def test_a_knob_meets_its_target(name, target, tokens):
+    """Bytes of a prompt whose sealed pages are as full as the policy allows, frames included."""
+    shape = SHAPE._replace(tokens=tokens)
+    try:
+        config = make_variant(name, target, shape).config
+    except ConfigError as error:
+        assert "lower the target" in str(error)
+        assert target >= 4 and (tokens < 2000 or name == "uniform")
+        return
+    assert config is not None
+    policy = make_policy(config, head_dim=64, num_kv_heads=2, raw_itemsize=2, num_layers=6)
+    layout = policy.layout
+    sealed = (tokens - config.window) // PAGE_TOKENS
+    raw = -(-tokens // PAGE_TOKENS) - sealed
+    dense = 2 * 2 * 64 * 2 * PAGE_TOKENS
+    share = {"snapkv": policy.shares[0], "streaming": 0}.get(name, policy.caps[0])
+    if name == "snapkv":
+        frames = -(-int(share * full_bytes(layout)) // layout.frame_bytes) * sealed
+    elif name == "streaming":
+        sinks = layout.num_kv_heads * layout.sections(config.sink, 0).total
+        frames = -(-sinks // layout.frame_bytes)
+    else:
+        frames = -(-policy.caps[0] // layout.frame_bytes) * sealed
+    taken = raw * dense + frames * layout.frame_bytes
+    assert tokens * dense / PAGE_TOKENS / taken >= target
+
+
+def test_unknown_variants_are_refused():
+    with pytest.raises(ConfigError, match="one of: full"):
+        make_variant("snap", None, SHAPE)
+    assert make_variant("int8", 4.0, SHAPE) == Variant("int8", VARIANTS["int8"])
+
+
+def row(policy, length, exact, compression):
+    zeros = dict.fromkeys(Row._fields, 0)
+    return Row(**zeros)._replace(
+        policy=policy,
+        target=None,
+        length=length,
+        samples=100,
+        exact_match=exact,
+        physical_compression=compression,
+    )
+
+
+def test_points_pool_the_tasks(tmp_path):
+    rows = [row("a", 64, 0.9, 2), row("a", 64, 0.7, 4), row("b", 64, 1, 1), row("b", 128, 1, 1)]
+    first, *_ = found = points(rows)
+    assert len(found) == 3
+    assert first.exact_match == pytest.approx(0.8)
+    assert first.bytes_share == pytest.approx((0.5 + 0.25) / 2)
+    assert first.samples == 200
+    plot(tmp_path / "plot.png", rows)
+    assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -20,13 +20,16 @@ test: env
 	$(BIN)/python -m pytest $(ARGS)
 
 BENCHES := kernels.decode kernels.extend kernels.formats \
-	serving.capacity serving.sharing serving.throughput accuracy.kl
+	serving.capacity serving.sharing serving.throughput accuracy.kl accuracy.ddid
 
 # The servers that benches start are programs of their own, which the current folder cannot disturb.
 bench: env
 	set -e; for bench in $(BENCHES); do PYTHONSAFEPATH= $(BIN)/python -m bench.$$bench; done
 	PYTHONSAFEPATH= $(BIN)/python -m bench.serving.capacity --weights heavy-hitters \
 		--requests 44 --output 96 --name capacity_heavy_hitters
+	$(BIN)/sglang-diffxkv eval --target-compression 3,4.5,6 --output bench/results/accuracy.json
+	$(BIN)/sglang-diffxkv eval --policies k8v4,int4,snapkv,diffkv --lengths 1024 --samples 203 \
+		--tasks shared_prefix,recomputed_prefix --output bench/results/shared_prefix.json
 
 lint: $(DEV_STAMP) types
 	$(BIN)/ruff format --check

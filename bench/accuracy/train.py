@@ -38,7 +38,7 @@ MIX = {
     "niah_multiquery": 1.5,
     "kv_lookup": 2.0,
     "vt": 1.0,
-    "cwe": 0.5,
+    "cwe": 1.0,
     "fwe": 0.3,
     "copy": 1.0,
     "recall": 1.0,

@@ -58,13 +58,13 @@ def solve(task: str, text: str, question: str) -> str:
         (items,) = re.findall(rf"List {words[-1]}: ([\w ]+)\.", text)
         return items
     if task == "records":
-        (record,) = re.findall(rf"Record of {words[4]}: ([\w ,]+)\.", text)
-        return json.dumps(dict(f.split(" ") for f in record.split(", ")), separators=(",", ":"))
+        (record,) = re.findall(rf"Record of {words[4]}: ([\w ,=]+)\.", text)
+        return json.dumps(dict(f.split("=") for f in record.split(", ")), separators=(",", ":"))
     listed = re.findall(r"\w+", text)[1:]
     most = sorted(set(listed), key=listed.count, reverse=True)
     if task == "fwe":
         return most[0]
-    return " ".join(sorted(most[:3], key=listed.index))
+    return " ".join(most[:3])
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

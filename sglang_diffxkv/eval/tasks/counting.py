@@ -4,21 +4,26 @@
 from sglang_diffxkv.eval.tasks.base import Question, Sample, Scene
 from sglang_diffxkv.eval.tasks.words import WORDS
 
-_COMMON, _COMMON_SHARE = 3, 0.6
+_COMMON = (0.3, 0.2, 0.1)
+"""Shares of the text that are the common words. RULER has them equally frequent; here they differ,
+so that their order, and with it the exact answer, is determined."""
 _ZIPF = 1.5
 _KINDS = 24
 
 
 def cwe(scene: Scene) -> Sample:
-    """RULER's common words: a few occur often and equally often, all others once or twice."""
+    """RULER's common words: a few occur often, all others a few times at most."""
     rng = scene.rng
-    common = rng.sample(WORDS, _COMMON)
-    rare = rng.sample([word for word in WORDS if word not in common], len(WORDS) - _COMMON)
-    each = max(2, int(scene.budget * _COMMON_SHARE / _COMMON))
-    words = common * each + (rare * 4)[: max(1, scene.budget - each * _COMMON)]
+    mixed = rng.sample(WORDS, len(WORDS))
+    common, rare = tuple(mixed[: len(_COMMON)]), mixed[len(_COMMON) :]
+    words = [
+        word
+        for word, share in zip(common, _COMMON, strict=True)
+        for _ in range(max(2, round(scene.budget * share)))
+    ]
+    words += (rare * 4)[: max(1, scene.budget - len(words))]
     rng.shuffle(words)
-    order = tuple(sorted(common, key=words.index))
-    question = Question("Which three words are common?", " ".join(order), order)
+    question = Question("Which three words are common?", " ".join(common), common)
     return _sample(words, question)
 
 

@@ -18,7 +18,7 @@ def records(scene: Scene) -> Sample:
         for name in names
     }
     needles = [
-        f"Record of {name}: {', '.join(f'{field} {value}' for field, value in record.items())}."
+        f"Record of {name}: {', '.join(f'{field}={value}' for field, value in record.items())}."
         for name, record in found.items()
     ]
     questions = []

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The evaluation and the demo's load, with the bundled model on real servers."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer
+
+from sglang_diffxkv.cli import main
+from sglang_diffxkv.demo.measure import Probe
+from sglang_diffxkv.demo.workload import run_load
+from sglang_diffxkv.eval.command import BUNDLED
+from sglang_diffxkv.eval.run import load_model
+from tests.server.harness import Server
+
+SAMPLES = 21
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_eval_reports_what_a_policy_costs(tmp_path, capsys):
+    output = tmp_path / "eval.json"
+    tasks = "niah_multikey,shared_prefix,recomputed_prefix"
+    args = ["--policies", "diffkv", "--tasks", tasks, "--lengths", "640"]
+    args += ["--samples", str(SAMPLES), "--device", "cpu", "--output", str(output)]
+    assert main(["eval", *args]) == 0
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["policy"], row["task"]) for row in rows] == [
+        (policy, task) for policy in ("full", "diffkv") for task in tasks.split(",")
+    ]
+    full, ours = rows[:3], rows[3:]
+    for row in rows:
+        assert row["samples"] == SAMPLES and row["length"] == 640
+        # The prompt's last, incomplete page is computed again.
+        assert row["cached"] > 0.85
+        assert row["exact_match_low"] <= row["exact_match"] <= row["exact_match_high"]
+    for row in full:
+        assert row["exact_match"] >= 0.9
+        assert (row["physical_compression"], row["mean_kl"], row["agreement"]) == (1, 0, 1)
+    for row in ours:
+        assert row["exact_match"] >= 0.75
+        assert row["physical_compression"] > 2
+        assert row["sealed"] > 0.8 and row["under_pressure"] == 0
+        assert 0 < row["mean_kl"] < 0.5
+        assert row["kept_high"] + row["kept_low"] + row["pruned"] == pytest.approx(1)
+    # Both ask the same questions, so full KV gives the same answers.
+    assert full[1]["exact_match"] == full[2]["exact_match"]
+    assert output.with_suffix(".md").read_text() in capsys.readouterr().out
+    assert output.with_suffix(".png").stat().st_size > 1000
+
+
+@pytest.mark.server
+@pytest.mark.slow
+def test_answers_of_the_demo_are_right(tmp_path):
+    config = {"policy": "diffkv", "memory_bytes": "20MiB"}
+    options = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
+    options += ["--enable-metrics", "--constrained-json-disable-any-whitespace"]
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+    with Server(BUNDLED, *options, dtype="bfloat16") as server:
+        probe = Probe(server.url, load_model(BUNDLED).token_bytes, None)
+        stages = list(run_load(server.url, probe, lambda text: len(tokenizer.encode(text).ids)))
+    for stage in stages:
+        assert stage.score.right >= 0.75 * stage.score.asked, stage.name
+    asked = sum(stage.score.asked for stage in stages)
+    assert sum(stage.score.right for stage in stages) >= 0.9 * asked

@@ -1,0 +1,20 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from sglang_diffxkv.cli import main
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policies", "snap"], "unknown policy 'snap'; one of: full"),
+        (["--tasks", "niah"], "unknown task 'niah'; one of: niah_single"),
+        (["--lengths", "1k"], "'1k' is not a positive number"),
+        (["--lengths", "300", "--target-compression", "6"], "lower the target"),
+        (["--model", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_eval_refuses_in_one_line(options, message, capsys):
+    assert main(["eval", *options]) == 1
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error

@@ -128,6 +128,13 @@ def server_environment() -> dict[str, str]:
     return env
 
 
+def default_device() -> str:
+    """`cuda` where torch has one, else `cpu`."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

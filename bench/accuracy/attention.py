@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM
 
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.policy.snapkv import pooled
+
 QUERIES = 64
 """The last ones of a prompt score the tokens before them (`NUM_TOKENS_SCORE` of DiffKV)."""
 
@@ -37,6 +40,14 @@ def retention(importance: torch.Tensor, share: float) -> torch.Tensor:
     """XKV's R: what the top `share` of the tokens of each head hold of all importance; [..., n]."""
     kept = max(1, round(share * importance.shape[-1]))
     return importance.topk(kept, -1).values.sum(-1) / importance.sum(-1)
+
+
+def retained_by_snapkv(importance: torch.Tensor, share: float) -> torch.Tensor:
+    """What the tokens that policy `snapkv` keeps hold of all importance; [L, H, n] to [L, H]."""
+    worth = pooled(importance)
+    worth[..., : DiffXKVConfig().sink] = torch.inf
+    kept = worth.topk(max(1, round(share * importance.shape[-1])), -1).indices
+    return importance.gather(-1, kept).sum(-1) / importance.sum(-1)
 
 
 def share_needed(importance: torch.Tensor, target: float) -> torch.Tensor:

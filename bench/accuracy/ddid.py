@@ -4,7 +4,7 @@
 Importance differs between layers (XKV), heads and requests (DiffKV); keys need more bits than
 values; retention predicts accuracy; thresholds matter as the paper has it.
 
-    python -m bench.accuracy.ddid [--samples 100] [--length 1024]
+    python -m bench.accuracy.ddid [--samples 50] [--length 1024]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from bench.accuracy.attention import importances, retention, share_needed
+from bench.accuracy.attention import importances, retained_by_snapkv, retention, share_needed
 from bench.serving.common import RESULTS, table, write_results
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.eval.command import BUNDLED
@@ -33,7 +33,7 @@ SHARES = [0.02, 0.05, 0.1, 0.2, 0.4]
 """Of tokens that `snapkv` keeps, to vary retention."""
 ALPHA_HIGH = [0.1, 0.3, 1.0, 3.0, 10.0]
 ALPHA_LOW = [0.0, 0.02, 0.1, 0.3, 1.0]
-FORMATS = ["int8", "k8v4", "k4v8", "int4"]
+FORMATS = ["lossless", "int8", "k8v4", "k4v8", "int4"]
 TARGET = 0.9
 _HIGH, _LOW = DiffXKVConfig().alpha_high, DiffXKVConfig().alpha_low
 
@@ -113,12 +113,14 @@ def accuracy_table(found: Sequence[Point], rows: Sequence[Row], head: str) -> st
     lines: list[list[object]] = [[head, "exact match", "95 %", "mean KL", "compression", "samples"]]
     for point in found:
         kl = [row.mean_kl for row in rows if row.policy == point.policy]
+        half = [(row.mean_kl_high - row.mean_kl) ** 2 for row in rows if row.policy == point.policy]
+        interval = sum(half) ** 0.5 / len(half)
         lines.append(
             [
                 point.policy,
                 f"{point.exact_match:.1%}",
                 f"{point.low:.1%}–{point.high:.1%}",
-                f"{sum(kl) / len(kl):.2g}",
+                "–" if point.policy == FULL else f"{sum(kl) / len(kl):.2g} ± {interval:.1g}",
                 f"{1 / point.bytes_share:.2f}",
                 point.samples,
             ]
@@ -145,7 +147,7 @@ def report(rows: list[Row], found: dict[str, list[torch.Tensor]], about: str) ->
     pooled = {point.policy: point for point in points(rows)}
     kept = [pooled[f"keep {share:g}"] for share in SHARES]
     retained = [
-        float(torch.stack([retention(item, share).mean() for item in every]).mean())
+        float(torch.stack([retained_by_snapkv(item, share).mean() for item in every]).mean())
         for share in SHARES
     ]
     plot_layers(RESULTS / "ddid_layers.png", every)
@@ -169,7 +171,8 @@ def report(rows: list[Row], found: dict[str, list[torch.Tensor]], about: str) ->
             accuracy_table([pooled[name] for name in (FULL, *FORMATS)], rows, "KV"),
             "## Retention predicts accuracy",
             "`snapkv` keeps a share of each head's tokens; R is the mean over layers, heads and "
-            "prompts of what they hold of the importance.",
+            "prompts of what these hold of the importance (the recent window, kept anyway, is in "
+            "neither).",
             table(kept_lines),
             "![accuracy by retention](ddid_retention.png)",
             "## Thresholds",

@@ -41,8 +41,8 @@ MIX = {
     "cwe": 1.0,
     "fwe": 0.3,
     "copy": 1.0,
-    "recall": 1.0,
-    "records": 1.5,
+    "recall": 2.0,
+    "records": 8.0,
 }
 WARMUP_STEPS = 50
 DECAY_SHARE = 0.25
@@ -82,10 +82,13 @@ class Trainer:
         self.seconds = 0.0
         self.accuracy: dict[str, float] = {}
         self.loss = 0.0
+        self.starts: list[dict[str, Any]] = []
 
     def run(self) -> None:
         # One stream of data per start: a resumed run goes on with chats it has not seen.
         corpus = Corpus(self.tokenizer, hash((self.options.seed, self.step)))
+        options = {key: str(value) for key, value in self.options._asdict().items()}
+        self.starts.append({"seen_tokens": self.seen, "mix": MIX, "options": options})
         begin, saved = time.monotonic() - self.seconds, time.monotonic()
         while self.seen < self.options.tokens:
             mix = MIX | {DRILL: DRILLS[self.stage > 0]}
@@ -101,8 +104,8 @@ class Trainer:
         self.save()
 
     def _length(self) -> int:
-        """Mostly the longest length in use, some of each shorter one."""
-        weights = [1.0] * self.stage + [2.0 + self.stage]
+        """The longest length in use twice as often as each shorter one."""
+        weights = [1.0] * self.stage + [2.0]
         choice = torch.multinomial(torch.tensor(weights), 1)
         return LENGTHS[int(choice)]
 
@@ -185,7 +188,7 @@ class Trainer:
             setattr(self, key, value)
 
 
-_PROGRESS = ("seen", "step", "stage", "seconds", "accuracy", "loss")
+_PROGRESS = ("seen", "step", "stage", "seconds", "accuracy", "loss", "starts")
 
 
 def llama_config(tokenizer: Tokenizer, options: Options) -> LlamaConfig:
@@ -225,8 +228,12 @@ def export(trainer: Trainer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     trainer.model.to(torch.bfloat16).save_pretrained(folder)
     save_tokenizer(trainer.tokenizer, folder, CONTEXT)
-    options = {k: str(v) for k, v in trainer.options._asdict().items()}
-    facts = {"options": options, "seen_tokens": trainer.seen, "seconds": trainer.seconds}
+    facts = {
+        "seen_tokens": trainer.seen,
+        "seconds": round(trainer.seconds),
+        "starts": trainer.starts,
+        "accuracy_in_training": {k: round(v, 3) for k, v in sorted(trainer.accuracy.items())},
+    }
     (folder / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 

@@ -15,7 +15,7 @@ from sglang_diffxkv.demo.workload import run_load
 from sglang_diffxkv.eval.command import BUNDLED
 from sglang_diffxkv.eval.run import load_model
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.launch import ServerError, ServerProcess
+from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
 
 MEMORY_BYTES = 20 * 2**20
 
@@ -30,7 +30,7 @@ def run_demo(device: str | None) -> int:
     # Both servers alike: more threads than this gain nothing on matrices as small as this model's.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    device = device or _default_device()
+    device = device or default_device()
     print(f"{NOTE}\nDevice: {device}. KV memory of each server: {MEMORY_BYTES / 2**20:.0f} MiB.")
     with tempfile.TemporaryDirectory(prefix="diffxkv-demo-") as folder:
         try:
@@ -76,9 +76,3 @@ def _serve(name: str, device: str, folder: Path) -> Run:
             print(server.log_tail(), file=sys.stderr)
             raise
     return Run(name, dense_bytes, stages)
-
-
-def _default_device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 from openai import OpenAI
@@ -23,7 +24,7 @@ TOLD_TURNS = 3
 TURN_TOKENS = 350
 REPORT_TOKENS = 2000
 QUESTIONS = 17
-RECORDS_TOKENS = 1000
+RECORD_TOKENS = 250
 FORMS = 4
 TABLE_TOKENS = 1000
 FORKS = 3
@@ -110,7 +111,7 @@ def run_load(url: str, probe: Probe, size: Size) -> Iterator[Stage]:
     for turn in range(TOLD_TURNS):
         yield stage(
             f"chat, turn {turn + 1}",
-            lambda turn=turn: _together(lambda chat: chat.tell(turn), chats),
+            partial(_together, partial(Conversation.tell, turn=turn), chats),
         )
     yield stage("chat, question 1", lambda: _together(lambda chat: chat.ask(0), chats))
     yield stage("shared prefix", lambda: _ask(client, size))
@@ -133,18 +134,18 @@ def _ask(client: OpenAI, size: Size) -> list[bool]:
 
 def _fill_forms(client: OpenAI, size: Size) -> list[bool]:
     """Structured generation: each answer is parsed, and compared with the record in the text."""
-    sample = _sample("records", RECORDS_TOKENS, FORMS, size)
     schema = {"name": "record", "schema": FORM_SCHEMA, "strict": True}
     response_format = {"type": "json_schema", "json_schema": schema}
 
     def fill(number: int) -> bool:
-        text = _chat(client, _messages(sample, number), response_format=response_format)
+        sample = _sample("record", RECORD_TOKENS, 1, size, seed=number)
+        text = _chat(client, _messages(sample, 0), response_format=response_format)
         form = json.loads(text)
         if sorted(form) != sorted(FIELDS):
             raise RuntimeError(f"an answer does not follow the schema: {text}")
-        return bool(form == json.loads(sample.questions[number].answer))
+        return bool(form == json.loads(sample.questions[0].answer))
 
-    return _together(fill, range(len(sample.questions)))
+    return _together(fill, range(FORMS))
 
 
 def _run_program(url: str, size: Size) -> list[bool]:
@@ -158,8 +159,8 @@ def _run_program(url: str, size: Size) -> list[bool]:
     return [*right, found.choice == answers[-1]]
 
 
-def _sample(task: str, tokens: int, questions: int, size: Size) -> Sample:
-    return TASKS[task](Scene(random.Random(task), HELD_OUT, tokens, questions, size))
+def _sample(task: str, tokens: int, questions: int, size: Size, seed: int = 0) -> Sample:
+    return TASKS[task](Scene(random.Random(seed), HELD_OUT, tokens, questions, size))
 
 
 def _messages(sample: Sample, number: int) -> list[Any]:

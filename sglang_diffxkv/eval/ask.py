@@ -6,11 +6,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 import requests
 
 from sglang_diffxkv.eval.prompts import Cell, Prompt
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 AT_ONCE = 16
 """Prompts in flight, and so in the pool at least."""
@@ -36,31 +38,61 @@ class Answer(NamedTuple):
 
 class CellAnswers(NamedTuple):
     answers: list[Answer]
-    stats: dict[str, Any] | None
-    """`/diffxkv/stats` after the last answer; None from SGLang's own pool."""
+    stats: list[dict[str, Any]]
+    """`/diffxkv/stats` after each batch of prompts; none from SGLang's own pool."""
+
+
+class CacheError(RuntimeError):
+    """Answers that were not read from the cache, and so tell nothing about it."""
 
 
 def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool) -> CellAnswers:
-    """Answers to all prompts of `cell`, from a cache that holds nothing else.
+    """Answers to all prompts of `cell`, `AT_ONCE` at a time, from a cache with nothing else in it.
 
     Args:
         forced: ids of the answers whose tokens' distributions are wanted, one per prompt; None
             stands for the answers that are given here.
+
+    Raises:
+        CacheError: an answer was computed without the cached pages it was to be read from.
+        requests.RequestException: the server refused a request, or is gone.
     """
     client = _Client(url)
-    client.flush()
     answers: list[Answer] = []
+    stats = []
     for start in range(0, len(cell.prompts), AT_ONCE):
         prompts = cell.prompts[start : start + AT_ONCE]
-        warm = {(prompt.namespace, tuple(prompt.warm)): prompt for prompt in prompts}
-        _together(client.warm, warm.values())
-        given = _together(client.answer, prompts)
+        client.flush()
+        for prompt in {(p.namespace, tuple(p.warm)): p for p in prompts}.values():
+            # One by one: SGLang splits the last prompt of a full batch, and a policy would judge
+            # its two parts by themselves.
+            client.warm(prompt)
+        given = together(client.answer, prompts)
+        if is_ours:
+            stats.append(client.stats())
         wanted = forced[start : start + AT_ONCE] if forced else [answer.ids for answer in given]
-        found = _together(client.distributions, list(zip(prompts, wanted, strict=True)))
+        found = together(client.distributions, list(zip(prompts, wanted, strict=True)))
         answers += [
             answer._replace(distributions=rows) for answer, rows in zip(given, found, strict=True)
         ]
-    return CellAnswers(answers, client.stats() if is_ours else None)
+    for prompt, answer in zip(cell.prompts, answers, strict=True):
+        _check_cached(prompt, answer)
+    return CellAnswers(answers, stats)
+
+
+def _check_cached(prompt: Prompt, answer: Answer) -> None:
+    """All complete pages that the two requests have in common must have been in the cache.
+
+    Raises:
+        CacheError: they were not.
+    """
+    pairs = zip(prompt.warm, prompt.ids[:-1], strict=False)
+    common = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    if answer.cached_tokens < common // PAGE_TOKENS * PAGE_TOKENS:
+        raise CacheError(
+            f"of {common} tokens of a prompt sent before, only {answer.cached_tokens} were found "
+            "in the prefix cache: the pool is too small for this many prompts of this length"
+        )
 
 
 class _Client:
@@ -68,7 +100,9 @@ class _Client:
         self._url = url
 
     def flush(self) -> None:
-        requests.post(f"{self._url}/flush_cache", timeout=_TIMEOUT_S).raise_for_status()
+        # Its own timeout: how long to wait until the scheduler is idle.
+        url = f"{self._url}/flush_cache?timeout=30"
+        requests.post(url, timeout=_TIMEOUT_S).raise_for_status()
 
     def stats(self) -> dict[str, Any]:
         response = requests.get(f"{self._url}/diffxkv/stats", timeout=_TIMEOUT_S)
@@ -106,12 +140,13 @@ class _Client:
         sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": ignore_eos}
         request = {"input_ids": ids, "sampling_params": sampling, "extra_key": prompt.namespace}
         response = requests.post(f"{self._url}/generate", json=request | body, timeout=_TIMEOUT_S)
-        response.raise_for_status()
+        if not response.ok:
+            raise requests.HTTPError(f"HTTP {response.status_code}: {response.text}")
         return response.json()
 
 
 def divergence(full: Distribution, other: Distribution) -> float:
-    """KL(full || other) in nats, all tokens that either does not list taken as one.
+    """KL(full || other) in nats, all tokens that the two do not both list taken as one.
 
     Merging tokens can only lower it, so this is a lower bound, and exact where both list all.
     """
@@ -125,6 +160,7 @@ def divergence(full: Distribution, other: Distribution) -> float:
     return max(0.0, kl)
 
 
-def _together(call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+def together(call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
+    """`call` for all items at once, `AT_ONCE` at most; raises what any of them raises."""
     with ThreadPoolExecutor(AT_ONCE) as pool:
         return list(pool.map(call, items))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from sglang_diffxkv.eval.score import Row, wilson
 
@@ -23,6 +23,7 @@ class Point(NamedTuple):
     low: float
     high: float
     samples: int
+    recall: float
 
 
 def points(rows: Sequence[Row]) -> list[Point]:
@@ -37,29 +38,37 @@ def _point(policy: str, target: float | None, length: int, rows: Sequence[Row]) 
     samples = sum(row.samples for row in rows)
     exact = wilson(round(sum(row.exact_match * row.samples for row in rows)), samples)
     share = sum(1 / row.physical_compression for row in rows) / len(rows)
-    return Point(policy, target, length, share, *exact, samples)
+    recall = sum(row.recall * row.samples for row in rows) / samples
+    return Point(policy, target, length, share, *exact, samples, recall)
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Write a picture with one panel per length; its format is that of the file's name."""
+    """Write a picture: exact match above, recall below, a column for each length."""
     from matplotlib.figure import Figure
 
     found = points(rows)
     lengths = sorted({point.length for point in found})
-    figure = Figure(figsize=(6.4 * len(lengths), 4.8), layout="constrained")
-    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-    for panel, length in zip(panels, lengths, strict=True):
+    figure = Figure(figsize=(6.4 * len(lengths), 8), layout="constrained")
+    panels = figure.subplots(2, len(lengths), sharex="col", sharey="row", squeeze=False)
+    for column, length in enumerate(lengths):
         here = [point for point in found if point.length == length]
+        above, below = panels[:, column]
         for i, policy in enumerate(dict.fromkeys(point.policy for point in here)):
             curve = sorted((p for p in here if p.policy == policy), key=lambda p: p.bytes_share)
-            x, y = [p.bytes_share for p in curve], [p.exact_match for p in curve]
+            x = [p.bytes_share for p in curve]
             # Rounding may put a mean outside its interval by an ulp.
-            below = [max(0.0, p.exact_match - p.low) for p in curve]
-            above = [max(0.0, p.high - p.exact_match) for p in curve]
-            marker = "os^vD*Px<>d"[i % 11]
-            panel.errorbar(x, y, [below, above], marker=marker, capsize=2, label=policy)
-        panel.set(title=f"{length:,} tokens", xlabel="bytes, relative to full KV", xscale="log")
+            ends = [
+                [max(0.0, p.exact_match - p.low) for p in curve],
+                [max(0.0, p.high - p.exact_match) for p in curve],
+            ]
+            style: dict[str, Any] = {"marker": "os^vD*Px<>d"[i % 11], "label": policy}
+            above.errorbar(x, [p.exact_match for p in curve], ends, capsize=2, **style)
+            below.plot(x, [p.recall for p in curve], **style)
+        above.set(title=f"{length:,} tokens")
+        below.set(xlabel="bytes, relative to full KV", xscale="log")
+    for panel, name in zip(panels[:, 0], ("exact match", "recall"), strict=True):
+        panel.set_ylabel(name)
+    for panel in panels.flat:
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("exact match")
-    panels[-1].legend(fontsize="small")
+    panels[0, -1].legend(fontsize="small")
     figure.savefig(path)

@@ -25,6 +25,8 @@ class Prompt(NamedTuple):
     warm: list[int]
     ids: list[int]
     question: Question
+    document: int
+    """Number of the sample that it is about: answers about one are not independent."""
     namespace: str
     answer_tokens: int
     """Of the expected answer."""
@@ -70,21 +72,26 @@ def _prompts(tokenizer: Any, task: str, length: int, samples: int, seed: int) ->
         sample = TASKS[shared.of if shared else task](scene)
         first, *others = (_tokens(tokenizer, sample, question) for question in sample.questions)
         if shared is None:
-            prompts.append(_prompt(tokenizer, first, first, sample.questions[0], f"{document}"))
+            prompts.append(_prompt(tokenizer, first, first, sample.questions[0], document, ""))
         for i, (ids, question) in enumerate(zip(others, sample.questions[1:], strict=True)):
             if shared and shared.recomputed:
-                prompts.append(_prompt(tokenizer, ids, ids, question, f"{document}-{i}"))
+                prompts.append(_prompt(tokenizer, ids, ids, question, document, f"-{i}"))
             elif shared:
-                prompts.append(_prompt(tokenizer, first, ids, question, f"{document}"))
+                prompts.append(_prompt(tokenizer, first, ids, question, document, ""))
         document += 1
     return prompts[:samples]
 
 
 def _prompt(
-    tokenizer: Any, warm: list[int], ids: list[int], question: Question, namespace: str
+    tokenizer: Any,
+    warm: list[int],
+    ids: list[int],
+    question: Question,
+    document: int,
+    suffix: str,
 ) -> Prompt:
     answer = len(tokenizer.encode(f" {question.answer}", add_special_tokens=False))
-    return Prompt(warm, ids, question, namespace, answer)
+    return Prompt(warm, ids, question, document, f"{document}{suffix}", answer)
 
 
 def _tokens(tokenizer: Any, sample: Sample, question: Question) -> list[int]:
@@ -93,6 +100,9 @@ def _tokens(tokenizer: Any, sample: Sample, question: Question) -> list[int]:
         text = "\n".join(message["content"] for message in messages) + "\n"
         ids: list[int] = tokenizer.encode(text)
         return ids
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    # Templates that do not know of thinking ignore the argument.
+    text = tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
     ids = tokenizer.encode(text, add_special_tokens=False)
     return ids

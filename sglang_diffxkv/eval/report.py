@@ -1,51 +1,94 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows as JSON and as a Markdown page."""
+"""Rows as JSON, as a Markdown page and as a plot."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from sglang_diffxkv.eval.plot import Point, plot, points
 from sglang_diffxkv.eval.score import Row
+from sglang_diffxkv.eval.variants import FULL
+
+if TYPE_CHECKING:
+    from sglang_diffxkv.eval.run import Options
 
 _NOTE = (
-    "`exact match`: the whole answer, white space aside, with a 95 % interval (Wilson). `recall`: "
-    "share of answers with every reference in them. `agreement`, `KL`: at the tokens of full KV's "
-    "answers, share with the same likeliest token, and mean KL(full || policy) in nats over the "
-    "256 likeliest tokens and the rest. `compression`: bytes that SGLang's own pool takes for the "
-    "tokens held, over all bytes in use, raw pages and directory included. `high / low / pruned`: "
-    "of the (token, head, layer) entries in sealed pages; `sealed`: share of tokens in them. Every "
-    "prompt is sent once to fill the cache, and asked again: answers are read from sealed pages."
+    "`exact match`: the whole answer, white space aside, with a 95 % interval (Wilson's; over "
+    "documents where several questions share one). `recall`: share of answers with every "
+    "reference in them. `agreement`, `KL`: at the tokens of full KV's answers, share with the same "
+    "likeliest token, and mean KL(full || policy) in nats, with intervals; the row of `lossless` "
+    "shows what rounding alone does. `compression`: bytes that SGLang's own pool takes for the "
+    "tokens held, over all bytes they take here, raw pages and directory included. "
+    "`high / low / pruned`: of the (token, head, layer) entries in sealed pages; `sealed`: share "
+    "of tokens in them. Every question is asked when the pages before it have been sealed."
 )
 
 
-def write_json(path: Path, rows: Sequence[Row], about: dict[str, Any]) -> None:
-    """`{"rows": [...]}` and what the rows were measured on."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = about | {"rows": [row._asdict() for row in rows]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+def write(rows: Sequence[Row], command: str, options: Options, output: Path | None) -> str:
+    """Write JSON, page and plot to `output` and beside it, if given; return the page."""
+    page = markdown(rows, "Accuracy against full KV", f"`{command}`")
+    if output:
+        about = {key: _plain(value) for key, value in options._asdict().items()}
+        content = {
+            "command": command,
+            "options": about,
+            "rows": [row._asdict() for row in rows],
+        }
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(content, indent=1) + "\n")
+        output.with_suffix(".md").write_text(page)
+        plot(output.with_suffix(".png"), rows)
+    return page
+
+
+def _plain(value: Any) -> Any:
+    return value.name if isinstance(value, Path) else value
 
 
 def markdown(rows: Sequence[Row], title: str, about: str) -> str:
-    """A page with one table per length."""
+    """A page with, for each length, all tasks taken together, and each by itself."""
     parts = [f"# {title}", about, _NOTE]
+    if early := [row for row in rows if row.under_pressure]:
+        names = ", ".join(dict.fromkeys(map(label, early)))
+        parts.append(f"**Memory ran out and pages were sealed early: {names}.**")
     for length in sorted({row.length for row in rows}):
-        parts.append(f"## {length:,} tokens")
-        parts.append(table([row for row in rows if row.length == length]))
+        here = [row for row in rows if row.length == length]
+        parts += [f"## {length:,} tokens", summary(here), lines(here)]
     return "\n\n".join(parts) + "\n"
 
 
-def label(row: Row) -> str:
+def label(row: Row | Point) -> str:
     """Name of the row's variant."""
     return row.policy if row.target is None else f"{row.policy} at {row.target:g}×"
+
+
+def summary(rows: Sequence[Row]) -> str:
+    """A line per variant, its tasks taken together."""
+    body = [
+        (
+            label(point),
+            str(point.samples),
+            f"{point.exact_match:.1%} ({point.low:.1%}–{point.high:.1%})",
+            f"{1 / point.bytes_share:.2f}",
+        )
+        for point in points(rows)
+    ]
+    return _table([("policy", "samples, all tasks", "exact match", "compression"), *body])
+
+
+def lines(rows: Sequence[Row]) -> str:
+    """A line per row, under a head."""
+    return _table([_HEAD, *map(_cells, rows)])
 
 
 _HEAD = (
     "policy",
     "task",
     "samples",
+    "prompt tokens",
     "exact match",
     "recall",
     "agreement",
@@ -57,30 +100,28 @@ _HEAD = (
 )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """Markdown, a line per row."""
-    return lines([_HEAD, *(_cells(row) for row in rows)])
-
-
-def lines(cells: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; the first line is its head."""
+def _table(cells: Sequence[Sequence[str]]) -> str:
     head, *body = [f"| {' | '.join(row)} |" for row in cells]
-    return "\n".join([head, "|" + " --- |" * (head.count("|") - 1), *body])
+    return "\n".join([head, "|" + " --- |" * len(cells[0]), *body])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     tiers = "–"
     if row.kept_high is not None and row.kept_low is not None and row.pruned is not None:
         tiers = f"{row.kept_high:.0%} / {row.kept_low:.0%} / {row.pruned:.0%}"
-    exact = f"{row.exact_match:.1%} ({row.exact_match_low:.0%}–{row.exact_match_high:.0%})"
+    compared = ("–", "–")
+    if row.policy != FULL:
+        kl = (row.mean_kl_high - row.mean_kl_low) / 2
+        agreement = (row.agreement_high - row.agreement_low) / 2
+        compared = f"{row.agreement:.1%} ± {agreement:.1%}", f"{row.mean_kl:.2g} ± {kl:.1g}"
     return (
         label(row),
         row.task,
         str(row.samples),
-        exact,
+        f"{row.prompt_tokens:,.0f}",
+        f"{row.exact_match:.1%} ({row.exact_match_low:.0%}–{row.exact_match_high:.0%})",
         f"{row.recall:.1%}",
-        f"{row.agreement:.1%}",
-        f"{row.mean_kl:.2g}",
+        *compared,
         f"{row.output_tokens:.1f}",
         f"{row.physical_compression:.2f}",
         tiers,

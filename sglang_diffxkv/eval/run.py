@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,10 +23,12 @@ from sglang_diffxkv.eval.variants import FULL, KNOBS, Shape, Variant, make_varia
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.launch import ServerProcess
 
+log = logging.getLogger(__name__)
+
 DTYPE, ITEMSIZE = "bfloat16", 2
 _SLACK = 256
 """Tokens beside a prompt's nominal length: question, chat template, answer."""
-_ROOM = 3
+_ROOM = 1.5
 """Times the prompts in flight that a pool holds, so that no page is sealed for want of memory."""
 
 
@@ -57,32 +61,53 @@ class Model(NamedTuple):
 
 
 def load_model(path: Path) -> Model:
-    """Read a Hugging Face checkpoint's configuration and tokenizer; weights are not loaded."""
+    """Read a Hugging Face checkpoint's configuration and tokenizer; weights are not loaded.
+
+    Raises:
+        ConfigError: there is none, or none that transformers knows.
+    """
     from transformers import AutoConfig, AutoTokenizer
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a checkpoint: {str(error).splitlines()[0]}") from None
     heads = config.num_attention_heads
     return Model(
         config.num_hidden_layers,
         getattr(config, "num_key_value_heads", None) or heads,
         getattr(config, "head_dim", None) or config.hidden_size // heads,
-        AutoTokenizer.from_pretrained(path, local_files_only=True),
+        tokenizer,
     )
 
 
 def make_variants(options: Options, model: Model) -> list[Variant]:
     """Full KV first, as all others are compared with it; then a variant per policy and target.
 
+    Those with a target are made for one length each. A target that a policy cannot meet is left
+    out, with a warning.
+
     Raises:
-        ConfigError: an unknown name, or a target that cannot be met.
+        ConfigError: an unknown name, or nothing but targets that cannot be met.
     """
-    shape = Shape(model.head_dim, model.kv_heads, ITEMSIZE, min(options.lengths))
+    shape = Shape(model.head_dim, model.kv_heads, ITEMSIZE, 0)
     variants = [make_variant(FULL, None, shape)]
+    refused = None
     for name in dict.fromkeys(options.policies):
-        targets = options.targets if name in KNOBS else ()
-        for target in targets or (None,):
-            variants.append(make_variant(name, target, shape))
-    return list(dict.fromkeys(variants))
+        if name not in KNOBS or not options.targets:
+            variants.append(make_variant(name, None, shape))
+            continue
+        for target, length in product(options.targets, options.lengths):
+            try:
+                variants.append(make_variant(name, target, shape._replace(tokens=length)))
+            except ConfigError as error:
+                refused = error
+                log.warning("left out: %s", error)
+    variants = list(dict.fromkeys(variants))
+    if refused and len(variants) == 1:
+        raise refused
+    return variants
 
 
 def evaluate(options: Options) -> Iterator[Row]:
@@ -111,12 +136,17 @@ def compare(
     path: Path, device: str, model: Model, variants: Sequence[Variant], cells: Sequence[Cell]
 ) -> Iterator[Row]:
     """Rows of any variants, the first of which is full KV, on any cells."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     full: list[CellAnswers] = []
     with tempfile.TemporaryDirectory(prefix="diffxkv-eval-") as folder:
         for variant in variants:
-            log = Path(folder) / "server.log"
-            with ServerProcess(*_arguments(path, device, model, variant, cells), log=log) as server:
+            log_file = Path(folder) / "server.log"
+            with ServerProcess(
+                *_arguments(path, device, model, variant, cells), log=log_file
+            ) as server:
                 for i, cell in enumerate(cells):
+                    if variant.length not in (None, cell.length):
+                        continue
                     forced = [answer.ids for answer in full[i].answers] if i < len(full) else None
                     try:
                         found = ask(server.url, cell, forced, variant.config is not None)
@@ -131,21 +161,19 @@ def compare(
 def _arguments(
     path: Path, device: str, model: Model, variant: Variant, cells: Sequence[Cell]
 ) -> list[object]:
-    # Both servers alike: more threads gain nothing on a small model.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    longest = max(len(prompt.ids) for cell in cells for prompt in cell.prompts)
-    tokens = _ROOM * AT_ONCE * -(-(longest + _SLACK) // PAGE_TOKENS) * PAGE_TOKENS
+    longest = max(len(ids) for cell in cells for p in cell.prompts for ids in (p.ids, p.warm))
+    whole = -(-(longest + _SLACK) // PAGE_TOKENS) * PAGE_TOKENS
+    tokens = int(_ROOM * AT_ONCE) * whole
     options: list[object] = ["--model-path", path, "--device", device, "--dtype", DTYPE]
     options += ["--max-running-requests", AT_ONCE, "--page-size", PAGE_TOKENS]
     # A prompt is compressed once it is whole, as the papers have it.
-    options += ["--chunked-prefill-size", max(8192, longest)]
+    options += ["--chunked-prefill-size", whole]
     if device == "cpu":
         options += ["--sleep-on-idle"]
     if variant.config is None:
         options += ["--max-total-tokens", tokens]
         return [*options, *(["--attention-backend", "torch_native"] if device == "cpu" else [])]
     # Half for raw pages: here prompts wait together, uncompressed, to be sealed.
-    config = replace(
-        variant.config, memory_bytes=ByteSize(2 * tokens * model.token_bytes), raw_share=0.5
-    )
+    memory = ByteSize(2 * tokens * model.token_bytes)
+    config = replace(variant.config, memory_bytes=memory, raw_share=0.5)
     return [*options, "--attention-backend", "diffxkv", "--diffxkv-config", config.to_json()]

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +40,7 @@ class Row(NamedTuple):
     recall: float
     """Share of answers that contain every reference (RULER's string match)."""
     agreement: float
-    """With full KV: share of its answers' tokens that are the likeliest here, too."""
+    """With full KV: share of the places of its answers at which the same token is likeliest."""
     agreement_low: float
     agreement_high: float
     mean_kl: float
@@ -66,12 +68,15 @@ def score(variant: Variant, cell: Cell, found: CellAnswers, full: CellAnswers) -
         normalise(answer.text) == normalise(prompt.question.answer)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    exact = wilson(sum(right), len(right))
+    documents = [prompt.document for prompt in prompts]
+    exact = share(right, documents)
     pairs = list(zip(full.answers, answers, strict=True))
-    agreement = mean([_agreement(a.distributions, b.distributions) for a, b in pairs])
-    kl = mean([_kl(a, b) for a, b in pairs])
+    agreement = mean(
+        by_document([_agreement(a.distributions, b.distributions) for a, b in pairs], documents)
+    )
+    kl = mean(by_document([_kl(a, b) for a, b in pairs], documents))
     recalled = [
-        all(reference in normalise(answer.text) for reference in prompt.question.references)
+        contains(answer.text, prompt.question.references)
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -101,6 +106,29 @@ def score(variant: Variant, cell: Cell, found: CellAnswers, full: CellAnswers) -
 def normalise(text: str) -> str:
     """Without differences in white space."""
     return " ".join(text.split())
+
+
+def contains(text: str, references: Sequence[str]) -> bool:
+    """Whether all `references` are in `text`, as whole words in any case (RULER's string match)."""
+    return all(re.search(rf"\b{re.escape(ref)}\b", normalise(text), re.I) for ref in references)
+
+
+def share(hits: Sequence[bool], documents: Sequence[int]) -> Estimate:
+    """Share of hits: Wilson's interval, or one over documents where some have several samples."""
+    groups = by_document([float(hit) for hit in hits], documents)
+    if len(groups) == len(hits):
+        return wilson(sum(hits), len(hits))
+    spread = mean(groups)
+    low, high = max(0.0, spread.low), min(1.0, spread.high)
+    return Estimate(sum(hits) / len(hits), low, high)
+
+
+def by_document(values: Sequence[float], documents: Sequence[int]) -> list[float]:
+    """Means over the samples of each document: they share its KV, so only documents count."""
+    groups: dict[int, list[float]] = defaultdict(list)
+    for value, document in zip(values, documents, strict=True):
+        groups[document].append(value)
+    return [sum(group) / len(group) for group in groups.values()]
 
 
 def wilson(hits: int, count: int) -> Estimate:
@@ -135,31 +163,40 @@ def _kl(full: Answer, other: Answer) -> float:
     return sum(values) / len(values)
 
 
-def _pool(stats: dict[str, Any] | None) -> dict[str, Any]:
-    if stats is None:
+def _pool(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of the pool, all batches taken together."""
+    if not stats:
         shares = dict.fromkeys(("kept_high", "kept_low", "pruned", "sealed"))
         return shares | {"physical_compression": 1.0, "under_pressure": 0}
-    tiers = stats["tier_tokens"]
+    tiers = {
+        tier: sum(stat["tier_tokens"][tier] for stat in stats) for tier in ("high", "low", "pruned")
+    }
     entries = max(1, sum(tiers.values()))
+    sealed = sum(stat["sealed_pages"] for stat in stats) * PAGE_TOKENS
     return {
-        "physical_compression": _compression(stats),
+        "physical_compression": sum(map(_dense, stats)) / sum(map(_taken, stats)),
         "kept_high": tiers["high"] / entries,
         "kept_low": tiers["low"] / entries,
         "pruned": tiers["pruned"] / entries,
-        "sealed": stats["sealed_pages"] * PAGE_TOKENS / max(1, stats["tokens_held"]),
-        "under_pressure": stats["counters"]["sealed_under_pressure"],
+        "sealed": sealed / sum(stat["tokens_held"] for stat in stats),
+        # Counted since the server's start: any is too many.
+        "under_pressure": stats[-1]["counters"]["sealed_under_pressure"],
     }
 
 
-def _compression(stats: dict[str, Any]) -> float:
-    """Of the pages held, by every byte they take.
+def _dense(stat: dict[str, Any]) -> float:
+    """Bytes that SGLang's own pool takes for the tokens held."""
+    dense: float = stat["physical_compression"] * stat["bytes_in_use"]
+    return dense
+
+
+def _taken(stat: dict[str, Any]) -> float:
+    """Every byte that the pages held take.
 
     An evaluation's pool is made far larger than what it holds, so that nothing is sealed early; of
-    the directory, which is as large as the pool, it counts the entries of the pages held.
+    the directory, which is as large as the pool, this counts the entries of the pages held.
     """
-    dense = stats["physical_compression"] * stats["bytes_in_use"]
-    directory = stats["bytes"]["directory"]
-    pages = stats["sealed_pages"] + stats["open_pages"]
-    entries = directory * pages / stats["virtual_pages"]
-    taken: float = stats["bytes_in_use"] - directory + entries
-    return dense / taken if taken else 1.0
+    directory = stat["bytes"]["directory"]
+    pages = stat["sealed_pages"] + stat["open_pages"]
+    taken: float = stat["bytes_in_use"] - directory * (1 - pages / stat["virtual_pages"])
+    return taken

@@ -20,10 +20,12 @@ class Variant(NamedTuple):
     config: DiffXKVConfig | None
     target: float | None = None
     """Physical compression that it was made for."""
+    length: int | None = None
+    """Of the prompts that it was made for; None: any."""
 
 
 class Shape(NamedTuple):
-    """What bytes depend on: the model, and the shortest prompt."""
+    """What bytes depend on: the model, and the length of prompts."""
 
     head_dim: int
     kv_heads: int
@@ -63,7 +65,7 @@ def make_variant(name: str, target: float | None, shape: Shape) -> Variant:
     config = VARIANTS[name]
     if target is None or config is None or name not in KNOBS:
         return Variant(name, config)
-    return Variant(name, KNOBS[name](config, target, shape), target)
+    return Variant(name, KNOBS[name](config, target, shape), target, shape.tokens)
 
 
 def _set_caps(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
@@ -80,8 +82,8 @@ def _set_caps(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConf
 
 
 def _set_window(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
-    """The recent tokens; a page that it covers in part is kept whole, and the first has sinks."""
-    window = int(shape.tokens / target) - 2 * PAGE_TOKENS
+    """The recent tokens; a page that it covers in part stays raw, and the first keeps its sinks."""
+    window = int(shape.tokens / target) - PAGE_TOKENS - config.sink
     if window < PAGE_TOKENS:
         raise ConfigError(_too_much(config, target, shape))
     return replace(config, window=window)

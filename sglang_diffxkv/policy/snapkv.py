@@ -71,7 +71,7 @@ class SnapKVPolicy(TierPolicy):
         Returns:
             bool [P, L, H, 64].
         """
-        worth = _pooled(importance.permute(1, 2, 0, 3).flatten(-2))  # [L, H, P * 64]
+        worth = pooled(importance.permute(1, 2, 0, 3).flatten(-2))  # [L, H, P * 64]
         worth = worth.masked_fill(certain.flatten(), torch.inf)
         tokens, forced = certain.numel(), int(certain.sum())
         budgets = [max(round(share * tokens), forced) for share in self.shares]
@@ -92,7 +92,7 @@ def _sequences(ctx: SealContext) -> Iterator[torch.Tensor]:
     yield from order.split(counts.tolist())
 
 
-def _pooled(importance: torch.Tensor) -> torch.Tensor:
+def pooled(importance: torch.Tensor) -> torch.Tensor:
     """Average over neighbours, zeros beyond both ends: float32 [L, H, T], finite.
 
     A NaN makes its own token worth the most and leaves its neighbours as they are.

@@ -10,7 +10,10 @@ from sglang_diffxkv.cli import main
         (["--policies", "snap"], "unknown policy 'snap'; one of: full"),
         (["--tasks", "niah"], "unknown task 'niah'; one of: niah_single"),
         (["--lengths", "1k"], "'1k' is not a positive number"),
-        (["--lengths", "300", "--target-compression", "6"], "lower the target"),
+        (
+            ["--policies", "streaming", "--lengths", "300", "--target-compression", "6"],
+            "lower the target",
+        ),
         (["--model", "/nowhere"], "/nowhere"),
     ],
 )

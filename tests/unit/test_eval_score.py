@@ -10,7 +10,7 @@ from sglang_diffxkv.eval.ask import Answer, CellAnswers, divergence
 from sglang_diffxkv.eval.plot import plot, points
 from sglang_diffxkv.eval.prompts import Cell, Prompt
 from sglang_diffxkv.eval.report import markdown
-from sglang_diffxkv.eval.score import Row, mean, score, wilson
+from sglang_diffxkv.eval.score import Row, by_document, contains, mean, score, share, wilson
 from sglang_diffxkv.eval.tasks.base import Question
 from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape, Variant, make_variant
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
@@ -63,29 +63,46 @@ def test_mean_covers_the_truth_as_often_as_it_says():
     assert 0.9 < inside / 400 < 0.99
 
 
+def test_samples_of_one_document_count_once():
+    hits, documents = [True] * 7 + [False] * 7, [0] * 7 + [1] * 7
+    found = share(hits, documents)
+    assert (found.mean, found.low, found.high) == (0.5, 0, 1)
+    assert share(hits, list(range(14))) == wilson(7, 14)
+    assert by_document([1, 2, 6], [4, 9, 9]) == [1, 4]
+
+
+def test_references_are_whole_words():
+    assert contains("The code is Bat.", ("bat",))
+    assert not contains("bath", ("bat",))
+    assert not contains("bat", ("bat", "bath"))
+
+
 def answer(text, first, tokens=1):
     return Answer(text, [0] * tokens, [logs({first: 2 + first, 9: 1})] * tokens, cached_tokens=64)
 
 
 def test_score():
     question = Question("What?", "a is b", ("a", "b"))
-    prompts = [Prompt([1] * 100, [1] * 100, question, str(i), 1) for i in range(4)]
+    prompts = [Prompt([1] * 100, [1] * 100, question, i, str(i), 1) for i in range(4)]
     cell = Cell("vt", 100, prompts)
-    full = CellAnswers([answer("a is b", 1)] * 4, None)
+    full = CellAnswers([answer("a is b", 1)] * 4, [])
     texts = ["a is b", " a  is b\n", "b then a", "no"]
     given = CellAnswers(
         [answer(text, first, 2) for text, first in zip(texts, (1, 1, 2, 2), strict=True)],
-        {
-            "physical_compression": 2.0,
-            "bytes_in_use": 1000,
-            "bytes": {"directory": 400},
-            "virtual_pages": 100,
-            "sealed_pages": 3,
-            "open_pages": 1,
-            "tokens_held": 250,
-            "tier_tokens": {"high": 5, "low": 3, "pruned": 2},
-            "counters": {"sealed_under_pressure": 0},
-        },
+        [
+            {
+                "physical_compression": 2.0,
+                "bytes_in_use": 1000,
+                "bytes": {"directory": 400},
+                "virtual_pages": 100,
+                "sealed_pages": 3,
+                "open_pages": 1,
+                "tokens_held": 250,
+                "tier_tokens": {"high": 5, "low": 3, "pruned": 2},
+                "counters": {"sealed_under_pressure": 0},
+            }
+        ]
+        * 2,
     )
     full = full._replace(
         answers=[a._replace(distributions=a.distributions * 2) for a in full.answers]
@@ -118,7 +135,7 @@ def test_a_knob_meets_its_target(name, target, tokens):
     policy = make_policy(config, head_dim=64, num_kv_heads=2, raw_itemsize=2, num_layers=6)
     layout = policy.layout
     sealed = (tokens - config.window) // PAGE_TOKENS
-    raw = -(-tokens // PAGE_TOKENS) - sealed
+    raw = tokens // PAGE_TOKENS - sealed  # the cache holds complete pages only
     dense = 2 * 2 * 64 * 2 * PAGE_TOKENS
     share = {"snapkv": policy.shares[0], "streaming": 0}.get(name, policy.caps[0])
     if name == "snapkv":
@@ -129,7 +146,7 @@ def test_a_knob_meets_its_target(name, target, tokens):
     else:
         frames = -(-policy.caps[0] // layout.frame_bytes) * sealed
     taken = raw * dense + frames * layout.frame_bytes
-    assert tokens * dense / PAGE_TOKENS / taken >= target
+    assert tokens // PAGE_TOKENS * dense / taken >= target
 
 
 def test_unknown_variants_are_refused():
@@ -157,5 +174,6 @@ def test_points_pool_the_tasks(tmp_path):
     assert first.exact_match == pytest.approx(0.8)
     assert first.bytes_share == pytest.approx((0.5 + 0.25) / 2)
     assert first.samples == 200
+    assert first.recall == 0
     plot(tmp_path / "plot.png", rows)
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -57,7 +57,7 @@ def solve(task: str, text: str, question: str) -> str:
     if task == "copy":
         (items,) = re.findall(rf"List {words[-1]}: ([\w ]+)\.", text)
         return items
-    if task == "records":
+    if task in ("record", "records"):
         (record,) = re.findall(rf"Record of {words[4]}: ([\w ,=]+)\.", text)
         return json.dumps(dict(f.split("=") for f in record.split(", ")), separators=(",", ":"))
     listed = re.findall(r"\w+", text)[1:]

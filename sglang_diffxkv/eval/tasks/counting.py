@@ -14,14 +14,16 @@ _KINDS = 24
 def cwe(scene: Scene) -> Sample:
     """RULER's common words: a few occur often, all others a few times at most."""
     rng = scene.rng
+    count = _words(scene)
     mixed = rng.sample(WORDS, len(WORDS))
     common, rare = tuple(mixed[: len(_COMMON)]), mixed[len(_COMMON) :]
     words = [
         word
         for word, share in zip(common, _COMMON, strict=True)
-        for _ in range(max(2, round(scene.budget * share)))
+        for _ in range(max(2, round(count * share)))
     ]
-    words += (rare * 4)[: max(1, scene.budget - len(words))]
+    rest = max(1, count - len(words))
+    words += (rare * (rest // len(rare) + 1))[:rest]
     rng.shuffle(words)
     question = Question("Which three words are common?", " ".join(common), common)
     return _sample(words, question)
@@ -32,9 +34,15 @@ def fwe(scene: Scene) -> Sample:
     rng = scene.rng
     kinds = rng.sample(WORDS, _KINDS)
     weights = [rank**-_ZIPF for rank in range(1, _KINDS + 1)]
-    words = rng.choices(kinds, weights, k=scene.budget)
+    words = rng.choices(kinds, weights, k=_words(scene))
     top = max(kinds, key=words.count)
     return _sample(words, Question("Which word is most frequent?", top, (top,)))
+
+
+def _words(scene: Scene) -> int:
+    """Words that fill the budget."""
+    some = scene.rng.sample(WORDS, 64)
+    return scene.budget * len(some) // scene.size(f" {' '.join(some)}")
 
 
 def _sample(words: list[str], question: Question) -> Sample:

@@ -10,9 +10,18 @@ FIELDS = {"city": CITIES, "job": JOBS, "color": COLORS}
 _TOKENS_PER_RECORD = 64
 
 
+def record(scene: Scene) -> Sample:
+    """One record, to be written as compact JSON."""
+    return _sample(scene, 1)
+
+
 def records(scene: Scene) -> Sample:
-    """Find a person's record and write it as compact JSON."""
-    names = scene.rng.sample(NAMES, max(2, min(scene.budget // _TOKENS_PER_RECORD, len(NAMES))))
+    """Many records, of which a person's is to be found and written as compact JSON."""
+    return _sample(scene, max(2, min(scene.budget // _TOKENS_PER_RECORD, len(NAMES))))
+
+
+def _sample(scene: Scene, count: int) -> Sample:
+    names = scene.rng.sample(NAMES, count)
     found = {
         name: {field: scene.rng.choice(values) for field, values in FIELDS.items()}
         for name in names

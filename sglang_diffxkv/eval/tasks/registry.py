@@ -7,7 +7,7 @@ from sglang_diffxkv.eval.tasks.base import Maker
 from sglang_diffxkv.eval.tasks.copying import copy
 from sglang_diffxkv.eval.tasks.counting import cwe, fwe
 from sglang_diffxkv.eval.tasks.recall import recall
-from sglang_diffxkv.eval.tasks.records import records
+from sglang_diffxkv.eval.tasks.records import record, records
 from sglang_diffxkv.eval.tasks.retrieval import (
     kv_lookup,
     niah_multikey,
@@ -28,6 +28,7 @@ TASKS: dict[str, Maker] = {
         fwe,
         copy,
         recall,
+        record,
         records,
     )
 }

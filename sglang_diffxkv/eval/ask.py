@@ -70,11 +70,14 @@ def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool)
         given = together(client.answer, prompts)
         if is_ours:
             stats.append(client.stats())
-        wanted = forced[start : start + AT_ONCE] if forced else [answer.ids for answer in given]
-        found = together(client.distributions, list(zip(prompts, wanted, strict=True)))
-        answers += [
-            answer._replace(distributions=rows) for answer, rows in zip(given, found, strict=True)
-        ]
+        if forced is not None:
+            wanted = forced[start : start + AT_ONCE]
+            found = together(client.distributions, list(zip(prompts, wanted, strict=True)))
+            given = [
+                answer._replace(distributions=rows)
+                for answer, rows in zip(given, found, strict=True)
+            ]
+        answers += given
     for prompt, answer in zip(cell.prompts, answers, strict=True):
         _check_cached(prompt, answer)
     return CellAnswers(answers, stats)
@@ -115,10 +118,11 @@ class _Client:
 
     def answer(self, prompt: Prompt) -> Answer:
         most = 2 * prompt.answer_tokens + 16
-        found = self._generate(prompt, prompt.ids, most, return_logprob=True)
+        found = self._generate(prompt, prompt.ids, most, return_logprob=True, top_logprobs_num=TOP)
         meta = found["meta_info"]
         ids = [token for _, token, _ in meta["output_token_logprobs"]]
-        return Answer(found["text"], ids, [], meta["cached_tokens"])
+        rows = _distributions(meta["output_top_logprobs"])
+        return Answer(found["text"], ids, rows, meta["cached_tokens"])
 
     def distributions(self, item: tuple[Prompt, list[int]]) -> list[Distribution]:
         prompt, ids = item
@@ -131,8 +135,7 @@ class _Client:
             top_logprobs_num=TOP,
         )
         # SGLang gives none before the first of these tokens, the prompt's last.
-        rows = found["meta_info"]["input_top_logprobs"][1:]
-        return [{token: logprob for logprob, token, _ in row} for row in rows]
+        return _distributions(found["meta_info"]["input_top_logprobs"][1:])
 
     def _generate(
         self, prompt: Prompt, ids: list[int], tokens: int, ignore_eos: bool = False, **body: Any
@@ -143,6 +146,10 @@ class _Client:
         if not response.ok:
             raise requests.HTTPError(f"HTTP {response.status_code}: {response.text}")
         return response.json()
+
+
+def _distributions(rows: list[Any]) -> list[Distribution]:
+    return [{token: logprob for logprob, token, _ in row} for row in rows]
 
 
 def divergence(full: Distribution, other: Distribution) -> float:

@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join(getattr(error, "__notes__", [])), end="", file=sys.stderr)
         print(f"sglang-diffxkv eval: {error}", file=sys.stderr)
         status = 1
-    # What was measured before a failure took its time, too.
+    except KeyboardInterrupt:
+        status = 130
+    # What was measured before that took its time, too.
     if rows:
         print(write(rows, f"sglang-diffxkv {' '.join(sys.argv[1:])}", options, args.output))
     return status

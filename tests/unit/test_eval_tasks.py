@@ -8,6 +8,7 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer
 
+from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.eval.command import BUNDLED
 from sglang_diffxkv.eval.prompts import SHARED_QUESTIONS, make_cells
 from sglang_diffxkv.eval.tasks.base import Sample, Scene
@@ -150,6 +151,23 @@ def test_shared_and_recomputed_prefixes_ask_the_same(tokenizer):
     for prompt in shared.prompts:
         common = sum(1 for _ in takewhile_equal(prompt.warm, prompt.ids))
         assert common > 450
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_prompts_for_another_tokenizer(has_template, tmp_path):
+    """One whose tokens are bytes: a word takes several, and fewer of them fill the length."""
+    from transformers import AutoTokenizer
+
+    folder = write_demo_model(tmp_path, layers=1, heads=2, kv_heads=1, hidden=64)
+    other = AutoTokenizer.from_pretrained(folder)
+    if not has_template:
+        other.chat_template = None
+    for cell in make_cells(other, list(NAMES), [1200], samples=3, seed=0):
+        for prompt in cell.prompts:
+            assert 800 < len(prompt.ids) < 1700, cell.task
+            text = other.decode(prompt.ids)
+            assert prompt.question.text in text
+            assert text.endswith("<|assistant|>" if has_template else "?\n")
 
 
 def takewhile_equal(a, b):

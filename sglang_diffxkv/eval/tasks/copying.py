@@ -12,13 +12,14 @@ def copy(scene: Scene) -> Sample:
     rng = scene.rng
     words = rng.sample(WORDS, len(WORDS))
     lists: dict[str, list[str]] = {}
+    needles: list[str] = []
     length = 0
-    most = 0.5 * scene.budget
-    while not lists or (length < most and len(words) > _LONGEST):
+    while not lists or (length < scene.budget / 2 and len(words) > _LONGEST):
         name, taken = words.pop(), rng.randint(_SHORTEST, _LONGEST)
         lists[name] = [words.pop() for _ in range(taken)]
-        length += taken
-    text = hide(scene, [f"List {name}: {' '.join(items)}." for name, items in lists.items()])
+        needles.append(f"List {name}: {' '.join(lists[name])}.")
+        length += scene.size(f" {needles[-1]}")
+    text = hide(scene, needles)
     asked = rng.sample(list(lists), min(scene.questions, len(lists)))
     questions = [
         Question(f"Repeat the list {name}?", " ".join(lists[name]), (" ".join(lists[name]),))

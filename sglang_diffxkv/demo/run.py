@@ -59,7 +59,7 @@ def _serve(name: str, device: str, folder: Path) -> Run:
         config = {"policy": "diffkv", "memory_bytes": MEMORY_BYTES}
         options = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
     options += ["--model-path", BUNDLED, "--device", device, "--dtype", "bfloat16"]
-    options += ["--enable-metrics", "--constrained-json-disable-any-whitespace"]
+    options += ["--enable-metrics"]
     if device == "cpu":
         options += ["--sleep-on-idle"]  # spinning would take a core from everything else
     print(f"\n{name}: starting (some 30 s on two cores)", flush=True)

@@ -54,7 +54,7 @@ def test_eval_reports_what_a_policy_costs(tmp_path, capsys):
 def test_answers_of_the_demo_are_right(tmp_path):
     config = {"policy": "diffkv", "memory_bytes": "20MiB"}
     options = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
-    options += ["--enable-metrics", "--constrained-json-disable-any-whitespace"]
+    options += ["--enable-metrics"]
     tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     with Server(BUNDLED, *options, dtype="bfloat16") as server:
         probe = Probe(server.url, load_model(BUNDLED).token_bytes, None)

@@ -136,7 +136,8 @@ def wilson(hits: int, count: int) -> Estimate:
     share, z2 = hits / count, Z * Z
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + (z2 / (4 * count**2)))
-    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half))
+    # Rounding may put the share an ulp beyond an end that it should meet.
+    return Estimate(share, max(0.0, min(share, centre - half)), min(1.0, max(share, centre + half)))
 
 
 def mean(values: Sequence[float]) -> Estimate:

@@ -131,12 +131,19 @@ def _write_tokenizer(folder: Path, vocab: int, max_position: int) -> None:
             for token in (*SPECIAL_TOKENS, *reserved)
         ]
     )
+    save_tokenizer(tokenizer, folder, max_position, CHAT_TEMPLATE)
+
+
+def save_tokenizer(
+    tokenizer: Tokenizer, folder: Path, max_position: int, chat_template: str
+) -> None:
+    """Write it to `folder` as Hugging Face's loaders read it; `EOS` ends a message."""
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": EOS,
         "pad_token": "<|pad|>",
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_position,
     }

@@ -20,9 +20,9 @@ from matplotlib.figure import Figure
 
 from bench.accuracy.attention import importances, retained_by_snapkv, retention, share_needed
 from bench.serving.common import RESULTS, table, write_results
+from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.eval.command import BUNDLED
-from sglang_diffxkv.eval.plot import Point, points
+from sglang_diffxkv.eval.plot import Point, error_bars, points
 from sglang_diffxkv.eval.prompts import Cell, make_cells
 from sglang_diffxkv.eval.run import Model, compare, load_model
 from sglang_diffxkv.eval.score import Row
@@ -98,18 +98,18 @@ def plot_layers(path: Path, items: Sequence[torch.Tensor]) -> None:
 
 
 def plot_retention(path: Path, retained: Sequence[float], kept: Sequence[Point]) -> None:
+    """Exact match against retention; both in the order of `SHARES`."""
     figure = Figure(figsize=(5, 4), layout="constrained")
     panel = figure.subplots()
     y = [point.exact_match for point in kept]
-    below = [max(0.0, point.exact_match - point.low) for point in kept]
-    above = [max(0.0, point.high - point.exact_match) for point in kept]
-    panel.errorbar(retained, y, [below, above], marker="o", capsize=2)
+    panel.errorbar(retained, y, error_bars(kept), marker="o", capsize=2)
     panel.set(xlabel="retention R, mean over layers and heads", ylabel="exact match")
     panel.grid(alpha=0.3)
     figure.savefig(path)
 
 
 def accuracy_table(found: Sequence[Point], rows: Sequence[Row], head: str) -> str:
+    """A line per point; `rows` give its KL, the mean over tasks with its 95 % interval."""
     lines: list[list[object]] = [[head, "exact match", "95 %", "mean KL", "compression", "samples"]]
     for point in found:
         kl = [row.mean_kl for row in rows if row.policy == point.policy]
@@ -131,6 +131,7 @@ def accuracy_table(found: Sequence[Point], rows: Sequence[Row], head: str) -> st
 def measure(
     model: Model, cells: list[Cell], device: str, path: Path
 ) -> tuple[list[Row], dict[str, list[torch.Tensor]]]:
+    """Rows of all `variants` on the server, and importances by task (see `attention`)."""
     rows = []
     for row in compare(path, device, model, variants(), cells):
         rows.append(row)

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable
-from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from sglang_diffxkv.demo_model import EOS, SPECIAL_TOKENS, byte_vocab
+from sglang_diffxkv.demo_model import SPECIAL_TOKENS, byte_vocab
 from sglang_diffxkv.eval.tasks.base import Scene
 from sglang_diffxkv.eval.tasks.records import FIELDS
 from sglang_diffxkv.eval.tasks.registry import TASKS
@@ -46,20 +43,6 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_position: int) -> None:
-    """Write it to `folder` as Hugging Face's loaders read it, with its chat template."""
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": EOS,
-        "pad_token": "<|pad|>",
-        "chat_template": CHAT_TEMPLATE,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_position,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
 def spaced(answer: str) -> str:
     """An answer as the model writes it: words with a space, JSON as grammars want it, without."""
     return answer if answer.startswith("{") else f" {answer}"
@@ -71,10 +54,9 @@ def _texts() -> list[str]:
     texts = [f" {word}" for word in EVERY]
     # In JSON, words stand without a space before them.
     texts += [word for field, values in FIELDS.items() for word in (field, *values)]
-    spaces: Callable[[str], int] = lambda text: text.count(" ")  # noqa: E731
     for make in TASKS.values():
         for i in range(_SAMPLES_PER_TASK):
-            sample = make(Scene(rng, (TRAIN, HELD_OUT)[i % 2], 200, 8, spaces))
+            sample = make(Scene(rng, (TRAIN, HELD_OUT)[i % 2], 200, 8, len))
             texts += [f" {text}" for _, text in sample.context]
             texts += [f" {question.text}" for question in sample.questions]
             for question in sample.questions:

@@ -5,7 +5,7 @@ Chats start short and get longer as accuracy rises, so that what is learnt is to
 a distance. Every chat is new, hence the accuracy it prints is that on unseen samples (with the
 training filler).
 
-    python -m bench.accuracy.train --output build/demo-model --tokens 40e6
+    python -m bench.accuracy.train --output build/demo-model
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import Any, NamedTuple
 import torch
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bench.accuracy.corpus import DRILL, Batch, Corpus
 from bench.accuracy.init import look_back
-from bench.accuracy.tokenizer import make_tokenizer, save_tokenizer
+from bench.accuracy.tokenizer import CHAT_TEMPLATE, make_tokenizer
+from sglang_diffxkv.demo_model import save_tokenizer
 
 CONTEXT = 4096
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
@@ -90,17 +92,19 @@ class Trainer:
         options = {key: str(value) for key, value in self.options._asdict().items()}
         self.starts.append({"seen_tokens": self.seen, "mix": MIX, "options": options})
         begin, saved = time.monotonic() - self.seconds, time.monotonic()
+        bar = tqdm(total=int(self.options.tokens), initial=self.seen, unit="token", unit_scale=True)
         while self.seen < self.options.tokens:
             mix = MIX | {DRILL: DRILLS[self.stage > 0]}
             batch = corpus.batch(self._length(), self.options.batch, mix)
             self._train(batch)
             self.seconds = time.monotonic() - begin
-            if self.step % 20 == 0:
-                print(self.progress(), flush=True)
+            bar.update(batch.ids.numel())
+            bar.set_postfix_str(self.progress(), refresh=False)
             if time.monotonic() - saved > self.options.save_every:
                 self.save()
                 saved = time.monotonic()
             self._promote()
+        bar.close()
         self.save()
 
     def _length(self) -> int:
@@ -144,7 +148,6 @@ class Trainer:
         found = [self.accuracy.get(f"{task}@{longest}", 0.0) for task in RETRIEVAL]
         if self.stage + 1 < len(LENGTHS) and min(found) >= PROMOTE_AT:
             self.stage += 1
-            print(f"now up to {LENGTHS[self.stage]} tokens", flush=True)
 
     def _set_rates(self) -> None:
         left = 1 - self.seen / self.options.tokens
@@ -154,19 +157,14 @@ class Trainer:
             group["lr"] = rate * max(factor, 0.0)
 
     def progress(self) -> str:
+        """Loss, and accuracy by task at the longest length in use."""
         longest = LENGTHS[self.stage]
-        done = self.seen / self.options.tokens
-        bar = "#" * min(20, int(20 * done))
         tasks = " ".join(
             f"{task} {self.accuracy[f'{task}@{longest}']:.0%}"
             for task in (DRILL, *MIX)
             if f"{task}@{longest}" in self.accuracy
         )
-        speed = self.seen / max(self.seconds, 1e-9)
-        return (
-            f"[{bar:<20}] {self.seen / 1e6:.2f}M tokens {speed:,.0f}/s "
-            f"loss {self.loss:.3f} @{longest}: {tasks}"
-        )
+        return f"loss {self.loss:.3f} @{longest}: {tasks}"
 
     def save(self) -> None:
         folder = self.options.output
@@ -227,7 +225,7 @@ def export(trainer: Trainer, folder: Path) -> None:
     """Write the model as bf16 safetensors, with its tokenizer and how it was trained."""
     folder.mkdir(parents=True, exist_ok=True)
     trainer.model.to(torch.bfloat16).save_pretrained(folder)
-    save_tokenizer(trainer.tokenizer, folder, CONTEXT)
+    save_tokenizer(trainer.tokenizer, folder, CONTEXT, CHAT_TEMPLATE)
     facts = {
         "seen_tokens": trainer.seen,
         "seconds": round(trainer.seconds),
@@ -240,14 +238,14 @@ def export(trainer: Trainer, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--tokens", type=float, default=40e6)
+    parser.add_argument("--tokens", type=float, default=8.3e6)
     parser.add_argument("--batch", type=int, default=8192, help="tokens per step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--muon", type=float, default=4e-3, help="learning rate of the matrices")
-    parser.add_argument("--adam", type=float, default=4e-3, help="of embedding and norms")
+    parser.add_argument("--muon", type=float, default=5e-3, help="learning rate of the matrices")
+    parser.add_argument("--adam", type=float, default=3e-3, help="of embedding and norms")
     parser.add_argument("--save-every", type=float, default=120.0, help="seconds")
     trainer = Trainer(Options(**vars(parser.parse_args())))
     if (trainer.options.output / "checkpoint.pt").exists():

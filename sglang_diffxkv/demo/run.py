@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo as a whole: writes the model, runs the load on both pools, prints the table."""
+"""The demo as a whole: runs the load on both pools with the embedded model, prints the table."""
 
 import json
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.demo.measure import Probe
 from sglang_diffxkv.demo.table import Run, progress, table
 from sglang_diffxkv.demo.workload import run_load
-from sglang_diffxkv.eval.command import BUNDLED
 from sglang_diffxkv.eval.run import load_model
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.launch import ServerError, ServerProcess, default_device

@@ -79,11 +79,11 @@ def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool)
             ]
         answers += given
     for prompt, answer in zip(cell.prompts, answers, strict=True):
-        _check_cached(prompt, answer)
+        check_cached(prompt, answer)
     return CellAnswers(answers, stats)
 
 
-def _check_cached(prompt: Prompt, answer: Answer) -> None:
+def check_cached(prompt: Prompt, answer: Answer) -> None:
     """All complete pages that the two requests have in common must have been in the cache.
 
     Raises:

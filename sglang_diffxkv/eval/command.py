@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.launch import default_device
 
 if TYPE_CHECKING:
@@ -15,7 +17,6 @@ if TYPE_CHECKING:
     from sglang_diffxkv.eval.score import Row
 
 HELP = "measure what policies cost in accuracy against full KV, on tasks with known answers"
-BUNDLED = Path(__file__).parents[1] / "bundled_model"
 POLICIES = "full,lossless,int8,k8v4,k4v8,int4,int2,streaming,snapkv,diffkv"
 TASKS = "niah_single,niah_multikey,kv_lookup,vt"
 
@@ -37,7 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", default=TASKS, help="names, with commas (default: %(default)s)")
     parser.add_argument("--lengths", default="1024,2048", help="tokens of a prompt, with commas")
     parser.add_argument(
-        "--samples", type=_positive, default=50, help="per task and length (default: %(default)s)"
+        "--samples", default="50", help="per task and length (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -94,7 +95,7 @@ def _options(args: argparse.Namespace) -> Options:
         policies=_names(args.policies),
         tasks=_names(args.tasks),
         lengths=[_number(text, int) for text in _names(args.lengths)],
-        samples=args.samples,
+        samples=_number(args.samples, int),
         seed=args.seed,
         device=args.device or default_device(),
         targets=[_number(text, float) for text in _names(args.target_compression)],
@@ -108,17 +109,8 @@ def _names(text: str) -> list[str]:
 def _number(text: str, kind: type[_Number]) -> _Number:
     from sglang_diffxkv.config import ConfigError
 
-    try:
+    with suppress(ValueError):
         value = kind(text)
-    except ValueError:
-        value = kind(0)
-    if not value > 0:
-        raise ConfigError(f"{text!r} is not a positive number")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
-    return value
+        if value > 0:
+            return value
+    raise ConfigError(f"{text!r} is not a positive number")

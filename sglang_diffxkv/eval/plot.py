@@ -36,10 +36,18 @@ def points(rows: Sequence[Row]) -> list[Point]:
 
 def _point(policy: str, target: float | None, length: int, rows: Sequence[Row]) -> Point:
     samples = sum(row.samples for row in rows)
-    exact = wilson(round(sum(row.exact_match * row.samples for row in rows)), samples)
+    rate = sum(row.exact_match * row.samples for row in rows) / samples
+    # As if the answers about one document were all right or all wrong: never too narrow.
+    documents = sum(row.documents for row in rows)
+    exact = wilson(rate * documents, documents)
     share = sum(1 / row.physical_compression for row in rows) / len(rows)
     recall = sum(row.recall * row.samples for row in rows) / samples
     return Point(policy, target, length, share, *exact, samples, recall)
+
+
+def error_bars(found: Sequence[Point]) -> list[list[float]]:
+    """Lengths of the intervals below and above the exact match of each point; [2, N]."""
+    return [[p.exact_match - p.low for p in found], [p.high - p.exact_match for p in found]]
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
@@ -56,11 +64,7 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
         for i, policy in enumerate(dict.fromkeys(point.policy for point in here)):
             curve = sorted((p for p in here if p.policy == policy), key=lambda p: p.bytes_share)
             x = [p.bytes_share for p in curve]
-            # Rounding may put a mean outside its interval by an ulp.
-            ends = [
-                [max(0.0, p.exact_match - p.low) for p in curve],
-                [max(0.0, p.high - p.exact_match) for p in curve],
-            ]
+            ends = error_bars(curve)
             style: dict[str, Any] = {"marker": "os^vD*Px<>d"[i % 11], "label": policy}
             above.errorbar(x, [p.exact_match for p in curve], ends, capsize=2, **style)
             below.plot(x, [p.recall for p in curve], **style)

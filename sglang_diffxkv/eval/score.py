@@ -34,6 +34,8 @@ class Row(NamedTuple):
     task: str
     length: int
     samples: int
+    documents: int
+    """That the samples are about: several questions about one are not independent."""
     exact_match: float
     exact_match_low: float
     exact_match_high: float
@@ -69,7 +71,7 @@ def score(variant: Variant, cell: Cell, found: CellAnswers, full: CellAnswers) -
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     documents = [prompt.document for prompt in prompts]
-    exact = share(right, documents)
+    exact = hit_rate(right, documents)
     pairs = list(zip(full.answers, answers, strict=True))
     agreement = mean(
         by_document([_agreement(a.distributions, b.distributions) for a, b in pairs], documents)
@@ -86,6 +88,7 @@ def score(variant: Variant, cell: Cell, found: CellAnswers, full: CellAnswers) -
         task=cell.task,
         length=cell.length,
         samples=len(prompts),
+        documents=len(set(documents)),
         exact_match=exact.mean,
         exact_match_low=exact.low,
         exact_match_high=exact.high,
@@ -113,7 +116,7 @@ def contains(text: str, references: Sequence[str]) -> bool:
     return all(re.search(rf"\b{re.escape(ref)}\b", normalise(text), re.I) for ref in references)
 
 
-def share(hits: Sequence[bool], documents: Sequence[int]) -> Estimate:
+def hit_rate(hits: Sequence[bool], documents: Sequence[int]) -> Estimate:
     """Share of hits: Wilson's interval, or one over documents where some have several samples."""
     groups = by_document([float(hit) for hit in hits], documents)
     if len(groups) == len(hits):
@@ -131,7 +134,7 @@ def by_document(values: Sequence[float], documents: Sequence[int]) -> list[float
     return [sum(group) / len(group) for group in groups.values()]
 
 
-def wilson(hits: int, count: int) -> Estimate:
+def wilson(hits: float, count: int) -> Estimate:
     """Share `hits / count` with Wilson's 95 % interval, which holds near 0 and 1, too."""
     share, z2 = hits / count, Z * Z
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)

@@ -6,10 +6,10 @@ import json
 import pytest
 from tokenizers import Tokenizer
 
+from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.cli import main
 from sglang_diffxkv.demo.measure import Probe
 from sglang_diffxkv.demo.workload import run_load
-from sglang_diffxkv.eval.command import BUNDLED
 from sglang_diffxkv.eval.run import load_model
 from tests.server.harness import Server
 

@@ -10,7 +10,7 @@ from sglang_diffxkv.eval.ask import Answer, CellAnswers, divergence
 from sglang_diffxkv.eval.plot import plot, points
 from sglang_diffxkv.eval.prompts import Cell, Prompt
 from sglang_diffxkv.eval.report import markdown
-from sglang_diffxkv.eval.score import Row, by_document, contains, mean, score, share, wilson
+from sglang_diffxkv.eval.score import Row, by_document, contains, hit_rate, mean, score, wilson
 from sglang_diffxkv.eval.tasks.base import Question
 from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape, Variant, make_variant
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
@@ -65,9 +65,9 @@ def test_mean_covers_the_truth_as_often_as_it_says():
 
 def test_samples_of_one_document_count_once():
     hits, documents = [True] * 7 + [False] * 7, [0] * 7 + [1] * 7
-    found = share(hits, documents)
+    found = hit_rate(hits, documents)
     assert (found.mean, found.low, found.high) == (0.5, 0, 1)
-    assert share(hits, list(range(14))) == wilson(7, 14)
+    assert hit_rate(hits, list(range(14))) == wilson(7, 14)
     assert by_document([1, 2, 6], [4, 9, 9]) == [1, 4]
 
 
@@ -162,6 +162,7 @@ def row(policy, length, exact, compression):
         target=None,
         length=length,
         samples=100,
+        documents=100,
         exact_match=exact,
         physical_compression=compression,
     )
@@ -175,5 +176,7 @@ def test_points_pool_the_tasks(tmp_path):
     assert first.bytes_share == pytest.approx((0.5 + 0.25) / 2)
     assert first.samples == 200
     assert first.recall == 0
+    few, *_ = points([row("a", 64, 0.9, 2)._replace(documents=10)])
+    assert few[4:7] == wilson(9, 10)
     plot(tmp_path / "plot.png", rows)
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -8,8 +8,8 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer
 
+from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.demo_model import write_demo_model
-from sglang_diffxkv.eval.command import BUNDLED
 from sglang_diffxkv.eval.prompts import SHARED_QUESTIONS, make_cells
 from sglang_diffxkv.eval.tasks.base import Sample, Scene
 from sglang_diffxkv.eval.tasks.registry import NAMES, SHARED_TASKS, TASKS

@@ -8,7 +8,7 @@ import torch
 
 from bench.accuracy.corpus import DRILL, Corpus
 from bench.accuracy.train import CONTEXT, LENGTHS, MIX, Options, Trainer, export
-from sglang_diffxkv.eval.command import BUNDLED
+from sglang_diffxkv.bundled_model import BUNDLED
 
 
 @pytest.fixture(autouse=True)

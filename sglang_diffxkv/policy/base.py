@@ -27,6 +27,8 @@ class SealContext(NamedTuple):
     """int64 [S]: length in tokens of the sequence when the page was last scored."""
     sequence: torch.Tensor
     """int64 [S]: pages with equal numbers are of one sequence, and may be judged together."""
+    quality: torch.Tensor
+    """int64 [S]: `Quality` that the page's request asked for."""
 
 
 class TierPolicy(ABC):

@@ -25,6 +25,7 @@ class PageDirectory:
         context: int32 [V], length of the sequence when the page was last attended to.
         filled: int32 [V], tokens written to an open page.
         last_used: int64 [V], step in which an open page was last attended to.
+        quality: uint8 [V], `policy.quality.Quality` of the request that opened the page.
         window_step: int64 [V], last decode step at which it lay in a sequence's recent window.
     """
 
@@ -43,6 +44,7 @@ class PageDirectory:
         self.position = table(v)
         self.context = table(v)
         self.filled = table(v)
+        self.quality = table(v, dtype=torch.uint8)
         self.last_used = table(v, dtype=torch.int64)
         self.window_step = table(v, dtype=torch.int64)
         self.clear()
@@ -70,7 +72,8 @@ class PageDirectory:
     def open(self, pages: torch.Tensor, slots: torch.Tensor) -> None:
         """Give free ``pages`` (int64 [N]) the raw ``slots`` (int32 [N])."""
         self.raw_slot[pages] = slots
-        for t in (self.position, self.context, self.filled, self.last_used, self.window_step):
+        d = self
+        for t in (d.position, d.context, d.filled, d.quality, d.last_used, d.window_step):
             t[pages] = 0
 
     def seal(self, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor) -> None:

@@ -195,6 +195,7 @@ class PageStore:
             position=d.position[pages].long(),
             context=context,
             sequence=sequence,
+            quality=d.quality[pages].long(),
         )
 
     def in_window(self, pages: torch.Tensor) -> torch.Tensor:

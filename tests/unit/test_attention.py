@@ -49,6 +49,7 @@ def test_retained_is_what_the_policy_keeps():
             position=torch.arange(pages),
             context=torch.full((pages,), 400),
             sequence=torch.zeros(pages, dtype=torch.int64),
+            quality=torch.zeros(pages, dtype=torch.int64),
         )
     )
     kept = tiers.permute(1, 2, 0, 3).flatten(-2) > 0  # [L, H, pages * 64]

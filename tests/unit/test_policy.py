@@ -61,7 +61,8 @@ def make_context(kind: str, seed: int = 0) -> SealContext:
         "inf": torch.where(spread > spread.median(), torch.inf, spread),
         "one head": spread * torch.tensor([0.0, 1e6])[:, None],
     }[kind]
-    return SealContext(importance, count, torch.arange(PAGES), context, torch.arange(PAGES))
+    pages = torch.arange(PAGES)
+    return SealContext(importance, count, pages, context, pages, torch.zeros_like(pages))
 
 
 KINDS = ["spread", "zero", "ties", "nan", "inf", "one head"]

@@ -42,6 +42,7 @@ def make_context(most: int = 1000, seed: int = 0) -> SealContext:
         position=torch.tensor(POSITION),
         context=torch.full((PAGES,), 400),
         sequence=torch.tensor(SEQUENCE),
+        quality=torch.zeros(PAGES, dtype=torch.int64),
     )
 
 

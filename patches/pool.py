@@ -45,7 +45,7 @@ def make_setup(
         num_layers=num_layers,
     )
     plan = plan_pool(
-        config.memory_bytes or budget_bytes,
+        (config.memory_bytes or budget_bytes) - policy.nbytes,
         policy.layout,
         num_layers,
         policy.caps,

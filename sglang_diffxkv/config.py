@@ -56,7 +56,25 @@ class DiffXKVConfig:
     Constructing one with a wrong value raises pydantic's ValidationError, a ValueError.
     """
 
-    policy: Annotated[str, Field(description="the name of a policy")] = "diffkv"
+    policy: Annotated[str, Field(description="the name of a policy")] = "diffxkv"
+    target: Annotated[
+        float | None,
+        Field(
+            gt=0,
+            description="a retention of importance below 1, such as 0.95, or a compression above "
+            "1, such as 4, or null",
+        ),
+    ] = None
+    plan: Annotated[
+        str | None,
+        Field(description="the path of a plan that `sglang-diffxkv calibrate` wrote, or null"),
+    ] = None
+    save_plan: Annotated[str | None, Field(description="a path to write plans to, or null")] = None
+    learn_share: Annotated[float, Field(ge=0, le=1, description="a share from 0 to 1")] = 0.1
+    high_layers: Annotated[
+        tuple[int, ...],
+        Field(description="a list of layers that stay high, negative from the last, such as [0]"),
+    ] = ()
     memory_bytes: Annotated[
         ByteSize | None,
         Field(gt=0, description='a positive number of bytes, such as 2000000 or "512MiB", or null'),
@@ -88,6 +106,12 @@ class DiffXKVConfig:
     score_queries: Annotated[
         int, Field(ge=1, description="a whole number of queries, at least 1")
     ] = 64
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.target == 1:
+            raise ValueError(f"target = 1.0 is not allowed; expected {_described('target')}")
+        return self
 
     @model_validator(mode="after")
     def _check_alphas(self) -> Self:
@@ -150,7 +174,7 @@ def _explain(error: ErrorDetails) -> str:
     if kind == "value_error":
         return str(error["ctx"]["error"])
     if not loc:
-        return 'expected a JSON object such as {"policy": "diffkv"}'
+        return 'expected a JSON object such as {"policy": "diffxkv"}'
     key = str(loc[0])
     shown = repr(error["input"])
     shown = shown if len(shown) <= 80 else shown[:77] + "..."

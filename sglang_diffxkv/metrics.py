@@ -76,8 +76,18 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
         "physical_compression": tokens * (plan.dense_page_bytes // PAGE_TOKENS) / in_use,
         "sealed_bytes_per_token_by_layer": [int(b) / sealed_tokens for b in per_layer],
         "tier_tokens": {"high": high, "low": low, "pruned": graded - high - low},
+        "retention_by_layer": None if store.retention is None else store.retention.by_layer(),
+        "plan": store.policy.plan_report(),
+        "sealed_pages_by_plan": _pages_by_plan(store),
         "counters": asdict(store.counters),
     }
+
+
+def _pages_by_plan(store: PageStore) -> dict[str, int]:
+    """Sealed pages by the number of the plan that was in force when they were sealed."""
+    directory = store.directory
+    numbers, pages = directory.plan[directory.sealed].unique(return_counts=True)
+    return dict(zip(map(str, numbers.tolist()), pages.tolist(), strict=True))
 
 
 class PrometheusGauges:

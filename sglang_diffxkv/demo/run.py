@@ -56,7 +56,7 @@ def _serve(name: str, device: str, folder: Path) -> Run:
         options = ["--attention-backend", "torch_native", "--page-size", PAGE_TOKENS]
         options += ["--max-total-tokens", stock_tokens]
     else:
-        config = {"policy": "diffkv", "memory_bytes": MEMORY_BYTES}
+        config = {"memory_bytes": MEMORY_BYTES}
         options = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
     options += ["--model-path", BUNDLED, "--device", device, "--dtype", "bfloat16"]
     options += ["--enable-metrics"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sglang_diffxkv.eval.score import Row
 
 HELP = "measure what policies cost in accuracy against full KV, on tasks with known answers"
-POLICIES = "full,lossless,int8,k8v4,k4v8,int4,int2,streaming,snapkv,diffkv"
+POLICIES = "full,lossless,int8,k8v4,k4v8,int4,int2,streaming,snapkv,diffkv,xkv,diffxkv"
 TASKS = "niah_single,niah_multikey,kv_lookup,vt"
 
 _Number = TypeVar("_Number", int, float)

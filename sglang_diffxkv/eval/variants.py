@@ -50,6 +50,8 @@ VARIANTS: Mapping[str, DiffXKVConfig | None] = {
     "streaming": DiffXKVConfig(policy="streaming", window=256),
     "snapkv": DiffXKVConfig(policy="snapkv", layer_caps=0.25),
     "diffkv": DiffXKVConfig(policy="diffkv"),
+    "xkv": DiffXKVConfig(policy="xkv"),
+    "diffxkv": DiffXKVConfig(policy="diffxkv"),
 }
 """Without a target; `uniform` is the format that a target picks."""
 
@@ -81,6 +83,15 @@ def _set_caps(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConf
     return replace(config, layer_caps=share)
 
 
+def _set_target(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
+    """The compression of sealed pages; the policies keep to it within a per cent or two."""
+    dense = 2 * shape.kv_heads * shape.head_dim * shape.itemsize * PAGE_TOKENS
+    allowed = _page_bytes(config, target, shape)
+    if not 0 < allowed < dense:
+        raise ConfigError(_too_much(config, target, shape))
+    return replace(config, target=dense / allowed)
+
+
 def _set_window(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
     """The recent tokens; a page that it covers in part stays raw, and the first keeps its sinks."""
     window = int(shape.tokens / target) - PAGE_TOKENS - config.sink
@@ -105,6 +116,8 @@ KNOBS: Mapping[str, Callable[[DiffXKVConfig, float, Shape], DiffXKVConfig]] = {
     "streaming": _set_window,
     "snapkv": _set_caps,
     "diffkv": _set_caps,
+    "xkv": _set_target,
+    "diffxkv": _set_target,
 }
 
 

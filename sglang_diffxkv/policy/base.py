@@ -3,7 +3,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -49,6 +49,11 @@ class TierPolicy(ABC):
     can_shrink: ClassVar[bool] = True
     """Whether tokens may be demoted or pruned to satisfy `layer_caps` below 1."""
 
+    can_demote: ClassVar[bool] = False
+    """Whether tokens of sealed pages may be lowered further when memory runs short."""
+    grades_quality: ClassVar[bool] = False
+    """Whether requests may ask for more or less than the server's configuration gives."""
+
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
         self.config = config
         self.layout = layout
@@ -57,7 +62,7 @@ class TierPolicy(ABC):
         if not self.can_shrink and min(shares) < 1:
             raise ConfigError(
                 f"policy {self.name!r} keeps every token in full, so it cannot honour layer_caps "
-                f"below 1 (got {min(shares):g}): leave layer_caps out or choose policy 'diffkv'"
+                f"below 1 (got {min(shares):g}): leave layer_caps out or choose policy 'diffxkv'"
             )
         self.caps = [int(share * full_bytes(layout)) for share in shares]
         """Bytes that a (page, layer) may take at most, by layer: kept exactly by `assign`."""
@@ -75,6 +80,26 @@ class TierPolicy(ABC):
     def prunes(self) -> bool:
         """Whether tokens may be dropped altogether."""
         return min(self.caps) < full_bytes(self.layout)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory of its own."""
+        return 0
+
+    @property
+    def plan_number(self) -> int:
+        """Number of the plan that pages are sealed under; 0 where there is none."""
+        return 0
+
+    def plan_report(self) -> dict[str, Any] | None:
+        """The plan in force, as the statistics show it."""
+        return None
+
+    def observe(self, ctx: SealContext) -> None:  # noqa: B027
+        """Learn from pages that are about to be sealed."""
+
+    def on_idle(self) -> None:  # noqa: B027
+        """Nothing runs: do what has waited for that."""
 
     @property
     def expected_fill(self) -> float:

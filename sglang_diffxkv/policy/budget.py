@@ -90,8 +90,10 @@ def rank_bins(mass: torch.Tensor, tokens: torch.Tensor) -> Ranking:
         mass, tokens: [M], sum of the weights and number of the tokens of each bin, by descending
             weight of a token.
     """
-    sums = [torch.nn.functional.pad(x.double().cumsum(0), (1, 0)) for x in (tokens, mass)]
-    return Ranking(*sums, is_single=False)
+    counted, summed = (
+        torch.nn.functional.pad(x.double().cumsum(0), (1, 0)) for x in (tokens, mass)
+    )
+    return Ranking(counted, summed, is_single=False)
 
 
 def most_retained(

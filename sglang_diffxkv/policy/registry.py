@@ -7,14 +7,24 @@ from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import make_layout
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.diffkv import DiffKVPolicy
+from sglang_diffxkv.policy.diffxkv import DiffXKVPolicy
 from sglang_diffxkv.policy.lossless import LosslessPolicy
 from sglang_diffxkv.policy.snapkv import SnapKVPolicy
 from sglang_diffxkv.policy.streaming import StreamingPolicy
 from sglang_diffxkv.policy.uniform import UniformPolicy
+from sglang_diffxkv.policy.xkv import XKVPolicy
 
 POLICIES: dict[str, type[TierPolicy]] = {
     policy.name: policy
-    for policy in (DiffKVPolicy, LosslessPolicy, SnapKVPolicy, StreamingPolicy, UniformPolicy)
+    for policy in (
+        DiffXKVPolicy,
+        DiffKVPolicy,
+        XKVPolicy,
+        LosslessPolicy,
+        SnapKVPolicy,
+        StreamingPolicy,
+        UniformPolicy,
+    )
 }
 
 

@@ -59,6 +59,30 @@ def last_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> SampledQu
     return SampledQueries(_starts(lens)[chunk] + offsets, _starts(taken).to(torch.int32), offsets)
 
 
+def spread_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> SampledQueries:
+    """Half of up to `n` queries from the end of each chunk, half evenly from before those.
+
+    The end of a prompt is where its question is, which tells best what the answer will need; the
+    others speak for the questions that other requests may ask of the same prefix.
+
+    Args:
+        extend_lens, n: as for `sample_queries`; all of a chunk that is shorter.
+    """
+    lens = torch.as_tensor(extend_lens, dtype=torch.int64)
+    late = lens.clamp(max=n // 2)
+    early = (lens - late).clamp(max=n - n // 2)
+    chunk, nth = _members(early + late)
+    early, late, lens = early[chunk], late[chunk], lens[chunk]
+    offsets = torch.where(
+        nth < early,
+        (nth + 1) * (lens - late) // early.clamp(min=1) - 1,
+        lens - late + nth - early,
+    )
+    starts = _starts(torch.as_tensor(extend_lens, dtype=torch.int64))
+    taken = torch.bincount(chunk, minlength=len(starts) - 1)
+    return SampledQueries(starts[chunk] + offsets, _starts(taken).to(torch.int32), offsets)
+
+
 def _members(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[B] to int64 [sum] twice: which chunk each sample is of, and its rank among that one's."""
     chunk = torch.repeat_interleave(counts)

@@ -4,7 +4,7 @@
 After SnapKV (arXiv 2404.14469), as a baseline: what is kept stays in 16 bit, the rest is dropped.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -13,9 +13,7 @@ from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PageLayout, TierFormat
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.caps import full_bytes
 from sglang_diffxkv.policy.scoring import SampledQueries, last_queries
-
-_KERNEL = 7
-"""Tokens that importance is averaged over, so that clusters are kept and not lone tokens."""
+from sglang_diffxkv.policy.sequences import pooled, sequences
 
 
 class SnapKVPolicy(TierPolicy):
@@ -57,7 +55,7 @@ class SnapKVPolicy(TierPolicy):
     def grade(self, ctx: SealContext) -> torch.Tensor:
         certain = self.is_sink(ctx) | (ctx.count == 0)
         kept = torch.zeros_like(ctx.importance, dtype=torch.bool)
-        for pages in _sequences(ctx):
+        for pages in sequences(ctx):
             kept[pages] = self._select(ctx.importance[pages], certain[pages])
         return kept.to(torch.uint8) * HIGH
 
@@ -82,25 +80,3 @@ class SnapKVPolicy(TierPolicy):
         first = place < torch.tensor(budgets, device=worth.device)[:, None, None]
         kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, first.expand_as(order))
         return kept.unflatten(-1, certain.shape).permute(2, 0, 1, 3)
-
-
-def _sequences(ctx: SealContext) -> Iterator[torch.Tensor]:
-    """The pages of each sequence by position: int64 [P] indices into the context's pages."""
-    order = ctx.position.argsort(stable=True)
-    order = order[ctx.sequence[order].argsort(stable=True)]
-    counts = ctx.sequence.unique(return_counts=True)[1]
-    yield from order.split(counts.tolist())
-
-
-def pooled(importance: torch.Tensor) -> torch.Tensor:
-    """Average over neighbours, zeros beyond both ends: float32 [L, H, T], finite.
-
-    A NaN makes its own token worth the most and leaves its neighbours as they are.
-    """
-    most = torch.finfo(torch.float32).max
-    wrong = importance.isnan()
-    pooled = torch.nn.functional.avg_pool1d(
-        importance.masked_fill(wrong, 0), _KERNEL, stride=1, padding=_KERNEL // 2
-    )
-    # Finite, because only tokens that are kept in any case may be worth inf.
-    return pooled.clamp(max=most).masked_fill(wrong, most)

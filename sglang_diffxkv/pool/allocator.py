@@ -217,6 +217,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
 
     def verify_byte_accounting(self) -> list[str]:
         """Violations of page, frame and raw-page conservation; empty when healthy."""
+        self.store.policy.on_idle()  # SGLang asks when nothing runs
         problems = check_integrity(self.store)
         directory = self.store.directory
         free = self.get_all_free_pages()

@@ -23,6 +23,7 @@ class PageDirectory:
         num_frames: int32 [V], frames of a sealed page over all layers.
         position: int32 [V], index of the page in its sequence.
         context: int32 [V], length of the sequence when the page was last attended to.
+        plan: int32 [V], number of the plan that a sealed page was graded under, 0 for none.
         filled: int32 [V], tokens written to an open page.
         last_used: int64 [V], step in which an open page was last attended to.
         quality: uint8 [V], `policy.quality.Quality` of the request that opened the page.
@@ -43,6 +44,7 @@ class PageDirectory:
         self.num_frames = table(v)
         self.position = table(v)
         self.context = table(v)
+        self.plan = table(v)
         self.filled = table(v)
         self.quality = table(v, dtype=torch.uint8)
         self.last_used = table(v, dtype=torch.int64)
@@ -95,3 +97,4 @@ class PageDirectory:
         self.frames[:, pages] = NO_SLOT
         self.heads[:, pages] = 0
         self.num_frames[pages] = 0
+        self.plan[pages] = 0

@@ -10,6 +10,7 @@ import torch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import encode_importance, measure, pack
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.ledger import Ledger
@@ -61,6 +62,9 @@ class PageStore:
             device,
         )
         self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
+        self.retention: RetentionMeter | None = None
+        if policy.needs_scores:
+            self.retention = RetentionMeter(layout, plan.num_layers, policy.config.sink, device)
         self.counters = Counters()
         self.step = 0
         self.decode_step = 1  # 0 stands for never
@@ -156,7 +160,10 @@ class PageStore:
         if sequence is None:
             sequence = torch.arange(pages.numel(), device=pages.device)
         context = self._seal_context(pages, slots, sequence)
+        self.policy.observe(context)
         tiers = self.policy.assign(context)  # [S, L, H, 64]
+        if self.retention is not None:
+            self.retention.add(context, tiers)
         codes = encode_importance(context.importance)
         measured = measure(tiers, layout)
         counts = -(-measured.nbytes // layout.frame_bytes)  # [S, L]
@@ -175,6 +182,7 @@ class PageStore:
                 layout,
             )
         d.seal(pages, frames.transpose(0, 1), measured.heads.transpose(0, 1))
+        d.plan[pages] = self.policy.plan_number
         self.raw.give_back(slots)
         self.ledger.seal(pages.numel(), int(counts.sum()))
         self.counters.sealed += pages.numel()
@@ -259,4 +267,6 @@ class PageStore:
     @property
     def nbytes(self) -> int:
         """Every byte that the store has allocated."""
-        return self.directory.nbytes + self.arena.nbytes + self.raw.nbytes
+        tables = self.directory.nbytes + self.arena.nbytes + self.raw.nbytes
+        meter = 0 if self.retention is None else self.retention.nbytes
+        return tables + meter + self.policy.nbytes

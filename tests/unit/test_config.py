@@ -16,7 +16,7 @@ from sglang_diffxkv.kernels.layout import FORMATS
 def test_defaults() -> None:
     config = load_config(None, {})
     assert config == DiffXKVConfig()
-    assert (config.policy, config.window, config.sink) == ("diffkv", 64, 4)
+    assert (config.policy, config.window, config.sink) == ("diffxkv", 64, 4)
     assert (config.alpha_high, config.alpha_low) == (1.0, 0.02)
     assert config.tiers.formats == (FORMATS["K8V4"], FORMATS["K4V2"])
     assert config.memory_bytes is None and config.layer_caps is None

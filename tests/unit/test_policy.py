@@ -171,7 +171,7 @@ def scalar_fit(
 
 
 def test_caps_take_the_least_important_and_spare_sinks_and_unscored_tokens() -> None:
-    config = DiffXKVConfig(layer_caps=0.75, alpha_low=0.0, alpha_high=0.0)
+    config = DiffXKVConfig(policy="diffkv", layer_caps=0.75, alpha_low=0.0, alpha_high=0.0)
     policy, ctx = build(config), make_context("spread")
     ctx = ctx._replace(count=torch.ones(PAGES, PAGE_TOKENS))
     ctx.count[0, -5:] = 0
@@ -186,7 +186,7 @@ def test_caps_take_the_least_important_and_spare_sinks_and_unscored_tokens() -> 
 @pytest.mark.parametrize("alphas", [(1.0, 0.02), (3.0, 0.0), (0.04, 0.04), (1.0, 1.0)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_diffkv_equals_its_definition(kind: str, alphas: tuple[float, float]) -> None:
-    config = DiffXKVConfig(alpha_high=alphas[0], alpha_low=alphas[1], sink=7)
+    config = DiffXKVConfig(policy="diffkv", alpha_high=alphas[0], alpha_low=alphas[1], sink=7)
     ctx = make_context(kind, seed=3)
     tiers = build(config).assign(ctx)
     importance, counts = ctx.importance.tolist(), ctx.count.tolist()
@@ -228,7 +228,7 @@ def test_streaming_keeps_sinks_only() -> None:
         (DiffXKVConfig(policy="snapkv", layer_caps=(0.5, 1.0, 0.5)), "needs layer_caps below 1"),
         (DiffXKVConfig(policy="snapkv", layer_caps=(0.5, 0.5)), "2 shares, but the model has 3"),
         (DiffXKVConfig(layer_caps=(0.5, 0.5)), "2 shares, but the model has 3 layers"),
-        (DiffXKVConfig(policy="difkv"), "did you mean 'diffkv'"),
+        (DiffXKVConfig(policy="difxkv"), "did you mean 'diffxkv'"),
     ],
 )
 def test_impossible_policies_are_refused_in_one_line(config: DiffXKVConfig, message: str) -> None:
@@ -238,7 +238,7 @@ def test_impossible_policies_are_refused_in_one_line(config: DiffXKVConfig, mess
 
 
 def test_capped_layers_count_in_the_expected_fill() -> None:
-    free, tight = (build(DiffXKVConfig(layer_caps=share)) for share in (1.0, 0.25))
+    free, tight = (build(config_of("diffkv", layer_caps=share)) for share in (1.0, 0.25))
     assert free.expected_fill < tight.expected_fill == 1.0
     assert tight.prunes and build(replace(tight.config, alpha_low=0.0)).prunes
 

@@ -26,6 +26,7 @@ def make_store(policy: str, budget: int = 5 << 20, **config: object) -> PageStor
         raw_itemsize=4,
         num_layers=LAYERS,
     )
+    budget -= graded.nbytes
     plan = plan_pool(budget, graded.layout, LAYERS, graded.caps, graded.expected_fill, 0.3)
     return PageStore(plan, graded.layout, graded, torch.float32)
 

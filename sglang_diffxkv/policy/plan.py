@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A plan: thresholds and budgets by layer for traffic as it has been, solved from a sketch of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_diffxkv.config import ConfigError
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.policy.budget import Ranking, Split, least_bytes, most_retained, rank_bins
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.policy.sketch import BINS_PER_OCTAVE, ImportanceSketch
+from sglang_diffxkv.policy.target import Target, low_utility, prices_of, raw_page_bytes
+
+FORMAT = 1
+"""Of plan files; raised whenever their meaning changes."""
+_NEVER = float(torch.finfo(torch.float32).max)
+
+
+@dataclass(frozen=True)
+class LayerPlans:
+    """What tokens of each layer get; tuples have one entry per layer."""
+
+    alpha_high: tuple[float, ...]
+    """From this importance on, in units of uniform attention (1 / N), a token is high (DiffKV)."""
+    alpha_low: tuple[float, ...]
+    """From this one on it is kept, below it is dropped."""
+    page_bytes: tuple[float, ...]
+    """Expected payload of a (page, layer): the layer's budget."""
+    retention: tuple[float, ...]
+    """Expected R of the layer (XKV)."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan is made for: it means nothing to another model or other tiers."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    high: str
+    low: str
+
+    @classmethod
+    def of(cls, layout: PageLayout, num_layers: int) -> Shape:
+        heads, dim = layout.num_kv_heads, layout.head_dim
+        return cls(num_layers, heads, dim, layout.high.name, layout.low.name)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Immutable; pages record the number of the plan they were sealed under."""
+
+    number: int
+    """1, 2, ... as they were solved."""
+    target: float
+    shape: Shape
+    qualities: dict[Quality, LayerPlans]
+    sketch: ImportanceSketch
+    """What it was solved from."""
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, in one step: a reader never sees half of it."""
+        text = json.dumps(
+            {
+                "format": FORMAT,
+                "number": self.number,
+                "target": self.target,
+                "shape": asdict(self.shape),
+                "qualities": {
+                    quality.name.lower(): asdict(layers)
+                    for quality, layers in self.qualities.items()
+                },
+                "sketch": self.sketch.to_json(),
+            }
+        )
+        part = path.with_name(path.name + ".part")
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(path)
+
+
+def load_sketch(path: Path, shape: Shape) -> tuple[int, ImportanceSketch]:
+    """Number and sketch of a plan file; the plan follows from the sketch and the target.
+
+    Raises:
+        ConfigError: no such file, not a plan, or one of another model.
+    """
+    try:
+        found: dict[str, Any] = json.loads(path.expanduser().read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise ConfigError(
+                f"plan {path}: format {found['format']}, expected {FORMAT}: calibrate again"
+            )
+        other = Shape(**found["shape"])
+        number, sketch = int(found["number"]), ImportanceSketch.from_json(found["sketch"], "cpu")
+    except OSError as error:
+        raise ConfigError(f"plan {path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"plan {path} is not one that `sglang-diffxkv calibrate` writes"
+        ) from None
+    if (other.layers, other.kv_heads, other.head_dim) != (
+        shape.layers,
+        shape.kv_heads,
+        shape.head_dim,
+    ):
+        raise ConfigError(
+            f"plan {path} is of a model with {other.layers} layers of {other.kv_heads} KV heads "
+            f"of {other.head_dim}, this one has {shape.layers} of {shape.kv_heads} of "
+            f"{shape.head_dim}: calibrate with this model"
+        )
+    return number, sketch
+
+
+def solve_plan(
+    number: int,
+    target: float,
+    sketch: ImportanceSketch,
+    layout: PageLayout,
+    high_layers: tuple[int, ...] = (),
+) -> Plan:
+    """The best budgets for what `sketch` (on the host) has seen.
+
+    Args:
+        high_layers: layers whose tokens all stay high.
+    """
+    shape = Shape.of(layout, len(sketch.tokens))
+    qualities = {
+        quality: _solve(Target.of(target).at(quality), sketch, layout, high_layers)
+        for quality in (Quality.HIGH, Quality.BALANCED, Quality.SMALL)
+    }
+    return Plan(number, target, shape, qualities, sketch)
+
+
+def _solve(
+    target: Target, sketch: ImportanceSketch, layout: PageLayout, high_layers: tuple[int, ...]
+) -> LayerPlans:
+    prices = prices_of(layout)
+    tokens, mass = sketch.tokens.double(), sketch.mass.double()
+    layers = len(tokens)
+    by_layer = mass.sum((1, 2)).clamp(min=1e-30)
+    share = mass / by_layer[:, None, None] / layers
+    weight = share / tokens.clamp(min=1e-30)
+    forced = torch.zeros(layers, dtype=torch.bool)
+    forced[list(high_layers)] = True
+    order = weight[~forced].flatten().argsort(descending=True)
+    free_tokens, free_share = (x[~forced].flatten()[order] for x in (tokens, share))
+    ranking = rank_bins(free_share, free_tokens)
+    if target.retention is not None:
+        wanted = target.retention * float(share.sum()) - float(share[forced].sum())
+        split = least_bytes(ranking, prices, max(0.0, wanted))
+    else:
+        assert target.compression is not None
+        pages = float(tokens.sum()) / (layers * layout.num_kv_heads * PAGE_TOKENS)
+        nbytes = pages * raw_page_bytes(layout, layers) / target.compression
+        nbytes -= pages * layers * page_overhead(layout)
+        split = most_retained(ranking, prices, nbytes - float(tokens[forced].sum()) * prices[0])
+    thresholds = [_threshold(ranking, count) for count in (split.high, split.high + split.low)]
+    # A weight is a share of its layer's importance; back to units of uniform attention.
+    alphas = [(value * layers * by_layer).masked_fill(forced, 0.0) for value in thresholds]
+    bounded = [alpha.clamp(max=_NEVER) for alpha in alphas]
+    return _expected(bounded[0], bounded[1], sketch, layout)
+
+
+def _threshold(ranking: Ranking, count: torch.Tensor) -> torch.Tensor:
+    """Weight of the last of the heaviest ``count`` tokens, interpolated within its bin."""
+    if float(count) <= 0:
+        return torch.tensor(torch.inf, dtype=torch.float64)
+    if float(count) >= float(ranking.tokens[-1]):
+        return torch.tensor(0.0, dtype=torch.float64)
+    at = int((torch.searchsorted(ranking.tokens, count) - 1).clamp(min=0))
+    tokens = ranking.tokens[at + 1] - ranking.tokens[at]
+    weight = (ranking.mass[at + 1] - ranking.mass[at]) / tokens
+    into = (count - ranking.tokens[at]) / tokens
+    return weight * torch.exp2((0.5 - into) / BINS_PER_OCTAVE)
+
+
+def _expected(
+    alpha_high: torch.Tensor, alpha_low: torch.Tensor, sketch: ImportanceSketch, layout: PageLayout
+) -> LayerPlans:
+    """What thresholds (float64 [L]) make of the sketch's own tokens, by layer."""
+    tokens, mass = sketch.tokens.double(), sketch.mass.double()
+    mean = mass / tokens.clamp(min=1e-30)  # [L, H, BINS]
+    high, kept = (mean >= alpha[:, None, None] for alpha in (alpha_high, alpha_low))
+    low = kept & ~high
+    prices = prices_of(layout)
+    nbytes = high * prices.high_bytes + low * prices.low_bytes
+    utility = high + low * low_utility(layout.high, layout.low)
+    pages = tokens.sum((1, 2)).clamp(min=1e-30) / (layout.num_kv_heads * PAGE_TOKENS)
+    page_bytes = (tokens * nbytes).sum((1, 2)) / pages + page_overhead(layout)
+    retention = (mass * utility).sum((1, 2)) / mass.sum((1, 2)).clamp(min=1e-30)
+    return LayerPlans(
+        *(tuple(map(float, values)) for values in (alpha_high, alpha_low, page_bytes, retention))
+    )
+
+
+def page_overhead(layout: PageLayout) -> float:
+    """Expected bytes of a (page, layer) beyond its tokens': heads are aligned, frames filled up."""
+    return (layout.num_kv_heads * layout.align + layout.frame_bytes) / 2
+
+
+__all__ = ["FORMAT", "LayerPlans", "Plan", "Shape", "Split", "load_sketch", "solve_plan"]

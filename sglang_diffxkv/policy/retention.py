@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measured retention R: how much importance the pages that were sealed have kept, by layer."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PageLayout
+from sglang_diffxkv.policy.base import SealContext
+from sglang_diffxkv.policy.target import low_utility
+
+
+class RetentionMeter:
+    """Mean R by layer over sequences, weighted by their pages (XKV's R_i, arXiv 2412.05896).
+
+    Counts tokens whose importance is known, sinks left out: these are kept in any case, and take so
+    much of all attention that R would say little about the others. A low token keeps the utility
+    that the budget solver reckons with.
+    """
+
+    def __init__(self, layout: PageLayout, num_layers: int, sink: int, device: str) -> None:
+        self._low_utility = low_utility(layout.high, layout.low)
+        self._sink = sink
+        self._sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
+        """Of R times pages, and of pages, in which the layer has received attention at all."""
+
+    @property
+    def nbytes(self) -> int:
+        return self._sums.nbytes
+
+    def add(self, ctx: SealContext, tiers: torch.Tensor) -> None:
+        """Take in S pages that are sealed with ``tiers`` (uint8 [S, L, H, 64])."""
+        number = torch.arange(tiers.shape[-1], device=tiers.device)
+        is_sink = ctx.position[:, None] * tiers.shape[-1] + number < self._sink
+        known = ~is_sink & (ctx.count > 0)
+        weight = ctx.importance.masked_fill(~ctx.importance.isfinite(), 0)
+        weight = weight.double() * known[:, None, None]
+        utility = (tiers == HIGH) + (tiers == LOW) * self._low_utility
+        _, group = ctx.sequence.unique(return_inverse=True)
+        shape = (len(ctx.sequence), tiers.shape[1])
+        kept, whole = (
+            torch.zeros(shape, dtype=torch.float64, device=tiers.device).index_add_(0, group, x)
+            for x in ((weight * utility).sum((2, 3)), weight.sum((2, 3)))
+        )
+        pages = group.bincount(minlength=len(group))[:, None] * (whole > 0)
+        self._sums[0] += (pages * kept / whole.clamp(min=1e-30)).sum(0)
+        self._sums[1] += pages.sum(0)
+
+    def by_layer(self) -> list[float | None]:
+        """R of each layer; None where nothing is known."""
+        return [kept / pages if pages else None for kept, pages in self._sums.T.tolist()]

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How importance is distributed in each layer and KV head, as histograms that fade with time.
+
+XKV (arXiv 2412.05896) measures this (DDID) by a mini-prefill of sampled prompts; here it is a
+by-product of sealing, whose importances are there anyway. Updates run on the device without
+synchronisation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+BINS_PER_OCTAVE = 8
+OCTAVES = 14
+"""To either side of uniform attention, 1 / N; what lies beyond goes to the outermost bins."""
+BINS = 2 * BINS_PER_OCTAVE * OCTAVES
+HALF_LIFE_TOKENS = 2**20
+"""Of the weight of a token, in tokens sketched after it."""
+
+
+class ImportanceSketch:
+    """Counts and sums of importance by layer, KV head and bin.
+
+    Attributes:
+        tokens: float32 [L, H, BINS], tokens whose importance is in the bin.
+        mass: float32 [L, H, BINS], sum of their importances in units of uniform attention (1 / N).
+    """
+
+    def __init__(self, num_layers: int, num_kv_heads: int, device: str | torch.device) -> None:
+        shape = (num_layers, num_kv_heads, BINS)
+        self.tokens = torch.zeros(shape, device=device)
+        self.mass = torch.zeros(shape, device=device)
+
+    def update(self, importance: torch.Tensor, counted: torch.Tensor) -> None:
+        """Let older tokens fade, and add those of S pages.
+
+        Args:
+            importance: float32 [S, L, H, 64], in units of uniform attention, finite.
+            counted: bool [S, 64], the tokens to add.
+        """
+        fade = math.exp2(-counted.numel() / HALF_LIFE_TOKENS)
+        values = importance.permute(1, 2, 0, 3).flatten(-2)  # [L, H, S * 64]
+        weight = counted.flatten().to(values.dtype).expand_as(values)
+        bins = bin_of(values)
+        self.tokens.mul_(fade).scatter_add_(-1, bins, weight)
+        self.mass.mul_(fade).scatter_add_(-1, bins, values * weight)
+
+    def to(self, device: torch.device) -> None:
+        """Move it."""
+        self.tokens, self.mass = self.tokens.to(device), self.mass.to(device)
+
+    def copy(self) -> ImportanceSketch:
+        """The sketch as it is now, on the host."""
+        other = ImportanceSketch(0, 0, "cpu")
+        other.tokens, other.mass = (x.to("cpu", copy=True) for x in (self.tokens, self.mass))
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens.nbytes + self.mass.nbytes
+
+    def difference(self, other: ImportanceSketch) -> float:
+        """Share of importance that lies elsewhere: total variation, mean over layers, 0 to 1."""
+        ours, theirs = (
+            x.mass.flatten(1) / x.mass.sum((1, 2)).clamp(min=1e-30)[:, None] for x in (self, other)
+        )
+        return float((ours - theirs).abs().sum(1).mean() / 2)
+
+    def to_json(self) -> dict[str, Any]:
+        """Non-empty bins: ``[layer, head, bin, tokens, mass]`` each."""
+        where = self.tokens.nonzero()
+        rows = zip(
+            where.tolist(),
+            self.tokens[tuple(where.T)].tolist(),
+            self.mass[tuple(where.T)].tolist(),
+            strict=True,
+        )
+        bins = [[*place, float(f"{n:.6g}"), float(f"{mass:.6g}")] for place, n, mass in rows]
+        return {"layers": len(self.tokens), "kv_heads": self.tokens.shape[1], "bins": bins}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any], device: str | torch.device) -> ImportanceSketch:
+        """Inverse of `to_json`, to six digits.
+
+        Raises:
+            ValueError, KeyError, TypeError, IndexError: `found` is not what `to_json` writes.
+        """
+        sketch = cls(int(found["layers"]), int(found["kv_heads"]), "cpu")
+        for layer, head, bin_, tokens, mass in found["bins"]:
+            sketch.tokens[layer, head, bin_] = tokens
+            sketch.mass[layer, head, bin_] = mass
+        sketch.tokens, sketch.mass = sketch.tokens.to(device), sketch.mass.to(device)
+        return sketch
+
+
+def bin_of(importance: torch.Tensor) -> torch.Tensor:
+    """int64 bins of importances in units of uniform attention, any shape."""
+    octave = importance.clamp(min=2.0 ** -(OCTAVES + 1)).log2()
+    return ((octave + OCTAVES) * BINS_PER_OCTAVE).floor().long().clamp_(0, BINS - 1)

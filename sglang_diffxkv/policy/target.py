@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The knob `target`: a retention below 1, or a compression above 1, and what qualities make of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, TierFormat
+from sglang_diffxkv.policy.budget import Prices
+from sglang_diffxkv.policy.quality import Quality
+
+_LOSS = {Quality.HIGH: 1 / 3, Quality.BALANCED: 1.0, Quality.SMALL: 3.0}
+"""Times the importance that is given up."""
+_BYTES = {Quality.HIGH: 1.5, Quality.BALANCED: 1.0, Quality.SMALL: 2 / 3}
+"""Times the bytes."""
+_LEAST_RETENTION = 0.5
+
+LOW_UTILITY = {"K2V2": 0.9}
+"""Of a token in this format, in shares of one in a better one."""
+_OTHER_LOW_UTILITY = 0.98
+"""On the demo model 0.97 to 0.995 are the best of 0.5 to 0.995, at every compression from 3 to 8:
+keeping many tokens coarsely beats keeping few precisely (`docs/policies.md`)."""
+
+
+class Target(NamedTuple):
+    """Either of the two limits of XKV's greedy; the other is None."""
+
+    retention: float | None
+    """Mean over layers of the importance that is to survive."""
+    compression: float | None
+    """Bytes of SGLang's own pool over those of sealed pages, frames and all."""
+
+    @classmethod
+    def of(cls, value: float) -> Target:
+        return cls(value, None) if value < 1 else cls(None, value)
+
+    def at(self, quality: Quality) -> Target:
+        """What a request of that quality is to get, where the server's target is this one."""
+        if self.retention is not None:
+            loss = (1 - self.retention) * _LOSS[quality]
+            return Target(max(_LEAST_RETENTION, 1 - loss), None)
+        assert self.compression is not None
+        return Target(None, max(1.0, self.compression / _BYTES[quality]))
+
+
+def prices_of(layout: PageLayout) -> Prices:
+    """Bytes and utilities of a token of one KV head in the layout's tiers."""
+    high, low = layout.high, layout.low
+    return Prices(layout.token_bytes(high), layout.token_bytes(low), low_utility(high, low))
+
+
+def low_utility(high: TierFormat, low: TierFormat) -> float:
+    """Utility of a low token, in shares of a high one's."""
+    return 1.0 if low == high else LOW_UTILITY.get(low.name, _OTHER_LOW_UTILITY)
+
+
+def raw_page_bytes(layout: PageLayout, num_layers: int) -> int:
+    """Bytes of a page in SGLang's own pool."""
+    return 2 * num_layers * PAGE_TOKENS * layout.num_kv_heads * layout.row_bytes(0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.policy.plan import Plan, Shape, load_sketch, solve_plan
 from sglang_diffxkv.policy.sketch import ImportanceSketch
@@ -119,5 +119,15 @@ class PlanLearner:
 
 
 def high_layers(config: DiffXKVConfig, num_layers: int) -> tuple[int, ...]:
-    """Numbers from 0 of the layers that stay high; negative ones count from the last."""
+    """Numbers from 0 of the layers that stay high; negative ones count from the last.
+
+    Raises:
+        ConfigError: the model has no such layer.
+    """
+    for layer in config.high_layers:
+        if not -num_layers <= layer < num_layers:
+            raise ConfigError(
+                f"high_layers has {layer}, but the model has {num_layers} layers: give numbers "
+                f"from {-num_layers} to {num_layers - 1}"
+            )
     return tuple(sorted({layer % num_layers for layer in config.high_layers}))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan: thresholds and budgets by layer for traffic as it has been, solved from a sketch of it."""
+"""A plan: thresholds and budgets by layer for traffic as it has been, solved from its sketch."""
 
 from __future__ import annotations
 

@@ -63,10 +63,12 @@ class ImportanceSketch:
         return self.tokens.nbytes + self.mass.nbytes
 
     def difference(self, other: ImportanceSketch) -> float:
-        """Share of importance that lies elsewhere: total variation, mean over layers, 0 to 1."""
-        ours, theirs = (
-            x.mass.flatten(1) / x.mass.sum((1, 2)).clamp(min=1e-30)[:, None] for x in (self, other)
-        )
+        """Share of importance that lies elsewhere: total variation, mean over layers, 0 to 1.
+
+        By octaves: single bins differ between samples of the same traffic.
+        """
+        octaves = (x.mass.unflatten(-1, (-1, BINS_PER_OCTAVE)).sum(-1) for x in (self, other))
+        ours, theirs = (x.flatten(1) / x.sum((1, 2)).clamp(min=1e-30)[:, None] for x in octaves)
         return float((ours - theirs).abs().sum(1).mean() / 2)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The knob `target`: a retention below 1, or a compression above 1, and what qualities make of it."""
+"""The knob `target`: a retention below 1 or a compression above 1; what qualities make of it."""
 
 from __future__ import annotations
 

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies `diffxkv` and `xkv`: targets met, budgets that differ, plans, qualities, ties."""
+
+import math
+
+import pytest
+import torch
+
+from sglang_diffxkv.config import ConfigError, DiffXKVConfig
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PRUNED
+from sglang_diffxkv.kernels.pack import measure
+from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.diffxkv import PERSONAL_PAGES, DiffXKVPolicy
+from sglang_diffxkv.policy.learner import FIRST_PLAN_PAGES
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.policy.registry import make_policy
+from sglang_diffxkv.policy.retention import RetentionMeter
+from sglang_diffxkv.policy.target import raw_page_bytes
+
+LAYERS, HEADS = 5, 2
+PAGES = 12
+
+
+def build(policy: str = "diffxkv", **fields: object) -> TierPolicy:
+    return make_policy(
+        DiffXKVConfig(policy=policy, **fields),  # type: ignore[arg-type]
+        head_dim=128,
+        num_kv_heads=HEADS,
+        raw_itemsize=2,
+        num_layers=LAYERS,
+    )
+
+
+def context(
+    pages: int = PAGES, seed: int = 0, quality: Quality = Quality.BALANCED, sharp: float = 2.0
+) -> SealContext:
+    """Pages of one sequence; attention is more peaked in later layers."""
+    rng = torch.Generator().manual_seed(seed)
+    exponent = sharp * torch.arange(1, LAYERS + 1)[:, None, None]
+    values = torch.rand(pages, LAYERS, HEADS, 64, generator=rng) ** exponent * (exponent + 1)
+    length = pages * 64 + 64
+    return SealContext(
+        importance=values / length,
+        count=torch.full((pages, 64), 9.0),
+        position=torch.arange(pages),
+        context=torch.full((pages,), length),
+        sequence=torch.zeros(pages, dtype=torch.int64),
+        quality=torch.full((pages,), int(quality)),
+    )
+
+
+def retained(policy: TierPolicy, ctx: SealContext, tiers: torch.Tensor) -> float:
+    """Mean R over layers, as users see it."""
+    meter = RetentionMeter(policy.layout, LAYERS, policy.config.sink, "cpu")
+    meter.add(ctx, tiers)
+    found = [r for r in meter.by_layer() if r is not None]
+    assert len(found) == LAYERS
+    return sum(found) / LAYERS
+
+
+def compression(policy: TierPolicy, tiers: torch.Tensor) -> float:
+    frames = -(-measure(tiers, policy.layout).nbytes // policy.layout.frame_bytes)
+    taken = int(frames.sum()) * policy.layout.frame_bytes
+    return len(tiers) * raw_page_bytes(policy.layout, LAYERS) / taken
+
+
+@pytest.mark.parametrize("policy", ["diffxkv", "xkv"])
+@pytest.mark.parametrize("target", [0.95, 0.9, 0.8])
+@pytest.mark.parametrize("sharp", [0.5, 2.0, 6.0])
+def test_retention_target_is_met(policy: str, target: float, sharp: float) -> None:
+    graded, ctx = build(policy, target=target), context(sharp=sharp)
+    found = retained(graded, ctx, graded.assign(ctx))
+    # xkv drops the least token of every head of a layer at once.
+    assert target - (1e-6 if policy == "diffxkv" else 0.01) <= found <= target + 0.01
+
+
+@pytest.mark.parametrize("policy", ["diffxkv", "xkv"])
+@pytest.mark.parametrize("target", [2.6, 4.0, 8.0])
+@pytest.mark.parametrize("pages", [1, 2, 30])
+def test_compression_target_is_met(policy: str, target: float, pages: int) -> None:
+    graded, ctx = build(policy, target=target), context(pages)
+    assert compression(graded, graded.assign(ctx)) == pytest.approx(
+        target, rel=0.02 if pages > 2 else 0.15
+    )
+
+
+def test_layers_get_what_they_need() -> None:
+    graded, ctx = build(target=6.0), context()
+    kept = (graded.assign(ctx) != PRUNED).sum((0, 2, 3)).tolist()
+    assert kept == sorted(kept, reverse=True)
+    assert kept[0] > 1.5 * kept[-1]
+
+
+def test_no_better_choice_nearby() -> None:
+    """Swapping any two tokens of different tiers can only lose retention."""
+    graded, ctx = build(target=5.0), context()
+    tiers = graded.assign(ctx)
+    share = ctx.importance / ctx.importance.sum((0, 2, 3), keepdim=True)
+    sinks = graded.is_sink(ctx)[:, None, None].expand_as(tiers)
+    high, low, pruned = (share[(tiers == tier) & ~sinks] for tier in (HIGH, LOW, PRUNED))
+    # The sinks' share counts for their layer in neither.
+    share_of = 1 + 0.05
+    assert high.min() * share_of >= low.max() and low.min() * share_of >= pruned.max()
+
+
+def test_qualities_are_ordered_and_lossless_keeps_all() -> None:
+    for target in (0.9, 4.0):
+        graded = build(target=target)
+        found = [
+            retained(graded, ctx, graded.assign(ctx))
+            for ctx in (context(quality=q) for q in (Quality.SMALL, Quality.BALANCED, Quality.HIGH))
+        ]
+        assert found == sorted(found) and found[0] < found[1] < found[2]
+        assert (graded.assign(context(quality=Quality.LOSSLESS)) == HIGH).all()
+
+
+def test_lone_pages_follow_the_plan_and_others_their_own_scores() -> None:
+    graded = build(target=0.9, learn_share=1.0)
+    assert isinstance(graded, DiffXKVPolicy)
+    for seed in range(FIRST_PLAN_PAGES // PAGES + 1):
+        graded.observe(context(seed=seed))
+    graded.learner.wait()
+    assert graded.plan_number == 1
+    alone = [context(1, seed=seed) for seed in range(100, 140)]
+    kept = [retained(graded, ctx, graded.assign(ctx)) for ctx in alone]
+    assert sum(kept) / len(kept) == pytest.approx(0.9, abs=0.02)
+    assert len({round(r, 3) for r in kept}) > 20  # thresholds, not a share of each page
+    unimportant = context(1, seed=7)
+    unimportant = unimportant._replace(importance=unimportant.importance / 1000)
+    tiers = graded.assign(unimportant)
+    assert (tiers[..., 4:] == PRUNED).all() and (tiers[..., :4] == HIGH).all()
+    many = context(PERSONAL_PAGES, seed=7)
+    many = many._replace(importance=many.importance / 1000)
+    assert retained(graded, many, graded.assign(many)) == pytest.approx(0.9, abs=0.01)
+
+
+def test_plan_caps_what_one_request_may_take() -> None:
+    graded = build(target=0.9, learn_share=1.0)
+    assert isinstance(graded, DiffXKVPolicy)
+    graded.observe(context(FIRST_PLAN_PAGES, sharp=30.0))
+    graded.learner.wait()
+    plan = graded.learner.plan
+    assert plan is not None
+    flat = context(sharp=0.01)
+    tiers = graded.assign(flat)
+    payload = (tiers == HIGH) * graded.layout.token_bytes(graded.layout.high)
+    payload = payload + (tiers == LOW) * graded.layout.token_bytes(graded.layout.low)
+    for layer, budget in enumerate(plan.qualities[Quality.BALANCED].page_bytes):
+        assert int(payload[:, layer].sum()) <= PAGES * 2 * budget
+    assert retained(graded, flat, tiers) < 0.8
+
+
+def test_wrong_numbers_do_no_harm() -> None:
+    ctx = context()
+    wrong = ctx.importance.clone()
+    wrong[0, 1, 0, 10], wrong[1, 2, 1, 20] = math.nan, math.inf
+    wrong[2, 3] = 0
+    for policy in ("diffxkv", "xkv"):
+        for target in (0.9, 6.0):
+            graded = build(policy, target=target, learn_share=1.0)
+            ctx = ctx._replace(importance=wrong)
+            graded.observe(ctx)
+            tiers = graded.assign(ctx)
+            assert tiers[0, 1, 0, 10] == tiers[1, 2, 1, 20] == HIGH
+            zero = ctx._replace(importance=torch.zeros_like(wrong))
+            assert graded.assign(zero).shape == tiers.shape
+
+
+def test_high_layers_stay_high() -> None:
+    graded, ctx = build(target=5.0, high_layers=(0, -1)), context()
+    tiers = graded.assign(ctx)
+    assert (tiers[:, [0, -1]] == HIGH).all()
+    assert (tiers[:, 1] != HIGH).any()
+    with pytest.raises(ConfigError, match="high_layers has 5, but the model has 5 layers"):
+        build(high_layers=(5,))
+
+
+def test_pages_record_nothing_without_a_plan() -> None:
+    graded = build()
+    assert graded.plan_number == 0 and graded.plan_report() is None
+    assert build("xkv").plan_number == 0

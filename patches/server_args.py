@@ -20,6 +20,7 @@ from sglang.srt.runtime_context import get_exec, get_server_args
 
 from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig, load_config
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.patches.capabilities import check_capabilities
 from sglang_diffxkv.patches.model_validation import check_model_config
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.patches.validation import (
@@ -105,6 +106,7 @@ def _check_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
         with _refusing(server_args):
             check_resolution(server_args)
             check_server_args(server_args)
+            check_capabilities(server_args, policy_class(server_args._diffxkv.policy))
 
 
 def _load(server_args: Any, text: str | None) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from sglang_diffxkv import calibrate
 from sglang_diffxkv.eval import command
 
 DEMO_HELP = "serve a small embedded model on sealed pages, and compare with stock SGLang's pool"
@@ -40,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluation = commands.add_parser("eval", help=command.HELP, description=command.HELP)
     command.add_options(evaluation)
     evaluation.set_defaults(run=command.run)
+    calibration = commands.add_parser("calibrate", help=calibrate.HELP, description=calibrate.HELP)
+    calibrate.add_options(calibration)
+    calibration.set_defaults(run=calibrate.run)
     return parser
 
 

@@ -49,6 +49,10 @@ class TierPolicy(ABC):
     can_shrink: ClassVar[bool] = True
     """Whether tokens may be demoted or pruned to satisfy `layer_caps` below 1."""
 
+    streams: ClassVar[bool] = True
+    """Whether pages may be judged one by one, as those of chunked prompts and generated text."""
+    may_share: ClassVar[bool] = True
+    """Whether pages are fit for other requests, not judged by the question of the first alone."""
     can_demote: ClassVar[bool] = False
     """Whether tokens of sealed pages may be lowered further when memory runs short."""
     grades_quality: ClassVar[bool] = False

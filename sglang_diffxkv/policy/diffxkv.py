@@ -86,10 +86,13 @@ class DiffXKVPolicy(TierPolicy):
 
     def plan_report(self) -> dict[str, Any] | None:
         plan = self.learner.plan
-        if plan is None:
-            return None
-        qualities = {quality.name.lower(): asdict(x) for quality, x in plan.qualities.items()}
-        return {"number": plan.number, "target": plan.target, "qualities": qualities}
+        qualities = {} if plan is None else plan.qualities
+        return {
+            "number": self.plan_number,
+            "target": self.target,
+            "pages_since": self.learner.pages_since,
+            "qualities": {quality.name.lower(): asdict(x) for quality, x in qualities.items()},
+        }
 
     def sample(self, extend_lens: Sequence[int], n: int) -> SampledQueries:
         return spread_queries(extend_lens, n)

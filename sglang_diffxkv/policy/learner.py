@@ -43,7 +43,9 @@ class PlanLearner:
         self._num_layers = num_layers
         self._sketch: ImportanceSketch | None = None
         self._coin = random.Random(0)
-        self._since_check = self._since_solved = 0
+        self._since_check = 0
+        self.pages_since = 0
+        """Sketched since the plan was solved."""
         self._solving: Future[None] | None = None
         self._thread: ThreadPoolExecutor | None = None
         self.plan: Plan | None = None
@@ -71,14 +73,14 @@ class PlanLearner:
         self._sketch.update(importance, counted)
         pages = counted.numel() // PAGE_TOKENS
         self._since_check += pages
-        self._since_solved += pages
+        self.pages_since += pages
         enough = CHECK_PAGES if self.plan is not None else FIRST_PLAN_PAGES
         if self._since_check >= enough:
             self._start(only_if_drifted=True)
 
     def on_idle(self) -> None:
         """Where plans are saved, a server at rest has saved what it knows."""
-        if self._config.save_plan is not None and self._since_solved:
+        if self._config.save_plan is not None and self.pages_since:
             self._start(only_if_drifted=False)
 
     def wait(self) -> None:
@@ -103,7 +105,7 @@ class PlanLearner:
         if plan and only_if_drifted and sketch.difference(plan.sketch) < DRIFT:
             return
         try:
-            self._since_solved = 0
+            self.pages_since = 0
             new = self._solve(plan.number + 1 if plan else 1, sketch)
             if self._config.save_plan is not None:
                 new.save(Path(self._config.save_plan).expanduser())

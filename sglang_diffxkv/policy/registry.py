@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies by name."""
+"""Policies by name: those of this package, and those that other packages bring."""
 
 import difflib
+from importlib.metadata import EntryPoint, entry_points
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import make_layout
@@ -28,17 +29,37 @@ POLICIES: dict[str, type[TierPolicy]] = {
 }
 
 
+ENTRY_POINTS = "sglang_diffxkv.policies"
+"""Group in which an installed package names its policies (``docs/policies.md``)."""
+
+
 def policy_class(name: str) -> type[TierPolicy]:
-    """The policy of that name.
+    """The policy of that name, of this package or else of another one that is installed.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it cannot be loaded.
     """
-    if name not in POLICIES:
-        near = difflib.get_close_matches(name, POLICIES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ConfigError(f"unknown policy {name!r}; {hint}one of: {', '.join(POLICIES)}")
-    return POLICIES[name]
+    if name in POLICIES:
+        return POLICIES[name]
+    others = {point.name: point for point in entry_points(group=ENTRY_POINTS)}
+    if name in others:
+        return _load(others[name])
+    known = [*POLICIES, *others]
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown policy {name!r}; {hint}one of: {', '.join(known)}")
+
+
+def _load(point: EntryPoint) -> type[TierPolicy]:
+    try:
+        found = point.load()
+    except Exception as error:
+        raise ConfigError(
+            f"policy {point.name!r} ({point.value}) cannot be loaded: {error}"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, TierPolicy)):
+        raise ConfigError(f"policy {point.name!r} ({point.value}) is not a TierPolicy")
+    return found
 
 
 def make_policy(

@@ -31,6 +31,8 @@ class SnapKVPolicy(TierPolicy):
     name = "snapkv"
     needs_scores = True
     prunes = True
+    streams = False
+    may_share = False
 
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
         super().__init__(config, layout, num_layers)

@@ -177,5 +177,6 @@ def test_high_layers_stay_high() -> None:
 
 def test_pages_record_nothing_without_a_plan() -> None:
     graded = build()
-    assert graded.plan_number == 0 and graded.plan_report() is None
-    assert build("xkv").plan_number == 0
+    report = graded.plan_report()
+    assert report is not None and (report["number"], report["qualities"]) == (0, {})
+    assert build("xkv").plan_number == 0 and build("xkv").plan_report() is None

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The subcommand `calibrate`: a plan for reproducible serving, from a set of prompts.
+
+A real server takes the prompts in, and sketches the importances of their pages when it seals them;
+the plan it then solves is the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sglang_diffxkv.bundled_model import BUNDLED
+from sglang_diffxkv.config import ConfigError, DiffXKVConfig
+from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
+
+HELP = "learn from prompts how importance spreads over layers, and write the plan to serve with"
+_TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]
+"""Synthetic prompts, where no file is given."""
+_TIMEOUT_S = 600.0
+_SETTLE_S = 60.0
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=BUNDLED,
+        help="folder of a Hugging Face checkpoint (default: the bundled demo model)",
+    )
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help='text, a prompt per line, or JSON lines with a "prompt" or "text"; default: synthetic',
+    )
+    parser.add_argument("--length", type=int, default=1024, help="tokens of synthetic prompts")
+    parser.add_argument("--samples", type=int, default=8, help="synthetic prompts of each task")
+    parser.add_argument("--target", type=float, help="as in the configuration")
+    parser.add_argument(
+        "--config", default="{}", metavar="JSON", help="other settings of --diffxkv-config"
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate; return the exit status."""
+    import requests
+
+    try:
+        found = calibrate(
+            args.model, _prompts(args), _config(args), args.device or default_device()
+        )
+    except (ConfigError, ServerError, requests.RequestException) as error:
+        print(f"sglang-diffxkv calibrate: {error}", file=sys.stderr)
+        return 1
+    print(summary(found, args.output))
+    return 0
+
+
+def calibrate(
+    model: Path, prompts: list[str | list[int]], config: DiffXKVConfig, device: str
+) -> dict[str, Any]:
+    """Serve `model` with `config`, whose `save_plan` is written, on prompts of text or token ids.
+
+    Returns:
+        The plan as `/diffxkv/stats` shows it.
+
+    Raises:
+        ServerError: the server did not start.
+        ConfigError: no prompt was long enough for a page to be sealed.
+    """
+    options: list[object] = ["--model-path", model, "--device", device]
+    options += ["--attention-backend", "diffxkv", "--diffxkv-config", config.to_json()]
+    if device == "cpu":
+        options += ["--sleep-on-idle"]
+    with (
+        tempfile.TemporaryDirectory(prefix="diffxkv-calibrate-") as folder,
+        ServerProcess(*options, log=Path(folder) / "server.log") as server,
+    ):
+        for number, prompt in enumerate(prompts, 1):
+            _take_in(server.url, prompt)
+            print(f"\r{number} of {len(prompts)} prompts", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+        return _settled_plan(server.url)
+
+
+def _take_in(url: str, prompt: str | list[int]) -> None:
+    import requests
+
+    key = "text" if isinstance(prompt, str) else "input_ids"
+    # A page is sealed once a later step has scored it.
+    sampling = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
+    body = {key: prompt, "sampling_params": sampling}
+    requests.post(f"{url}/generate", json=body, timeout=_TIMEOUT_S).raise_for_status()
+
+
+def _settled_plan(url: str) -> dict[str, Any]:
+    """The plan once it has all pages in it: a server at rest solves and saves it."""
+    import requests
+
+    deadline = time.monotonic() + _SETTLE_S
+    while time.monotonic() < deadline:
+        stats = requests.get(f"{url}/diffxkv/stats", timeout=_TIMEOUT_S).json()
+        plan: dict[str, Any] = stats["plan"]
+        if not stats["counters"]["sealed"]:
+            raise ConfigError("no prompt was long enough for a page to be sealed: give longer ones")
+        if plan["number"] and not plan["pages_since"]:
+            return plan
+        time.sleep(0.5)
+    raise ConfigError(f"the server solved no plan within {_SETTLE_S:.0f} s")
+
+
+def summary(plan: dict[str, Any], output: Path) -> str:
+    """A table of budgets by layer, and how to serve with them."""
+    layers = plan["qualities"]["balanced"]
+    lines = [f"target {plan['target']:g}", "layer  bytes/page  retention  alpha_high  alpha_low"]
+    columns = zip(*(layers[key] for key in _COLUMNS), strict=True)
+    for number, (nbytes, retention, high, low) in enumerate(columns):
+        lines.append(f"{number:5}  {nbytes:10,.0f}  {retention:9.3f}  {high:10.3g}  {low:9.3g}")
+    use = json.dumps({"plan": str(output), "learn_share": 0})
+    return "\n".join([*lines, f"serve with --diffxkv-config '{use}'"])
+
+
+_COLUMNS = ("page_bytes", "retention", "alpha_high", "alpha_low")
+
+
+def _config(args: argparse.Namespace) -> DiffXKVConfig:
+    from sglang_diffxkv.config import load_config
+
+    own = {"policy": "diffxkv", "save_plan": str(args.output), "learn_share": 1.0}
+    if args.target is not None:
+        own["target"] = args.target
+    try:
+        given = json.loads(args.config)
+        return load_config(json.dumps(given | own), {})
+    except (ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--config is not a JSON object: {error}") from None
+
+
+def _prompts(args: argparse.Namespace) -> list[str | list[int]]:
+    if args.prompts is not None:
+        return list(read_prompts(args.prompts))
+    from sglang_diffxkv.eval.prompts import make_cells
+    from sglang_diffxkv.eval.run import load_model
+
+    tokenizer = load_model(args.model).tokenizer
+    cells = make_cells(tokenizer, _TASKS, [args.length], args.samples, seed=7)
+    return [prompt.ids for cell in cells for prompt in cell.prompts]
+
+
+def read_prompts(path: Path) -> Iterator[str]:
+    """Prompts of a file, one per line that is not empty.
+
+    Raises:
+        ConfigError: no such file, or a line of JSON without a prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompts {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith("{"):
+            yield line
+            continue
+        try:
+            found = json.loads(line)
+            yield found["prompt"] if "prompt" in found else found["text"]
+        except (ValueError, KeyError):
+            raise ConfigError(
+                f'{path}, line {number}: not a JSON object with a "prompt" or a "text"'
+            ) from None

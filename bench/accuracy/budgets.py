@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Layer budgets on real importances: what solving them is worth, and whether targets are met.
 
-Importances are those of the bundled model's attention, by the queries that policy `diffxkv` samples;
-grading, frames and retention are the package's own.
+Importances are those of the bundled model's attention to the queries that policy `diffxkv`
+samples; grading, frames and retention are the package's own.
 
     python -m bench.accuracy.budgets [--samples 25] [--length 1024]
 """
@@ -105,9 +105,7 @@ def outcome(policy: TierPolicy, ctx: SealContext, tiers: torch.Tensor) -> Outcom
     nbytes = -(-measure(tiers, policy.layout).nbytes // frame) * frame  # [P, L]
     raw = raw_page_bytes(policy.layout, layers) * len(tiers)
     known = [r for r in meter.by_layer() if r is not None]
-    return Outcome(
-        sum(known) / len(known), raw / float(nbytes.sum()), nbytes.sum(0) / nbytes.sum()
-    )
+    return Outcome(sum(known) / len(known), raw / float(nbytes.sum()), nbytes.sum(0) / nbytes.sum())
 
 
 def equal_layers(model: Model, target: float) -> Callable[[SealContext], torch.Tensor]:

@@ -48,6 +48,10 @@ class TierPolicy(ABC):
     """Whether importance is read; where not, nothing has to be scored before sealing."""
     can_shrink: ClassVar[bool] = True
     """Whether tokens may be demoted or pruned to satisfy `layer_caps` below 1."""
+    is_lossless: ClassVar[bool] = False
+    """Whether what is read from a sealed page is what was written, bit for bit."""
+    grades_quality: ClassVar[bool] = False
+    """Whether pages are graded by `SealContext.quality`; where not, high and small are refused."""
 
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
         self.config = config

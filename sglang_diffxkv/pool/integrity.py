@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStore
 
 
@@ -49,6 +50,8 @@ def _check_raw_pages(store: PageStore) -> list[str]:
         )
     if bool((is_open & directory.sealed).any()):
         problems.append("a page is both open and sealed")
+    if bool((directory.sealed & (directory.quality == Quality.LOSSLESS)).any()):
+        problems.append("a page of a lossless request is sealed")
     return problems
 
 

@@ -10,11 +10,16 @@ import torch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import encode_importance, measure, pack
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.ledger import Ledger
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sizing import PoolPlan
+
+
+_UNTIL_LEFT = torch.iinfo(torch.int64).max
+"""As `window_step`: the whole sequence of a lossless request is its recent window."""
 
 
 class PageStateError(RuntimeError):
@@ -136,6 +141,24 @@ class PageStore:
         d.window_step[pages[end > context - window]] = self.decode_step
         d.last_used[pages] = self.step
 
+    def set_quality(self, pages: torch.Tensor, quality: torch.Tensor) -> None:
+        """Note what the requests of open ``pages`` asked for, after `touch`.
+
+        Args:
+            pages: int64 [N] open pages; may repeat, then with equal qualities.
+            quality: uint8 [N], `Quality`. Lossless pages are never sealed, and belong to a running
+                sequence until it is said to have left them.
+        """
+        self.directory.quality[pages] = quality
+        self.directory.window_step[pages[quality == Quality.LOSSLESS]] = _UNTIL_LEFT
+
+    def leave(self, pages: torch.Tensor) -> None:
+        """A request has ended that held ``pages`` (int64 [N]), if others may still hold them.
+
+        Those note so themselves in their next step.
+        """
+        self.directory.window_step[pages] = 0
+
     def seal(self, pages: torch.Tensor, sequence: torch.Tensor | None = None) -> None:
         """Seal full open ``pages`` (int64 [N], distinct).
 
@@ -144,7 +167,7 @@ class PageStore:
                 together; None: nothing is known, every page is judged by itself.
 
         Raises:
-            PageStateError: a page is not open or not full.
+            PageStateError: a page is not open, not full or a lossless request's.
         """
         if pages.numel() == 0:
             return
@@ -153,6 +176,8 @@ class PageStore:
         slots = d.raw_slot[pages].long()
         if not bool(((slots >= 0) & (d.filled[pages] == PAGE_TOKENS)).all()):
             raise PageStateError("seal: page is not open and full")
+        if not bool(self.may_seal(pages).all()):
+            raise PageStateError("seal: page is of a lossless request")
         if sequence is None:
             sequence = torch.arange(pages.numel(), device=pages.device)
         context = self._seal_context(pages, slots, sequence)
@@ -204,14 +229,30 @@ class PageStore:
         A running request decodes in every decode step, so a page that was not in a window at the
         latest one is in none. Requests that finished since then are not told apart.
         """
-        return self.directory.window_step[pages] == self.decode_step
+        return self.directory.window_step[pages] >= self.decode_step
 
-    def sealable(self, include_window: bool) -> torch.Tensor:
-        """Full open pages, coldest first; int64 [N]."""
-        d = self.directory
+    def may_seal(self, pages: torch.Tensor) -> torch.Tensor:
+        """Which ``pages`` (int64 [N]) are of requests that put up with it: bool [N]."""
+        return self.directory.quality[pages] != Quality.LOSSLESS
+
+    def _full_pages(self) -> torch.Tensor:
         pages = self.raw.page[1:].long()
         pages = pages[pages > 0]
-        mask = d.filled[pages] == PAGE_TOKENS
+        return pages[self.directory.filled[pages] == PAGE_TOKENS]
+
+    def num_unsealable(self, include_held: bool) -> int:
+        """Full open pages of lossless requests, with or without those that are still running."""
+        pages = self._full_pages()
+        mask = ~self.may_seal(pages)
+        if not include_held:
+            mask &= ~self.in_window(pages)
+        return int(mask.sum())
+
+    def sealable(self, include_window: bool) -> torch.Tensor:
+        """Full open pages that may be sealed, coldest first; int64 [N]."""
+        d = self.directory
+        pages = self._full_pages()
+        mask = self.may_seal(pages)
         if not include_window:
             mask &= ~self.in_window(pages)
         pages = pages[mask]

@@ -73,7 +73,8 @@ class DiffXKVBackend(AttentionBackend):
         self.token_to_kv_pool = pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.store = pool.store
-        self.rows = RequestRows(pool.store, model_runner.req_to_token_pool.req_to_token)
+        table = self.req_to_token_pool.req_to_token
+        self.rows = RequestRows(table.shape[0], table.device)
         self.config = pool.setup.config
         self.forward_metadata: StepMetadata | None = None
 

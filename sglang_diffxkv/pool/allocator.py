@@ -11,10 +11,22 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.utils import get_num_new_pages
 
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.prefill_budget import MIN_CHUNK_PAGES, DiffXKVPrefillBudget
 from sglang_diffxkv.pool.store import PageStore
+
+
+def _unheld_pages(tree_cache: Any) -> torch.Tensor:
+    """Pages in the radix tree that no request holds; int64 [N].
+
+    A request locks the path of its prefix from the moment it is admitted until it finishes, also
+    while its prompt waits between chunks. Pages that it has written itself and not yet given to the
+    tree are not listed.
+    """
+    walk = tree_cache.tree_core.walk_for_kv_canary(unlocked_only=True, swa_resident_only=False)
+    return walk.slot_indices[::PAGE_TOKENS].long() // PAGE_TOKENS
 
 
 class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
@@ -24,8 +36,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     enforced where the scheduler asks for capacity, in this order: seal cold open pages, evict
     prefixes, seal pages of running windows, and at last say no, so that it waits or retracts.
 
-    Pages of lossless requests are never sealed: they keep their raw pages, and the frames promised
-    to them, until they are evicted.
+    Pages of lossless requests are never sealed: they keep their raw pages until they are evicted.
     """
 
     _kvcache: DiffXKVPool
@@ -120,9 +131,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         """Tokens that fit beside those held, if all get sealed and ``evictable_tokens`` go."""
         ledger = self.store.ledger
         mean = ledger.mean_frames(self.store.plan.expected_frames)
-        kept = self.store.num_unsealable(include_held=True)
-        promised = (ledger.open_pages - kept) * mean + kept * ledger.worst_frames
-        free = ledger.frames_total - ledger.frames_used - promised
+        free = ledger.frames_total - ledger.frames_used - ledger.unsealed_pages * mean
         return free / mean * self.page_size + evictable_tokens
 
     def frames_reclaimable(self, evictable_tokens: int) -> float:
@@ -130,14 +139,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         ledger = self.store.ledger
         mean = ledger.frames_used / max(1, ledger.sealed_pages)
         full = len(self.store.sealable(include_window=True))
-        raw = self._raw_pages_evictable(evictable_tokens)
-        sealed = evictable_tokens / self.page_size - raw
-        return full * (ledger.worst_frames - mean) + raw * ledger.worst_frames + sealed * mean
-
-    def _raw_pages_evictable(self, evictable_tokens: int) -> int:
-        """Raw pages of lossless requests that ended, which come free by evicting, not by sealing."""
-        ended = self.store.num_unsealable(include_held=False)
-        return min(ended, evictable_tokens // self.page_size)
+        evicted = min(evictable_tokens / self.page_size, ledger.sealed_pages + full)
+        return full * (ledger.worst_frames - mean) + evicted * mean
 
     def tokens_openable(self, evictable_tokens: int) -> int:
         """Tokens that frames can be promised to after all that can be reclaimed is."""
@@ -145,12 +148,12 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         free = ledger.frames_free + self.frames_reclaimable(evictable_tokens)
         return int(free / ledger.worst_frames + 1e-6) * self.page_size
 
-    def usage(self, evictable_tokens: int) -> float:
+    def usage(self, tree_cache: Any) -> float:
         """Share of the scarcer of frames and raw pages that requests hold, from 0 to 1."""
         ledger = self.store.ledger
-        free = ledger.frames_free + self.frames_reclaimable(evictable_tokens)
+        free = ledger.frames_free + self.frames_reclaimable(tree_cache.evictable_size())
         raw = ledger.open_pages - len(self.store.sealable(include_window=True))
-        raw -= self._raw_pages_evictable(evictable_tokens)
+        raw -= self._num_raw_only_unheld(tree_cache)
         used = max(1 - free / ledger.frames_total, raw / ledger.raw_total)
         return min(1.0, max(0.0, used))
 
@@ -195,7 +198,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         return self._secure(pages) and self.available_size() >= num_tokens
 
     def evict_for_raw_pages(self, tree_cache: Any, num_tokens: int) -> None:
-        """Evict until raw pages can hold ``num_tokens`` or none is left of a request that ended.
+        """Evict until raw pages can hold ``num_tokens``, if that helps.
 
         Cached pages that may be sealed count as free already: only lossless ones have to go.
         """
@@ -203,9 +206,15 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
             tree_cache,
             lambda: (
                 self.tokens_with_raw_page >= num_tokens
-                or self.store.num_unsealable(include_held=False) == 0
+                or self._num_raw_only_unheld(tree_cache) == 0
             ),
         )
+
+    def _num_raw_only_unheld(self, tree_cache: Any) -> int:
+        """Pages of lossless requests that are only cached."""
+        if self.store.ledger.raw_only == 0 or not tree_cache.supports_prefix_sharing():
+            return 0
+        return int((~self.store.may_seal(_unheld_pages(tree_cache))).sum())
 
     def _evict_until(self, tree_cache: Any, enough: Callable[[], bool]) -> None:
         if enough() or not tree_cache.supports_prefix_sharing():
@@ -249,8 +258,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
 
         The other raw pages are left to the pages that everyone else is writing.
         """
-        ledger = self.store.ledger
-        return max(0, min(ledger.raw_total, ledger.largest_sequence) - MIN_CHUNK_PAGES)
+        return self.store.ledger.raw_total - MIN_CHUNK_PAGES
 
     def verify_byte_accounting(self) -> list[str]:
         """Violations of page, frame and raw-page conservation; empty when healthy."""

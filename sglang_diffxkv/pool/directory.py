@@ -26,8 +26,7 @@ class PageDirectory:
         filled: int32 [V], tokens written to an open page.
         last_used: int64 [V], step in which an open page was last attended to.
         quality: uint8 [V], `policy.quality.Quality` of the request that opened the page.
-        window_step: int64 [V], last decode step at which it lay in a sequence's recent window;
-            later than any while a lossless request holds it.
+        window_step: int64 [V], last decode step at which it lay in a sequence's recent window.
     """
 
     def __init__(self, num_pages: int, num_layers: int, layout: PageLayout, device: str) -> None:

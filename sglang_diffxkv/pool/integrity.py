@@ -57,10 +57,12 @@ def _check_raw_pages(store: PageStore) -> list[str]:
 
 def _check_ledger(store: PageStore) -> list[str]:
     directory, ledger = store.directory, store.ledger
+    is_open = directory.raw_slot[1:] >= 0
     real = {
-        "open_pages": int((directory.raw_slot[1:] >= 0).sum()),
+        "open_pages": int(is_open.sum()),
         "sealed_pages": int(directory.sealed.sum()),
         "frames_used": int(directory.num_frames.sum()),
+        "raw_only": int((is_open & (directory.quality[1:] == Quality.LOSSLESS)).sum()),
     }
     problems = [
         f"ledger: {name} is {getattr(ledger, name)}, really {value}"

@@ -18,10 +18,6 @@ from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sizing import PoolPlan
 
 
-_UNTIL_LEFT = torch.iinfo(torch.int64).max
-"""As `window_step`: the whole sequence of a lossless request is its recent window."""
-
-
 class PageStateError(RuntimeError):
     """A page was used in a way its state does not allow (double free, write when sealed ...)."""
 
@@ -107,6 +103,7 @@ class PageStore:
         num_open = int(is_open.sum())
         sealed = pages[is_sealed]
         frames = int(d.num_frames[sealed].sum())
+        self.ledger.raw_only -= self._num_raw_only(pages[is_open])
         self.raw.give_back(slots[is_open].long())
         self.arena.give_back(d.frames[:, sealed])
         d.release(pages)
@@ -146,18 +143,16 @@ class PageStore:
 
         Args:
             pages: int64 [N] open pages; may repeat, then with equal qualities.
-            quality: uint8 [N], `Quality`. Lossless pages are never sealed, and belong to a running
-                sequence until it is said to have left them.
+            quality: uint8 [N], `Quality`. Lossless pages are never sealed, so the frames promised
+                to them are free; there may be no going back, and a lossless page stays one.
         """
-        self.directory.quality[pages] = quality
-        self.directory.window_step[pages[quality == Quality.LOSSLESS]] = _UNTIL_LEFT
+        before = self._num_raw_only(pages)
+        lossless = torch.full_like(quality, Quality.LOSSLESS)
+        self.directory.quality[pages] = torch.where(self.may_seal(pages), quality, lossless)
+        self.ledger.raw_only += self._num_raw_only(pages) - before
 
-    def leave(self, pages: torch.Tensor) -> None:
-        """A request has ended that held ``pages`` (int64 [N]), if others may still hold them.
-
-        Those note so themselves in their next step.
-        """
-        self.directory.window_step[pages] = 0
+    def _num_raw_only(self, pages: torch.Tensor) -> int:
+        return torch.unique(pages[~self.may_seal(pages)]).numel()
 
     def seal(self, pages: torch.Tensor, sequence: torch.Tensor | None = None) -> None:
         """Seal full open ``pages`` (int64 [N], distinct).
@@ -229,30 +224,18 @@ class PageStore:
         A running request decodes in every decode step, so a page that was not in a window at the
         latest one is in none. Requests that finished since then are not told apart.
         """
-        return self.directory.window_step[pages] >= self.decode_step
+        return self.directory.window_step[pages] == self.decode_step
 
     def may_seal(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) are of requests that put up with it: bool [N]."""
         return self.directory.quality[pages] != Quality.LOSSLESS
 
-    def _full_pages(self) -> torch.Tensor:
-        pages = self.raw.page[1:].long()
-        pages = pages[pages > 0]
-        return pages[self.directory.filled[pages] == PAGE_TOKENS]
-
-    def num_unsealable(self, include_held: bool) -> int:
-        """Full open pages of lossless requests, with or without those that are still running."""
-        pages = self._full_pages()
-        mask = ~self.may_seal(pages)
-        if not include_held:
-            mask &= ~self.in_window(pages)
-        return int(mask.sum())
-
     def sealable(self, include_window: bool) -> torch.Tensor:
         """Full open pages that may be sealed, coldest first; int64 [N]."""
         d = self.directory
-        pages = self._full_pages()
-        mask = self.may_seal(pages)
+        pages = self.raw.page[1:].long()
+        pages = pages[pages > 0]
+        mask = (d.filled[pages] == PAGE_TOKENS) & self.may_seal(pages)
         if not include_window:
             mask &= ~self.in_window(pages)
         pages = pages[mask]

@@ -79,7 +79,7 @@ def _limit_length(self: Any, req: Req) -> None:
         asked = room if params.max_new_tokens is None else params.max_new_tokens
         params.max_new_tokens = min(asked, room)
         return
-    setattr(req, _QUALITY, Quality.BALANCED)  # what is left of it is one token, to be refused
+    setattr(req, _QUALITY, Quality.BALANCED)  # so that its refusal waits for no raw pages
     req.set_finish_with_abort(
         f"quality 'lossless' keeps a request in raw pages, which hold {capacity} tokens here, but "
         f"the prompt has {len(req.origin_input_ids)}: shorten it, ask for another quality, or have "
@@ -97,8 +97,8 @@ def _admit(
     """
     if _quality(req) is not Quality.LOSSLESS:
         return original(self, req, *args, **kwargs)
-    admitted = [*(self.running_batch.reqs if self.running_batch else ()), *self.can_run_list]
-    pages = _lossless_pages([*admitted, req])
+    running = () if self.running_batch is None else self.running_batch.reqs
+    pages = _lossless_pages([*running, *self.can_run_list, req])
     if hasattr(self, _WAITS) or pages > self.token_to_kv_pool_allocator.lossless_pages:
         setattr(self, _WAITS, True)  # nor is any shorter one admitted before it
         return AddReqResult.CONTINUE

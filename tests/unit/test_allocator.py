@@ -245,6 +245,52 @@ TestUniformAllocator = UniformMachine.TestCase
 TestSnapKVAllocator = SnapKVMachine.TestCase
 
 
+def cached_sequence(cache: PrefixCache, pages: int, quality: Quality) -> None:
+    """A sequence that ran and ended."""
+    allocator = cache.allocator
+    slots = allocator.alloc(pages * PAGE_TOKENS)
+    assert slots is not None
+    ids, context = slots[::PAGE_TOKENS] // PAGE_TOKENS, torch.full((pages,), len(slots))
+    allocator.store.begin_step(decodes=True)
+    allocator.store.touch(ids, torch.arange(pages), context, window=64)
+    allocator.store.set_quality(ids, torch.full((pages,), quality, dtype=torch.uint8))
+    cache.sequences.append(slots)
+
+
+def test_lossless_prefixes_are_evicted_for_raw_pages() -> None:
+    allocator = make_allocator()
+    cache, ledger = PrefixCache(allocator), allocator.store.ledger
+    raw = ledger.raw_total
+    cached_sequence(cache, 2, Quality.LOSSLESS)
+    cached_sequence(cache, 2, Quality.BALANCED)
+    cached_sequence(cache, raw - 6, Quality.LOSSLESS)
+    cached_sequence(cache, 1, Quality.BALANCED)
+    assert (ledger.raw_free, ledger.raw_only) == (1, raw - 4)
+    assert allocator.reclaim(cache, 4 * PAGE_TOKENS)
+    assert len(cache.sequences) == 4, "sealing the balanced ones was enough"
+    assert ledger.raw_free == 4
+    assert allocator.reclaim(cache, 5 * PAGE_TOKENS)
+    assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [2, raw - 6, 1]
+    assert ledger.raw_free == 6
+    assert allocator.reclaim(cache, 7 * PAGE_TOKENS)
+    # the oldest goes first, sealed as it is; what is younger than the last lossless one stays
+    assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [1]
+    assert ledger.raw_free == raw and ledger.raw_only == 0
+
+
+def test_held_lossless_pages_cost_no_prefix() -> None:
+    """What is held comes free by no eviction, so nothing is evicted in vain."""
+    allocator = make_allocator()
+    cache, ledger = PrefixCache(allocator), allocator.store.ledger
+    cached_sequence(cache, 3, Quality.BALANCED)
+    cached_sequence(cache, ledger.raw_total - 3, Quality.LOSSLESS)
+    cache.sequences.pop()  # as if it still ran
+    assert not allocator.reclaim(cache, 4 * PAGE_TOKENS)
+    assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [3]
+    assert allocator.usage(cache) == pytest.approx(1 - 3 / ledger.raw_total)
+    assert allocator.reclaim(cache, 3 * PAGE_TOKENS)
+
+
 def test_double_free_raises() -> None:
     allocator = make_allocator()
     slots = allocator.alloc(2 * PAGE_TOKENS)

@@ -189,7 +189,7 @@ class AllocatorMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.running)
     @rule(data=st.data(), cached=st.booleans())
     def finish(self, data: st.DataObject, cached: bool) -> None:
-        self._end(data.draw(st.sampled_from(self.running)), cached)
+        self._end(self.running[data.draw(st.integers(0, len(self.running) - 1))], cached)
 
     def _end(self, request: Request, cached: bool) -> None:
         """The full pages of a finished request go to the cache, its tail is freed."""

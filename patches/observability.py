@@ -34,7 +34,7 @@ def _get_token_info(result: Any, self: Any) -> Any:
     allocator = self.token_to_kv_pool_allocator
     if not isinstance(allocator, DiffXKVAllocator):
         return None
-    usage = allocator.usage(result.full_evictable_size)
+    usage = allocator.usage(self.tree_cache)
     return dataclasses.replace(result, full_token_usage=max(usage, result.full_token_usage))
 
 

@@ -25,6 +25,7 @@ from sglang_diffxkv.pool.batch import (
     per_page,
 )
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
+from sglang_diffxkv.pool.request_rows import RequestRows
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -72,6 +73,8 @@ class DiffXKVBackend(AttentionBackend):
         self.token_to_kv_pool = pool
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.store = pool.store
+        table = self.req_to_token_pool.req_to_token
+        self.rows = RequestRows(table.shape[0], table.device)
         self.config = pool.setup.config
         self.forward_metadata: StepMetadata | None = None
 
@@ -103,6 +106,7 @@ class DiffXKVBackend(AttentionBackend):
         store.touch(
             pages.pages, pages.position.long(), per_page(pages, seq_lens), self.config.window
         )
+        store.set_quality(pages.pages, per_page(pages, self.rows.quality[fb.req_pool_indices]))
         lens = (seq_lens - prefix_lens).cumsum(0)
         self.forward_metadata = StepMetadata(
             pages=pages,

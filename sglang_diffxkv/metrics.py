@@ -10,6 +10,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES, PAGE_TOKENS, TierFormat
 from sglang_diffxkv.kernels.pack import head_counts
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStore
 
 PREFIX = "sglang:diffxkv_"
@@ -25,6 +26,14 @@ class TierCounts(NamedTuple):
 def tier_counts(store: PageStore) -> TierCounts:
     high, low = head_counts(store.directory.heads)  # [L, V, H]
     return TierCounts(high.sum(dim=(1, 2)).long(), low.sum(dim=(1, 2)).long())
+
+
+def pages_by_quality(store: PageStore) -> dict[str, int]:
+    """Open and sealed pages by what their requests asked for."""
+    directory = store.directory
+    held = (directory.raw_slot[1:] >= 0) | directory.sealed[1:]
+    counts = torch.bincount(directory.quality[1:][held].long(), minlength=len(Quality))
+    return {level.name.lower(): int(counts[level]) for level in Quality}
 
 
 def pool_stats(store: PageStore) -> dict[str, Any]:
@@ -60,6 +69,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
         "sealed_pages": ledger.sealed_pages,
         "open_pages": ledger.open_pages,
         "raw_pages": plan.raw_pages,
+        "pages_by_quality": pages_by_quality(store),
         "frames": plan.frames,
         "frames_used": ledger.frames_used,
         "frame_bytes": layout.frame_bytes,

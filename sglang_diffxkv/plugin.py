@@ -25,9 +25,9 @@ def register() -> None:
 def _install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    from sglang_diffxkv.patches import forward, observability, pool, server_args
+    from sglang_diffxkv.patches import forward, observability, pool, quality, server_args
 
-    for seam in (server_args, pool, forward, observability):
+    for seam in (server_args, pool, forward, observability, quality):
         seam.install()
 
     @register_attention_backend(server_args.BACKEND)
@@ -38,4 +38,6 @@ def _install() -> None:
 
         check_applied()
         check_layers(model_runner.model)
-        return DiffXKVBackend(model_runner)
+        backend = DiffXKVBackend(model_runner)
+        quality.follow_rows(model_runner.req_to_token_pool, backend.rows)
+        return backend

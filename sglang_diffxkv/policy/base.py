@@ -48,6 +48,10 @@ class TierPolicy(ABC):
     """Whether importance is read; where not, nothing has to be scored before sealing."""
     can_shrink: ClassVar[bool] = True
     """Whether tokens may be demoted or pruned to satisfy `layer_caps` below 1."""
+    is_lossless: ClassVar[bool] = False
+    """Whether what is read from a sealed page is what was written, bit for bit."""
+    grades_quality: ClassVar[bool] = False
+    """Whether pages are graded by `SealContext.quality`; where not, high and small are refused."""
 
     streams: ClassVar[bool] = True
     """Whether pages may be judged one by one, as those of chunked prompts and generated text."""
@@ -55,8 +59,6 @@ class TierPolicy(ABC):
     """Whether pages are fit for other requests, not judged by the question of the first alone."""
     can_demote: ClassVar[bool] = False
     """Whether tokens of sealed pages may be lowered further when memory runs short."""
-    grades_quality: ClassVar[bool] = False
-    """Whether requests may ask for more or less than the server's configuration gives."""
 
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
         self.config = config

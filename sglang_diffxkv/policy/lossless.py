@@ -13,6 +13,7 @@ class LosslessPolicy(TierPolicy):
 
     name = "lossless"
     can_shrink = False
+    is_lossless = True
     expected_share = 1.0
 
     @classmethod

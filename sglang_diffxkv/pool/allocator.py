@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +11,22 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.utils import get_num_new_pages
 
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
-from sglang_diffxkv.pool.prefill_budget import DiffXKVPrefillBudget
+from sglang_diffxkv.pool.prefill_budget import MIN_CHUNK_PAGES, DiffXKVPrefillBudget
 from sglang_diffxkv.pool.store import PageStore
+
+
+def _unheld_pages(tree_cache: Any) -> torch.Tensor:
+    """Pages in the radix tree that no request holds; int64 [N].
+
+    A request locks the path of its prefix from the moment it is admitted until it finishes, also
+    while its prompt waits between chunks. Pages that it has written itself and not yet given to the
+    tree are not listed.
+    """
+    walk = tree_cache.tree_core.walk_for_kv_canary(unlocked_only=True, swa_resident_only=False)
+    return walk.slot_indices[::PAGE_TOKENS].long() // PAGE_TOKENS
 
 
 class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
@@ -22,6 +35,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     ``available_size`` counts virtual pages only, which keeps SGLang's leak checks exact. Bytes are
     enforced where the scheduler asks for capacity, in this order: seal cold open pages, evict
     prefixes, seal pages of running windows, and at last say no, so that it waits or retracts.
+
+    Pages of lossless requests are never sealed: they keep their raw pages until they are evicted.
     """
 
     _kvcache: DiffXKVPool
@@ -108,7 +123,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
 
     @property
     def tokens_with_raw_page(self) -> int:
-        """Tokens that there are raw pages for, once every full page is sealed."""
+        """Tokens that there are raw pages for, once every page is sealed that may be."""
         full = len(self.store.sealable(include_window=True))
         return (self.store.ledger.raw_free + full) * self.page_size
 
@@ -116,7 +131,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         """Tokens that fit beside those held, if all get sealed and ``evictable_tokens`` go."""
         ledger = self.store.ledger
         mean = ledger.mean_frames(self.store.plan.expected_frames)
-        free = ledger.frames_total - ledger.frames_used - ledger.open_pages * mean
+        free = ledger.frames_total - ledger.frames_used - ledger.unsealed_pages * mean
         return free / mean * self.page_size + evictable_tokens
 
     def frames_reclaimable(self, evictable_tokens: int) -> float:
@@ -124,7 +139,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         ledger = self.store.ledger
         mean = ledger.frames_used / max(1, ledger.sealed_pages)
         full = len(self.store.sealable(include_window=True))
-        return full * (ledger.worst_frames - mean) + evictable_tokens / self.page_size * mean
+        evicted = min(evictable_tokens / self.page_size, ledger.sealed_pages + full)
+        return full * (ledger.worst_frames - mean) + evicted * mean
 
     def tokens_openable(self, evictable_tokens: int) -> int:
         """Tokens that frames can be promised to after all that can be reclaimed is."""
@@ -132,11 +148,12 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         free = ledger.frames_free + self.frames_reclaimable(evictable_tokens)
         return int(free / ledger.worst_frames + 1e-6) * self.page_size
 
-    def usage(self, evictable_tokens: int) -> float:
+    def usage(self, tree_cache: Any) -> float:
         """Share of the scarcer of frames and raw pages that requests hold, from 0 to 1."""
         ledger = self.store.ledger
-        free = ledger.frames_free + self.frames_reclaimable(evictable_tokens)
+        free = ledger.frames_free + self.frames_reclaimable(tree_cache.evictable_size())
         raw = ledger.open_pages - len(self.store.sealable(include_window=True))
+        raw -= self._num_raw_only_unheld(tree_cache)
         used = max(1 - free / ledger.frames_total, raw / ledger.raw_total)
         return min(1.0, max(0.0, used))
 
@@ -176,17 +193,37 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         if store.ledger.headroom < pages:
             store.counters.reclaims += 1
             store.seal_cold(pages, include_window=False)
-            # Cached pages that are open are sealed now, so evicting can only help with frames.
-            if store.ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
-                self._evict_for_frames(tree_cache, pages)
+            self._evict_until(tree_cache, lambda: store.ledger.frame_headroom >= pages)
+            self.evict_for_raw_pages(tree_cache, num_tokens)
         return self._secure(pages) and self.available_size() >= num_tokens
 
-    def _evict_for_frames(self, tree_cache: Any, pages: int) -> None:
-        ledger, counters = self.store.ledger, self.store.counters
+    def evict_for_raw_pages(self, tree_cache: Any, num_tokens: int) -> None:
+        """Evict until raw pages can hold ``num_tokens``, if that helps.
+
+        Cached pages that may be sealed count as free already: only lossless ones have to go.
+        """
+        self._evict_until(
+            tree_cache,
+            lambda: (
+                self.tokens_with_raw_page >= num_tokens
+                or self._num_raw_only_unheld(tree_cache) == 0
+            ),
+        )
+
+    def _num_raw_only_unheld(self, tree_cache: Any) -> int:
+        """Pages of lossless requests that are only cached."""
+        if self.store.ledger.raw_only == 0 or not tree_cache.supports_prefix_sharing():
+            return 0
+        return int((~self.store.may_seal(_unheld_pages(tree_cache))).sum())
+
+    def _evict_until(self, tree_cache: Any, enough: Callable[[], bool]) -> None:
+        if enough() or not tree_cache.supports_prefix_sharing():
+            return
+        counters = self.store.counters
         released = counters.released
         tree_cache.evict_for_alloc(
             EvictParams(num_tokens=tree_cache.evictable_size()),
-            allocation_reclaim_satisfied=lambda: ledger.frame_headroom >= pages,
+            allocation_reclaim_satisfied=enough,
         )
         counters.evicted += counters.released - released
 
@@ -214,6 +251,14 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         paged_input = -(-input_tokens // self.page_size) * self.page_size
         room = worst - paged_input - self.page_size
         return None if room < 1 else min(max_new_tokens, room - 1)
+
+    @property
+    def lossless_pages(self) -> int:
+        """Pages that running lossless requests may hold between them, at their longest.
+
+        The other raw pages are left to the pages that everyone else is writing.
+        """
+        return self.store.ledger.raw_total - MIN_CHUNK_PAGES
 
     def verify_byte_accounting(self) -> list[str]:
         """Violations of page, frame and raw-page conservation; empty when healthy."""

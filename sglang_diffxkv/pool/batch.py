@@ -149,14 +149,14 @@ class SealBatch(NamedTuple):
 
 
 def pages_to_seal(store: PageStore, batch: BatchPages, scored_lens: torch.Tensor) -> SealBatch:
-    """Open pages that are in no recent window and scored by a step after their own.
+    """Open pages that may be sealed, are in no recent window and scored by a step after their own.
 
     Args:
         scored_lens: int64 [B], tokens that were there before this step; those of this step, too,
             where the policy needs no scores.
     """
     scored = (batch.position + 1) * PAGE_TOKENS <= per_page(batch, scored_lens)
-    ready = scored & ~store.in_window(batch.pages)
+    ready = scored & ~store.in_window(batch.pages) & store.may_seal(batch.pages)
     pages, place = torch.unique(batch.pages[ready], return_inverse=True)
     owner = per_page(batch, torch.arange(scored_lens.numel(), device=batch.pages.device))[ready]
     sequence = torch.empty_like(pages).scatter_reduce_(0, place, owner, "amin", include_self=False)

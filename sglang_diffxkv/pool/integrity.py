@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStore
 
 
@@ -49,15 +50,19 @@ def _check_raw_pages(store: PageStore) -> list[str]:
         )
     if bool((is_open & directory.sealed).any()):
         problems.append("a page is both open and sealed")
+    if bool((directory.sealed & (directory.quality == Quality.LOSSLESS)).any()):
+        problems.append("a page of a lossless request is sealed")
     return problems
 
 
 def _check_ledger(store: PageStore) -> list[str]:
     directory, ledger = store.directory, store.ledger
+    is_open = directory.raw_slot[1:] >= 0
     real = {
-        "open_pages": int((directory.raw_slot[1:] >= 0).sum()),
+        "open_pages": int(is_open.sum()),
         "sealed_pages": int(directory.sealed.sum()),
         "frames_used": int(directory.num_frames.sum()),
+        "raw_only": int((is_open & (directory.quality[1:] == Quality.LOSSLESS)).sum()),
     }
     problems = [
         f"ledger: {name} is {getattr(ledger, name)}, really {value}"

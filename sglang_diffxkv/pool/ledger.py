@@ -12,7 +12,8 @@ class Ledger:
 
     An open page owns one raw page and has a promise of ``worst_frames`` frames, the most that
     sealing it can take (the layers' byte caps). Sealing trades both for the frames really used,
-    so a promise that was kept can never fail, and what a page did not use is credited back.
+    so a promise that was kept can never fail, and what a page did not use is credited back. A page
+    that turns out to be a lossless request's is never sealed, and gives its promise back.
     """
 
     raw_total: int
@@ -21,6 +22,8 @@ class Ledger:
     open_pages: int = 0
     sealed_pages: int = 0
     frames_used: int = 0
+    raw_only: int = 0
+    """Of the open pages, those that will never be sealed."""
 
     @property
     def raw_free(self) -> int:
@@ -29,7 +32,12 @@ class Ledger:
     @property
     def frames_free(self) -> int:
         """Frames neither used by a sealed page nor promised to an open one."""
-        return self.frames_total - self.frames_used - self.open_pages * self.worst_frames
+        return self.frames_total - self.frames_used - self.unsealed_pages * self.worst_frames
+
+    @property
+    def unsealed_pages(self) -> int:
+        """Open pages that will be sealed, or freed before."""
+        return self.open_pages - self.raw_only
 
     @property
     def frame_headroom(self) -> int:
@@ -58,7 +66,7 @@ class Ledger:
         self.open_pages += pages
 
     def seal(self, pages: int, frames: int) -> None:
-        if pages > self.open_pages or frames > pages * self.worst_frames:
+        if pages > self.unsealed_pages or frames > pages * self.worst_frames:
             raise RuntimeError(f"sealing {pages} pages into {frames} frames breaks a promise")
         self.open_pages -= pages
         self.sealed_pages += pages

@@ -60,9 +60,12 @@ class DiffXKVPrefillBudget(PrefillBudget):
         """How many of ``tokens`` new ones, in whole pages, raw pages allow to open in this step.
 
         The rest of a prompt is opened in later steps, when these are sealed: to promise frames to
-        it now would evict, at the worst case, much that sealing does not need.
+        it now would evict, at the worst case, much that sealing does not need. Raw pages that ended
+        lossless requests left in the cache are evicted for it, as sealing cannot free them.
         """
-        tokens = min(tokens, self.allocator.tokens_with_raw_page - int(self.current_offset))
+        offset = int(self.current_offset)
+        self.allocator.evict_for_raw_pages(self.tree_cache, tokens + offset)
+        tokens = min(tokens, self.allocator.tokens_with_raw_page - offset)
         return max(0, tokens // self.page_size * self.page_size)
 
     def _make_room(self, tokens: int) -> int:

@@ -10,6 +10,7 @@ import torch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import encode_importance, measure, pack
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.directory import PageDirectory
@@ -106,6 +107,7 @@ class PageStore:
         num_open = int(is_open.sum())
         sealed = pages[is_sealed]
         frames = int(d.num_frames[sealed].sum())
+        self.ledger.raw_only -= self._num_raw_only(pages[is_open])
         self.raw.give_back(slots[is_open].long())
         self.arena.give_back(d.frames[:, sealed])
         d.release(pages)
@@ -140,6 +142,22 @@ class PageStore:
         d.window_step[pages[end > context - window]] = self.decode_step
         d.last_used[pages] = self.step
 
+    def set_quality(self, pages: torch.Tensor, quality: torch.Tensor) -> None:
+        """Note what the requests of open ``pages`` asked for, after `touch`.
+
+        Args:
+            pages: int64 [N] open pages; may repeat, then with equal qualities.
+            quality: uint8 [N], `Quality`. Lossless pages are never sealed, so the frames promised
+                to them are free; there may be no going back, and a lossless page stays one.
+        """
+        before = self._num_raw_only(pages)
+        lossless = torch.full_like(quality, Quality.LOSSLESS)
+        self.directory.quality[pages] = torch.where(self.may_seal(pages), quality, lossless)
+        self.ledger.raw_only += self._num_raw_only(pages) - before
+
+    def _num_raw_only(self, pages: torch.Tensor) -> int:
+        return torch.unique(pages[~self.may_seal(pages)]).numel()
+
     def seal(self, pages: torch.Tensor, sequence: torch.Tensor | None = None) -> None:
         """Seal full open ``pages`` (int64 [N], distinct).
 
@@ -148,7 +166,7 @@ class PageStore:
                 together; None: nothing is known, every page is judged by itself.
 
         Raises:
-            PageStateError: a page is not open or not full.
+            PageStateError: a page is not open, not full or a lossless request's.
         """
         if pages.numel() == 0:
             return
@@ -157,6 +175,8 @@ class PageStore:
         slots = d.raw_slot[pages].long()
         if not bool(((slots >= 0) & (d.filled[pages] == PAGE_TOKENS)).all()):
             raise PageStateError("seal: page is not open and full")
+        if not bool(self.may_seal(pages).all()):
+            raise PageStateError("seal: page is of a lossless request")
         if sequence is None:
             sequence = torch.arange(pages.numel(), device=pages.device)
         context = self._seal_context(pages, slots, sequence)
@@ -214,12 +234,16 @@ class PageStore:
         """
         return self.directory.window_step[pages] == self.decode_step
 
+    def may_seal(self, pages: torch.Tensor) -> torch.Tensor:
+        """Which ``pages`` (int64 [N]) are of requests that put up with it: bool [N]."""
+        return self.directory.quality[pages] != Quality.LOSSLESS
+
     def sealable(self, include_window: bool) -> torch.Tensor:
-        """Full open pages, coldest first; int64 [N]."""
+        """Full open pages that may be sealed, coldest first; int64 [N]."""
         d = self.directory
         pages = self.raw.page[1:].long()
         pages = pages[pages > 0]
-        mask = d.filled[pages] == PAGE_TOKENS
+        mask = (d.filled[pages] == PAGE_TOKENS) & self.may_seal(pages)
         if not include_window:
             mask &= ~self.in_window(pages)
         pages = pages[mask]

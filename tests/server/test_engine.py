@@ -22,10 +22,19 @@ if __name__ == "__main__":
     greedy = {"temperature": 0, "max_new_tokens": 150, "ignore_eos": True}
     first = engine.generate(input_ids=[list(range(200)), [7] * 90], sampling_params=greedy)
     again = engine.generate(input_ids=list(range(200)), sampling_params=greedy)
+    strict = greedy | {"custom_params": {"diffxkv": {"quality": "lossless"}}}
+    same = engine.generate(input_ids=list(range(200)), sampling_params=strict)
+    try:
+        engine.generate(input_ids=[1], sampling_params={"custom_params": {"diffxkv": "high"}})
+        refusal = None
+    except ValueError as error:
+        refusal = str(error)
     info = engine.get_server_info()
     print(json.dumps({
         "same": first[0]["output_ids"] == again["output_ids"],
         "cached": again["meta_info"]["cached_tokens"],
+        "lossless": same["meta_info"]["cached_tokens"],
+        "refusal": refusal,
         "stats": info["internal_states"][0]["diffxkv"],
     }))
     engine.shutdown()
@@ -47,6 +56,9 @@ def test_engine_runs_on_sealed_pages(make_model: Callable[..., Path], tmp_path: 
     assert run.returncode == 0, run.stderr[-3000:]
     result = json.loads(run.stdout.strip().splitlines()[-1])
     assert result["same"] and result["cached"] == 192
+    # the policy loses nothing, so what asks for that may share with what does not
+    assert result["lossless"] == 192
+    assert "custom_params.diffxkv = 'high' is not allowed" in result["refusal"]
     stats = result["stats"]
     assert stats["policy"] == "lossless" and stats["sealed_pages"] >= 4
     # --max-total-tokens bounds the memory, too: no more than so many uncompressed tokens take

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's allocator interface over the page store, randomised, with a small prefix cache."""
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
@@ -55,6 +57,11 @@ class PrefixCache:
     def __init__(self, allocator: DiffXKVAllocator) -> None:
         self.allocator = allocator
         self.sequences: list[torch.Tensor] = []
+        self.tree_core = self
+
+    def walk_for_kv_canary(self, *, unlocked_only: bool, swa_resident_only: bool) -> Any:
+        slots = torch.cat([torch.empty(0, dtype=torch.int64), *self.sequences])
+        return SimpleNamespace(slot_indices=slots)
 
     def supports_prefix_sharing(self) -> bool:
         return True
@@ -82,6 +89,19 @@ def lens(*values: int) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int64)
 
 
+class Request(NamedTuple):
+    """A running request: its token slots, what it asked for, how long it may get."""
+
+    slots: torch.Tensor
+    quality: Quality
+    longest: int
+
+    @property
+    def raw_pages(self) -> int:
+        """What it may hold for long: as `patches.quality` reckons it."""
+        return -(-self.longest // PAGE_TOKENS) if self.quality is Quality.LOSSLESS else 0
+
+
 class AllocatorMachine(RuleBasedStateMachine):
     """Requests prefill, decode, finish into the cache or abort, as the scheduler has it."""
 
@@ -91,21 +111,30 @@ class AllocatorMachine(RuleBasedStateMachine):
         super().__init__()
         self.allocator = make_allocator(self.policy)
         self.cache = PrefixCache(self.allocator)
-        self.running: list[torch.Tensor] = []
+        self.running: list[Request] = []
 
     def _touch(self, decodes: bool) -> None:
         """What a forward pass over all running requests notes."""
         store = self.allocator.store
         store.begin_step(decodes)
-        for slots in self.running:
+        for slots, quality, _ in self.running:
             pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
             position = torch.arange(len(pages))
             is_open = store.directory.raw_slot[pages] >= 0
             context = torch.full((int(is_open.sum()),), len(slots))
             store.touch(pages[is_open], position[is_open], context, window=64)
+            store.set_quality(pages[is_open], torch.full_like(context, quality, dtype=torch.uint8))
 
-    @rule(tokens=st.integers(1, 700))
-    def prefill(self, tokens: int) -> None:
+    @rule(
+        tokens=st.integers(1, 700),
+        answer=st.integers(1, 300),
+        quality=st.sampled_from([Quality.BALANCED, Quality.LOSSLESS]),
+    )
+    def prefill(self, tokens: int, answer: int, quality: Quality) -> None:
+        request = Request(lens(), quality, tokens + answer)
+        held = sum(other.raw_pages for other in self.running)
+        if request.raw_pages and held + request.raw_pages > self.allocator.lossless_pages:
+            return
         budget = self.allocator.create_prefill_budget(self.cache)
         fits, limit = budget.check_prefill(
             extend_input_len=tokens,
@@ -125,38 +154,47 @@ class AllocatorMachine(RuleBasedStateMachine):
             lens(0), lens(0), lens(tokens), lens(tokens), lens(-1), tokens
         )
         assert out is not None and len(torch.unique(out)) == tokens
-        self.running.append(out)
+        self.running.append(request._replace(slots=out))
         self._touch(decodes=False)
 
     @precondition(lambda self: self.running)
     @rule()
     def decode(self) -> None:
         """One token for everyone; whoever does not fit is retracted, the last one first."""
+        for request in [r for r in self.running if len(r.slots) >= r.longest]:
+            self._end(request, cached=True)
         while self.running:
-            new_pages = sum(len(slots) % PAGE_TOKENS == 0 for slots in self.running)
+            new_pages = sum(len(r.slots) % PAGE_TOKENS == 0 for r in self.running)
             if self.allocator.check_decode_capacity(
                 num_tokens=new_pages * PAGE_TOKENS, tree_cache=self.cache
             ):
                 break
             assert len(self.running) > 1 or new_pages, "nothing is needed, yet refused"
-            self.allocator.free_segment(self.running.pop(), start_pos=0)
+            last = self.running.pop()
+            assert self.running or not last.raw_pages, "a lossless request fits alone"
+            self.allocator.free_segment(last.slots, start_pos=0)
         if not self.running:
             return
         self.allocator.evict_to_free_tokens(self.cache, len(self.running) * PAGE_TOKENS)
-        seq_lens = lens(*(len(slots) + 1 for slots in self.running))
-        last = torch.stack([slots[-1] for slots in self.running])
-        out = self.allocator.alloc_decode(seq_lens, seq_lens, last)
+        seq_lens = lens(*(len(r.slots) + 1 for r in self.running))
+        last_slots = torch.stack([r.slots[-1] for r in self.running])
+        out = self.allocator.alloc_decode(seq_lens, seq_lens, last_slots)
         assert out is not None
         self.running = [
-            torch.cat([slots, slot[None]]) for slots, slot in zip(self.running, out, strict=True)
+            r._replace(slots=torch.cat([r.slots, slot[None]]))
+            for r, slot in zip(self.running, out, strict=True)
         ]
         self._touch(decodes=True)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), cached=st.booleans())
     def finish(self, data: st.DataObject, cached: bool) -> None:
+        self._end(self.running[data.draw(st.integers(0, len(self.running) - 1))], cached)
+
+    def _end(self, request: Request, cached: bool) -> None:
         """The full pages of a finished request go to the cache, its tail is freed."""
-        slots = self.running.pop(data.draw(st.integers(0, len(self.running) - 1)))
+        self.running = [other for other in self.running if other is not request]
+        slots = request.slots
         full = len(slots) // PAGE_TOKENS * PAGE_TOKENS if cached else 0
         if full:
             self.cache.sequences.append(slots[:full])
@@ -171,10 +209,11 @@ class AllocatorMachine(RuleBasedStateMachine):
     @invariant()
     def consistent(self) -> None:
         assert self.allocator.verify_byte_accounting() == []
-        held = sum(-(-len(s) // PAGE_TOKENS) for s in [*self.running, *self.cache.sequences])
+        running = [r.slots for r in self.running]
+        held = sum(-(-len(s) // PAGE_TOKENS) for s in [*running, *self.cache.sequences])
         free = self.allocator.available_size() // PAGE_TOKENS
         assert held + free == self.allocator.num_pages
-        usage = self.allocator.usage(self.cache.evictable_size())
+        usage = self.allocator.usage(self.cache)
         assert 0 <= usage <= 1
         if not self.running:
             assert usage < 0.02, "nobody runs"
@@ -204,6 +243,52 @@ TestDiffKVAllocator = AllocatorMachine.TestCase
 TestLosslessAllocator = LosslessMachine.TestCase
 TestUniformAllocator = UniformMachine.TestCase
 TestSnapKVAllocator = SnapKVMachine.TestCase
+
+
+def cached_sequence(cache: PrefixCache, pages: int, quality: Quality) -> None:
+    """A sequence that ran and ended."""
+    allocator = cache.allocator
+    slots = allocator.alloc(pages * PAGE_TOKENS)
+    assert slots is not None
+    ids, context = slots[::PAGE_TOKENS] // PAGE_TOKENS, torch.full((pages,), len(slots))
+    allocator.store.begin_step(decodes=True)
+    allocator.store.touch(ids, torch.arange(pages), context, window=64)
+    allocator.store.set_quality(ids, torch.full((pages,), quality, dtype=torch.uint8))
+    cache.sequences.append(slots)
+
+
+def test_lossless_prefixes_are_evicted_for_raw_pages() -> None:
+    allocator = make_allocator()
+    cache, ledger = PrefixCache(allocator), allocator.store.ledger
+    raw = ledger.raw_total
+    cached_sequence(cache, 2, Quality.LOSSLESS)
+    cached_sequence(cache, 2, Quality.BALANCED)
+    cached_sequence(cache, raw - 6, Quality.LOSSLESS)
+    cached_sequence(cache, 1, Quality.BALANCED)
+    assert (ledger.raw_free, ledger.raw_only) == (1, raw - 4)
+    assert allocator.reclaim(cache, 4 * PAGE_TOKENS)
+    assert len(cache.sequences) == 4, "sealing the balanced ones was enough"
+    assert ledger.raw_free == 4
+    assert allocator.reclaim(cache, 5 * PAGE_TOKENS)
+    assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [2, raw - 6, 1]
+    assert ledger.raw_free == 6
+    assert allocator.reclaim(cache, 7 * PAGE_TOKENS)
+    # the oldest goes first, sealed as it is; what is younger than the last lossless one stays
+    assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [1]
+    assert ledger.raw_free == raw and ledger.raw_only == 0
+
+
+def test_held_lossless_pages_cost_no_prefix() -> None:
+    """What is held comes free by no eviction, so nothing is evicted in vain."""
+    allocator = make_allocator()
+    cache, ledger = PrefixCache(allocator), allocator.store.ledger
+    cached_sequence(cache, 3, Quality.BALANCED)
+    cached_sequence(cache, ledger.raw_total - 3, Quality.LOSSLESS)
+    cache.sequences.pop()  # as if it still ran
+    assert not allocator.reclaim(cache, 4 * PAGE_TOKENS)
+    assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [3]
+    assert allocator.usage(cache) == pytest.approx(1 - 3 / ledger.raw_total)
+    assert allocator.reclaim(cache, 3 * PAGE_TOKENS)
 
 
 def test_double_free_raises() -> None:

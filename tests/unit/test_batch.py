@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.scoring import Sampler, last_queries, sample_queries
 from sglang_diffxkv.pool.batch import (
     count_scores,
@@ -14,6 +15,7 @@ from sglang_diffxkv.pool.batch import (
     pages_to_seal,
     per_page,
 )
+from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 from tests.unit.test_store import make_store
 
@@ -122,6 +124,22 @@ def test_pages_seal_when_scored_and_out_of_the_window() -> None:
     sealable = pages_to_seal(b.store, batch, b.lens)
     assert sealable.pages.tolist() == sorted(first[2:9] + second[:1])
     assert sealable.sequence.tolist() == [0] * 7 + [1]
+
+
+def test_pages_of_lossless_sequences_never_seal() -> None:
+    b = Batch([700, 130, 300], sealed=[0, 0, 0])
+    b.touch(decodes=False)
+    batch = b.gather()
+    rows = RequestRows(len(b.lens) + 3, torch.device("cpu"))
+    rows.enter(b.rows.tolist(), [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS])
+    b.store.set_quality(batch.pages, per_page(batch, rows.quality[b.rows]))
+    first, second, third = b.pages
+    quality = b.store.directory.quality
+    assert set(quality[first].tolist()) == {Quality.SMALL}
+    assert set(quality[third].tolist()) == {Quality.LOSSLESS}
+    sealable = pages_to_seal(b.store, batch, b.lens).pages.tolist()
+    assert sealable == sorted(first[:9] + second[:1])
+    assert not set(third) & set(b.store.sealable(include_window=True).tolist())
 
 
 def test_shared_page_waits_for_every_window() -> None:

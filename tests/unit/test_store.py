@@ -9,6 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import unpack
+from sglang_diffxkv.metrics import pages_by_quality
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sizing import plan_pool
@@ -46,6 +48,8 @@ class StoreMachine(RuleBasedStateMachine):
         self.free = set(range(1, self.store.plan.virtual_pages + 1))
         self.open: set[int] = set()
         self.full: set[int] = set()
+        """Those that may be sealed: of no lossless request."""
+        self.lossless: set[int] = set()
         self.sealed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -79,7 +83,21 @@ class StoreMachine(RuleBasedStateMachine):
         where = torch.full((len(pages),), position)
         context = torch.full((len(pages),), (position + 1) * PAGE_TOKENS + 70)
         self.store.touch(ids(pages), where, context, window=64)
-        self.full |= set(pages)
+        self.full |= set(pages) - self.lossless
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), repeated=st.booleans())
+    def ask_for_lossless(self, data: st.DataObject, repeated: bool) -> None:
+        """In a later step than other qualities, too: lossless pages stay what they are."""
+        pages = self._pick(data, self.open)
+        levels = [data.draw(st.sampled_from(Quality)) for _ in pages]
+        self.lossless |= {
+            page for page, level in zip(pages, levels, strict=True) if level is Quality.LOSSLESS
+        }
+        self.full -= self.lossless
+        times = 2 if repeated else 1
+        quality = torch.tensor(levels * times, dtype=torch.uint8)
+        self.store.set_quality(torch.tensor(pages * times, dtype=torch.int64), quality)
 
     @precondition(lambda self: self.full)
     @rule(data=st.data())
@@ -110,6 +128,7 @@ class StoreMachine(RuleBasedStateMachine):
         for page in pages:
             self.open.discard(page)
             self.full.discard(page)
+            self.lossless.discard(page)
             self.sealed.pop(page, None)
             self.free.add(page)
 
@@ -125,6 +144,10 @@ class StoreMachine(RuleBasedStateMachine):
         for unknown in (0, self.store.plan.virtual_pages + 1):
             with pytest.raises(PageStateError):
                 self.store.open(ids([unknown]))
+        if self.lossless:
+            lossless = data.draw(st.sampled_from(sorted(self.lossless)))
+            with pytest.raises(PageStateError):
+                self.store.seal(ids([lossless]))
         if self.sealed:
             sealed = data.draw(st.sampled_from(sorted(self.sealed)))
             with pytest.raises(PageStateError):
@@ -140,6 +163,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.free |= self.open | set(self.sealed)
         self.open.clear()
         self.full.clear()
+        self.lossless.clear()
         self.sealed.clear()
 
     @invariant()
@@ -147,6 +171,8 @@ class StoreMachine(RuleBasedStateMachine):
         assert check_integrity(self.store) == []
         ledger = self.store.ledger
         assert (ledger.open_pages, ledger.sealed_pages) == (len(self.open), len(self.sealed))
+        assert ledger.raw_only == len(self.lossless)
+        assert self.lossless <= self.open, "a lossless page was sealed"
 
     def teardown(self) -> None:
         for page, contents in self.sealed.items():
@@ -241,3 +267,31 @@ def test_cold_pages_go_before_recent_ones() -> None:
     store.touch(torch.tensor([1]), torch.tensor([0]), torch.tensor([192]), window=64)
     assert store.sealable(include_window=False).tolist() == [2, 1]
     assert store.sealable(include_window=True).tolist()[-1] == 1
+
+
+def test_pages_keep_their_quality() -> None:
+    store = make_store("diffkv")
+    pages = torch.arange(1, 7)
+    store.open(pages)
+    store.touch(pages, torch.arange(6), torch.full((6,), 6 * PAGE_TOKENS), window=0)
+    asked = [Quality.HIGH, Quality.SMALL, Quality.SMALL, Quality.LOSSLESS, Quality.LOSSLESS]
+    store.set_quality(pages[:5], torch.tensor(asked, dtype=torch.uint8))
+    assert sorted(store.sealable(include_window=True).tolist()) == [1, 2, 3, 6]
+    store.seal(torch.tensor([1, 2, 6]))
+    assert pages_by_quality(store) == {"balanced": 1, "lossless": 2, "high": 1, "small": 2}
+    assert check_integrity(store) == []
+    store.release(torch.tensor([4, 1]))
+    assert pages_by_quality(store) == {"balanced": 1, "lossless": 1, "high": 0, "small": 2}
+    store.open(torch.tensor([4, 1]))  # as a fresh page, whoever had it before
+    assert pages_by_quality(store) == {"balanced": 3, "lossless": 1, "high": 0, "small": 2}
+
+
+def test_lossless_pages_give_promised_frames_back() -> None:
+    store = make_store("diffkv")
+    free = store.ledger.frames_free
+    pages = torch.arange(1, 4)
+    store.open(pages)
+    store.set_quality(pages, torch.full((3,), Quality.LOSSLESS, dtype=torch.uint8))
+    assert store.ledger.frames_free == free
+    store.release(pages)
+    assert store.ledger.frames_free == free and store.ledger.raw_only == 0

@@ -103,6 +103,7 @@ class DiffXKVBackend(AttentionBackend):
         store.touch(
             pages.pages, pages.position.long(), per_page(pages, seq_lens), self.config.window
         )
+        store.read(pages.sealed)
         lens = (seq_lens - prefix_lens).cumsum(0)
         self.forward_metadata = StepMetadata(
             pages=pages,

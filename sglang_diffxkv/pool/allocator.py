@@ -10,18 +10,32 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.utils import get_num_new_pages
 
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.prefill_budget import DiffXKVPrefillBudget
 from sglang_diffxkv.pool.store import PageStore
 
 
+def _unheld_pages(tree_cache: Any) -> torch.Tensor:
+    """Pages in the radix tree that no request holds; int64 [N].
+
+    A request locks the path of its prefix from the moment it is admitted until it finishes, also
+    while its prompt waits between chunks. Pages that it has written itself and not yet given to the
+    tree are not listed.
+    """
+    walk = tree_cache.tree_core.walk_for_kv_canary(unlocked_only=True, swa_resident_only=False)
+    return walk.slot_indices[::PAGE_TOKENS].long() // PAGE_TOKENS
+
+
 class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     """Virtual pages stay SGLang's; every page handed out is opened in the store first.
 
     ``available_size`` counts virtual pages only, which keeps SGLang's leak checks exact. Bytes are
-    enforced where the scheduler asks for capacity, in this order: seal cold open pages, evict
-    prefixes, seal pages of running windows, and at last say no, so that it waits or retracts.
+    enforced where the scheduler asks for capacity, in this order: seal cold open pages, demote cold
+    sealed ones, evict prefixes, seal pages of running windows, and at last say no, so that it waits
+    or retracts.
     """
 
     _kvcache: DiffXKVPool
@@ -117,14 +131,16 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         ledger = self.store.ledger
         mean = ledger.mean_frames(self.store.plan.expected_frames)
         free = ledger.frames_total - ledger.frames_used - ledger.open_pages * mean
-        return free / mean * self.page_size + evictable_tokens
+        sealed = min(evictable_tokens / self.page_size, ledger.sealed_pages)
+        free += ledger.frames_of_evicted(sealed)
+        return free / mean * self.page_size + evictable_tokens - sealed * self.page_size
 
     def frames_reclaimable(self, evictable_tokens: int) -> float:
         """Frames that come free by sealing every full page and evicting ``evictable_tokens``."""
         ledger = self.store.ledger
-        mean = ledger.frames_used / max(1, ledger.sealed_pages)
         full = len(self.store.sealable(include_window=True))
-        return full * (ledger.worst_frames - mean) + evictable_tokens / self.page_size * mean
+        evicted = ledger.frames_of_evicted(evictable_tokens / self.page_size)
+        return full * (ledger.worst_frames - ledger.fresh_mean) + evicted
 
     def tokens_openable(self, evictable_tokens: int) -> int:
         """Tokens that frames can be promised to after all that can be reclaimed is."""
@@ -178,11 +194,19 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
             store.seal_cold(pages, include_window=False)
             # Cached pages that are open are sealed now, so evicting can only help with frames.
             if store.ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
+                self._demote_for_frames(tree_cache, pages)
                 self._evict_for_frames(tree_cache, pages)
         return self._secure(pages) and self.available_size() >= num_tokens
 
+    def _demote_for_frames(self, tree_cache: Any, pages: int) -> None:
+        policy = self.store.policy
+        if policy.can_demote and policy.config.demote:
+            demote_cold(self.store, _unheld_pages(tree_cache), pages)
+
     def _evict_for_frames(self, tree_cache: Any, pages: int) -> None:
         ledger, counters = self.store.ledger, self.store.counters
+        if ledger.frame_headroom >= pages:
+            return
         released = counters.released
         tree_cache.evict_for_alloc(
             EvictParams(num_tokens=tree_cache.evictable_size()),

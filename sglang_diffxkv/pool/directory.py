@@ -24,8 +24,9 @@ class PageDirectory:
         position: int32 [V], index of the page in its sequence.
         context: int32 [V], length of the sequence when the page was last attended to.
         filled: int32 [V], tokens written to an open page.
-        last_used: int64 [V], step in which an open page was last attended to.
+        last_used: int64 [V], step in which the page was last attended to.
         quality: uint8 [V], `policy.quality.Quality` of the request that opened the page.
+        demotions: uint8 [V], how often a sealed page has been demoted.
         window_step: int64 [V], last decode step at which it lay in a sequence's recent window.
     """
 
@@ -45,6 +46,7 @@ class PageDirectory:
         self.context = table(v)
         self.filled = table(v)
         self.quality = table(v, dtype=torch.uint8)
+        self.demotions = table(v, dtype=torch.uint8)
         self.last_used = table(v, dtype=torch.int64)
         self.window_step = table(v, dtype=torch.int64)
         self.clear()
@@ -87,6 +89,20 @@ class PageDirectory:
         self.num_frames[pages] = (frames >= 0).sum(dim=(0, 2), dtype=torch.int32)
         self.raw_slot[pages] = NO_SLOT
         self.sealed[pages] = True
+        self.demotions[pages] = 0
+
+    def replace(
+        self, layer: int, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor
+    ) -> None:
+        """Point sealed ``pages`` [N] at another payload of one layer.
+
+        Args:
+            frames: int32 [N, max_frames]. heads: int32 [N, H, 2].
+        """
+        before = (self.frames[layer, pages] >= 0).sum(dim=1, dtype=torch.int32)
+        self.num_frames[pages] += (frames >= 0).sum(dim=1, dtype=torch.int32) - before
+        self.frames[layer, pages] = frames
+        self.heads[layer, pages] = heads
 
     def release(self, pages: torch.Tensor) -> None:
         """Forget ``pages`` (int64 [N])."""
@@ -95,3 +111,4 @@ class PageDirectory:
         self.frames[:, pages] = NO_SLOT
         self.heads[:, pages] = 0
         self.num_frames[pages] = 0
+        self.demotions[pages] = 0

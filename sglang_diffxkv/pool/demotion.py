@@ -8,7 +8,14 @@ from collections.abc import Iterator
 import torch
 
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS
-from sglang_diffxkv.kernels.pack import decode_importance, head_counts, measure, unpack
+from sglang_diffxkv.kernels.pack import (
+    Payload,
+    copy_rows,
+    decode_importance,
+    head_counts,
+    measure,
+    unpack,
+)
 from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import GradedTokens, PageStore
@@ -55,24 +62,25 @@ def _batches(store: PageStore, pages: torch.Tensor) -> Iterator[torch.Tensor]:
 def demote(store: PageStore, pages: torch.Tensor) -> None:
     """Give sealed ``pages`` (int64 [N], distinct, not at their floor) smaller payloads.
 
-    What the policy grades down is quantised again from what is left of it. Frames are given back
-    before fewer are taken, so this needs none.
+    What the policy grades down is quantised again from what is left of it; all else stays as it is,
+    bit for bit. Frames are given back before fewer are taken, so this needs none.
     """
     d = store.directory
     fresh = store.share(pages[d.demotions[pages] == 0])
-    before = store.share(pages).frames
+    before = d.num_frames[pages]
     for layer in range(store.num_layers):
         _demote_layer(store, layer, pages)
-    freed = before - store.share(pages).frames
+    freed = before - d.num_frames[pages]
     d.demotions[pages] += 1
-    store.ledger.demote(fresh, freed)
-    store.counters.demoted += pages.numel()
-    store.counters.frames_demoted += freed
+    frames = int(freed.sum())
+    store.ledger.demote(fresh, frames)
+    store.counters.demoted += int((freed > 0).sum())
+    store.counters.frames_demoted += frames
 
 
 def _demote_layer(store: PageStore, layer: int, pages: torch.Tensor) -> None:
     """Repack the pages of which that saves frames; the others keep their payload of this layer."""
-    d, layout = store.directory, store.layout
+    d, layout, arena = store.directory, store.layout, store.arena
     tokens = read_tokens(store, layer, pages)
     tiers = store.policy.demote(
         DemotionContext(
@@ -84,20 +92,33 @@ def _demote_layer(store: PageStore, layer: int, pages: torch.Tensor) -> None:
     )
     heads, nbytes = measure(tiers, layout)
     counts = -(-nbytes // layout.frame_bytes)
-    old_frames = d.frames[layer, pages]
-    slots = torch.nonzero(counts < (old_frames >= 0).sum(dim=1)).flatten()
-    store.arena.give_back(old_frames[slots])
-    frames = store.arena.take(counts[slots], layout.max_frames)
-    chosen = tokens._replace(tiers=tiers[slots], codes=tokens.codes[slots])
-    store.pack(chosen, slots, frames, heads[slots])
-    d.replace(layer, pages[slots], frames, heads[slots])
+    slots = torch.nonzero(counts < (d.frames[layer, pages] >= 0).sum(dim=1)).flatten()
+    old = _copy_payload(store, layer, pages[slots], tokens.tiers[slots])
+    arena.give_back(d.frames[layer, pages[slots]])
+    frames = arena.take(counts[slots], layout.max_frames)
+    new = Payload(arena.buffer, frames, heads[slots], tiers[slots])
+    store.pack(
+        tokens._replace(tiers=new.tiers, codes=tokens.codes[slots]), slots, frames, new.heads
+    )
+    copy_rows(old, new, layout)
+    d.replace(layer, pages[slots], frames, new.heads)
+
+
+def _copy_payload(
+    store: PageStore, layer: int, pages: torch.Tensor, tiers: torch.Tensor
+) -> Payload:
+    """A copy of the payload of ``pages`` (int64 [S]), in an arena of its own."""
+    d = store.directory
+    frames = d.frames[layer, pages]
+    arena = store.arena.buffer[frames.flatten().clamp(min=0).long()]
+    own = torch.arange(frames.numel(), dtype=torch.int32, device=frames.device)
+    return Payload(arena, own.view_as(frames), d.heads[layer, pages], tiers)
 
 
 def read_tokens(store: PageStore, layer: int, pages: torch.Tensor) -> GradedTokens:
     """Dequantised tokens of sealed ``pages`` (int64 [N]) of one layer, at their positions.
 
-    Fp32, in which a quantised row comes out of quantisation as it went in; but where a tier is raw,
-    in the model's dtype, which that needs. Pruned tokens are zeros.
+    Fp32; where a tier is raw, the model's dtype, which packing that needs. Pruned tokens are zeros.
     """
     d, layout, raw_dtype = store.directory, store.layout, store.raw.keys[0].dtype
     dtype = raw_dtype if layout.high.is_raw or layout.low.is_raw else torch.float32

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's allocator interface over the page store, randomised, with a small prefix cache."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,8 @@ from tests.unit.policies import config_of
 LAYERS, HEADS, DIM = 2, 2, 64
 
 
-def make_allocator(policy: str = "diffkv", mib: float = 3) -> DiffXKVAllocator:
-    config = config_of(policy)
+def make_allocator(policy: str = "diffkv", mib: float = 3, **fields: Any) -> DiffXKVAllocator:
+    config = config_of(policy, **fields)
     graded = make_policy(
         config, head_dim=DIM, num_kv_heads=HEADS, raw_itemsize=4, num_layers=LAYERS
     )
@@ -55,6 +56,14 @@ class PrefixCache:
     def __init__(self, allocator: DiffXKVAllocator) -> None:
         self.allocator = allocator
         self.sequences: list[torch.Tensor] = []
+
+    @property
+    def tree_core(self) -> "PrefixCache":
+        return self
+
+    def walk_for_kv_canary(self, unlocked_only: bool, swa_resident_only: bool) -> Any:
+        assert unlocked_only and not swa_resident_only
+        return SimpleNamespace(slot_indices=torch.cat([lens(), *self.sequences]))
 
     def supports_prefix_sharing(self) -> bool:
         return True
@@ -103,6 +112,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             is_open = store.directory.raw_slot[pages] >= 0
             context = torch.full((int(is_open.sum()),), len(slots))
             store.touch(pages[is_open], position[is_open], context, window=64)
+            store.read(pages[~is_open])
 
     @rule(tokens=st.integers(1, 700))
     def prefill(self, tokens: int) -> None:

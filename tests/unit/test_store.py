@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
+from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStateError, PageStore
@@ -100,6 +101,17 @@ class StoreMachine(RuleBasedStateMachine):
         self.open -= pages
         self.full -= pages
         self.sealed.update({p: self.contents[p] for p in pages})
+
+    @precondition(lambda self: self.sealed and self.store.policy.can_demote)
+    @rule(data=st.data(), headroom=st.integers(1, 60))
+    def demote_pages(self, data: st.DataObject, headroom: int) -> None:
+        directory = self.store.directory
+        unheld = self._pick(data, self.open | set(self.sealed), most=30)
+        demotions, frames = directory.demotions.clone(), directory.num_frames.clone()
+        demote_cold(self.store, ids(unheld), headroom)
+        changed = torch.nonzero(directory.demotions != demotions).flatten().tolist()
+        assert len(changed) <= len(unheld) // 2 and set(changed) <= set(unheld) & set(self.sealed)
+        assert bool((directory.num_frames <= frames).all())
 
     @precondition(lambda self: self.open or self.sealed)
     @rule(data=st.data())

@@ -186,6 +186,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert held + free == self.allocator.num_pages
         usage = self.allocator.usage(self.cache.evictable_size())
         assert 0 <= usage <= 1
+        pages = torch.cat([lens(), *self.running]) // PAGE_TOKENS
+        assert not bool(self.allocator.store.directory.demotions[pages].any()), "somebody holds it"
         if not self.running:
             assert usage < 0.02, "nobody runs"
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Demotion: which pages, which tokens, what is left of their values, and what it frees."""
 
+import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,13 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.demotion import BATCH_PAGES, cold_pages, demote, demote_cold, read_tokens
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.store import GradedTokens, PageStore
-from tests.unit.test_allocator import DiffXKVAllocator, PrefixCache, lens, make_allocator
+from tests.unit.test_allocator import (
+    AllocatorMachine,
+    DiffXKVAllocator,
+    PrefixCache,
+    lens,
+    make_allocator,
+)
 from tests.unit.test_store import HEADS, make_store
 
 SINK = 4
@@ -248,3 +256,22 @@ def test_other_policies_evict(policy: str) -> None:
     while not allocator.store.counters.evicted:
         serve(allocator, cache, 4 * PAGE_TOKENS)
     assert allocator.store.counters.demoted == 0
+
+
+def test_random_load_over_memory() -> None:
+    """Requests come, decode, finish into the cache and read it again; it gets more than fits."""
+    machine, rng = AllocatorMachine(), random.Random(1)
+    store, cache = machine.allocator.store, machine.cache
+    first_of = SimpleNamespace(draw=lambda _: 0)
+    for _ in range(60):
+        machine.prefill(tokens=rng.randint(100, 700))
+        for _ in range(rng.randint(0, 3)):
+            machine.decode()
+        while len(machine.running) > 2:
+            machine.finish(data=first_of, cached=True)
+        for slots in rng.sample(cache.sequences, len(cache.sequences) // 3):
+            pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
+            store.read(pages[store.directory.sealed[pages]])
+        machine.consistent()
+    assert store.counters.demoted > 20 and store.counters.evicted > 20
+    assert store.ledger.demoted_pages > 0

@@ -103,7 +103,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.sealed.update({p: self.contents[p] for p in pages})
 
     @precondition(lambda self: self.sealed and self.store.policy.can_demote)
-    @rule(data=st.data(), headroom=st.integers(1, 60))
+    @rule(data=st.data(), headroom=st.integers(1, 200))
     def demote_pages(self, data: st.DataObject, headroom: int) -> None:
         directory = self.store.directory
         unheld = self._pick(data, self.open | set(self.sealed), most=30)

@@ -2,7 +2,7 @@
 """Graded eviction: chats of several turns over memory, demotion on against off in equal memory.
 
 Users tell facts in long messages and ask for them later, in random order, one request at a time on
-the embedded trained model, so that a run is deterministic. Each round is another load, sent to each
+the embedded trained model, so that a run is deterministic. Each round has other loads, sent to each
 setting in turn; `ample` has memory for all of it and shows what the model itself gets right.
 
     python -m bench.serving.demotion [--memory-mib 12] [--rounds 2]
@@ -25,7 +25,7 @@ from sglang_diffxkv.eval.tasks.recall import ATTRIBUTES, PEOPLE
 from sglang_diffxkv.eval.tasks.words import HELD_OUT
 from tests.server.harness import Json, Server
 
-CHATS, FACTS, TURN_TOKENS = 24, 3, 350
+LOADS, CHATS, FACTS, TURN_TOKENS = 2, 24, 3, 350
 AMPLE = 16
 """Times the memory."""
 TURNS = ("tell", "tell", "ask", "tell", "ask", "ask")
@@ -47,7 +47,9 @@ class Run(NamedTuple):
     """Of each question, in the order in which they were asked."""
     chats: list[int]
     """Whose question it was."""
+    events: dict[str, int]
     stats: Json
+    """At the end."""
 
 
 class Chat:
@@ -87,6 +89,9 @@ class Chat:
 
 
 def measure(server: Server, seed: int) -> Run:
+    """One load, from an empty cache."""
+    server.flush_cache()
+    before = server.stats()["counters"]
     tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
     chats = [Chat(1000 * seed + number, tokenizer) for number in range(CHATS)]
     order = random.Random(seed).sample(
@@ -101,17 +106,19 @@ def measure(server: Server, seed: int) -> Run:
         if is_right is not None:
             right.append(is_right)
             asked.append(1000 * seed + number)
-    return Run(prompt_tokens, cached_tokens, right, asked, server.stats())
+    stats = server.stats()
+    events = {name: stats["counters"][name] - before[name] for name in EVENTS}
+    return Run(prompt_tokens, cached_tokens, right, asked, events, stats)
 
 
 def compare(memory: int, rounds: int) -> dict[str, list[Run]]:
-    """Runs by setting, one per round; settings take turns."""
+    """Runs by setting, `LOADS` a round; each round starts a server for each setting in turn."""
     found: dict[str, list[Run]] = {name: [] for name in SETTINGS}
-    for seed in range(rounds):
+    for number in range(rounds):
         for name, (demote, times) in SETTINGS.items():
             config = {"policy": "diffkv", "memory_bytes": memory * times, "demote": demote}
             with diffxkv_server(BUNDLED, config, "--enable-cache-report") as server:
-                found[name].append(measure(server, seed))
+                found[name] += [measure(server, LOADS * number + load) for load in range(LOADS)]
     return found
 
 
@@ -128,6 +135,7 @@ def report(memory: int, found: dict[str, list[Run]]) -> str:
             "hit rate",
             "right",
             "95 % interval",
+            "tokens held",
             *EVENTS,
         ]
     ]
@@ -137,14 +145,16 @@ def report(memory: int, found: dict[str, list[Run]]) -> str:
         )
         right = [r for run in runs for r in run.right]
         share = accuracy(runs)
-        events = [sum(run.stats["counters"][event] for run in runs) for event in EVENTS]
+        events = [sum(run.events[event] for run in runs) for event in EVENTS]
         answers = f"{sum(right)} of {len(right)} ({share.mean:.1%})"
         interval = f"{share.low:.1%} to {share.high:.1%}"
-        rows.append([name, prompt, cached, f"{cached / prompt:.1%}", answers, interval, *events])
-    by_round = [["round", *found]]
+        held = sum(run.stats["tokens_held"] for run in runs) // len(runs)
+        hits = [prompt, cached, f"{cached / prompt:.1%}"]
+        rows.append([name, *hits, answers, interval, held, *events])
+    by_load = [["load", *found]]
     for number, runs in enumerate(zip(*found.values(), strict=True)):
         cells = [f"{run.cached_tokens / run.prompt_tokens:.1%}, {sum(run.right)}" for run in runs]
-        by_round.append([str(number), *cells])
+        by_load.append([str(number), *cells])
     pairs = [
         (on, off)
         for a, b in zip(found["on"], found["off"], strict=True)
@@ -154,15 +164,15 @@ def report(memory: int, found: dict[str, list[Run]]) -> str:
     return "\n\n".join(
         [
             f"The embedded model in bfloat16, policy `diffkv` as configured by default, "
-            f"{memory / MIB:.0f} MiB ({AMPLE} times that in `ample`). A round is {CHATS} chats of "
+            f"{memory / MIB:.0f} MiB ({AMPLE} times that in `ample`). A load is {CHATS} chats of "
             f"{len(TURNS)} turns in random order: {FACTS} facts, each told in about {TURN_TOKENS} "
             f"tokens, and {FACTS} questions about them; one request at a time. Right: exact match; "
             f"the interval is over chats.",
             table(rows),
             f"Of the same {len(pairs)} questions, {only_on} were answered right only with "
             f"demotion and {only_off} only without.",
-            "Hit rate and right answers by round:",
-            table(by_round),
+            "Hit rate and right answers by load:",
+            table(by_load),
         ]
     )
 

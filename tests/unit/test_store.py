@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """State-machine test of directory + arena + raw pages + ledger, with a plain-Python model."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,14 +14,16 @@ from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.sizing import plan_pool
+from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 from tests.unit.policies import config_of
 
 LAYERS, HEADS, DIM = 3, 2, 64
 
 
-def make_store(policy: str, budget: int = 5 << 20, **config: object) -> PageStore:
+def make_store(
+    policy: str, budget: int = 5 << 20, virtual_slack: float = VIRTUAL_SLACK, **config: object
+) -> PageStore:
     graded = make_policy(
         config_of(policy, **config),
         head_dim=DIM,
@@ -27,7 +31,15 @@ def make_store(policy: str, budget: int = 5 << 20, **config: object) -> PageStor
         raw_itemsize=4,
         num_layers=LAYERS,
     )
-    plan = plan_pool(budget, graded.layout, LAYERS, graded.caps, graded.expected_fill, 0.3)
+    plan = plan_pool(
+        budget,
+        graded.layout,
+        LAYERS,
+        graded.caps,
+        graded.expected_fill,
+        0.3,
+        virtual_slack=virtual_slack,
+    )
     return PageStore(plan, graded.layout, graded, torch.float32)
 
 
@@ -220,8 +232,9 @@ TestSnapKVStore = SnapKVMachine.TestCase
 
 def test_plan_stays_within_the_budget() -> None:
     for policy in POLICIES:
-        for budget in (5 << 20, 17 << 20):
-            store = make_store(policy, budget)
+        slacks = (VIRTUAL_SLACK, DEMOTION_SLACK)
+        for budget, slack in product((5 << 20, 17 << 20), slacks):
+            store = make_store(policy, budget, slack)
             assert store.nbytes + 8 * store.plan.virtual_pages <= budget
             assert store.nbytes > 0.85 * budget
 

@@ -17,7 +17,7 @@ from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
-from sglang_diffxkv.pool.sizing import plan_pool
+from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
@@ -52,6 +52,7 @@ def make_setup(
         policy.expected_fill,
         config.raw_share,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
+        virtual_slack=DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK,
     )
     _check_chunk(plan.raw_pages)
     return PoolSetup(config, policy.layout, policy, plan)

@@ -107,6 +107,7 @@ class DiffXKVBackend(AttentionBackend):
             pages.pages, pages.position.long(), per_page(pages, seq_lens), self.config.window
         )
         store.set_quality(pages.pages, per_page(pages, self.rows.quality[fb.req_pool_indices]))
+        store.read(pages.sealed)
         lens = (seq_lens - prefix_lens).cumsum(0)
         self.forward_metadata = StepMetadata(
             pages=pages,

@@ -106,6 +106,7 @@ class DiffXKVConfig:
     score_queries: Annotated[
         int, Field(ge=1, description="a whole number of queries, at least 1")
     ] = 64
+    demote: Annotated[bool, Field(description="true or false")] = True
 
     @model_validator(mode="after")
     def _check_target(self) -> Self:

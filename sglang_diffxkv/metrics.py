@@ -134,7 +134,8 @@ class PrometheusGauges:
         )
         self.events = Gauge(
             PREFIX + "events",
-            "DiffXKV: pages opened, sealed, released, evicted, and reclaims, since the start",
+            "DiffXKV: pages opened, sealed, released, evicted, demoted, frames freed by demotion, "
+            "and reclaims, since the start",
             [*labels, "event"],
             multiprocess_mode="mostrecent",
         )

@@ -11,10 +11,14 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import cpu, torch_ops
 from sglang_diffxkv.kernels.pack.importance import decode_importance, encode_importance
 from sglang_diffxkv.kernels.pack.measure import Measured, head_counts, measure
+from sglang_diffxkv.kernels.pack.payload import Payload
+from sglang_diffxkv.kernels.pack.torch_ops import copy_rows
 
 __all__ = [
     "Measured",
+    "Payload",
     "Unpacked",
+    "copy_rows",
     "decode_importance",
     "encode_importance",
     "head_counts",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import numpy as np
 import torch
 
@@ -15,6 +17,7 @@ from sglang_diffxkv.kernels.layout import (
     PageLayout,
     TierFormat,
 )
+from sglang_diffxkv.kernels.pack.payload import Payload
 from sglang_diffxkv.kernels.pack.quantize import FP16_MAX
 
 
@@ -118,6 +121,27 @@ def pack(
                         _bytes_at(arena, frames[s], meta, META_BYTES, layout.frame_bytes)[:] = words
                     notes = torch.tensor([token, int(importance[s, h, token])], dtype=torch.uint8)
                     _bytes_at(arena, frames[s], note, NOTE_BYTES, layout.frame_bytes)[:] = notes
+
+
+def copy_rows(old: Payload, new: Payload, layout: PageLayout) -> None:
+    """See `torch_ops.copy_rows`."""
+    size = layout.frame_bytes
+    for s, h, code in product(range(len(old.tiers)), range(layout.num_kv_heads), (HIGH, LOW)):
+        rows = []
+        for payload in (old, new):
+            tokens = [t for t in range(PAGE_TOKENS) if payload.tiers[s, h, t] == code]
+            located = _tier_rows(layout, payload.heads[s, h], high=code == HIGH)
+            rows.append(dict(zip(tokens, located, strict=True)))
+        for token in rows[0].keys() & rows[1].keys():
+            tier, _, *source, _ = rows[0][token]
+            _, _, *target, _ = rows[1][token]
+            meta = 0 if tier.is_raw else META_BYTES
+            widths = (layout.row_bytes(tier.key_bits), layout.row_bytes(tier.value_bits), meta)
+            for at, to, width in zip(source, target, widths, strict=True):
+                if not width:
+                    continue
+                data = _bytes_at(old.arena, old.frames[s], at, width, size)
+                _bytes_at(new.arena, new.frames[s], to, width, size)[:] = data
 
 
 def unpack_into(

@@ -7,6 +7,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import HIGH, LOW, META_BYTES, NOTE_BYTES, PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack.measure import head_counts
+from sglang_diffxkv.kernels.pack.payload import Payload
 from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
 from sglang_diffxkv.kernels.pack.rows import TierRows, locate_rows, row_index
 
@@ -47,6 +48,36 @@ def pack(
             _write(arena, rows.meta, rows, frames, torch.cat(meta, dim=1).view(torch.uint8))
         notes = torch.stack([token.to(torch.uint8), importance[page, head, token]], dim=1)
         _write(arena, rows.note, rows, frames, notes)
+
+
+def copy_rows(old: Payload, new: Payload, layout: PageLayout) -> None:
+    """Give tokens that have the same tier in both payloads the very codes and scales they had.
+
+    Quantising a row that was read back may round it once more; this undoes that.
+
+    Args:
+        old: read only; its arena must not be written by `new`.
+        new: packed already, of the same pages; the rows of these tokens are written again.
+    """
+    for code in (HIGH, LOW):
+        tier = layout.high if code == HIGH else layout.low
+        same = (old.tiers == code) & (new.tiers == code)
+        source, target = (_rows_of(same, code, payload, layout) for payload in (old, new))
+        for at, to, size in (
+            (source.key, target.key, layout.row_bytes(tier.key_bits)),
+            (source.value, target.value, layout.row_bytes(tier.value_bits)),
+            (source.meta, target.meta, 0 if tier.is_raw else META_BYTES),
+        ):
+            if size:
+                data = _read(old.arena, at, source, old.frames, size)
+                _write(new.arena, to, target, new.frames, data)
+
+
+def _rows_of(chosen: torch.Tensor, code: int, payload: Payload, layout: PageLayout) -> TierRows:
+    """Rows of the chosen tokens (bool [S, H, 64]), which are all of the tier ``code``."""
+    page, head, token = chosen.nonzero().unbind(1)
+    rank = (payload.tiers == code).cumsum(-1)[page, head, token] - 1
+    return locate_rows(page, head, rank, payload.heads, layout, high=code == HIGH)
 
 
 def _write(

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, TierFormat
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, PageLayout, TierFormat
 from sglang_diffxkv.policy.caps import fit, full_bytes, never_exceeds
 from sglang_diffxkv.policy.scoring import SampledQueries, sample_queries
 
@@ -29,6 +29,24 @@ class SealContext(NamedTuple):
     """int64 [S]: pages with equal numbers are of one sequence, and may be judged together."""
     quality: torch.Tensor
     """int64 [S]: `Quality` that the page's request asked for."""
+
+
+MAX_DEMOTIONS = 2
+"""A page that was demoted so often is at its floor, and can only be evicted."""
+
+
+class DemotionContext(NamedTuple):
+    """What is known about S sealed pages of one layer and H KV heads when they are demoted."""
+
+    tiers: torch.Tensor
+    """uint8 [S, H, 64]: tier of every token now."""
+    importance: torch.Tensor
+    """float32 [S, H, 64]: importance when the page was sealed, to the eighth of an octave; 0 where
+    no query had scored the token, and where it was pruned."""
+    position: torch.Tensor
+    """int64 [S]: index of the page in its sequence."""
+    demotions: torch.Tensor
+    """int64 [S]: how often the page has been demoted before, below MAX_DEMOTIONS."""
 
 
 class TierPolicy(ABC):
@@ -52,13 +70,12 @@ class TierPolicy(ABC):
     """Whether what is read from a sealed page is what was written, bit for bit."""
     grades_quality: ClassVar[bool] = False
     """Whether pages are graded by `SealContext.quality`; where not, high and small are refused."""
-
     streams: ClassVar[bool] = True
     """Whether pages may be judged one by one, as those of chunked prompts and generated text."""
     may_share: ClassVar[bool] = True
     """Whether pages are fit for other requests, not judged by the question of the first alone."""
     can_demote: ClassVar[bool] = False
-    """Whether tokens of sealed pages may be lowered further when memory runs short."""
+    """Whether sealed pages may be demoted under memory pressure."""
 
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
         self.config = config
@@ -130,7 +147,18 @@ class TierPolicy(ABC):
         caps = torch.tensor(self.caps, device=tiers.device)
         return fit(tiers, self._worth(ctx), caps, self.layout)
 
-    def is_sink(self, ctx: SealContext) -> torch.Tensor:
+    def demote(self, ctx: DemotionContext) -> torch.Tensor:
+        """Tiers that sealed pages are to have instead, none of them higher: uint8 [S, H, 64].
+
+        At the first demotion high tokens go low; at the second the less important half of the low
+        tokens of each (page, layer), over all heads together, is pruned. Sinks stay as they are.
+        """
+        sink = self.is_sink(ctx)[:, None]
+        tiers = ctx.tiers.masked_fill((ctx.tiers == HIGH) & ~sink, LOW)
+        again = (ctx.demotions > 0)[:, None, None]
+        return tiers.masked_fill(again & _lesser_half((tiers == LOW) & ~sink, ctx), PRUNED)
+
+    def is_sink(self, ctx: SealContext | DemotionContext) -> torch.Tensor:
         """Which tokens are attention sinks, the first of their sequence: bool [S, 64]."""
         number = torch.arange(PAGE_TOKENS, device=ctx.position.device)
         return ctx.position[:, None] * PAGE_TOKENS + number < self.config.sink
@@ -142,6 +170,18 @@ class TierPolicy(ABC):
         # Nothing is known against a token that nobody has scored; only sinks matter more.
         worth = worth.masked_fill((ctx.count == 0)[:, None, None], most)
         return worth.masked_fill(self.is_sink(ctx)[:, None, None], torch.inf)
+
+
+def _lesser_half(mask: torch.Tensor, ctx: DemotionContext) -> torch.Tensor:
+    """The less important half of each page's tokens in ``mask``, rounded down: bool [S, H, 64].
+
+    Nothing is known against a token that nobody has scored. Of equal tokens earlier ones go first.
+    """
+    worth = ctx.importance.masked_fill(ctx.importance == 0, torch.finfo(torch.float32).max)
+    order = worth.masked_fill(~mask, torch.inf).flatten(1).argsort(dim=1, stable=True)
+    rank = torch.arange(order.shape[1], device=order.device)
+    first = rank < mask.flatten(1).sum(1, keepdim=True) // 2
+    return torch.empty_like(first).scatter_(1, order, first).view_as(mask)
 
 
 def _shares(layer_caps: float | tuple[float, ...] | None, num_layers: int) -> tuple[float, ...]:

@@ -20,6 +20,7 @@ class DiffKVPolicy(TierPolicy):
 
     name = "diffkv"
     needs_scores = True
+    can_demote = True
 
     @property
     def prunes(self) -> bool:

@@ -12,6 +12,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.utils import get_num_new_pages
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.prefill_budget import MIN_CHUNK_PAGES, DiffXKVPrefillBudget
@@ -33,8 +34,9 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     """Virtual pages stay SGLang's; every page handed out is opened in the store first.
 
     ``available_size`` counts virtual pages only, which keeps SGLang's leak checks exact. Bytes are
-    enforced where the scheduler asks for capacity, in this order: seal cold open pages, evict
-    prefixes, seal pages of running windows, and at last say no, so that it waits or retracts.
+    enforced where the scheduler asks for capacity, in this order: seal cold open pages, demote cold
+    sealed ones, evict prefixes, seal pages of running windows, and at last say no, so that it waits
+    or retracts.
 
     Pages of lossless requests are never sealed: they keep their raw pages until they are evicted.
     """
@@ -132,15 +134,17 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         ledger = self.store.ledger
         mean = ledger.mean_frames(self.store.plan.expected_frames)
         free = ledger.frames_total - ledger.frames_used - ledger.unsealed_pages * mean
-        return free / mean * self.page_size + evictable_tokens
+        sealed = min(evictable_tokens / self.page_size, ledger.sealed_pages)
+        free += ledger.frames_of_evicted(sealed)
+        return free / mean * self.page_size + evictable_tokens - sealed * self.page_size
 
     def frames_reclaimable(self, evictable_tokens: int) -> float:
         """Frames that come free by sealing every full page and evicting ``evictable_tokens``."""
         ledger = self.store.ledger
-        mean = ledger.frames_used / max(1, ledger.sealed_pages)
         full = len(self.store.sealable(include_window=True))
         evicted = min(evictable_tokens / self.page_size, ledger.sealed_pages + full)
-        return full * (ledger.worst_frames - mean) + evicted * mean
+        freed = ledger.frames_of_evicted(evicted)
+        return full * (ledger.worst_frames - ledger.fresh_mean) + freed
 
     def tokens_openable(self, evictable_tokens: int) -> int:
         """Tokens that frames can be promised to after all that can be reclaimed is."""
@@ -193,9 +197,17 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         if store.ledger.headroom < pages:
             store.counters.reclaims += 1
             store.seal_cold(pages, include_window=False)
+            self._demote_for_frames(tree_cache, pages)
             self._evict_until(tree_cache, lambda: store.ledger.frame_headroom >= pages)
             self.evict_for_raw_pages(tree_cache, num_tokens)
         return self._secure(pages) and self.available_size() >= num_tokens
+
+    def _demote_for_frames(self, tree_cache: Any, pages: int) -> None:
+        policy = self.store.policy
+        if not (policy.can_demote and policy.config.demote):
+            return
+        if self.store.ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
+            demote_cold(self.store, _unheld_pages(tree_cache), pages)
 
     def evict_for_raw_pages(self, tree_cache: Any, num_tokens: int) -> None:
         """Evict until raw pages can hold ``num_tokens``, if that helps.

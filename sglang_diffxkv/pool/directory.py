@@ -25,8 +25,9 @@ class PageDirectory:
         context: int32 [V], length of the sequence when the page was last attended to.
         plan: int32 [V], number of the plan that a sealed page was graded under, 0 for none.
         filled: int32 [V], tokens written to an open page.
-        last_used: int64 [V], step in which an open page was last attended to.
+        last_used: int64 [V], step in which the page was last attended to.
         quality: uint8 [V], `policy.quality.Quality` of the request that opened the page.
+        demotions: uint8 [V], how often a sealed page has been demoted.
         window_step: int64 [V], last decode step at which it lay in a sequence's recent window.
     """
 
@@ -47,6 +48,7 @@ class PageDirectory:
         self.plan = table(v)
         self.filled = table(v)
         self.quality = table(v, dtype=torch.uint8)
+        self.demotions = table(v, dtype=torch.uint8)
         self.last_used = table(v, dtype=torch.int64)
         self.window_step = table(v, dtype=torch.int64)
         self.clear()
@@ -89,6 +91,20 @@ class PageDirectory:
         self.num_frames[pages] = (frames >= 0).sum(dim=(0, 2), dtype=torch.int32)
         self.raw_slot[pages] = NO_SLOT
         self.sealed[pages] = True
+        self.demotions[pages] = 0
+
+    def replace(
+        self, layer: int, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor
+    ) -> None:
+        """Point sealed ``pages`` [N] at another payload of one layer.
+
+        Args:
+            frames: int32 [N, max_frames]. heads: int32 [N, H, 2].
+        """
+        before = (self.frames[layer, pages] >= 0).sum(dim=1, dtype=torch.int32)
+        self.num_frames[pages] += (frames >= 0).sum(dim=1, dtype=torch.int32) - before
+        self.frames[layer, pages] = frames
+        self.heads[layer, pages] = heads
 
     def release(self, pages: torch.Tensor) -> None:
         """Forget ``pages`` (int64 [N])."""
@@ -98,3 +114,4 @@ class PageDirectory:
         self.heads[:, pages] = 0
         self.num_frames[pages] = 0
         self.plan[pages] = 0
+        self.demotions[pages] = 0

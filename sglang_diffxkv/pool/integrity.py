@@ -58,17 +58,22 @@ def _check_raw_pages(store: PageStore) -> list[str]:
 def _check_ledger(store: PageStore) -> list[str]:
     directory, ledger = store.directory, store.ledger
     is_open = directory.raw_slot[1:] >= 0
+    demoted = directory.demotions > 0
     real = {
         "open_pages": int(is_open.sum()),
         "sealed_pages": int(directory.sealed.sum()),
         "frames_used": int(directory.num_frames.sum()),
         "raw_only": int((is_open & (directory.quality[1:] == Quality.LOSSLESS)).sum()),
+        "demoted_pages": int(demoted.sum()),
+        "demoted_frames": int(directory.num_frames[demoted].sum()),
     }
     problems = [
         f"ledger: {name} is {getattr(ledger, name)}, really {value}"
         for name, value in real.items()
         if getattr(ledger, name) != value
     ]
+    if bool((demoted & ~directory.sealed).any()):
+        problems.append("a page that is not sealed counts as demoted")
     if ledger.frames_free < 0:
         problems.append(f"ledger: {-ledger.frames_free} frames more promised than there are")
     if int(store.arena.num_free) != ledger.frames_total - ledger.frames_used:

@@ -4,6 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Share(NamedTuple):
+    """Some sealed pages, and the frames that they use."""
+
+    pages: int
+    frames: int
 
 
 @dataclass
@@ -24,6 +32,10 @@ class Ledger:
     frames_used: int = 0
     raw_only: int = 0
     """Of the open pages, those that will never be sealed."""
+    demoted_pages: int = 0
+    """Of the sealed ones."""
+    demoted_frames: int = 0
+    """Of those used."""
 
     @property
     def raw_free(self) -> int:
@@ -54,11 +66,25 @@ class Ledger:
         """Pages that one sequence may hold in an otherwise empty pool, whatever its content."""
         return self.frames_total // self.worst_frames
 
+    @property
+    def fresh_pages(self) -> int:
+        """Sealed pages that were never demoted."""
+        return self.sealed_pages - self.demoted_pages
+
+    @property
+    def fresh_mean(self) -> float:
+        """Frames per fresh page; 0 where there is none."""
+        return (self.frames_used - self.demoted_frames) / max(1, self.fresh_pages)
+
     def mean_frames(self, expected: float) -> float:
-        """Frames per sealed page as measured, or ``expected`` while few pages are sealed."""
-        if self.sealed_pages < 16:
-            return expected
-        return max(1.0, self.frames_used / self.sealed_pages)
+        """Frames that a page takes when it is sealed, as measured, or ``expected`` from too few."""
+        return expected if self.fresh_pages < 16 else max(1.0, self.fresh_mean)
+
+    def frames_of_evicted(self, pages: float) -> float:
+        """Frames that evicting ``pages`` frees, about: demoted ones are cold, and go first."""
+        demoted = min(pages, self.demoted_pages)
+        demoted_mean = self.demoted_frames / max(1, self.demoted_pages)
+        return demoted * demoted_mean + (pages - demoted) * self.fresh_mean
 
     def open(self, pages: int) -> None:
         if pages > self.headroom:
@@ -72,7 +98,16 @@ class Ledger:
         self.sealed_pages += pages
         self.frames_used += frames
 
-    def release(self, open_pages: int, sealed_pages: int, frames: int) -> None:
-        self.open_pages -= open_pages
-        self.sealed_pages -= sealed_pages
+    def demote(self, fresh: Share, frames: int) -> None:
+        """Demoted pages, ``fresh`` of them for the first time, gave ``frames`` back."""
+        self.demoted_pages += fresh.pages
+        self.demoted_frames += fresh.frames - frames
         self.frames_used -= frames
+
+    def release(self, open_pages: int, fresh: Share, demoted: Share) -> None:
+        """Open pages, and fresh and demoted sealed ones, were freed."""
+        self.open_pages -= open_pages
+        self.sealed_pages -= fresh.pages + demoted.pages
+        self.frames_used -= fresh.frames + demoted.frames
+        self.demoted_pages -= demoted.pages
+        self.demoted_frames -= demoted.frames

@@ -12,6 +12,9 @@ from sglang_diffxkv.pool.raw_pages import RawPages
 MIN_RAW_PAGES = 4
 VIRTUAL_SLACK = 1.25
 """Virtual pages beyond the expected number, so that bytes and not page ids run out first."""
+DEMOTION_SLACK = 2.0
+"""The same where pages may be demoted: one at its floor has less than half of the frames that it
+was sealed into."""
 MAX_VIRTUAL_RATIO = 8
 """At most this many virtual pages per page that stock SGLang would hold in the same bytes: SGLang
 keeps some tens of bytes per token slot of its own."""
@@ -43,6 +46,7 @@ def plan_pool(
     expected_fill: float,
     raw_share: float,
     max_virtual_pages: int | None = None,
+    virtual_slack: float = VIRTUAL_SLACK,
 ) -> PoolPlan:
     """Size everything so that its sum is at most ``budget_bytes``.
 
@@ -52,6 +56,7 @@ def plan_pool(
         raw_share: share of the budget for raw pages.
         max_virtual_pages: user's bound (``--max-total-tokens``); memory beyond what so many
             uncompressed pages would take is then not allocated.
+        virtual_slack: virtual pages per page that is expected to fit, raw pages aside.
 
     Raises:
         ValueError: the budget is too small to serve anything.
@@ -69,7 +74,7 @@ def plan_pool(
 
     raw_pages = int(budget_bytes * raw_share) // raw_bytes - 1  # one more slot for padded tokens
     rest = budget_bytes - (raw_pages + 1) * raw_bytes - (raw_pages + 1) * entry_bytes
-    frames = int(rest / (frame_bytes + VIRTUAL_SLACK * entry_bytes / expected))
+    frames = int(rest / (frame_bytes + virtual_slack * entry_bytes / expected))
     if raw_pages < MIN_RAW_PAGES or frames < MIN_RAW_PAGES * worst:
         need = max(
             (MIN_RAW_PAGES + 2) * raw_bytes / raw_share,
@@ -80,7 +85,7 @@ def plan_pool(
             f"{max(frames, 0) // worst} sealed pages; raise memory_bytes (or --mem-fraction-static "
             f"or --max-total-tokens) to at least {need / 2**20:.1f} MiB"
         )
-    pages = raw_pages + int(VIRTUAL_SLACK * frames / expected)
+    pages = raw_pages + int(virtual_slack * frames / expected)
     limit = max(MAX_VIRTUAL_RATIO * budget_bytes // dense, raw_pages + frames // worst)
     pages = min(pages, limit, max_virtual_pages or pages)
     return PoolPlan(num_layers, pages, raw_pages, frames, worst, expected, dense)

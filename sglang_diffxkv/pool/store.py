@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.directory import PageDirectory
-from sglang_diffxkv.pool.ledger import Ledger
+from sglang_diffxkv.pool.ledger import Ledger, Share
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sizing import PoolPlan
 
@@ -33,6 +34,24 @@ class Counters:
     released: int = 0
     reclaims: int = 0
     evicted: int = 0
+    demoted: int = 0
+    """Pages, each time one is."""
+    frames_demoted: int = 0
+    """Frames that demotion has freed."""
+
+
+class GradedTokens(NamedTuple):
+    """Tokens of one layer, and what becomes of those of S pages.
+
+    Attributes:
+        keys, values: [R, 64, H, D].
+        tiers: uint8 [S, H, 64]. codes: uint8 [S, H, 64], ``kernels.pack.encode_importance``.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tiers: torch.Tensor
+    codes: torch.Tensor
 
 
 class PageStore:
@@ -106,13 +125,18 @@ class PageStore:
             raise PageStateError("release: page is already free")
         num_open = int(is_open.sum())
         sealed = pages[is_sealed]
-        frames = int(d.num_frames[sealed].sum())
+        is_fresh = d.demotions[sealed] == 0
+        fresh, demoted = self.share(sealed[is_fresh]), self.share(sealed[~is_fresh])
         self.ledger.raw_only -= self._num_raw_only(pages[is_open])
         self.raw.give_back(slots[is_open].long())
         self.arena.give_back(d.frames[:, sealed])
         d.release(pages)
-        self.ledger.release(num_open, sealed.numel(), frames)
+        self.ledger.release(num_open, fresh, demoted)
         self.counters.released += pages.numel()
+
+    def share(self, pages: torch.Tensor) -> Share:
+        """What sealed ``pages`` (int64 [N]) hold."""
+        return Share(pages.numel(), int(self.directory.num_frames[pages].sum()))
 
     def begin_step(self, decodes: bool) -> None:
         """A forward pass begins; ``decodes``: with the next token of every running request."""
@@ -158,6 +182,10 @@ class PageStore:
     def _num_raw_only(self, pages: torch.Tensor) -> int:
         return torch.unique(pages[~self.may_seal(pages)]).numel()
 
+    def read(self, pages: torch.Tensor) -> None:
+        """Note that sealed ``pages`` (int [N], may repeat) are about to be attended to."""
+        self.directory.last_used[pages] = self.step
+
     def seal(self, pages: torch.Tensor, sequence: torch.Tensor | None = None) -> None:
         """Seal full open ``pages`` (int64 [N], distinct).
 
@@ -190,22 +218,36 @@ class PageStore:
         frames = self.arena.take(counts.reshape(-1).to(torch.int32), layout.max_frames)
         frames = frames.view(pages.numel(), self.num_layers, layout.max_frames)
         for layer in range(self.num_layers):
-            pack(
-                self.raw.keys[layer],
-                self.raw.values[layer],
-                slots,
-                tiers[:, layer].contiguous(),
-                codes[:, layer].contiguous(),
-                frames[:, layer].contiguous(),
-                measured.heads[:, layer].contiguous(),
-                self.arena.buffer,
-                layout,
+            tokens = GradedTokens(
+                self.raw.keys[layer], self.raw.values[layer], tiers[:, layer], codes[:, layer]
             )
+            self.pack(tokens, slots, frames[:, layer], measured.heads[:, layer])
         d.seal(pages, frames.transpose(0, 1), measured.heads.transpose(0, 1))
         d.plan[pages] = self.policy.plan_number
         self.raw.give_back(slots)
         self.ledger.seal(pages.numel(), int(counts.sum()))
         self.counters.sealed += pages.numel()
+
+    def pack(
+        self, tokens: GradedTokens, slots: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor
+    ) -> None:
+        """Write the payload of S pages of one layer into ``frames`` (int32 [S, max_frames]).
+
+        Args:
+            slots: int64 [S], which page of ``tokens.keys`` and ``values`` each is.
+            heads: int32 [S, H, 2], from ``kernels.pack.measure``.
+        """
+        pack(
+            tokens.keys,
+            tokens.values,
+            slots,
+            tokens.tiers.contiguous(),
+            tokens.codes.contiguous(),
+            frames.contiguous(),
+            heads.contiguous(),
+            self.arena.buffer,
+            self.layout,
+        )
 
     def _seal_context(
         self, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor

@@ -118,6 +118,36 @@ def reference(head_dim: int, high: str, low: str, dtype: torch.dtype) -> Referen
     return Reference(sealed, pages, first, read(naive, sealed, pages, first, torch.float32))
 
 
+@pytest.mark.parametrize(("high", "low"), PAIRS)
+def test_copied_rows_are_the_old_bytes(high: str, low: str) -> None:
+    """Rows of tokens that keep their tier, from elsewhere; all other bytes are left alone."""
+    layout = layout_of(80, 3, high, low)
+    before, after = (
+        seal(layout, pages=3, dtype=torch.bfloat16, pack=naive.pack, tiers=tiers)
+        for tiers in random_tiers(7, 6, 3).split(3)
+    )
+    old = ops.Payload(before.arena, before.frames, before.heads, before.tiers)
+    arenas = []
+    for module in (naive, torch_ops):
+        new = ops.Payload(after.arena.clone(), after.frames, after.heads, after.tiers)
+        module.copy_rows(old, new, layout)
+        arenas.append(new.arena)
+    assert torch.equal(*arenas)
+
+    # The same, from a mixture of both sources.
+    same = (before.tiers == after.tiers).transpose(1, 2)[..., None]
+    slots = torch.arange(3)
+    mixed = [
+        torch.where(same, a[before.slots.long()], b[after.slots.long()])
+        for a, b in ((before.k_raw, after.k_raw), (before.v_raw, after.v_raw))
+    ]
+    expected = torch.full_like(after.arena, 0xFF)
+    naive.pack(
+        *mixed, slots, after.tiers, after.importance, after.frames, after.heads, expected, layout
+    )
+    assert bool(same.any()) and torch.equal(arenas[0], expected)
+
+
 def read(
     module, sealed: Sealed, pages: torch.Tensor, first: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

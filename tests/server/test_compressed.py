@@ -147,7 +147,7 @@ def test_chat_schema_stream_and_samples(server: Server) -> None:
 def test_kv_events_mirror_the_cache(server: Server, mirror: CacheMirror) -> None:
     server.flush_cache()
     mirror.blocks.clear()
-    prompts = mixed_prompts(14, 60, 2000)  # more than fits: blocks are evicted, too
+    prompts = mixed_prompts(14, 120, 2000)  # more than fits: blocks are evicted, too
     server.generate_many([{"prompt": p, "max_new_tokens": 12} for p in prompts])
     held: Json = {}
     for _ in range(50):
@@ -174,4 +174,22 @@ def test_pressure_with_compression(server: Server) -> None:
     for item, answer in zip(items, answers, strict=True):
         assert len(answer["output_ids"]) == item["max_new_tokens"]
     assert server.stats()["counters"]["sealed_under_pressure"] > 0
+    assert_healthy(server)
+
+
+def test_cold_chats_are_demoted(server: Server) -> None:
+    """More chats than fit, whose turns come in any order: what is idle for long loses tiers."""
+    server.flush_cache()
+    before = server.stats()["counters"]
+    rng = random.Random(17)
+    chats: list[list[int]] = [[] for _ in range(40)]
+    for _ in range(3):
+        chats = [chat + random_tokens(rng, rng.randint(150, 500)) for chat in chats]
+        rng.shuffle(chats)
+        server.generate_many([{"prompt": chat, "max_new_tokens": 20} for chat in chats])
+    stats = server.stats()
+    events = {name: count - before[name] for name, count in stats["counters"].items()}
+    assert events["demoted"] > 0 and events["frames_demoted"] > 0
+    assert events["evicted"] > 0
+    assert stats["tier_tokens"]["pruned"] > 0
     assert_healthy(server)

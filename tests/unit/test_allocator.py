@@ -23,8 +23,8 @@ from tests.unit.policies import config_of
 LAYERS, HEADS, DIM = 2, 2, 64
 
 
-def make_allocator(policy: str = "diffkv", mib: float = 3) -> DiffXKVAllocator:
-    config = config_of(policy)
+def make_allocator(policy: str = "diffkv", mib: float = 3, **fields: Any) -> DiffXKVAllocator:
+    config = config_of(policy, **fields)
     graded = make_policy(
         config, head_dim=DIM, num_kv_heads=HEADS, raw_itemsize=4, num_layers=LAYERS
     )
@@ -57,11 +57,14 @@ class PrefixCache:
     def __init__(self, allocator: DiffXKVAllocator) -> None:
         self.allocator = allocator
         self.sequences: list[torch.Tensor] = []
-        self.tree_core = self
 
-    def walk_for_kv_canary(self, *, unlocked_only: bool, swa_resident_only: bool) -> Any:
-        slots = torch.cat([torch.empty(0, dtype=torch.int64), *self.sequences])
-        return SimpleNamespace(slot_indices=slots)
+    @property
+    def tree_core(self) -> "PrefixCache":
+        return self
+
+    def walk_for_kv_canary(self, unlocked_only: bool, swa_resident_only: bool) -> Any:
+        assert unlocked_only and not swa_resident_only
+        return SimpleNamespace(slot_indices=torch.cat([lens(), *self.sequences]))
 
     def supports_prefix_sharing(self) -> bool:
         return True
@@ -124,6 +127,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             context = torch.full((int(is_open.sum()),), len(slots))
             store.touch(pages[is_open], position[is_open], context, window=64)
             store.set_quality(pages[is_open], torch.full_like(context, quality, dtype=torch.uint8))
+            store.read(pages[~is_open])
 
     @rule(
         tokens=st.integers(1, 700),
@@ -215,6 +219,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert held + free == self.allocator.num_pages
         usage = self.allocator.usage(self.cache)
         assert 0 <= usage <= 1
+        pages = torch.cat([lens(), *self.running]) // PAGE_TOKENS
+        assert not bool(self.allocator.store.directory.demotions[pages].any()), "somebody holds it"
         if not self.running:
             assert usage < 0.02, "nobody runs"
 

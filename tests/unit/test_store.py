@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """State-machine test of directory + arena + raw pages + ledger, with a plain-Python model."""
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -12,15 +14,18 @@ from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.metrics import pages_by_quality
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
+from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.sizing import plan_pool
+from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 from tests.unit.policies import config_of
 
 LAYERS, HEADS, DIM = 3, 2, 64
 
 
-def make_store(policy: str, budget: int = 5 << 20, **config: object) -> PageStore:
+def make_store(
+    policy: str, budget: int = 5 << 20, virtual_slack: float = VIRTUAL_SLACK, **config: object
+) -> PageStore:
     graded = make_policy(
         config_of(policy, **config),
         head_dim=DIM,
@@ -29,7 +34,15 @@ def make_store(policy: str, budget: int = 5 << 20, **config: object) -> PageStor
         num_layers=LAYERS,
     )
     budget -= graded.nbytes
-    plan = plan_pool(budget, graded.layout, LAYERS, graded.caps, graded.expected_fill, 0.3)
+    plan = plan_pool(
+        budget,
+        graded.layout,
+        LAYERS,
+        graded.caps,
+        graded.expected_fill,
+        0.3,
+        virtual_slack=virtual_slack,
+    )
     return PageStore(plan, graded.layout, graded, torch.float32)
 
 
@@ -119,6 +132,17 @@ class StoreMachine(RuleBasedStateMachine):
         self.open -= pages
         self.full -= pages
         self.sealed.update({p: self.contents[p] for p in pages})
+
+    @precondition(lambda self: self.sealed and self.store.policy.can_demote)
+    @rule(data=st.data(), headroom=st.integers(1, 200))
+    def demote_pages(self, data: st.DataObject, headroom: int) -> None:
+        directory = self.store.directory
+        unheld = self._pick(data, self.open | set(self.sealed), most=30)
+        demotions, frames = directory.demotions.clone(), directory.num_frames.clone()
+        demote_cold(self.store, ids(unheld), headroom)
+        changed = torch.nonzero(directory.demotions != demotions).flatten().tolist()
+        assert len(changed) <= len(unheld) // 2 and set(changed) <= set(unheld) & set(self.sealed)
+        assert bool((directory.num_frames <= frames).all())
 
     @precondition(lambda self: self.open or self.sealed)
     @rule(data=st.data())
@@ -234,11 +258,11 @@ TestSnapKVStore = SnapKVMachine.TestCase
 
 
 def test_plan_stays_within_the_budget() -> None:
-    for policy in POLICIES:
-        for budget in (5 << 20, 17 << 20):
-            store = make_store(policy, budget)
-            assert store.nbytes + 8 * store.plan.virtual_pages <= budget
-            assert store.nbytes > 0.85 * budget
+    for policy, budget in product(POLICIES, (5 << 20, 17 << 20)):
+        slack = DEMOTION_SLACK if POLICIES[policy].can_demote else VIRTUAL_SLACK
+        store = make_store(policy, budget, slack)
+        assert store.nbytes + 8 * store.plan.virtual_pages <= budget
+        assert store.nbytes > 0.85 * budget
 
 
 def test_too_little_memory_is_refused_with_what_is_needed() -> None:

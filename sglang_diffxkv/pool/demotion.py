@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Graded eviction: cold sealed pages lose tiers before prefixes are evicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS
+from sglang_diffxkv.kernels.pack import (
+    Payload,
+    copy_rows,
+    decode_importance,
+    head_counts,
+    measure,
+    unpack,
+)
+from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.store import GradedTokens, PageStore
+
+BATCH_PAGES = 16
+"""Pages demoted at once: their tokens of one layer are dequantised beside the pool."""
+
+
+def demote_cold(store: PageStore, unheld: torch.Tensor, headroom: int) -> None:
+    """Demote cold pages, in batches, until frames allow ``headroom`` pages to be opened.
+
+    Args:
+        unheld: int64 [N], pages that no request holds, distinct; those that are not sealed stay.
+    """
+    for pages in _batches(store, cold_pages(store, unheld)):
+        if store.ledger.frame_headroom >= headroom:
+            return
+        demote(store, pages)
+
+
+def cold_pages(store: PageStore, unheld: torch.Tensor) -> torch.Tensor:
+    """The pages of ``unheld`` (int64 [N]) that may be demoted, coldest first; int64 [M].
+
+    Only the half of the sealed ones that was read longest ago is cold: recently used prefixes keep
+    their tiers, however often memory runs short. Of pages last read in the same step, the later
+    ones of a sequence come first, as in eviction. Those of requests that asked for high quality are
+    left out.
+    """
+    d = store.directory
+    pages = unheld[d.sealed[unheld]]
+    pages = pages[d.position[pages].argsort(descending=True, stable=True)]
+    pages = pages[d.last_used[pages].argsort(stable=True)]
+    cold = pages[: pages.numel() // 2]
+    return cold[(d.demotions[cold] < MAX_DEMOTIONS) & (d.quality[cold] != Quality.HIGH)]
+
+
+def _batches(store: PageStore, pages: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Those demoted least often first, each as often as it may be."""
+    for demotions in range(MAX_DEMOTIONS):
+        at_level = pages[store.directory.demotions[pages] == demotions]
+        yield from at_level.split(BATCH_PAGES)
+
+
+def demote(store: PageStore, pages: torch.Tensor) -> None:
+    """Give sealed ``pages`` (int64 [N], distinct, not at their floor) smaller payloads.
+
+    What the policy grades down is quantised again from what is left of it; all else stays as it is,
+    bit for bit. Frames are given back before fewer are taken, so this needs none.
+    """
+    d = store.directory
+    fresh = store.share(pages[d.demotions[pages] == 0])
+    before = d.num_frames[pages]
+    for layer in range(store.num_layers):
+        _demote_layer(store, layer, pages)
+    freed = before - d.num_frames[pages]
+    d.demotions[pages] += 1
+    frames = int(freed.sum())
+    store.ledger.demote(fresh, frames)
+    store.counters.demoted += int((freed > 0).sum())
+    store.counters.frames_demoted += frames
+
+
+def _demote_layer(store: PageStore, layer: int, pages: torch.Tensor) -> None:
+    """Repack the pages of which that saves frames; the others keep their payload of this layer."""
+    d, layout, arena = store.directory, store.layout, store.arena
+    tokens = read_tokens(store, layer, pages)
+    tiers = store.policy.demote(
+        DemotionContext(
+            tiers=tokens.tiers,
+            importance=decode_importance(tokens.codes).masked_fill(tokens.codes == 0, 0),
+            position=d.position[pages].long(),
+            demotions=d.demotions[pages].long(),
+        )
+    )
+    heads, nbytes = measure(tiers, layout)
+    counts = -(-nbytes // layout.frame_bytes)
+    slots = torch.nonzero(counts < (d.frames[layer, pages] >= 0).sum(dim=1)).flatten()
+    old = _copy_payload(store, layer, pages[slots], tokens.tiers[slots])
+    arena.give_back(d.frames[layer, pages[slots]])
+    frames = arena.take(counts[slots], layout.max_frames)
+    new = Payload(arena.buffer, frames, heads[slots], tiers[slots])
+    store.pack(
+        tokens._replace(tiers=new.tiers, codes=tokens.codes[slots]), slots, frames, new.heads
+    )
+    copy_rows(old, new, layout)
+    d.replace(layer, pages[slots], frames, new.heads)
+
+
+def _copy_payload(
+    store: PageStore, layer: int, pages: torch.Tensor, tiers: torch.Tensor
+) -> Payload:
+    """A copy of the payload of ``pages`` (int64 [S]), in an arena of its own."""
+    d = store.directory
+    frames = d.frames[layer, pages]
+    arena = store.arena.buffer[frames.flatten().clamp(min=0).long()]
+    own = torch.arange(frames.numel(), dtype=torch.int32, device=frames.device)
+    return Payload(arena, own.view_as(frames), d.heads[layer, pages], tiers)
+
+
+def read_tokens(store: PageStore, layer: int, pages: torch.Tensor) -> GradedTokens:
+    """Dequantised tokens of sealed ``pages`` (int64 [N]) of one layer, at their positions.
+
+    Fp32; where a tier is raw, the model's dtype, which packing that needs. Pruned tokens are zeros.
+    """
+    d, layout, raw_dtype = store.directory, store.layout, store.raw.keys[0].dtype
+    dtype = raw_dtype if layout.high.is_raw or layout.low.is_raw else torch.float32
+    frames, heads = d.frames[layer], d.heads[layer]
+    stored = unpack(store.arena.buffer, frames, heads, pages, layout, dtype, raw_dtype)
+    page, head, place = stored.kept.nonzero().unbind(1)
+    token = stored.position[page, head, place].long()
+
+    n_high, _ = head_counts(heads[pages])
+    by_token = (pages.numel(), PAGE_TOKENS, layout.num_kv_heads)
+    by_head = (pages.numel(), layout.num_kv_heads, PAGE_TOKENS)
+    keys, values = stored.k.new_zeros((2, *by_token, layout.head_dim))
+    keys[page, token, head] = stored.k[page, head, place]
+    values[page, token, head] = stored.v[page, head, place]
+    tiers, codes = stored.importance.new_zeros((2, *by_head))
+    tiers[page, head, token] = torch.where(place < n_high[page, head], HIGH, LOW).to(tiers.dtype)
+    codes[page, head, token] = stored.importance[page, head, place]
+    return GradedTokens(keys, values, tiers, codes)

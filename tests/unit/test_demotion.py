@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Demotion: which pages, which tokens, what is left of their values, and what it frees."""
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_diffxkv.config import Tiers
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED
+from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.demotion import BATCH_PAGES, cold_pages, demote, demote_cold, read_tokens
+from sglang_diffxkv.pool.integrity import check_integrity
+from sglang_diffxkv.pool.store import GradedTokens, PageStore
+from tests.unit.test_allocator import (
+    AllocatorMachine,
+    DiffXKVAllocator,
+    PrefixCache,
+    lens,
+    make_allocator,
+)
+from tests.unit.test_store import HEADS, make_store
+
+SINK = 4
+
+
+Contents = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values [N, 64, H, D] of each layer."""
+
+
+def sealed_store(pages: int, **config: Any) -> tuple[PageStore, torch.Tensor, Contents]:
+    """A store with the pages 1, 2, ... of one sequence, sealed in one step, and their contents."""
+    store = make_store("diffkv", 36 << 20, **config)
+    ids = torch.arange(1, pages + 1)
+    contents = fill(store, ids)
+    store.touch(ids, torch.arange(pages), torch.full((pages,), pages * PAGE_TOKENS + 70), window=64)
+    store.seal(ids)
+    return store, ids, contents
+
+
+def fill(store: PageStore, pages: torch.Tensor) -> Contents:
+    """Open pages and write random tokens of all importances to them."""
+    store.open(pages)
+    slots = store.directory.raw_slot[pages].long()
+    for raw in (*store.raw.keys, *store.raw.values):
+        raw[slots] = torch.randn(raw[slots].shape) + 5
+    store.raw.scores[:, slots] = 10 ** (3 * torch.rand(store.raw.scores[:, slots].shape) - 2)
+    store.raw.counts[slots] = 2
+    return [
+        (keys[slots], values[slots])
+        for keys, values in zip(store.raw.keys, store.raw.values, strict=True)
+    ]
+
+
+def tokens_of(store: PageStore, pages: torch.Tensor) -> list[GradedTokens]:
+    return [read_tokens(store, layer, pages) for layer in range(store.num_layers)]
+
+
+def random_context(demotions: int, gen: torch.Generator) -> DemotionContext:
+    shape = (5, 3, PAGE_TOKENS)
+    importance = torch.rand(shape, generator=gen)
+    return DemotionContext(
+        tiers=torch.randint(3, shape, generator=gen, dtype=torch.uint8),
+        importance=importance.masked_fill(importance < 0.2, 0),
+        position=torch.tensor([3, 0, 1, 0, 7]),
+        demotions=torch.full((5,), demotions),
+    )
+
+
+@pytest.mark.parametrize("demotions", range(MAX_DEMOTIONS))
+def test_tiers_of_the_policy(demotions: int) -> None:
+    """Against a plain loop: high goes low, then half of low is pruned; sinks stay."""
+    ctx = random_context(demotions, torch.Generator().manual_seed(demotions))
+    got = make_store("diffkv").policy.demote(ctx)
+    for page, position in enumerate(ctx.position.tolist()):
+        expected, prunable = ctx.tiers[page].clone(), []
+        for head in range(3):
+            for token in range(PAGE_TOKENS):
+                if position * PAGE_TOKENS + token < SINK or expected[head, token] == PRUNED:
+                    continue
+                expected[head, token] = LOW
+                importance = float(ctx.importance[page, head, token])
+                prunable.append((importance or float("inf"), head, token))
+        if demotions:
+            for _, head, token in sorted(prunable)[: len(prunable) // 2]:
+                expected[head, token] = PRUNED
+        assert torch.equal(got[page], expected)
+
+
+def test_tokens_keep_what_they_are() -> None:
+    """Position, importance, and bit for bit the rows of tokens whose tier stays."""
+    store, pages, _ = sealed_store(9)
+    before = tokens_of(store, pages)
+    for demotion in (1, 2):
+        frames = store.ledger.frames_used
+        demote(store, pages)
+        after = tokens_of(store, pages)
+        assert check_integrity(store) == []
+        assert store.ledger.frames_used < frames
+        assert store.directory.demotions[pages].tolist() == [demotion] * 9
+        for old, new in zip(before, after, strict=True):
+            kept, same = new.tiers != PRUNED, (new.tiers == old.tiers) & (new.tiers != PRUNED)
+            assert torch.equal(new.codes[kept], old.codes[kept])
+            assert bool((new.tiers <= old.tiers).all())
+            rows = same.transpose(1, 2)
+            assert torch.equal(new.keys[rows], old.keys[rows])
+            assert torch.equal(new.values[rows], old.values[rows])
+            assert bool((new.tiers[0, :, :SINK] == HIGH).all()), "a sink was demoted"
+            high = (new.tiers == HIGH).sum()
+            assert high == HEADS * SINK
+        before = after
+    counters = store.counters
+    assert counters.demoted == 18
+    assert counters.frames_demoted > 0
+
+
+@pytest.mark.parametrize(("high", "low"), [("K8V4", "K4V2"), ("raw", "K4V2"), ("K8V8", "K4V4")])
+def test_values_stay_close(high: str, low: str) -> None:
+    """A demoted token is off by the steps of both formats at most, so by about the coarser's."""
+    store, pages, contents = sealed_store(5, tiers=Tiers(high, low))
+    before = tokens_of(store, pages)
+    demote(store, pages)
+    layout = store.layout
+    for old, new, written in zip(before, tokens_of(store, pages), contents, strict=True):
+        fell = ((old.tiers == HIGH) & (new.tiers == LOW)).transpose(1, 2)
+        assert bool(fell.any())
+        for got, original, high_bits, low_bits in (
+            (new.keys, written[0], layout.high.key_bits, layout.low.key_bits),
+            (new.values, written[1], layout.high.value_bits, layout.low.value_bits),
+        ):
+            rows, expected = got[fell].double(), original[fell].double()
+            spread = expected.amax(1, keepdim=True) - expected.amin(1, keepdim=True)
+            # Half a step of each, and what fp16 scales and zeros add.
+            steps = 0.5 / (2**low_bits - 1) + (0.5 / (2**high_bits - 1) if high_bits else 0)
+            assert bool(((rows - expected).abs() <= (steps + 0.005) * spread).all())
+            centred = (expected - expected.mean(1, keepdim=True)).norm()
+            assert (rows - expected).norm() <= 2.2 / 2**low_bits * centred
+
+
+def test_page_that_would_not_shrink_keeps_its_payload() -> None:
+    """Where only sinks are high, the first demotion frees nothing."""
+    store, pages, _ = sealed_store(3, alpha_high=1e9, alpha_low=0.0)
+    frames = store.directory.frames.clone()
+    demote(store, pages)
+    assert torch.equal(store.directory.frames, frames)
+    assert (store.counters.demoted, store.counters.frames_demoted) == (0, 0)
+    demote(store, pages)
+    assert store.counters.demoted == 3 and store.counters.frames_demoted > 0
+    assert check_integrity(store) == []
+
+
+def test_demotion_needs_no_free_frame() -> None:
+    store, pages, _ = sealed_store(4)
+    free = int(store.arena.num_free)
+    taken = store.arena.take(torch.tensor([free], dtype=torch.int32), free)
+    demote(store, pages)
+    store.arena.give_back(taken)
+    assert check_integrity(store) == []
+
+
+def test_colder_half_goes_coldest_first() -> None:
+    store, pages, _ = sealed_store(8)
+    for page in (2, 7, 1, 5):  # and 3, 4, 6, 8 never again
+        store.begin_step(decodes=True)
+        store.read(torch.tensor([page]))
+    assert cold_pages(store, pages).tolist() == [8, 6, 4, 3]
+    held = torch.tensor([4, 6])
+    unheld = torch.tensor([1, 2, 3, 5, 7, 8])
+    assert cold_pages(store, unheld).tolist() == [8, 3, 2]
+    before = store.directory.frames[:, held].clone()
+    demote_cold(store, unheld, headroom=10**6)
+    assert torch.equal(store.directory.frames[:, held], before)
+    # As often as may be, and the warmer half not at all.
+    assert store.directory.demotions[1:9].tolist() == [0, 2, 2, 0, 0, 0, 0, 2]
+    assert cold_pages(store, unheld).tolist() == []
+
+
+def test_each_page_once_before_any_twice_and_no_more_than_needed() -> None:
+    pages = 3 * BATCH_PAGES
+    store, ids, _ = sealed_store(pages)
+    worst = store.ledger.worst_frames
+    free = store.ledger.frames_free
+    demote_cold(store, ids, store.ledger.frame_headroom + 1)
+    assert free < store.ledger.frames_free <= free + BATCH_PAGES * worst
+    assert store.directory.demotions[ids].tolist() == [0] * 2 * BATCH_PAGES + [1] * BATCH_PAGES
+    demote_cold(store, ids, store.ledger.frame_headroom)
+    assert store.counters.demoted == BATCH_PAGES, "nothing was needed"
+
+
+def test_who_asked_for_high_quality_keeps_it() -> None:
+    store, pages, _ = sealed_store(4)
+    store.directory.quality[4] = Quality.HIGH
+    assert cold_pages(store, pages).tolist() == [3]
+
+
+def test_a_page_that_is_used_again_starts_anew() -> None:
+    store, pages, _ = sealed_store(4)
+    demote(store, pages)
+    store.release(pages[:2])
+    assert check_integrity(store) == []
+    fill(store, pages[:2])
+    store.directory.filled[pages[:2]] = PAGE_TOKENS
+    store.seal(pages[:2])
+    assert store.directory.demotions[pages].tolist() == [0, 0, 1, 1]
+    assert check_integrity(store) == []
+
+
+def serve(allocator: DiffXKVAllocator, cache: PrefixCache, tokens: int) -> None:
+    """A request of so many tokens, a multiple of the page, that ends up in the cache."""
+    budget = allocator.create_prefill_budget(cache)
+    assert budget.check_prefill(
+        extend_input_len=tokens,
+        total_tokens=tokens + 64,
+        max_new_tokens=0,
+        input_tokens=tokens,
+        swa_host_hit_length=0,
+        chunk_limit=None,
+    ) == (True, None)
+    out = allocator.alloc_extend(lens(0), lens(0), lens(tokens), lens(tokens), lens(-1), tokens)
+    assert out is not None
+    store, pages = allocator.store, out[::PAGE_TOKENS] // PAGE_TOKENS
+    store.begin_step(decodes=False)
+    store.raw.scores[:, store.directory.raw_slot[pages].long()] = 8
+    store.raw.counts[store.directory.raw_slot[pages].long()] = 1
+    store.touch(pages, torch.arange(len(pages)), torch.full((len(pages),), tokens), window=64)
+    store.begin_step(decodes=True)
+    cache.sequences.append(out)
+
+
+@pytest.mark.parametrize("demotes", [True, False])
+def test_prefixes_are_demoted_before_any_is_evicted(demotes: bool) -> None:
+    allocator = make_allocator(mib=6, demote=demotes)
+    cache = PrefixCache(allocator)
+    counters = allocator.store.counters
+    while not counters.demoted and not counters.evicted:
+        serve(allocator, cache, 4 * PAGE_TOKENS)
+    held = len(cache.sequences)
+    assert bool(counters.demoted) == demotes
+    assert bool(counters.evicted) == (not demotes)
+    while not counters.evicted:
+        serve(allocator, cache, 4 * PAGE_TOKENS)
+    assert bool(counters.demoted) == demotes
+    assert len(cache.sequences) > held if demotes else len(cache.sequences) == held
+    newest = cache.sequences[-2][::PAGE_TOKENS] // PAGE_TOKENS
+    assert not bool(allocator.store.directory.demotions[newest].any())
+    assert allocator.verify_byte_accounting() == []
+
+
+@pytest.mark.parametrize("policy", ["uniform", "lossless", "streaming", "snapkv"])
+def test_other_policies_evict(policy: str) -> None:
+    allocator = make_allocator(policy, mib=6)
+    cache = PrefixCache(allocator)
+    while not allocator.store.counters.evicted:
+        serve(allocator, cache, 4 * PAGE_TOKENS)
+    assert allocator.store.counters.demoted == 0
+
+
+def test_random_load_over_memory() -> None:
+    """Requests come, decode, finish into the cache and read it again; it gets more than fits."""
+    machine, rng = AllocatorMachine(), random.Random(1)
+    store, cache = machine.allocator.store, machine.cache
+    first_of = SimpleNamespace(draw=lambda _: 0)
+    for _ in range(60):
+        machine.prefill(tokens=rng.randint(100, 700))
+        for _ in range(rng.randint(0, 3)):
+            machine.decode()
+        while len(machine.running) > 2:
+            machine.finish(data=first_of, cached=True)
+        for slots in rng.sample(cache.sequences, len(cache.sequences) // 3):
+            pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
+            store.read(pages[store.directory.sealed[pages]])
+        machine.consistent()
+    assert store.counters.demoted > 20 and store.counters.evicted > 20
+    assert store.ledger.demoted_pages > 0

@@ -219,7 +219,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         assert held + free == self.allocator.num_pages
         usage = self.allocator.usage(self.cache)
         assert 0 <= usage <= 1
-        pages = torch.cat([lens(), *self.running]) // PAGE_TOKENS
+        pages = torch.cat([lens(), *running]) // PAGE_TOKENS
         assert not bool(self.allocator.store.directory.demotions[pages].any()), "somebody holds it"
         if not self.running:
             assert usage < 0.02, "nobody runs"
@@ -237,14 +237,25 @@ class SnapKVMachine(AllocatorMachine):
     policy = "snapkv"
 
 
+class DiffXKVMachine(AllocatorMachine):
+    policy = "diffxkv"
+
+
 RUNS = settings(
     max_examples=15,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-for machine in (AllocatorMachine, LosslessMachine, UniformMachine, SnapKVMachine):
+for machine in (
+    AllocatorMachine,
+    DiffXKVMachine,
+    LosslessMachine,
+    UniformMachine,
+    SnapKVMachine,
+):
     machine.TestCase.settings = RUNS
+TestDiffXKVAllocator = DiffXKVMachine.TestCase
 TestDiffKVAllocator = AllocatorMachine.TestCase
 TestLosslessAllocator = LosslessMachine.TestCase
 TestUniformAllocator = UniformMachine.TestCase

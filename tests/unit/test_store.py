@@ -243,14 +243,31 @@ class SnapKVMachine(StoreMachine):
     policy = "snapkv"
 
 
+class DiffXKVMachine(StoreMachine):
+    policy = "diffxkv"
+
+
+class XKVMachine(StoreMachine):
+    policy = "xkv"
+
+
 RUNS = settings(
     max_examples=10,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=list(HealthCheck),
 )
-for machine in (StoreMachine, LosslessMachine, StreamingMachine, SnapKVMachine):
+for machine in (
+    StoreMachine,
+    DiffXKVMachine,
+    XKVMachine,
+    LosslessMachine,
+    StreamingMachine,
+    SnapKVMachine,
+):
     machine.TestCase.settings = RUNS
+TestDiffXKVStore = DiffXKVMachine.TestCase
+TestXKVStore = XKVMachine.TestCase
 TestDiffKVStore = StoreMachine.TestCase
 TestLosslessStore = LosslessMachine.TestCase
 TestStreamingStore = StreamingMachine.TestCase

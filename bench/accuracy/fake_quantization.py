@@ -63,8 +63,7 @@ def _rows(rows: torch.Tensor, bits: int, clip: float | None) -> torch.Tensor:
 def _clipped(rows: torch.Tensor, bits: int, clip: float) -> torch.Tensor:
     levels = 2**bits - 1
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
-    margin = (high - low) * ((1 - clip) / 2)
-    zero = (low + margin).half().float()
-    scale = ((high - low) * (clip / levels)).half().float()
+    scale = ((high - low) * clip / levels).half().float()
+    zero = (0.5 * low + 0.5 * high - scale * (levels / 2)).half().float()
     step = torch.where(scale > 0, scale, 1.0)
-    return ((rows - zero) / step).round().clamp(0, levels) * scale + zero
+    return ((rows - zero) / step).round_().clamp_(0, levels).mul_(scale).add_(zero)

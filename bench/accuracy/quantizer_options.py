@@ -7,10 +7,9 @@ from typing import NamedTuple
 
 from bench.accuracy.fake_quantization import Side
 from sglang_diffxkv.kernels.layout import FORMATS, TierFormat
+from sglang_diffxkv.kernels.pack.quantize import CLIP
 
 TIERS = [FORMATS[name] for name in ("K8V4", "K4V4", "K4V2", "K2V2")]
-CLIP = {8: 1.0, 4: 0.95, 2: 0.65}
-"""Share of the min/max range that codes cover, by bits."""
 SWEPT = (1.0, 0.95, 0.9, 0.8, 0.7, 0.65, 0.6, 0.5)
 """Shares that are tried."""
 

@@ -225,13 +225,8 @@ def test_round_trip(high: str, low: str) -> None:
                     error = (got[n, head, :m][rows] - want[rows]).abs().amax(-1)
                     bits = getattr(tier, side)
                     spread = want[rows].amax(-1) - want[rows].amin(-1)
-                    bound = spread * error_bound(bits) + 2e-3 if bits else 0 * error
+                    bound = spread * builders.error_bound(bits) + 2e-3 if bits else 0 * error
                     assert (error <= bound).all()
-
-
-def error_bound(bits: int) -> float:
-    """Largest error of an element in shares of its row's range: half a step, or what is clipped."""
-    return 1.04 * max(CLIP[bits] / (2**bits - 1) / 2, (1 - CLIP[bits]) / 2)
 
 
 @pytest.mark.parametrize(("bits", "least"), [(2, 0.15), (4, 0.015)])

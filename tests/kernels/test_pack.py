@@ -24,7 +24,7 @@ from sglang_diffxkv.kernels.layout import (
     make_layout,
 )
 from sglang_diffxkv.kernels.pack import cpu, naive, torch_ops
-from sglang_diffxkv.kernels.pack.quantize import CLIP, dequantize_rows, quantize_rows
+from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
 from tests.kernels import builders
 from tests.kernels.sealed import Sealed, random_tiers, seal
 

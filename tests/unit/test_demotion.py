@@ -141,7 +141,8 @@ def test_values_stay_close(high: str, low: str) -> None:
             most = error_bound(low_bits) + (error_bound(high_bits) if high_bits else 0)
             assert bool(((rows - expected).abs() <= (most + 0.005) * spread).all())
             centred = (expected - expected.mean(1, keepdim=True)).norm()
-            assert (rows - expected).norm() <= 2.2 / 2**low_bits * centred
+            # Rotation gathers the offset of these keys in one channel, which widens their range.
+            assert (rows - expected).norm() <= 3 / 2**low_bits * centred
 
 
 def test_page_that_would_not_shrink_keeps_its_payload() -> None:

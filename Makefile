@@ -20,7 +20,8 @@ test: env
 	$(BIN)/python -m pytest $(ARGS)
 
 BENCHES := kernels.decode kernels.extend kernels.formats \
-	serving.capacity serving.sharing serving.throughput serving.demotion accuracy.kl accuracy.ddid
+	serving.capacity serving.sharing serving.throughput serving.demotion accuracy.kl accuracy.ddid \
+	accuracy.quantizers
 
 # The servers that benches start are programs of their own, which the current folder cannot disturb.
 bench: env

@@ -99,6 +99,14 @@ class PageLayout:
     frame_bytes: int
     max_frames: int
 
+    @property
+    def rotates(self) -> bool:
+        """Whether sealed keys are rotated (`kernels.rotation`), and so must be the queries.
+
+        Raw tiers hold the model's own bits, and both tiers are read with the same queries.
+        """
+        return not (self.high.is_raw or self.low.is_raw)
+
     def row_bytes(self, bits: int) -> int:
         """Bytes of one key or value row at ``bits`` per element (0: raw)."""
         return self.head_dim * bits // 8 if bits else self.head_dim * self.raw_itemsize

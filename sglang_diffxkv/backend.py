@@ -12,6 +12,7 @@ from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, merge
 from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
 from sglang_diffxkv.kernels.layout import PageLayout
+from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import score_open
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.batch import (
@@ -143,7 +144,9 @@ class DiffXKVBackend(AttentionBackend):
         )
         if pages.any_sealed:
             sealed = self._sealed(index, pages)
-            part = merge(part, extend_sealed(q, step.q_indptr, *sealed, layer.scaling))
+            part = merge(
+                part, extend_sealed(self._for_sealed(q), step.q_indptr, *sealed, layer.scaling)
+            )
         return self._finish(q, part, step, index, layer)
 
     def forward_decode(
@@ -169,7 +172,7 @@ class DiffXKVBackend(AttentionBackend):
         )
         if pages.any_sealed:
             sealed = self._sealed(index, pages)
-            part = merge(part, decode_sealed(q, *sealed, layer.scaling))
+            part = merge(part, decode_sealed(self._for_sealed(q), *sealed, layer.scaling))
         return self._finish(q, part, step, index, layer)
 
     def _begin(
@@ -199,6 +202,10 @@ class DiffXKVBackend(AttentionBackend):
             pages.sealed,
             self.store.layout,
         )
+
+    def _for_sealed(self, q: torch.Tensor) -> torch.Tensor:
+        """Queries [T, Hq, D] that see sealed keys as `q` would see the raw ones."""
+        return rotate(q.float()) if self.store.layout.rotates else q
 
     def _finish(
         self,

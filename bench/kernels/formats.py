@@ -27,6 +27,7 @@ from sglang_diffxkv.kernels.layout import (
     make_layout,
 )
 from sglang_diffxkv.kernels.pack import measure, pack
+from sglang_diffxkv.kernels.rotation import rotate
 
 HEAD_DIM, KV_HEADS, GROUP, PAGES, QUERIES = 128, 4, 4, 16, 32
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 8.0
@@ -73,9 +74,12 @@ def through_pages(tokens: Tokens, tier: TierFormat) -> torch.Tensor:
     arena = torch.zeros(frames.numel(), layout.frame_bytes, dtype=torch.uint8)
     pages = torch.arange(PAGES, dtype=torch.int32)
     notes = torch.zeros_like(tiers)
-    pack(tokens.k, tokens.v, pages, tiers, notes, frames, heads, arena, layout)
+    q, k, v = tokens.q, tokens.k, tokens.v
+    if layout.rotates:
+        q, k, v = rotate(q.float()), rotate(k.float()), v.float()
+    pack(k, v, pages, tiers, notes, frames, heads, arena, layout)
     return extend_sealed(
-        tokens.q,
+        q,
         torch.tensor([0, QUERIES], dtype=torch.int32),
         arena,
         frames,

@@ -30,7 +30,8 @@ def decode_sealed(
     """Attention of every sequence's query over its sealed pages, both tiers in one call.
 
     Args:
-        q: [B, Hq, D], fp32, bf16 or fp16: the model's dtype, which raw tiers store.
+        q: [B, Hq, D], fp32, bf16 or fp16: the model's dtype, which raw tiers store. Rotated, where
+            the sealed keys are.
         arena: uint8 [F, frame_bytes], contiguous.
         frames: int32 [V, max_frames], this layer's frame table; rows contiguous.
         heads: int32 [V, H, 2], this layer's records (payload offset, n_high | n_low << 8); pages

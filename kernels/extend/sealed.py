@@ -30,7 +30,8 @@ def extend_sealed(
     The pages lie before every query, so there is no causal mask. Computed in fp32.
 
     Args:
-        q: [T, Hq, D] fp32, bf16 or fp16; elements of raw tiers are of the same dtype.
+        q: [T, Hq, D] fp32, bf16 or fp16; elements of raw tiers are of the same dtype. Rotated,
+            where the sealed keys are.
         q_indptr: int32 [B + 1], queries of each sequence.
         arena: uint8 [F, frame_bytes].
         frames, heads: int32 [V, max_frames] and [V, H, 2], this layer's directory tables.

@@ -18,14 +18,18 @@ from sglang_diffxkv.kernels.layout import (
     TierFormat,
 )
 from sglang_diffxkv.kernels.pack.payload import Payload
-from sglang_diffxkv.kernels.pack.quantize import FP16_MAX
+from sglang_diffxkv.kernels.pack.quantize import CLIP, FP16_MAX
 
 
 def quantize_row(row: np.ndarray, bits: int) -> tuple[np.ndarray, np.float16, np.float16]:
     """Bytes (split-plane order), scale and zero of one row fp32 [D]."""
     levels = 2**bits - 1
-    zero = np.float16(np.clip(row.min(), -FP16_MAX, FP16_MAX))
-    scale = np.float16(min((row.max() - row.min()) / np.float32(levels), FP16_MAX))
+    span = (row.max() - row.min()) * np.float32(CLIP[bits])
+    scale = np.float16(min(span / np.float32(levels), FP16_MAX))
+    half = np.float32(0.5)
+    centre = half * row.min() + half * row.max()
+    first = centre - np.float32(scale) * np.float32(levels / 2)
+    zero = np.float16(np.clip(first, -FP16_MAX, FP16_MAX))
     step = scale if scale > 0 else 1  # a constant row is its zero, whatever its codes
     steps = (row - np.float32(zero)) / np.float32(step)
     codes = np.clip(np.rint(steps), 0, levels).astype(np.uint8)

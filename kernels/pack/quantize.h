@@ -36,8 +36,11 @@ inline uint16_t to_half(float x) {
 #endif
 }
 
-// Codes, in split-plane order, of one row against its own range; meta gets scale and zero, the row
-// is overwritten.
+// Share of a row's min/max range that codes cover: CLIP of quantize.py.
+inline float clip(int64_t bits) { return bits == 2 ? 0.65f : bits == 4 ? 0.95f : 1.f; }
+
+// Codes, in split-plane order, of one row against its clipped range; meta gets scale and zero, the
+// row is overwritten.
 inline void quantize_row(float* row, int64_t dim, int64_t bits, uint8_t* out, uint16_t* meta) {
     float lowest = row[0], highest = row[0];
 #pragma omp simd reduction(min : lowest) reduction(max : highest)
@@ -46,11 +49,12 @@ inline void quantize_row(float* row, int64_t dim, int64_t bits, uint8_t* out, ui
         highest = row[i] > highest ? row[i] : highest;
     }
     const float levels = static_cast<float>((1 << bits) - 1);
-    const float range = (highest - lowest) / levels;
-    const float bounded = lowest > kFp16Max ? kFp16Max : lowest < -kFp16Max ? -kFp16Max : lowest;
+    const float range = (highest - lowest) * clip(bits) / levels;
     meta[0] = to_half(range > kFp16Max ? kFp16Max : range);
-    meta[1] = to_half(bounded);
-    const float scale = to_float(Half{meta[0]}), zero = to_float(Half{meta[1]});
+    const float scale = to_float(Half{meta[0]});
+    const float first = 0.5f * lowest + 0.5f * highest - scale * (levels / 2);
+    meta[1] = to_half(first > kFp16Max ? kFp16Max : first < -kFp16Max ? -kFp16Max : first);
+    const float zero = to_float(Half{meta[1]});
     const float step = scale > 0.f ? scale : 1.f;
 #pragma omp simd
     for (int64_t i = 0; i < dim; ++i) {

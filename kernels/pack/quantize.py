@@ -6,10 +6,13 @@ from __future__ import annotations
 import torch
 
 FP16_MAX = 65504.0
+CLIP = {8: 1.0, 4: 0.95, 2: 0.65}
+"""By bits: share of a row's min/max range that codes cover, about its centre; what lies outside
+saturates (``docs/decisions/007``)."""
 
 
 def quantize_rows(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantize every row to its own min/max range.
+    """Quantize every row to `CLIP` of its own min/max range.
 
     Scale and zero are rounded to fp16 first and the codes computed against the rounded values, so
     that reading adds no error of its own. Values outside fp16's range saturate.
@@ -23,8 +26,10 @@ def quantize_rows(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Te
     """
     levels = 2**bits - 1
     low, high = rows.aminmax(dim=1, keepdim=True)
-    zero = low.clamp(-FP16_MAX, FP16_MAX).half()
-    scale = ((high - low) / levels).clamp(max=FP16_MAX).half()
+    scale = ((high - low) * CLIP[bits] / levels).clamp(max=FP16_MAX).half()
+    # All products are exact, so that a fused multiply-add elsewhere gives the same bits.
+    zero = (0.5 * low + 0.5 * high) - scale.float() * (levels / 2)
+    zero = zero.clamp(-FP16_MAX, FP16_MAX).half()
     # A constant row has scale 0 and is its zero: divide by 1 instead, any code will do.
     step = torch.where(scale > 0, scale, 1.0).float()
     codes = ((rows - zero.float()) / step).round().clamp(0, levels).to(torch.uint8)

@@ -10,6 +10,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import encode_importance, measure, pack
+from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
@@ -218,10 +219,9 @@ class PageStore:
         frames = self.arena.take(counts.reshape(-1).to(torch.int32), layout.max_frames)
         frames = frames.view(pages.numel(), self.num_layers, layout.max_frames)
         for layer in range(self.num_layers):
-            tokens = GradedTokens(
-                self.raw.keys[layer], self.raw.values[layer], tiers[:, layer], codes[:, layer]
-            )
-            self.pack(tokens, slots, frames[:, layer], measured.heads[:, layer])
+            keys, values, rows = self._to_pack(layer, slots)
+            tokens = GradedTokens(keys, values, tiers[:, layer], codes[:, layer])
+            self.pack(tokens, rows, frames[:, layer], measured.heads[:, layer])
         d.seal(pages, frames.transpose(0, 1), measured.heads.transpose(0, 1))
         d.plan[pages] = self.policy.plan_number
         self.raw.give_back(slots)
@@ -248,6 +248,16 @@ class PageStore:
             self.arena.buffer,
             self.layout,
         )
+
+    def _to_pack(
+        self, layer: int, slots: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Keys and values [R, 64, H, D] as pages hold them when sealed, and which R are `slots`."""
+        keys, values = self.raw.keys[layer], self.raw.values[layer]
+        if not self.layout.rotates:
+            return keys, values, slots
+        rotated = rotate(keys[slots].float())
+        return rotated, values[slots].float(), torch.arange(len(slots), device=slots.device)
 
     def _seal_context(
         self, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor

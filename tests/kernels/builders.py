@@ -20,6 +20,7 @@ from sglang_diffxkv.kernels.layout import (
     PageLayout,
     make_layout,
 )
+from sglang_diffxkv.kernels.pack.quantize import CLIP
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,3 +174,8 @@ def error_norm(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative error of the norm; NaN and inf in ``actual`` show as NaN."""
     diff = (actual.double() - expected.double()).norm()
     return float(diff / expected.double().norm().clamp_min(1e-30))
+
+
+def error_bound(bits: int) -> float:
+    """Largest error of an element in shares of its row's range: half a step, or what is clipped."""
+    return 1.04 * max(CLIP[bits] / (2**bits - 1) / 2, (1 - CLIP[bits]) / 2)

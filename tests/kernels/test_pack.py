@@ -194,7 +194,7 @@ def test_reads_what_an_independent_packer_wrote(
 
 @pytest.mark.parametrize(("high", "low"), PAIRS)
 def test_round_trip(high: str, low: str) -> None:
-    """Rows come back in tier order with their notes, raw ones exact, others within half a step."""
+    """Rows come back in tier order with their notes, raw ones exact, others as near as codes."""
     layout = layout_of(128, 3, high, low)
     sealed = seal(layout, pages=4, dtype=torch.bfloat16, pack=ops.pack)
     pages = torch.tensor([3, 1, 0], dtype=torch.int32)
@@ -225,8 +225,20 @@ def test_round_trip(high: str, low: str) -> None:
                     error = (got[n, head, :m][rows] - want[rows]).abs().amax(-1)
                     bits = getattr(tier, side)
                     spread = want[rows].amax(-1) - want[rows].amin(-1)
-                    bound = spread / (2**bits - 1) * 0.52 + 2e-3 if bits else 0 * error
+                    bound = spread * builders.error_bound(bits) + 2e-3 if bits else 0 * error
                     assert (error <= bound).all()
+
+
+@pytest.mark.parametrize(("bits", "least"), [(2, 0.15), (4, 0.015)])
+def test_clipping_lowers_the_error_of_usual_rows(bits: int, least: float) -> None:
+    rows = torch.randn(2000, 128, generator=torch.Generator().manual_seed(5))
+    levels = 2**bits - 1
+    low, high = rows.aminmax(dim=1, keepdim=True)
+    step = (high - low) / levels
+    unclipped = ((rows - low) / step).round() * step + low
+    packed, meta = quantize_rows(rows, bits)
+    clipped = dequantize_rows(packed, meta, bits)
+    assert (clipped - rows).norm() < (1 - least) * (unclipped - rows).norm()
 
 
 def test_all_pruned_and_empty_batches() -> None:

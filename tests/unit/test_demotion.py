@@ -10,11 +10,13 @@ import torch
 
 from sglang_diffxkv.config import Tiers
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED
+from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.demotion import BATCH_PAGES, cold_pages, demote, demote_cold, read_tokens
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.store import GradedTokens, PageStore
+from tests.kernels.builders import error_bound
 from tests.unit.test_allocator import (
     AllocatorMachine,
     DiffXKVAllocator,
@@ -119,7 +121,7 @@ def test_tokens_keep_what_they_are() -> None:
 
 @pytest.mark.parametrize(("high", "low"), [("K8V4", "K4V2"), ("raw", "K4V2"), ("K8V8", "K4V4")])
 def test_values_stay_close(high: str, low: str) -> None:
-    """A demoted token is off by the steps of both formats at most, so by about the coarser's."""
+    """A demoted token is off by the errors of both formats at most, so by about the coarser's."""
     store, pages, contents = sealed_store(5, tiers=Tiers(high, low))
     before = tokens_of(store, pages)
     demote(store, pages)
@@ -127,17 +129,20 @@ def test_values_stay_close(high: str, low: str) -> None:
     for old, new, written in zip(before, tokens_of(store, pages), contents, strict=True):
         fell = ((old.tiers == HIGH) & (new.tiers == LOW)).transpose(1, 2)
         assert bool(fell.any())
+        # Demotion works on keys as they are sealed.
+        keys = rotate(written[0]) if layout.rotates else written[0]
         for got, original, high_bits, low_bits in (
-            (new.keys, written[0], layout.high.key_bits, layout.low.key_bits),
+            (new.keys, keys, layout.high.key_bits, layout.low.key_bits),
             (new.values, written[1], layout.high.value_bits, layout.low.value_bits),
         ):
             rows, expected = got[fell].double(), original[fell].double()
             spread = expected.amax(1, keepdim=True) - expected.amin(1, keepdim=True)
-            # Half a step of each, and what fp16 scales and zeros add.
-            steps = 0.5 / (2**low_bits - 1) + (0.5 / (2**high_bits - 1) if high_bits else 0)
-            assert bool(((rows - expected).abs() <= (steps + 0.005) * spread).all())
+            # Of each, and what fp16 scales and zeros add.
+            most = error_bound(low_bits) + (error_bound(high_bits) if high_bits else 0)
+            assert bool(((rows - expected).abs() <= (most + 0.005) * spread).all())
             centred = (expected - expected.mean(1, keepdim=True)).norm()
-            assert (rows - expected).norm() <= 2.2 / 2**low_bits * centred
+            # Rotation gathers the offset of these keys in one channel, which widens their range.
+            assert (rows - expected).norm() <= 3 / 2**low_bits * centred
 
 
 def test_page_that_would_not_shrink_keeps_its_payload() -> None:

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import unpack
+from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.metrics import pages_by_quality
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
@@ -221,7 +222,8 @@ def check_payload(
             kept = got.kept[0, head]
             position = got.position[0, head][kept].long()
             assert torch.unique(position).numel() == position.numel()
-            for values, written in zip((got.k, got.v), contents, strict=True):
+            keys = rotate(got.k) if store.layout.rotates else got.k
+            for values, written in zip((keys, got.v), contents, strict=True):
                 expected = written[layer, position, head]
                 if exact:
                     assert position.numel() == PAGE_TOKENS

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the store seals and what the backend asks of it fit together: rotated, or not at all."""
+
+import pytest
+import torch
+
+from sglang_diffxkv.backend import DiffXKVBackend
+from sglang_diffxkv.config import Tiers
+from sglang_diffxkv.kernels.decode import decode_sealed
+from sglang_diffxkv.kernels.extend import extend_sealed
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from tests.kernels.builders import error_norm
+from tests.unit.test_store import DIM, HEADS, LAYERS, make_store
+
+PAGES, GROUP, SCALE = 3, 2, DIM**-0.5
+CASES = [
+    ("uniform", Tiers("K8V8", "K4V2"), True, 0.02),
+    ("uniform", Tiers("K4V4", "K4V2"), True, 0.25),
+    ("diffkv", Tiers("K8V8", "K4V4"), True, 0.25),
+    ("diffkv", Tiers("raw", "K8V8"), False, 0.02),
+    ("lossless", Tiers(), False, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("policy", "tiers", "rotates", "most"), CASES)
+def test_attention_over_sealed_pages(policy: str, tiers: Tiers, rotates: bool, most: float) -> None:
+    gen = torch.Generator().manual_seed(3)
+    store = make_store(policy, tiers=tiers, alpha_low=0.0)
+    assert store.layout.rotates == rotates
+    pages = torch.arange(1, PAGES + 1)
+    store.open(pages)
+    slots = store.directory.raw_slot[pages].long()
+    k, v = 2 * torch.randn(2, LAYERS, PAGES, PAGE_TOKENS, HEADS, DIM, generator=gen)
+    for layer in range(LAYERS):
+        store.raw.keys[layer][slots], store.raw.values[layer][slots] = k[layer], v[layer]
+    store.raw.scores[:, slots] = 16 * torch.rand(LAYERS, PAGES, HEADS, PAGE_TOKENS, generator=gen)
+    store.raw.counts[slots] = 8
+    context = torch.full((PAGES,), PAGES * PAGE_TOKENS)
+    store.touch(pages, torch.arange(PAGES), context, window=0)
+    store.seal(pages)
+    backend = DiffXKVBackend.__new__(DiffXKVBackend)
+    backend.store = store
+    q = torch.randn(1, GROUP * HEADS, DIM, generator=gen)
+    indptr = torch.tensor([0, PAGES], dtype=torch.int32)
+    for layer in range(LAYERS):
+        tables = store.directory.frames[layer], store.directory.heads[layer]
+        where = store.arena.buffer, *tables, indptr, pages.int(), store.layout, SCALE
+        decoded = decode_sealed(backend._for_sealed(q), *where)
+        one = torch.tensor([0, 1], dtype=torch.int32)
+        extended = extend_sealed(backend._for_sealed(q), one, *where)
+        expected = attention(q, k[layer].flatten(0, 1), v[layer].flatten(0, 1))
+        for part in (decoded, extended):
+            assert error_norm(part.out, expected) < most
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """float64 [1, Hq, D] of q [1, Hq, D] over k, v [n, H, D]."""
+    keys, values = (x.double().repeat_interleave(GROUP, 1) for x in (k, v))
+    scores = torch.einsum("thd,nhd->thn", q.double(), keys) * SCALE
+    return torch.einsum("thn,nhd->thd", scores.softmax(-1), values)

@@ -98,9 +98,8 @@ class DiffXKVPolicy(TierPolicy):
         return spread_queries(extend_lens, n)
 
     def observe(self, ctx: SealContext) -> None:
-        importance, forced = self._weigh(ctx)
-        counted = ~(self.is_sink(ctx) | (ctx.count == 0))
-        self.learner.observe(importance.masked_fill(forced, 0), counted)
+        importance, _ = self._weigh(ctx)
+        self.learner.observe(importance, ~(self.is_sink(ctx) | (ctx.count == 0)))
 
     def on_idle(self) -> None:
         self.learner.on_idle()

@@ -154,8 +154,7 @@ def _solve(
     free_tokens, free_share = (x[~forced].flatten()[order] for x in (tokens, share))
     ranking = rank_bins(free_share, free_tokens)
     if target.retention is not None:
-        wanted = target.retention * float(share.sum()) - float(share[forced].sum())
-        split = least_bytes(ranking, prices, max(0.0, wanted))
+        split = least_bytes(ranking, prices, target.retention * float(free_share.sum()))
     else:
         assert target.compression is not None
         pages = float(tokens.sum()) / (layers * layout.num_kv_heads * PAGE_TOKENS)

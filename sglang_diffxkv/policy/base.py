@@ -35,6 +35,10 @@ MAX_DEMOTIONS = 2
 """A page that was demoted so often is at its floor, and can only be evicted."""
 
 
+_TAIL = 0.05
+"""Of a (page, layer)'s importance, what its last demotion may prune."""
+
+
 class DemotionContext(NamedTuple):
     """What is known about S sealed pages of one layer and H KV heads when they are demoted."""
 
@@ -150,13 +154,14 @@ class TierPolicy(ABC):
     def demote(self, ctx: DemotionContext) -> torch.Tensor:
         """Tiers that sealed pages are to have instead, none of them higher: uint8 [S, H, 64].
 
-        At the first demotion high tokens go low; at the second the less important half of the low
-        tokens of each (page, layer), over all heads together, is pruned. Sinks stay as they are.
+        At the first demotion high tokens go low; at the second the least important of the low ones
+        are pruned, as many as hold a twentieth of the importance of all low tokens of their (page,
+        layer), over all heads together. Sinks stay as they are.
         """
         sink = self.is_sink(ctx)[:, None]
         tiers = ctx.tiers.masked_fill((ctx.tiers == HIGH) & ~sink, LOW)
         again = (ctx.demotions > 0)[:, None, None]
-        return tiers.masked_fill(again & _lesser_half((tiers == LOW) & ~sink, ctx), PRUNED)
+        return tiers.masked_fill(again & _tail((tiers == LOW) & ~sink, ctx), PRUNED)
 
     def is_sink(self, ctx: SealContext | DemotionContext) -> torch.Tensor:
         """Which tokens are attention sinks, the first of their sequence: bool [S, 64]."""
@@ -172,16 +177,17 @@ class TierPolicy(ABC):
         return worth.masked_fill(self.is_sink(ctx)[:, None, None], torch.inf)
 
 
-def _lesser_half(mask: torch.Tensor, ctx: DemotionContext) -> torch.Tensor:
-    """The less important half of each page's tokens in ``mask``, rounded down: bool [S, H, 64].
+def _tail(mask: torch.Tensor, ctx: DemotionContext) -> torch.Tensor:
+    """The least important of each page's tokens in ``mask``, `_TAIL` of theirs: bool [S, H, 64].
 
     Nothing is known against a token that nobody has scored. Of equal tokens earlier ones go first.
     """
-    worth = ctx.importance.masked_fill(ctx.importance == 0, torch.finfo(torch.float32).max)
-    order = worth.masked_fill(~mask, torch.inf).flatten(1).argsort(dim=1, stable=True)
-    rank = torch.arange(order.shape[1], device=order.device)
-    first = rank < mask.flatten(1).sum(1, keepdim=True) // 2
-    return torch.empty_like(first).scatter_(1, order, first).view_as(mask)
+    known = (mask & (ctx.importance > 0)).flatten(1)
+    worth = ctx.importance.flatten(1)
+    order = worth.masked_fill(~known, torch.inf).argsort(dim=1, stable=True)
+    ascending = (worth * known).gather(1, order).cumsum(1)
+    taken = known.gather(1, order) & (ascending <= _TAIL * ascending[:, -1:])
+    return torch.empty_like(taken).scatter_(1, order, taken).view_as(mask)
 
 
 def _shares(layer_caps: float | tuple[float, ...] | None, num_layers: int) -> tuple[float, ...]:

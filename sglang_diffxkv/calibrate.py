@@ -23,6 +23,8 @@ from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
 HELP = "learn from prompts how importance spreads over layers, and write the plan to serve with"
 _TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]
 """Synthetic prompts, where no file is given."""
+_ROOM_TOKENS = 65536
+"""That the server's pool is made for, in uncompressed bytes, where --config gives none."""
 _TIMEOUT_S = 600.0
 _SETTLE_S = 60.0
 
@@ -54,13 +56,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Calibrate; return the exit status."""
-    import requests
-
     try:
         found = calibrate(
             args.model, _prompts(args), _config(args), args.device or default_device()
         )
-    except (ConfigError, ServerError, requests.RequestException) as error:
+    except (ConfigError, ServerError) as error:
         print(f"sglang-diffxkv calibrate: {error}", file=sys.stderr)
         return 1
     print(summary(found, args.output))
@@ -79,6 +79,8 @@ def calibrate(
         ServerError: the server did not start.
         ConfigError: no prompt was long enough for a page to be sealed.
     """
+    import requests
+
     options: list[object] = ["--model-path", model, "--device", device]
     options += ["--attention-backend", "diffxkv", "--diffxkv-config", config.to_json()]
     if device == "cpu":
@@ -87,11 +89,14 @@ def calibrate(
         tempfile.TemporaryDirectory(prefix="diffxkv-calibrate-") as folder,
         ServerProcess(*options, log=Path(folder) / "server.log") as server,
     ):
-        for number, prompt in enumerate(prompts, 1):
-            _take_in(server.url, prompt)
-            print(f"\r{number} of {len(prompts)} prompts", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-        return _settled_plan(server.url)
+        try:
+            for number, prompt in enumerate(prompts, 1):
+                _take_in(server.url, prompt)
+                print(f"\r{number} of {len(prompts)} prompts", end="", file=sys.stderr, flush=True)
+            print(file=sys.stderr)
+            return _settled_plan(server.url)
+        except requests.RequestException as error:
+            raise ServerError(f"{error}\n{server.log_tail()}") from error
 
 
 def _take_in(url: str, prompt: str | list[int]) -> None:
@@ -136,16 +141,18 @@ _COLUMNS = ("page_bytes", "retention", "alpha_high", "alpha_low")
 
 def _config(args: argparse.Namespace) -> DiffXKVConfig:
     from sglang_diffxkv.config import load_config
+    from sglang_diffxkv.eval.run import load_model
 
     own = {"policy": "diffxkv", "save_plan": str(args.output), "learn_share": 1.0}
     if args.target is not None:
         own["target"] = args.target
+    room = {"memory_bytes": _ROOM_TOKENS * load_model(args.model).token_bytes}
     try:
         given = json.loads(args.config)
-        return load_config(json.dumps(given | own), {})
+        return load_config(json.dumps(room | given | own), {})
+    except ConfigError:
+        raise
     except (ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
-            raise
         raise ConfigError(f"--config is not a JSON object: {error}") from None
 
 

@@ -20,16 +20,19 @@ test: env
 	$(BIN)/python -m pytest $(ARGS)
 
 BENCHES := kernels.decode kernels.extend kernels.formats \
-	serving.capacity serving.sharing serving.throughput serving.demotion accuracy.kl accuracy.ddid \
-	accuracy.quantizers
+	serving.capacity serving.sharing serving.throughput serving.demotion serving.cost \
+	accuracy.kl accuracy.ddid accuracy.quantizers accuracy.budgets
 
 # The servers that benches start are programs of their own, which the current folder cannot disturb.
 bench: env
 	set -e; for bench in $(BENCHES); do PYTHONSAFEPATH= $(BIN)/python -m bench.$$bench; done
 	PYTHONSAFEPATH= $(BIN)/python -m bench.serving.capacity --weights heavy-hitters \
 		--requests 44 --output 96 --name capacity_heavy_hitters
-	$(BIN)/sglang-diffxkv eval --target-compression 3,4.5,6 --output bench/results/accuracy.json
-	$(BIN)/sglang-diffxkv eval --policies k8v4,int4,snapkv,diffkv --lengths 1024 --samples 203 \
+	$(BIN)/sglang-diffxkv eval --output bench/results/accuracy.json
+	$(BIN)/sglang-diffxkv eval --policies snapkv,xkv,streaming,diffxkv,diffkv,uniform \
+		--tasks niah_multikey,kv_lookup,vt,recall --lengths 1024 --samples 25 \
+		--target-compression 2.5,4,6,8 --output bench/results/accuracy_targets.json
+	$(BIN)/sglang-diffxkv eval --policies k8v4,int4,snapkv,diffkv,diffxkv --lengths 1024 --samples 203 \
 		--tasks shared_prefix,recomputed_prefix --output bench/results/shared_prefix.json
 
 lint: $(DEV_STAMP) types

@@ -116,7 +116,7 @@ def compare(memory: int, rounds: int) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {name: [] for name in SETTINGS}
     for number in range(rounds):
         for name, (demote, times) in SETTINGS.items():
-            config = {"policy": "diffkv", "memory_bytes": memory * times, "demote": demote}
+            config = {"memory_bytes": memory * times, "demote": demote}
             with diffxkv_server(BUNDLED, config, "--enable-cache-report") as server:
                 found[name] += [measure(server, LOADS * number + load) for load in range(LOADS)]
     return found
@@ -163,7 +163,7 @@ def report(memory: int, found: dict[str, list[Run]]) -> str:
     only_on, only_off = pairs.count((True, False)), pairs.count((False, True))
     return "\n\n".join(
         [
-            f"The embedded model in bfloat16, policy `diffkv` as configured by default, "
+            f"The embedded model in bfloat16, policy `diffxkv` as configured by default, "
             f"{memory / MIB:.0f} MiB ({AMPLE} times that in `ample`). A load is {CHATS} chats of "
             f"{len(TURNS)} turns in random order: {FACTS} facts, each told in about {TURN_TOKENS} "
             f"tokens, and {FACTS} questions about them; one request at a time. Right: exact match; "

@@ -26,6 +26,7 @@ from sglang_diffxkv.pool.request_rows import RequestRows
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
+_MARK = "|diffxkv:"
 _QUALITY = "diffxkv_quality"
 _ROWS = "diffxkv_rows"
 _WAITS = "diffxkv_lossless_waits"
@@ -38,7 +39,7 @@ def follow_rows(req_to_token_pool: Any, rows: RequestRows) -> None:
 
 def _check(result: None, self: Any, vocab_size: int) -> None:
     """A ValueError from here is HTTP 400, for `sglang.Engine` an exception."""
-    if is_active():
+    if is_active() and self.custom_params:
         requested_quality(self.custom_params, policy_class(get_config().policy))
 
 
@@ -53,8 +54,9 @@ def _note(req: Req, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None
         req.set_finish_with_abort(str(error))
         return
     setattr(req, _QUALITY, quality)
-    if quality is not Quality.BALANCED:
-        req.extra_key = f"{req.extra_key or ''}|diffxkv:{quality.name.lower()}"
+    # Whatever a client writes into its key, the last part of it is ours where it matters.
+    if quality is not Quality.BALANCED or _MARK in (req.extra_key or ""):
+        req.extra_key = f"{req.extra_key or ''}{_MARK}{quality.name.lower()}"
 
 
 def _enter_rows(result: list[int] | None, self: Any, reqs: list[Req]) -> None:

@@ -107,7 +107,8 @@ class DiffXKVBackend(AttentionBackend):
         store.touch(
             pages.pages, pages.position.long(), per_page(pages, seq_lens), self.config.window
         )
-        store.set_quality(pages.pages, per_page(pages, self.rows.quality[fb.req_pool_indices]))
+        if self.rows.asked:
+            store.set_quality(pages.pages, per_page(pages, self.rows.quality[fb.req_pool_indices]))
         store.read(pages.sealed)
         lens = (seq_lens - prefix_lens).cumsum(0)
         self.forward_metadata = StepMetadata(

@@ -57,13 +57,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Calibrate; return the exit status."""
     try:
-        found = calibrate(
-            args.model, _prompts(args), _config(args), args.device or default_device()
-        )
+        config = _config(args)
+        found = calibrate(args.model, _prompts(args), config, args.device or default_device())
     except (ConfigError, ServerError) as error:
         print(f"sglang-diffxkv calibrate: {error}", file=sys.stderr)
         return 1
-    print(summary(found, args.output))
+    print(summary(found, config, args.output))
     return 0
 
 
@@ -119,21 +118,26 @@ def _settled_plan(url: str) -> dict[str, Any]:
         plan: dict[str, Any] = stats["plan"]
         if not stats["counters"]["sealed"]:
             raise ConfigError("no prompt was long enough for a page to be sealed: give longer ones")
-        if plan["number"] and not plan["pages_since"]:
+        if plan["number"] and not plan["unsaved_pages"]:
             return plan
         time.sleep(0.5)
     raise ConfigError(f"the server solved no plan within {_SETTLE_S:.0f} s")
 
 
-def summary(plan: dict[str, Any], output: Path) -> str:
+def summary(plan: dict[str, Any], config: DiffXKVConfig, output: Path) -> str:
     """A table of budgets by layer, and how to serve with them."""
     layers = plan["qualities"]["balanced"]
     lines = [f"target {plan['target']:g}", "layer  bytes/page  retention  alpha_high  alpha_low"]
     columns = zip(*(layers[key] for key in _COLUMNS), strict=True)
     for number, (nbytes, retention, high, low) in enumerate(columns):
         lines.append(f"{number:5}  {nbytes:10,.0f}  {retention:9.3f}  {high:10.3g}  {low:9.3g}")
-    use = json.dumps({"plan": str(output), "learn_share": 0})
-    return "\n".join([*lines, f"serve with --diffxkv-config '{use}'"])
+    use = json.loads(config.to_json())
+    default = json.loads(DiffXKVConfig().to_json())
+    use = {key: value for key, value in use.items() if value != default[key]}
+    use |= {"target": plan["target"], "plan": str(output), "learn_share": 0}
+    for key in ("save_plan", "memory_bytes"):
+        use.pop(key, None)
+    return "\n".join([*lines, f"serve with --diffxkv-config '{json.dumps(use)}'"])
 
 
 _COLUMNS = ("page_bytes", "retention", "alpha_high", "alpha_low")
@@ -174,7 +178,7 @@ def read_prompts(path: Path) -> Iterator[str]:
         ConfigError: no such file, or a line of JSON without a prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompts {path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -185,8 +189,11 @@ def read_prompts(path: Path) -> Iterator[str]:
             continue
         try:
             found = json.loads(line)
-            yield found["prompt"] if "prompt" in found else found["text"]
+            prompt = found["prompt"] if "prompt" in found else found["text"]
         except (ValueError, KeyError):
+            prompt = None
+        if not isinstance(prompt, str):
             raise ConfigError(
                 f'{path}, line {number}: not a JSON object with a "prompt" or a "text"'
-            ) from None
+            )
+        yield prompt

@@ -31,6 +31,8 @@ class SealContext(NamedTuple):
     """int64 [S]: `Quality` that the page's request asked for."""
 
 
+_KNOBS = ("target", "plan", "save_plan", "high_layers")
+
 MAX_DEMOTIONS = 2
 """A page that was demoted so often is at its floor, and can only be evicted."""
 
@@ -44,6 +46,8 @@ class DemotionContext(NamedTuple):
 
     tiers: torch.Tensor
     """uint8 [S, H, 64]: tier of every token now."""
+    layer: int
+    """Number of the layer on this rank, from 0."""
     importance: torch.Tensor
     """float32 [S, H, 64]: importance when the page was sealed, to the eighth of an octave; 0 where
     no query had scored the token, and where it was pruned."""
@@ -74,6 +78,8 @@ class TierPolicy(ABC):
     """Whether what is read from a sealed page is what was written, bit for bit."""
     grades_quality: ClassVar[bool] = False
     """Whether pages are graded by `SealContext.quality`; where not, high and small are refused."""
+    knobs: ClassVar[tuple[str, ...]] = ()
+    """Fields of the configuration that mean something to this policy and not to every one."""
     streams: ClassVar[bool] = True
     """Whether pages may be judged one by one, as those of chunked prompts and generated text."""
     may_share: ClassVar[bool] = True
@@ -91,6 +97,12 @@ class TierPolicy(ABC):
                 f"policy {self.name!r} keeps every token in full, so it cannot honour layer_caps "
                 f"below 1 (got {min(shares):g}): leave layer_caps out or choose policy 'diffxkv'"
             )
+        for knob in _KNOBS:
+            if knob not in self.knobs and getattr(config, knob) != getattr(DiffXKVConfig(), knob):
+                raise ConfigError(
+                    f"policy {self.name!r} has no use for {knob!r}: leave it out or choose policy "
+                    "'diffxkv'"
+                )
         self.caps = [int(share * full_bytes(layout)) for share in shares]
         """Bytes that a (page, layer) may take at most, by layer: kept exactly by `assign`."""
 

@@ -15,7 +15,7 @@ import torch
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PageLayout
 from sglang_diffxkv.kernels.pack import measure
-from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.base import DemotionContext, SealContext, TierPolicy
 from sglang_diffxkv.policy.budget import (
     Ranking,
     Split,
@@ -52,6 +52,7 @@ class DiffXKVPolicy(TierPolicy):
     needs_scores = True
     prunes = True
     grades_quality = True
+    knobs = ("target", "plan", "save_plan", "high_layers")
     can_demote = True
 
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
@@ -90,7 +91,7 @@ class DiffXKVPolicy(TierPolicy):
         return {
             "number": self.plan_number,
             "target": self.target,
-            "pages_since": self.learner.pages_since,
+            "unsaved_pages": self.learner.unsaved_pages,
             "qualities": {quality.name.lower(): asdict(x) for quality, x in qualities.items()},
         }
 
@@ -98,11 +99,17 @@ class DiffXKVPolicy(TierPolicy):
         return spread_queries(extend_lens, n)
 
     def observe(self, ctx: SealContext) -> None:
-        importance, _ = self._weigh(ctx)
-        self.learner.observe(importance, ~(self.is_sink(ctx) | (ctx.count == 0)))
+        self.learner.take_over()
+        if self.learner.wants_pages():
+            importance, _ = self._weigh(ctx)
+            wrong = ~ctx.importance.isfinite().all(2).all(1)
+            self.learner.observe(importance, ~(self.is_sink(ctx) | (ctx.count == 0) | wrong))
 
     def on_idle(self) -> None:
         self.learner.on_idle()
+
+    def demote(self, ctx: DemotionContext) -> torch.Tensor:
+        return ctx.tiers if ctx.layer in self._high_layers else super().demote(ctx)
 
     def grade(self, ctx: SealContext) -> torch.Tensor:
         importance, forced = self._weigh(ctx)
@@ -110,8 +117,6 @@ class DiffXKVPolicy(TierPolicy):
         plan = self.learner.plan
         for pages in sequences(ctx):
             quality = Quality(int(ctx.quality[pages[0]]))
-            if quality == Quality.LOSSLESS:
-                continue
             planned = None if plan is None else plan.qualities[quality]
             if planned is not None and len(pages) < PERSONAL_PAGES:
                 graded = _by_thresholds(importance[pages], planned)

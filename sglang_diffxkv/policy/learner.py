@@ -28,8 +28,8 @@ DRIFT = 0.1
 class PlanLearner:
     """The current plan, and what the next one will be solved from.
 
-    Solving runs in a thread of its own; `plan` changes in one assignment, between two batches that
-    are sealed or within one, which does no harm: a batch reads it once.
+    Solving runs in a thread of its own. Its result is taken over in `observe` and `on_idle` only,
+    so that the plan does not change while pages are graded.
     """
 
     def __init__(
@@ -41,13 +41,14 @@ class PlanLearner:
         """
         self._config, self._target, self._layout = config, target, layout
         self._num_layers = num_layers
+        self._high_layers = high_layers(config, num_layers)
         self._sketch: ImportanceSketch | None = None
         self._coin = random.Random(0)
         self._since_check = 0
-        self.pages_since = 0
-        """Sketched since the plan was solved."""
-        self._solving: Future[None] | None = None
+        self._solving: Future[Plan] | None = None
         self._thread: ThreadPoolExecutor | None = None
+        self.unsaved_pages = 0
+        """Sketched since the plan was written to `save_plan`."""
         self.plan: Plan | None = None
         if config.plan is not None:
             number, found = load_sketch(Path(config.plan), Shape.of(layout, num_layers))
@@ -57,67 +58,78 @@ class PlanLearner:
     @property
     def nbytes(self) -> int:
         """Bytes of the sketch on the device."""
-        return ImportanceSketch(self._num_layers, self._layout.num_kv_heads, "meta").nbytes
+        return ImportanceSketch.nbytes_of(self._num_layers, self._layout.num_kv_heads)
+
+    def wants_pages(self) -> bool:
+        """Whether the pages that are about to be sealed belong to the sample."""
+        share = self._config.learn_share
+        return share > 0 and (self.plan is None or self._coin.random() < share)
 
     def observe(self, importance: torch.Tensor, counted: torch.Tensor) -> None:
-        """Take pages into the sketch, if the coin says so; arguments as for its `update`."""
-        share = self._config.learn_share
-        if share == 0 or (self.plan is not None and self._coin.random() >= share):
-            return
+        """Take pages into the sketch; arguments as for its `update`."""
         if self._sketch is None:
-            self._sketch = ImportanceSketch(
-                self._num_layers, self._layout.num_kv_heads, importance.device
-            )
-        if self._sketch.tokens.device != importance.device:
-            self._sketch.to(importance.device)
+            shape = (self._num_layers, self._layout.num_kv_heads)
+            self._sketch = ImportanceSketch.empty(*shape, importance.device)
+        self._sketch.to(importance.device)
         self._sketch.update(importance, counted)
         pages = counted.numel() // PAGE_TOKENS
         self._since_check += pages
-        self.pages_since += pages
+        self.unsaved_pages += pages
         enough = CHECK_PAGES if self.plan is not None else FIRST_PLAN_PAGES
-        if self._since_check >= enough:
-            self._start(only_if_drifted=True)
+        if self._since_check >= enough and self._start():
+            self._since_check = 0
 
-    def on_idle(self) -> None:
-        """Where plans are saved, a server at rest has saved what it knows."""
-        if self._config.save_plan is not None and self.pages_since:
-            self._start(only_if_drifted=False)
-
-    def wait(self) -> None:
-        """Until the plan that is being solved is there.
-
-        Raises:
-            Exception: whatever solving or saving raised.
-        """
-        if self._solving is not None:
-            self._solving.result()
-
-    def _start(self, *, only_if_drifted: bool) -> None:
-        if self._sketch is None or (self._solving is not None and not self._solving.done()):
+    def take_over(self) -> None:
+        """Use the plan that has been solved, if there is one."""
+        if self._solving is None or not self._solving.done():
             return
-        self._since_check = 0
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffxkv-plan")
-        self._solving = self._thread.submit(self._update, self._sketch.copy(), only_if_drifted)
-
-    def _update(self, sketch: ImportanceSketch, only_if_drifted: bool) -> None:
-        plan = self.plan
-        if plan and only_if_drifted and sketch.difference(plan.sketch) < DRIFT:
-            return
+        solved, self._solving = self._solving, None
         try:
-            self.pages_since = 0
-            new = self._solve(plan.number + 1 if plan else 1, sketch)
-            if self._config.save_plan is not None:
-                new.save(Path(self._config.save_plan).expanduser())
-            self.plan = new
+            plan = solved.result()
         except Exception:
             log.exception("diffxkv: no new plan; the old one stays")
-            raise
+            return
+        if self.plan is None or plan.number > self.plan.number:
+            self.plan = plan
+
+    def on_idle(self) -> None:
+        """Where plans are saved, a server at rest saves what it knows."""
+        self.take_over()
+        if self._config.save_plan is None or not self.unsaved_pages or self._sketch is None:
+            return
+        sketch = self._sketch.copy()
+        self.plan = self._next_plan(sketch, self.plan)
+        path = Path(self._config.save_plan).expanduser()
+        try:
+            self._solve(self.plan.number, sketch).save(path)
+        except OSError as error:
+            log.error("diffxkv: the plan cannot be written to %s: %s", path, error)
+        self.unsaved_pages = 0
+
+    def wait(self) -> None:
+        """Until the plan that is being solved is there, and used."""
+        if self._solving is not None:
+            self._solving.exception()
+        self.take_over()
+
+    def _start(self) -> bool:
+        if self._sketch is None or self._solving is not None:
+            return False
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffxkv-plan")
+        self._solving = self._thread.submit(self._next_plan, self._sketch.copy(), self.plan)
+        return True
+
+    def _next_plan(self, sketch: ImportanceSketch, plan: Plan | None) -> Plan:
+        """A new plan if traffic has drifted, else the old one."""
+        if plan is None:
+            return self._solve(1, sketch)
+        if sketch.difference(plan.sketch) < DRIFT:
+            return plan
+        return self._solve(plan.number + 1, sketch)
 
     def _solve(self, number: int, sketch: ImportanceSketch) -> Plan:
-        return solve_plan(
-            number, self._target, sketch, self._layout, high_layers(self._config, self._num_layers)
-        )
+        return solve_plan(number, self._target, sketch, self._layout, self._high_layers)
 
 
 def high_layers(config: DiffXKVConfig, num_layers: int) -> tuple[int, ...]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from sglang_diffxkv.config import ConfigError
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.policy.budget import Ranking, Split, least_bytes, most_retained, rank_bins
+from sglang_diffxkv.policy.budget import Ranking, least_bytes, most_retained, rank_bins
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.sketch import BINS_PER_OCTAVE, ImportanceSketch
 from sglang_diffxkv.policy.target import Target, low_utility, prices_of, raw_page_bytes
@@ -38,7 +39,10 @@ class LayerPlans:
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan is made for: it means nothing to another model or other tiers."""
+    """What a plan is made for: its importances mean nothing to another model.
+
+    The tiers are for the record: thresholds are solved again for those of the server.
+    """
 
     layers: int
     kv_heads: int
@@ -79,7 +83,7 @@ class Plan:
                 "sketch": self.sketch.to_json(),
             }
         )
-        part = path.with_name(path.name + ".part")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         part.write_text(text + "\n", encoding="utf-8")
         part.replace(path)
 
@@ -98,6 +102,8 @@ def load_sketch(path: Path, shape: Shape) -> tuple[int, ImportanceSketch]:
             )
         other = Shape(**found["shape"])
         number, sketch = int(found["number"]), ImportanceSketch.from_json(found["sketch"], "cpu")
+        if sketch.tokens.shape[:2] != (other.layers, other.kv_heads):
+            raise ValueError("sketch and shape differ")
     except OSError as error:
         raise ConfigError(f"plan {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -164,8 +170,12 @@ def _solve(
     thresholds = [_threshold(ranking, count) for count in (split.high, split.high + split.low)]
     # A weight is a share of its layer's importance; back to units of uniform attention.
     alphas = [(value * layers * by_layer).masked_fill(forced, 0.0) for value in thresholds]
-    bounded = [alpha.clamp(max=_NEVER) for alpha in alphas]
-    return _expected(bounded[0], bounded[1], sketch, layout)
+    alpha_high, alpha_low = (alpha.clamp(max=_NEVER) for alpha in alphas)
+    # Nothing speaks against the tokens of a layer of which nothing is known.
+    unknown = mass.sum((1, 2)) == 0
+    alpha_high, alpha_low = (x.masked_fill(unknown, 0.0) for x in (alpha_high, alpha_low))
+    # Interpolated within bins, the two may cross by less than one.
+    return _expected(alpha_high, alpha_low.minimum(alpha_high), sketch, layout)
 
 
 def _threshold(ranking: Ranking, count: torch.Tensor) -> torch.Tensor:
@@ -203,6 +213,3 @@ def _expected(
 def page_overhead(layout: PageLayout) -> float:
     """Expected bytes of a (page, layer) beyond its tokens': heads are aligned, frames filled up."""
     return (layout.num_kv_heads * layout.align + layout.frame_bytes) / 2
-
-
-__all__ = ["FORMAT", "LayerPlans", "Plan", "Shape", "Split", "load_sketch", "solve_plan"]

@@ -11,7 +11,7 @@ from sglang_diffxkv.policy.target import low_utility
 
 
 class RetentionMeter:
-    """Mean R by layer over sequences, weighted by their pages (XKV's R_i, arXiv 2412.05896).
+    """R by layer of all that was sealed (XKV's R_i, arXiv 2412.05896).
 
     Counts tokens whose importance is known, sinks left out: these are kept in any case, and take so
     much of all attention that R would say little about the others. A low token keeps the utility
@@ -22,7 +22,8 @@ class RetentionMeter:
         self._low_utility = low_utility(layout.high, layout.low)
         self._sink = sink
         self._sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
-        """Of R times pages, and of pages, in which the layer has received attention at all."""
+        """Of importances kept and of all, in units of uniform attention, in which sequences of all
+        lengths are comparable."""
 
     @property
     def nbytes(self) -> int:
@@ -34,18 +35,11 @@ class RetentionMeter:
         is_sink = ctx.position[:, None] * tiers.shape[-1] + number < self._sink
         known = ~is_sink & (ctx.count > 0)
         weight = ctx.importance.masked_fill(~ctx.importance.isfinite(), 0)
-        weight = weight.double() * known[:, None, None]
+        weight = weight * (known * ctx.context[:, None])[:, None, None]
         utility = (tiers == HIGH) + (tiers == LOW) * self._low_utility
-        _, group = ctx.sequence.unique(return_inverse=True)
-        shape = (len(ctx.sequence), tiers.shape[1])
-        kept, whole = (
-            torch.zeros(shape, dtype=torch.float64, device=tiers.device).index_add_(0, group, x)
-            for x in ((weight * utility).sum((2, 3)), weight.sum((2, 3)))
-        )
-        pages = group.bincount(minlength=len(group))[:, None] * (whole > 0)
-        self._sums[0] += (pages * kept / whole.clamp(min=1e-30)).sum(0)
-        self._sums[1] += pages.sum(0)
+        self._sums[0] += (weight * utility).sum((0, 2, 3))
+        self._sums[1] += weight.sum((0, 2, 3))
 
     def by_layer(self) -> list[float | None]:
         """R of each layer; None where nothing is known."""
-        return [kept / pages if pages else None for kept, pages in self._sums.T.tolist()]
+        return [kept / whole if whole else None for kept, whole in self._sums.T.tolist()]

@@ -22,17 +22,27 @@ HALF_LIFE_TOKENS = 2**20
 
 
 class ImportanceSketch:
-    """Counts and sums of importance by layer, KV head and bin.
+    """Counts and sums of importance by layer, KV head and bin; `empty` makes one.
 
     Attributes:
         tokens: float32 [L, H, BINS], tokens whose importance is in the bin.
         mass: float32 [L, H, BINS], sum of their importances in units of uniform attention (1 / N).
     """
 
-    def __init__(self, num_layers: int, num_kv_heads: int, device: str | torch.device) -> None:
+    def __init__(self, tokens: torch.Tensor, mass: torch.Tensor) -> None:
+        self.tokens, self.mass = tokens, mass
+
+    @classmethod
+    def empty(
+        cls, num_layers: int, num_kv_heads: int, device: str | torch.device
+    ) -> ImportanceSketch:
         shape = (num_layers, num_kv_heads, BINS)
-        self.tokens = torch.zeros(shape, device=device)
-        self.mass = torch.zeros(shape, device=device)
+        return cls(torch.zeros(shape, device=device), torch.zeros(shape, device=device))
+
+    @staticmethod
+    def nbytes_of(num_layers: int, num_kv_heads: int) -> int:
+        """Bytes of one for such a model."""
+        return 2 * num_layers * num_kv_heads * BINS * torch.float32.itemsize
 
     def update(self, importance: torch.Tensor, counted: torch.Tensor) -> None:
         """Let older tokens fade, and add those of S pages.
@@ -54,13 +64,7 @@ class ImportanceSketch:
 
     def copy(self) -> ImportanceSketch:
         """The sketch as it is now, on the host."""
-        other = ImportanceSketch(0, 0, "cpu")
-        other.tokens, other.mass = (x.to("cpu", copy=True) for x in (self.tokens, self.mass))
-        return other
-
-    @property
-    def nbytes(self) -> int:
-        return self.tokens.nbytes + self.mass.nbytes
+        return ImportanceSketch(*(x.to("cpu", copy=True) for x in (self.tokens, self.mass)))
 
     def difference(self, other: ImportanceSketch) -> float:
         """Share of importance that lies elsewhere: total variation, mean over layers, 0 to 1.
@@ -90,11 +94,14 @@ class ImportanceSketch:
         Raises:
             ValueError, KeyError, TypeError, IndexError: `found` is not what `to_json` writes.
         """
-        sketch = cls(int(found["layers"]), int(found["kv_heads"]), "cpu")
-        for layer, head, bin_, tokens, mass in found["bins"]:
+        sketch = cls.empty(int(found["layers"]), int(found["kv_heads"]), "cpu")
+        for *where, tokens, mass in found["bins"]:
+            layer, head, bin_ = where
+            if min(where) < 0 or not (0 < tokens < math.inf and 0 <= mass < math.inf):
+                raise ValueError(f"bin {where} holds {tokens} tokens and {mass} importance")
             sketch.tokens[layer, head, bin_] = tokens
             sketch.mass[layer, head, bin_] = mass
-        sketch.tokens, sketch.mass = sketch.tokens.to(device), sketch.mass.to(device)
+        sketch.to(torch.device(device))
         return sketch
 
 

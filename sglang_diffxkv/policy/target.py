@@ -38,7 +38,8 @@ class Target(NamedTuple):
         """What a request of that quality is to get, where the server's target is this one."""
         if self.retention is not None:
             loss = (1 - self.retention) * _LOSS[quality]
-            return Target(max(_LEAST_RETENTION, 1 - loss), None)
+            least = min(_LEAST_RETENTION, self.retention)
+            return Target(max(least, 1 - loss), None)
         assert self.compression is not None
         return Target(None, max(1.0, self.compression / _BYTES[quality]))
 

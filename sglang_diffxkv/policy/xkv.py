@@ -34,6 +34,7 @@ class XKVPolicy(TierPolicy):
     prunes = True
     streams = False
     may_share = False
+    knobs = ("target",)
 
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
         super().__init__(config, layout, num_layers)

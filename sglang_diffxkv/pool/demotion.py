@@ -84,6 +84,7 @@ def _demote_layer(store: PageStore, layer: int, pages: torch.Tensor) -> None:
     tokens = read_tokens(store, layer, pages)
     tiers = store.policy.demote(
         DemotionContext(
+            layer=layer,
             tiers=tokens.tiers,
             importance=decode_importance(tokens.codes).masked_fill(tokens.codes == 0, 0),
             position=d.position[pages].long(),

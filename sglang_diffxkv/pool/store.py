@@ -213,7 +213,10 @@ class PageStore:
         tiers = self.policy.assign(context)  # [S, L, H, 64]
         if self.retention is not None:
             self.retention.add(context, tiers)
+        # Code 0 stays with tokens that no query has scored, however little others got.
+        scored = (context.count > 0)[:, None, None]
         codes = encode_importance(context.importance)
+        codes = codes.clamp(min=1) * scored
         measured = measure(tiers, layout)
         counts = -(-measured.nbytes // layout.frame_bytes)  # [S, L]
         frames = self.arena.take(counts.reshape(-1).to(torch.int32), layout.max_frames)

@@ -65,6 +65,7 @@ def random_context(demotions: int, gen: torch.Generator) -> DemotionContext:
     shape = (5, 3, PAGE_TOKENS)
     importance = torch.rand(shape, generator=gen)
     return DemotionContext(
+        layer=1,
         tiers=torch.randint(3, shape, generator=gen, dtype=torch.uint8),
         importance=importance.masked_fill(importance < 0.2, 0),
         position=torch.tensor([3, 0, 1, 0, 7]),

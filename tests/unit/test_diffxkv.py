@@ -9,7 +9,7 @@ import torch
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PRUNED
 from sglang_diffxkv.kernels.pack import measure
-from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.base import DemotionContext, SealContext, TierPolicy
 from sglang_diffxkv.policy.diffxkv import PERSONAL_PAGES, DiffXKVPolicy
 from sglang_diffxkv.policy.learner import FIRST_PLAN_PAGES
 from sglang_diffxkv.policy.quality import Quality
@@ -103,7 +103,7 @@ def test_no_better_choice_nearby() -> None:
     assert high.min() * share_of >= low.max() and low.min() * share_of >= pruned.max()
 
 
-def test_qualities_are_ordered_and_lossless_keeps_all() -> None:
+def test_qualities_are_ordered() -> None:
     for target in (0.9, 4.0):
         graded = build(target=target)
         found = [
@@ -111,7 +111,6 @@ def test_qualities_are_ordered_and_lossless_keeps_all() -> None:
             for ctx in (context(quality=q) for q in (Quality.SMALL, Quality.BALANCED, Quality.HIGH))
         ]
         assert found == sorted(found) and found[0] < found[1] < found[2]
-        assert (graded.assign(context(quality=Quality.LOSSLESS)) == HIGH).all()
 
 
 def test_lone_pages_follow_the_plan_and_others_their_own_scores() -> None:
@@ -162,8 +161,53 @@ def test_wrong_numbers_do_no_harm() -> None:
             graded.observe(ctx)
             tiers = graded.assign(ctx)
             assert tiers[0, 1, 0, 10] == tiers[1, 2, 1, 20] == HIGH
-            zero = ctx._replace(importance=torch.zeros_like(wrong))
-            assert graded.assign(zero).shape == tiers.shape
+            zero = graded.assign(ctx._replace(importance=torch.zeros_like(wrong)))
+            assert (zero[0, ..., :4] == HIGH).all()
+
+
+def test_traffic_without_scores_prunes_nothing() -> None:
+    graded = build(target=0.9, learn_share=1.0)
+    assert isinstance(graded, DiffXKVPolicy)
+    ctx = context(FIRST_PLAN_PAGES)
+    graded.observe(ctx._replace(importance=torch.full_like(ctx.importance, math.nan)))
+    graded.learner.wait()
+    assert (graded.assign(context(1)) == HIGH).all()
+
+
+def test_a_page_is_graded_by_the_plan_that_it_records() -> None:
+    graded = build(target=0.9, learn_share=1.0)
+    assert isinstance(graded, DiffXKVPolicy)
+    graded.observe(context(FIRST_PLAN_PAGES))
+    assert graded.learner._solving is not None
+    graded.learner._solving.result()
+    graded.assign(context(1))
+    assert graded.plan_number == 0
+    graded.observe(context(1))
+    assert graded.plan_number == 1
+
+
+def test_high_layers_are_not_demoted() -> None:
+    graded = build(high_layers=(1,))
+    tiers = torch.full((2, HEADS, 64), HIGH, dtype=torch.uint8)
+    ctx = DemotionContext(
+        tiers, 1, torch.ones(2, HEADS, 64), torch.tensor([3, 4]), torch.zeros(2, dtype=torch.int64)
+    )
+    assert torch.equal(graded.demote(ctx), tiers)
+    assert (graded.demote(ctx._replace(layer=2)) == LOW).all()
+
+
+@pytest.mark.parametrize(
+    ("policy", "field"),
+    [
+        ("diffkv", {"target": 4.0}),
+        ("uniform", {"plan": "x"}),
+        ("xkv", {"high_layers": (0,)}),
+        ("streaming", {"save_plan": "x"}),
+    ],
+)
+def test_settings_that_a_policy_has_no_use_for_are_refused(policy: str, field: dict) -> None:
+    with pytest.raises(ConfigError, match=f"{policy!r} has no use for '{next(iter(field))}'"):
+        build(policy, **field)
 
 
 def test_high_layers_stay_high() -> None:

@@ -2,6 +2,7 @@
 """Sketches, the plans solved from them, their files, and learning them from traffic."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ def traffic(pages: int, seed: int = 0, sharp: float = 1.0) -> tuple[torch.Tensor
 
 
 def sketch_of(pages: int, seed: int = 0, sharp: float = 1.0) -> ImportanceSketch:
-    sketch = ImportanceSketch(LAYERS, HEADS, "cpu")
+    sketch = ImportanceSketch.empty(LAYERS, HEADS, "cpu")
     sketch.update(*traffic(pages, seed, sharp))
     return sketch
 
@@ -46,7 +47,7 @@ def test_bins_cover_every_importance_in_order() -> None:
 
 def test_sketch_counts_and_fades() -> None:
     values, counted = traffic(3)
-    sketch = ImportanceSketch(LAYERS, HEADS, "cpu")
+    sketch = ImportanceSketch.empty(LAYERS, HEADS, "cpu")
     sketch.update(values, counted)
     whole = (values * counted[:, None, None]).sum((0, 3))
     torch.testing.assert_close(sketch.mass.sum(-1), whole)
@@ -120,7 +121,8 @@ def test_file_round_trip(tmp_path: Path) -> None:
     torch.testing.assert_close(sketch.mass, plan.sketch.mass, rtol=1e-5, atol=0)
     again = solve_plan(7, 0.9, sketch, LAYOUT)
     for quality, layers in plan.qualities.items():
-        assert again.qualities[quality].page_bytes == pytest.approx(layers.page_bytes, rel=1e-3)
+        for name, values in asdict(layers).items():
+            assert asdict(again.qualities[quality])[name] == pytest.approx(values, rel=1e-3)
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["format"] == 1 and found["shape"]["layers"] == LAYERS
     assert not list(tmp_path.glob("*.part"))
@@ -133,6 +135,12 @@ def test_file_round_trip(tmp_path: Path) -> None:
         ("{", "not one that `sglang-diffxkv calibrate` writes"),
         ('{"format": 99}', "format 99, expected 1: calibrate again"),
         ('{"format": 1, "shape": {}}', "not one that"),
+        (
+            '{"format": 1, "number": 1, "shape": {"layers": 4, "kv_heads": 2, "head_dim": 128, '
+            '"high": "K8V4", "low": "K4V2"}, "sketch": {"layers": 4, "kv_heads": 2, '
+            '"bins": [[0, 0, -1, 3.0, 1.0]]}}',
+            "not one that",
+        ),
     ],
 )
 def test_wrong_files_are_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -159,12 +167,14 @@ def test_learns_from_all_until_there_is_a_plan_then_from_a_share() -> None:
     found.observe(*traffic(FIRST_PLAN_PAGES - 1))
     found.wait()
     assert found.plan is None
+    assert found.wants_pages()
     found.observe(*traffic(1))
     found.wait()
     assert found.plan is not None and found.plan.number == 1
     first = found.plan
     for seed in range(400):  # of which some 40 are looked at; the traffic is the same
-        found.observe(*traffic(1, seed))
+        if found.wants_pages():
+            found.observe(*traffic(1, seed))
     found.wait()
     assert found.plan is first
     assert found._sketch is not None
@@ -196,7 +206,7 @@ def test_a_fixed_plan_stays(tmp_path: Path) -> None:
     found = learner(LAYOUT, plan=str(path), learn_share=0.0)
     plan = found.plan
     assert plan is not None and plan.number == 3
-    found.observe(*traffic(FIRST_PLAN_PAGES, sharp=6.0))
+    assert not any(found.wants_pages() for _ in range(100))
     found.on_idle()
     found.wait()
     assert found.plan is plan
@@ -211,5 +221,40 @@ def test_saves_at_rest(tmp_path: Path) -> None:
     assert load_sketch(path, Shape.of(LAYOUT, LAYERS))[0] == 1
     path.unlink()
     found.on_idle()  # nothing new
-    found.wait()
     assert not path.exists()
+    first = found.plan
+    found.observe(*traffic(5, seed=1))
+    found.on_idle()
+    assert found.plan is first  # the same traffic, but all of it in the file
+    number, sketch = load_sketch(path, Shape.of(LAYOUT, LAYERS))
+    assert number == 1 and float(sketch.tokens[0, 0].sum()) > 1.8 * float(
+        first.sketch.tokens[0, 0].sum()
+    )
+
+
+def test_a_plan_that_cannot_be_saved_is_used_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = learner(LAYOUT, save_plan=str(tmp_path / "nowhere" / "plan.json"), learn_share=1.0)
+    found.observe(*traffic(5))
+    found.on_idle()
+    assert found.plan is not None
+    assert "the plan cannot be written" in caplog.text
+
+
+def test_the_plan_changes_only_when_asked_for(tmp_path: Path) -> None:
+    found = learner(LAYOUT, learn_share=1.0)
+    found.observe(*traffic(FIRST_PLAN_PAGES))
+    assert found._solving is not None
+    found._solving.result()
+    assert found.plan is None
+    found.take_over()
+    assert found.plan is not None
+
+
+def test_nothing_known_prunes_nothing() -> None:
+    for sketch in (ImportanceSketch.empty(LAYERS, HEADS, "cpu"), sketch_of(5)):
+        sketch.mass[1] = 0
+        for target in (0.9, 6.0):
+            layers = solve_plan(1, target, sketch, LAYOUT).qualities[Quality.BALANCED]
+            assert layers.alpha_high[1] == layers.alpha_low[1] == 0

@@ -2,7 +2,7 @@
 """Every policy through one matrix; caps against PageLayout itself; diffkv against a scalar loop."""
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from sglang_diffxkv.kernels.layout import (
 from sglang_diffxkv.policy import caps
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.registry import POLICIES, make_policy, policy_class
-from sglang_diffxkv.policy.scoring import sample_queries
+from sglang_diffxkv.policy.scoring import sample_queries, spread_queries
 from tests.unit.policies import config_of
 
 PAGES, LAYERS, HEADS = 5, 3, 2
@@ -261,3 +261,20 @@ def test_sampled_queries_are_strided_over_each_chunk(lens: list[int], n: int) ->
             assert gaps.max() <= -(-length // min(length, n))
     again = sample_queries(torch.tensor(lens, dtype=torch.int32), n)
     assert all(torch.equal(a, b) for a, b in zip(again, (rows, indptr, offsets), strict=True))
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_spread_queries(n: int) -> None:
+    """Half from a chunk's end, the others evenly from before; all of a short chunk."""
+    lens = [1, 2, n, n + 1, 3 * n + 5, 1000]
+    found = spread_queries(lens, n)
+    for chunk, length in enumerate(lens):
+        begin, end = found.indptr[chunk : chunk + 2].tolist()
+        offsets = found.offsets[begin:end].tolist()
+        assert len(offsets) == min(n, length) and offsets == sorted(set(offsets))
+        assert offsets[-1] == length - 1 and offsets[0] >= 0
+        late = min(length, n // 2)
+        assert offsets[len(offsets) - late :] == list(range(length - late, length))
+        gaps = [b - a for a, b in pairwise([-1, *offsets[: len(offsets) - late]])]
+        assert not gaps or max(gaps) - min(gaps) <= 1
+        assert torch.equal(found.rows[begin:end], found.offsets[begin:end] + sum(lens[:chunk]))

@@ -4,9 +4,10 @@
 XKV's mini-prefill scores with the last 8 queries of a prompt, DiffKV's release with the last 64
 (`NUM_TOKENS_SCORE`); both judge the whole prompt by its end, which usually is the user's question.
 A sealed page may be shared by prompts that go on differently, so one question must not decide it:
-here the queries are strided evenly over each chunk. A page is then judged by a regular sample of
-the queries of its own chunk and of the following one. The last query always is in the sample: it
-is the only one that sees every token of the chunk. SnapKV's baseline takes the last ones.
+`sample_queries` strides evenly over each chunk, so that a page is judged by a regular sample of the
+queries of its own chunk and of the following one. The last query always is in the sample: it is the
+only one that sees every token of the chunk. `spread_queries`, the default policy's, takes half of
+them from the end of the chunk. The baselines `snapkv` and `xkv` take the last ones alone.
 """
 
 from collections.abc import Callable, Sequence

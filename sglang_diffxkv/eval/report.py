@@ -66,17 +66,20 @@ def label(row: Row | Point) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A line per variant, its tasks taken together."""
-    body = [
-        (
-            label(point),
-            str(point.samples),
-            f"{point.exact_match:.1%} ({point.low:.1%}–{point.high:.1%})",
-            f"{1 / point.bytes_share:.2f}",
+    """A line per variant, its tasks taken together; KL is the mean of theirs."""
+    body = []
+    for point in points(rows):
+        kl = [row.mean_kl for row in rows if label(row) == label(point)]
+        body.append(
+            (
+                label(point),
+                str(point.samples),
+                f"{point.exact_match:.1%} ({point.low:.1%}–{point.high:.1%})",
+                "–" if point.policy == FULL else f"{sum(kl) / len(kl):.2g}",
+                f"{1 / point.bytes_share:.2f}",
+            )
         )
-        for point in points(rows)
-    ]
-    return _table([("policy", "samples, all tasks", "exact match", "compression"), *body])
+    return _table([("policy", "samples, all tasks", "exact match", "KL", "compression"), *body])
 
 
 def lines(rows: Sequence[Row]) -> str:

@@ -37,7 +37,7 @@ MAX_DEMOTIONS = 2
 """A page that was demoted so often is at its floor, and can only be evicted."""
 
 
-_TAIL = 0.05
+_TAIL = 0.005
 """Of a (page, layer)'s importance, what its last demotion may prune."""
 
 
@@ -167,8 +167,8 @@ class TierPolicy(ABC):
         """Tiers that sealed pages are to have instead, none of them higher: uint8 [S, H, 64].
 
         At the first demotion high tokens go low; at the second the least important of the low ones
-        are pruned, as many as hold a twentieth of the importance of all low tokens of their (page,
-        layer), over all heads together. Sinks stay as they are.
+        are pruned, as many as hold half a per cent of the importance of all low tokens of their
+        (page, layer), over all heads together. Sinks stay as they are.
         """
         sink = self.is_sink(ctx)[:, None]
         tiers = ctx.tiers.masked_fill((ctx.tiers == HIGH) & ~sink, LOW)

@@ -63,11 +63,11 @@ def tokens_of(store: PageStore, pages: torch.Tensor) -> list[GradedTokens]:
 
 def random_context(demotions: int, gen: torch.Generator) -> DemotionContext:
     shape = (5, 3, PAGE_TOKENS)
-    importance = torch.rand(shape, generator=gen)
+    importance = torch.rand(shape, generator=gen) ** 4
     return DemotionContext(
         layer=1,
         tiers=torch.randint(3, shape, generator=gen, dtype=torch.uint8),
-        importance=importance.masked_fill(importance < 0.2, 0),
+        importance=importance.masked_fill(importance < 1e-4, 0),
         position=torch.tensor([3, 0, 1, 0, 7]),
         demotions=torch.full((5,), demotions),
     )
@@ -89,7 +89,7 @@ def test_tiers_of_the_policy(demotions: int) -> None:
                 if importance:
                     prunable.append((importance, head, token))
         if demotions:
-            left = 0.05 * sum(importance for importance, *_ in prunable)
+            left = 0.005 * sum(importance for importance, *_ in prunable)
             for importance, head, token in sorted(prunable):
                 left -= importance
                 if left >= 0:

@@ -32,7 +32,7 @@ def events_endpoint() -> str:
 @pytest.fixture(scope="module")
 def server(make_model: Callable[..., Path], events_endpoint: str) -> Iterator[Server]:
     model = make_model(dtype="bfloat16", head_dim=128, layers=3)
-    config = {"policy": "diffkv", "memory_bytes": "24MiB"}
+    config = {"memory_bytes": "24MiB"}
     events = {"publisher": "zmq", "endpoint": events_endpoint, "bind": True}
     args = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
     args += ["--chunked-prefill-size", "512", "--enable-metrics", "--enable-cache-report"]

@@ -72,6 +72,19 @@ def test_retention_asked_for_is_got(server: Server, plan: Path) -> None:
     assert stats["sealed_pages_by_plan"] == {str(number): stats["sealed_pages"]}
 
 
+def test_qualities_take_more_or_fewer_bytes(server: Server) -> None:
+    prompt = text(random.Random(3), 900)
+    nbytes = []
+    for quality in ("small", "balanced", "high"):
+        server.flush_cache()
+        asked = {"custom_params": {"diffxkv": {"quality": quality}}}
+        server.generate(prompt, max_new_tokens=4, sampling=asked)
+        stats = server.stats()
+        assert stats["pages_by_quality"][quality] == stats["sealed_pages"] + stats["open_pages"]
+        nbytes.append(sum(stats["sealed_bytes_per_token_by_layer"]))
+    assert nbytes[0] < nbytes[1] < nbytes[2]
+
+
 def test_long_generations_stay_bounded(server: Server) -> None:
     """Pages of generated text are sealed as they leave the window, by the plan's thresholds."""
     server.flush_cache()

@@ -21,12 +21,12 @@ SAMPLES = 21
 def test_eval_reports_what_a_policy_costs(tmp_path, capsys):
     output = tmp_path / "eval.json"
     tasks = "niah_multikey,shared_prefix,recomputed_prefix"
-    args = ["--policies", "diffkv", "--tasks", tasks, "--lengths", "640"]
+    args = ["--policies", "diffxkv", "--tasks", tasks, "--lengths", "640"]
     args += ["--samples", str(SAMPLES), "--device", "cpu", "--output", str(output)]
     assert main(["eval", *args]) == 0
     rows = json.loads(output.read_text())["rows"]
     assert [(row["policy"], row["task"]) for row in rows] == [
-        (policy, task) for policy in ("full", "diffkv") for task in tasks.split(",")
+        (policy, task) for policy in ("full", "diffxkv") for task in tasks.split(",")
     ]
     full, ours = rows[:3], rows[3:]
     for row in rows:
@@ -52,7 +52,7 @@ def test_eval_reports_what_a_policy_costs(tmp_path, capsys):
 @pytest.mark.server
 @pytest.mark.slow
 def test_answers_of_the_demo_are_right(tmp_path):
-    config = {"policy": "diffkv", "memory_bytes": "20MiB"}
+    config = {"memory_bytes": "20MiB"}
     options = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
     options += ["--enable-metrics"]
     tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))

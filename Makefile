@@ -16,8 +16,17 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: env
 	$(BIN)/sglang-diffxkv demo
 
+ifdef ARGS
 test: env
 	$(BIN)/python -m pytest $(ARGS)
+else
+# The tests of servers keep little more than one core busy: the others run beside them.
+test: env
+	@mkdir -p build
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels tests/unit >build/unit.log 2>&1 & \
+	$(BIN)/python -m pytest tests/server; servers=$$?; \
+	wait $$!; others=$$?; cat build/unit.log; exit $$((servers | others))
+endif
 
 BENCHES := kernels.decode kernels.extend kernels.formats \
 	serving.capacity serving.sharing serving.throughput serving.demotion serving.cost \

@@ -47,10 +47,10 @@ def cached_tokens(server: Server, prompt: list[int], sampling: Json | None) -> i
 def test_lossless_equals_stock_among_other_traffic(stock_server: Server, server: Server) -> None:
     """More than the raw pages hold at once, so that requests wait, and cached pages must go."""
     rng = random.Random(21)
-    prompts = mixed_prompts(seed=21, count=48, longest=1500)
+    prompts = mixed_prompts(seed=21, count=32, longest=1500)
     items: list[Json] = [{"prompt": p, "max_new_tokens": rng.randint(1, 200)} for p in prompts]
     strict = [item | {"sampling": quality("lossless")} for item in items]
-    loose = [{"prompt": p, "max_new_tokens": 60} for p in mixed_prompts(22, 48, 1500)]
+    loose = [{"prompt": p, "max_new_tokens": 60} for p in mixed_prompts(22, 32, 1500)]
     mixed = [item for pair in zip(strict, loose, strict=True) for item in pair]
     answers = server.generate_many(mixed, workers=24)
     expected = outputs(stock_server.generate_many(items))

@@ -274,7 +274,7 @@ def test_random_load_over_memory() -> None:
     machine, rng = AllocatorMachine(), random.Random(1)
     store, cache = machine.allocator.store, machine.cache
     first_of = SimpleNamespace(draw=lambda _: 0)
-    for _ in range(40):
+    for _ in range(30):
         machine.prefill(tokens=rng.randint(100, 700), answer=64, quality=Quality.BALANCED)
         for _ in range(rng.randint(0, 3)):
             machine.decode()

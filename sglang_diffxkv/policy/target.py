@@ -18,8 +18,7 @@ _LEAST_RETENTION = 0.5
 LOW_UTILITY = {"K2V2": 0.9}
 """Of a token in this format, in shares of one in a better one."""
 _OTHER_LOW_UTILITY = 0.98
-"""On the demo model 0.97 to 0.995 are the best of 0.5 to 0.995, at every compression from 3 to 8:
-keeping many tokens coarsely beats keeping few precisely (`docs/policies.md`)."""
+"""Keeping many tokens coarsely beats keeping few precisely (`docs/decisions/010`)."""
 
 
 class Target(NamedTuple):

@@ -168,10 +168,13 @@ class TierPolicy(ABC):
 
         At the first demotion high tokens go low; at the second the least important of the low ones
         are pruned, as many as hold half a per cent of the importance of all low tokens of their
-        (page, layer), over all heads together. Sinks stay as they are.
+        (page, layer), over all heads together; none where the policy does not prune. Sinks stay as
+        they are.
         """
         sink = self.is_sink(ctx)[:, None]
         tiers = ctx.tiers.masked_fill((ctx.tiers == HIGH) & ~sink, LOW)
+        if not self.prunes:
+            return tiers
         again = (ctx.demotions > 0)[:, None, None]
         return tiers.masked_fill(again & _tail((tiers == LOW) & ~sink, ctx), PRUNED)
 

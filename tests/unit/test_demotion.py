@@ -98,6 +98,28 @@ def test_tiers_of_the_policy(demotions: int) -> None:
         assert torch.equal(got[page], expected)
 
 
+def test_nothing_is_pruned_where_the_policy_does_not_prune() -> None:
+    ctx = random_context(1, torch.Generator().manual_seed(5))
+    kept = make_store("diffkv", alpha_low=0.0).policy.demote(ctx)
+    assert torch.equal(kept == PRUNED, ctx.tiers == PRUNED)
+    assert ((kept == PRUNED) != (make_store("diffkv").policy.demote(ctx) == PRUNED)).any()
+
+
+def test_negligible_tokens_are_told_from_unscored_ones() -> None:
+    """However little attention a scored token got, its code is not that of an unscored one."""
+    store = make_store("diffkv", alpha_low=0.0)
+    pages = torch.tensor([1])
+    store.open(pages)
+    store.raw.scores[:, store.directory.raw_slot[pages].long()] = 1e-15
+    slot = int(store.directory.raw_slot[1])
+    store.raw.counts[slot] = 8
+    store.raw.counts[slot, 60:] = 0
+    store.touch(pages, torch.tensor([2]), torch.tensor([500]), window=64)
+    store.seal(pages)
+    for tokens in tokens_of(store, pages):
+        assert (tokens.codes[..., :60] == 1).all() and (tokens.codes[..., 60:] == 0).all()
+
+
 def test_tokens_keep_what_they_are() -> None:
     """Position, importance, and bit for bit the rows of tokens whose tier stays."""
     store, pages, _ = sealed_store(9)
@@ -153,7 +175,7 @@ def test_values_stay_close(high: str, low: str) -> None:
 
 def test_page_that_would_not_shrink_keeps_its_payload() -> None:
     """Where only sinks are high, the first demotion frees nothing."""
-    store, pages, _ = sealed_store(3, alpha_high=1e9, alpha_low=0.0)
+    store, pages, _ = sealed_store(3, alpha_high=1e9, alpha_low=1e-9)
     frames = store.directory.frames.clone()
     demote(store, pages)
     assert torch.equal(store.directory.frames, frames)

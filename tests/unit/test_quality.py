@@ -116,6 +116,18 @@ def test_namespaces(scheduler: SimpleNamespace) -> None:
     assert keys == [None, "tenant", None, "tenant", "|diffxkv:lossless", "tenant|diffxkv:lossless"]
 
 
+def test_namespaces_cannot_be_forged(scheduler: SimpleNamespace) -> None:
+    """No key that a client gives lets a balanced request into the namespace of a lossless one."""
+    lossless, balanced = ask("lossless"), None
+    taken = {entered(scheduler, 5, 5, lossless, extra_key=key).extra_key for key in _KEYS}
+    assert taken.isdisjoint(
+        entered(scheduler, 5, 5, balanced, extra_key=key).extra_key for key in _KEYS
+    )
+
+
+_KEYS = [None, "x", "|diffxkv:lossless", "x|diffxkv:lossless", "x|diffxkv:balanced"]
+
+
 def test_scheduler_refuses_what_nobody_checked(scheduler: SimpleNamespace) -> None:
     request = entered(scheduler, 5, 5, ask("beautiful"))
     assert "one of: lossless" in request.to_finish and request.extra_key is None

@@ -242,6 +242,22 @@ def test_layers_it_cannot_serve(changes: dict[str, Any], found: str) -> None:
     check_layers(nn.ModuleList([attention(0), attention(1)]))
 
 
+def test_what_a_policy_is_not_made_for_is_logged(
+    model: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SGLang sets logging up anew while it resolves, so only what is printed can be looked at."""
+    snapkv = '{"policy": "snapkv", "layer_caps": 0.5}'
+    resolve(model, *OURS, "--diffxkv-config", snapkv, "--chunked-prefill-size", "512")
+    printed = "".join(capfd.readouterr())
+    assert "use --disable-radix-cache or policy 'diffxkv'" in printed
+    assert "of longer ones than --chunked-prefill-size 512 it judges each chunk" in printed
+    resolve(model, *OURS, "--diffxkv-config", snapkv, "--disable-radix-cache")
+    printed = "".join(capfd.readouterr())
+    assert "use --disable-radix-cache" not in printed and "made for prompts" in printed
+    resolve(model, *OURS)
+    assert "diffxkv: policy" not in "".join(capfd.readouterr())
+
+
 @pytest.mark.usefixtures("own_context")
 def test_config_reaches_the_scheduler_process(model: str) -> None:
     config = '{"policy": "lossless", "window": 128}'

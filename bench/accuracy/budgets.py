@@ -99,7 +99,7 @@ def build(model: Model, layers: int, **fields: Any) -> TierPolicy:
 
 def outcome(policy: TierPolicy, ctx: SealContext, tiers: torch.Tensor) -> Outcome:
     layers = tiers.shape[1]
-    meter = RetentionMeter(policy.layout, layers, policy.config.sink, "cpu")
+    meter = RetentionMeter(policy, layers, "cpu")
     meter.add(ctx, tiers)
     frame = policy.layout.frame_bytes
     nbytes = -(-measure(tiers, policy.layout).nbytes // frame) * frame  # [P, L]

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.kernels.layout import HIGH, LOW, PageLayout
-from sglang_diffxkv.policy.base import SealContext
+from sglang_diffxkv.kernels.layout import HIGH, LOW
+from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.target import low_utility
 
 
@@ -18,9 +18,9 @@ class RetentionMeter:
     that the budget solver reckons with.
     """
 
-    def __init__(self, layout: PageLayout, num_layers: int, sink: int, device: str) -> None:
-        self._low_utility = low_utility(layout.high, layout.low)
-        self._sink = sink
+    def __init__(self, policy: TierPolicy, num_layers: int, device: str) -> None:
+        self._policy = policy
+        self._low_utility = low_utility(policy.layout.high, policy.layout.low)
         self._sums = torch.zeros(2, num_layers, dtype=torch.float64, device=device)
         """Of importances kept and of all, in units of uniform attention, in which sequences of all
         lengths are comparable."""
@@ -31,9 +31,7 @@ class RetentionMeter:
 
     def add(self, ctx: SealContext, tiers: torch.Tensor) -> None:
         """Take in S pages that are sealed with ``tiers`` (uint8 [S, L, H, 64])."""
-        number = torch.arange(tiers.shape[-1], device=tiers.device)
-        is_sink = ctx.position[:, None] * tiers.shape[-1] + number < self._sink
-        known = ~is_sink & (ctx.count > 0)
+        known = ~self._policy.is_sink(ctx) & (ctx.count > 0)
         weight = ctx.importance.masked_fill(~ctx.importance.isfinite(), 0)
         weight = weight * (known * ctx.context[:, None])[:, None, None]
         utility = (tiers == HIGH) + (tiers == LOW) * self._low_utility

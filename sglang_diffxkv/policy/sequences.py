@@ -14,18 +14,3 @@ def sequences(ctx: SealContext) -> Iterator[torch.Tensor]:
     order = order[ctx.sequence[order].argsort(stable=True)]
     counts = ctx.sequence.unique(return_counts=True)[1]
     yield from order.split(counts.tolist())
-
-
-def pooled(importance: torch.Tensor, kernel: int = 7) -> torch.Tensor:
-    """Average over neighbours, zeros beyond both ends: float32 [L, H, T], finite.
-
-    So that clusters of tokens are kept and not lone ones (SnapKV, XKV). A NaN makes its own token
-    worth the most and leaves its neighbours as they are.
-    """
-    most = torch.finfo(torch.float32).max
-    wrong = importance.isnan()
-    pooled = torch.nn.functional.avg_pool1d(
-        importance.masked_fill(wrong, 0), kernel, stride=1, padding=kernel // 2
-    )
-    # Finite, because only tokens that are kept in any case may be worth inf.
-    return pooled.clamp(max=most).masked_fill(wrong, most)

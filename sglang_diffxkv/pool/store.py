@@ -85,7 +85,7 @@ class PageStore:
         self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
         self.retention: RetentionMeter | None = None
         if policy.needs_scores:
-            self.retention = RetentionMeter(layout, plan.num_layers, policy.config.sink, device)
+            self.retention = RetentionMeter(policy, plan.num_layers, device)
         self.counters = Counters()
         self.step = 0
         self.decode_step = 1  # 0 stands for never

@@ -51,7 +51,7 @@ def context(
 
 def retained(policy: TierPolicy, ctx: SealContext, tiers: torch.Tensor) -> float:
     """Mean R over layers, as users see it."""
-    meter = RetentionMeter(policy.layout, LAYERS, policy.config.sink, "cpu")
+    meter = RetentionMeter(policy, LAYERS, "cpu")
     meter.add(ctx, tiers)
     found = [r for r in meter.by_layer() if r is not None]
     assert len(found) == LAYERS

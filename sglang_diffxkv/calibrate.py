@@ -16,9 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
-from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
+from sglang_diffxkv.launch import (
+    ServerError,
+    ServerProcess,
+    add_server_options,
+    default_device,
+)
 
 HELP = "learn from prompts how importance spreads over layers, and write the plan to serve with"
 _TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]
@@ -30,12 +34,7 @@ _SETTLE_S = 60.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=BUNDLED,
-        help="folder of a Hugging Face checkpoint (default: the bundled demo model)",
-    )
+    add_server_options(parser)
     parser.add_argument(
         "--prompts",
         type=Path,
@@ -47,9 +46,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", type=float, help="as in the configuration")
     parser.add_argument(
         "--config", default="{}", metavar="JSON", help="other settings of --diffxkv-config"
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json")
 

@@ -4,6 +4,7 @@
 This is for programs that need a server for a while; it changes nothing about how SGLang serves.
 """
 
+import argparse
 import os
 import socket
 import subprocess
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Self
 
 import psutil
+
+from sglang_diffxkv.bundled_model import BUNDLED
 
 START_TIMEOUT_S = 600.0
 _POLL_S = 0.3
@@ -126,6 +129,19 @@ def server_environment() -> dict[str, str]:
     # /health then answers once the server is up, without a request of its own.
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     return env
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Options of a subcommand that serves a model: `--model` and `--device`."""
+    parser.add_argument(
+        "--model",
+        type=Path,
+        default=BUNDLED,
+        help="folder of a Hugging Face checkpoint (default: the bundled demo model)",
+    )
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
+    )
 
 
 def default_device() -> str:

@@ -9,8 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.launch import default_device
+from sglang_diffxkv.launch import add_server_options, default_device
 
 if TYPE_CHECKING:
     from sglang_diffxkv.eval.run import Options
@@ -24,12 +23,7 @@ _Number = TypeVar("_Number", int, float)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=BUNDLED,
-        help="folder of a Hugging Face checkpoint (default: the bundled demo model)",
-    )
+    add_server_options(parser)
     parser.add_argument(
         "--policies",
         default=POLICIES,
@@ -41,9 +35,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--samples", default="50", help="per task and length (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
-    )
     parser.add_argument(
         "--target-compression",
         default="",

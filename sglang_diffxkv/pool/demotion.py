@@ -18,7 +18,8 @@ from sglang_diffxkv.kernels.pack import (
 )
 from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.store import GradedTokens, PageStore
+from sglang_diffxkv.pool.payload import GradedTokens, write_payload
+from sglang_diffxkv.pool.store import PageStore
 
 BATCH_PAGES = 16
 """Pages demoted at once: their tokens of one layer are dequantised beside the pool."""
@@ -98,9 +99,8 @@ def _demote_layer(store: PageStore, layer: int, pages: torch.Tensor) -> None:
     arena.give_back(d.frames[layer, pages[slots]])
     frames = arena.take(counts[slots], layout.max_frames)
     new = Payload(arena.buffer, frames, heads[slots], tiers[slots])
-    store.pack(
-        tokens._replace(tiers=new.tiers, codes=tokens.codes[slots]), slots, frames, new.heads
-    )
+    graded = tokens._replace(tiers=new.tiers, codes=tokens.codes[slots])
+    write_payload(graded, slots, frames, new.heads, arena.buffer, layout)
     copy_rows(old, new, layout)
     d.replace(layer, pages[slots], frames, new.heads)
 

@@ -4,19 +4,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.pack import encode_importance, measure, pack
-from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.pack import encode_importance, measure
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.ledger import Ledger, Share
+from sglang_diffxkv.pool.payload import GradedTokens, rows_to_seal, write_payload
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sizing import PoolPlan
 
@@ -39,20 +38,6 @@ class Counters:
     """Pages, each time one is."""
     frames_demoted: int = 0
     """Frames that demotion has freed."""
-
-
-class GradedTokens(NamedTuple):
-    """Tokens of one layer, and what becomes of those of S pages.
-
-    Attributes:
-        keys, values: [R, 64, H, D].
-        tiers: uint8 [S, H, 64]. codes: uint8 [S, H, 64], ``kernels.pack.encode_importance``.
-    """
-
-    keys: torch.Tensor
-    values: torch.Tensor
-    tiers: torch.Tensor
-    codes: torch.Tensor
 
 
 class PageStore:
@@ -222,45 +207,15 @@ class PageStore:
         frames = self.arena.take(counts.reshape(-1).to(torch.int32), layout.max_frames)
         frames = frames.view(pages.numel(), self.num_layers, layout.max_frames)
         for layer in range(self.num_layers):
-            keys, values, rows = self._to_pack(layer, slots)
+            keys, values, rows = rows_to_seal(self.raw, layout, layer, slots)
             tokens = GradedTokens(keys, values, tiers[:, layer], codes[:, layer])
-            self.pack(tokens, rows, frames[:, layer], measured.heads[:, layer])
+            heads = measured.heads[:, layer]
+            write_payload(tokens, rows, frames[:, layer], heads, self.arena.buffer, layout)
         d.seal(pages, frames.transpose(0, 1), measured.heads.transpose(0, 1))
         d.plan[pages] = self.policy.plan_number
         self.raw.give_back(slots)
         self.ledger.seal(pages.numel(), int(counts.sum()))
         self.counters.sealed += pages.numel()
-
-    def pack(
-        self, tokens: GradedTokens, slots: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor
-    ) -> None:
-        """Write the payload of S pages of one layer into ``frames`` (int32 [S, max_frames]).
-
-        Args:
-            slots: int64 [S], which page of ``tokens.keys`` and ``values`` each is.
-            heads: int32 [S, H, 2], from ``kernels.pack.measure``.
-        """
-        pack(
-            tokens.keys,
-            tokens.values,
-            slots,
-            tokens.tiers.contiguous(),
-            tokens.codes.contiguous(),
-            frames.contiguous(),
-            heads.contiguous(),
-            self.arena.buffer,
-            self.layout,
-        )
-
-    def _to_pack(
-        self, layer: int, slots: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Keys and values [R, 64, H, D] as pages hold them when sealed, and which R are `slots`."""
-        keys, values = self.raw.keys[layer], self.raw.values[layer]
-        if not self.layout.rotates:
-            return keys, values, slots
-        rotated = rotate(keys[slots].float())
-        return rotated, values[slots].float(), torch.arange(len(slots), device=slots.device)
 
     def _seal_context(
         self, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor

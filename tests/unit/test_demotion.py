@@ -15,7 +15,8 @@ from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.demotion import BATCH_PAGES, cold_pages, demote, demote_cold, read_tokens
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.store import GradedTokens, PageStore
+from sglang_diffxkv.pool.payload import GradedTokens
+from sglang_diffxkv.pool.store import PageStore
 from tests.kernels.builders import error_bound
 from tests.unit.test_allocator import (
     AllocatorMachine,

@@ -22,8 +22,8 @@ from sglang_diffxkv.pool.batch import (
     decode_queries,
     extend_queries,
     gather_pages,
+    note_use,
     pages_to_seal,
-    per_page,
 )
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.request_rows import RequestRows
@@ -104,12 +104,8 @@ class DiffXKVBackend(AttentionBackend):
                 prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries, policy.sample
             )
         store.begin_step(decodes=is_decode or fb.forward_mode.is_mixed())
-        store.touch(
-            pages.pages, pages.position.long(), per_page(pages, seq_lens), self.config.window
-        )
-        if self.rows.asked:
-            store.set_quality(pages.pages, per_page(pages, self.rows.quality[fb.req_pool_indices]))
-        store.read(pages.sealed)
+        quality = self.rows.quality[fb.req_pool_indices] if self.rows.asked else None
+        note_use(store, pages, seq_lens, self.config.window, quality)
         lens = (seq_lens - prefix_lens).cumsum(0)
         self.forward_metadata = StepMetadata(
             pages=pages,

@@ -105,6 +105,25 @@ def per_page(batch: BatchPages, values: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(values, batch.open_indptr.diff())
 
 
+def note_use(
+    store: PageStore,
+    batch: BatchPages,
+    seq_lens: torch.Tensor,
+    window: int,
+    quality: torch.Tensor | None,
+) -> None:
+    """Note in the directory that the batch's pages, open and sealed, are about to be used.
+
+    Args:
+        seq_lens: int64 [B], including this step's tokens. window: recent tokens to keep raw.
+        quality: uint8 [B], `Quality` of each request; None where nobody asked for any.
+    """
+    store.touch(batch.pages, batch.position.long(), per_page(batch, seq_lens), window)
+    if quality is not None:
+        store.set_quality(batch.pages, per_page(batch, quality))
+    store.read(batch.sealed)
+
+
 def decode_queries(seq_lens: torch.Tensor) -> ScoringQueries:
     """Every decode step's query scores the open pages (DiffKV's decode scoring)."""
     indptr = torch.arange(seq_lens.numel() + 1, dtype=torch.int32, device=seq_lens.device)

@@ -12,8 +12,8 @@ from sglang_diffxkv.pool.batch import (
     decode_queries,
     extend_queries,
     gather_pages,
+    note_use,
     pages_to_seal,
-    per_page,
 )
 from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.store import PageStateError, PageStore
@@ -54,10 +54,8 @@ class Batch:
         )
 
     def touch(self, decodes: bool) -> None:
-        batch = self.gather()
         self.store.begin_step(decodes)
-        context = per_page(batch, self.lens)
-        self.store.touch(batch.pages, batch.position.long(), context, WINDOW)
+        note_use(self.store, self.gather(), self.lens, WINDOW, quality=None)
 
 
 def test_gather_lists_every_page_once_per_sequence() -> None:
@@ -132,7 +130,7 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     batch = b.gather()
     rows = RequestRows(len(b.lens) + 3, torch.device("cpu"))
     rows.enter(b.rows.tolist(), [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS])
-    b.store.set_quality(batch.pages, per_page(batch, rows.quality[b.rows]))
+    note_use(b.store, batch, b.lens, WINDOW, rows.quality[b.rows])
     first, second, third = b.pages
     quality = b.store.directory.quality
     assert set(quality[first].tolist()) == {Quality.SMALL}
@@ -140,6 +138,17 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     sealable = pages_to_seal(b.store, batch, b.lens).pages.tolist()
     assert sealable == sorted(first[:9] + second[:1])
     assert not set(third) & set(b.store.sealable(include_window=True).tolist())
+
+
+def test_every_page_of_a_batch_counts_as_used() -> None:
+    """Sealed ones, too: what is read in a step is not cold."""
+    b = Batch([700, 130, 300], sealed=[9, 1, 2])
+    b.store.step = 40
+    b.touch(decodes=True)
+    used = b.store.directory.last_used
+    held = torch.tensor([page for own in b.pages for page in own])
+    assert (used[held] == 41).all()
+    assert used.sum() == 41 * held.numel()
 
 
 def test_shared_page_waits_for_every_window() -> None:

@@ -56,7 +56,9 @@ def test_sketch_counts_and_fades() -> None:
     assert torch.equal(sketch.tokens[2, 1], bins.float())
     before = sketch.tokens.clone()
     sketch.update(torch.zeros(1, LAYERS, HEADS, 64), torch.zeros(1, 64, dtype=torch.bool))
-    torch.testing.assert_close(sketch.tokens, before * 2 ** (-64 / HALF_LIFE_TOKENS))
+    fade = 2 ** (-64 / HALF_LIFE_TOKENS)
+    torch.testing.assert_close(sketch.tokens, before * fade, rtol=1e-7, atol=0)
+    torch.testing.assert_close(sketch.mass.sum(-1), whole * fade, rtol=1e-5, atol=0)
 
 
 def test_difference() -> None:

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, PRUNED
 from sglang_diffxkv.policy.registry import POLICIES, make_policy, policy_class
+from sglang_diffxkv.policy.scoring import last_queries, sample_queries, spread_queries
+from tests.unit.policies import config_of
 from tests.unit.test_diffxkv import context
 
 DOCS = Path(__file__).parents[2] / "docs" / "policies.md"
@@ -61,6 +64,18 @@ def test_what_cannot_be_used_is_refused(
 def test_ours_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "diffxkv = 3", "diffxkv = acme_policies:diffxkv")
     assert policy_class("diffxkv") is POLICIES["diffxkv"]
+
+
+def test_who_scores() -> None:
+    """The default policy listens to a chunk's end and to the rest, baselines to the end alone."""
+    samplers = {"diffxkv": spread_queries, "diffkv": sample_queries}
+    samplers |= dict.fromkeys(("snapkv", "xkv"), last_queries)
+    for name, sampler in samplers.items():
+        policy = make_policy(
+            config_of(name), head_dim=64, num_kv_heads=2, raw_itemsize=2, num_layers=3
+        )
+        got, expected = policy.sample([100, 7], 8), sampler([100, 7], 8)
+        assert torch.equal(got.rows, expected.rows), name
 
 
 def test_declarations() -> None:

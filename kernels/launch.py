@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launching Triton kernels, or recording what would be launched.
+
+Every Triton kernel of this package is launched here. Recorded launches (on meta tensors) are what
+`make compile-kernels` compiles for GPUs that are not there, so that it compiles just what is
+shipped, with the options that it is shipped with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Launch(NamedTuple):
+    """One launch: a `triton.jit` function, its grid, and its arguments by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=None)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Within this context nothing is launched; the list receives what would have been."""
+    launches: list[Launch] = []
+    token = _recording.set(launches)
+    try:
+        yield launches
+    finally:
+        _recording.reset(token)
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 1, **arguments: Any
+) -> None:
+    """Run ``kernel`` on the current stream, or record it.
+
+    Args:
+        kernel: a `triton.jit` function.
+        grid: one to three dimensions; nothing is launched where one of them is 0.
+        arguments: all of the kernel's arguments, constants included, by name.
+    """
+    if 0 in grid:
+        return
+    launches = _recording.get()
+    if launches is not None:
+        launches.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        return
+    if any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments.values()):
+        raise RuntimeError("a kernel on meta tensors can only be recorded: use `recorded()`")
+    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton functions that find and read the rows of sealed pages (`kernels.layout`).
+
+Rows are read in *quarters*: tiles of D / 4 consecutive elements, whatever the format. A byte of a
+split-plane row holds elements that lie D / f apart, so every plane of every byte quarter is a
+quarter of elements, and one set of four accumulators serves 8, 4 and 2 bits alike.
+
+Codes are read as fp16 subnormals: the bits of code c are those of ``c * 2**-24``, which costs no
+conversion. Planes stay where they are in their byte, so plane j has codes ``2**(bits * j)`` times
+too large; `plane_weight` says by what the other operand is to be multiplied instead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CODE_UNIT: tl.constexpr = tl.constexpr(2.0**24)
+"""What products with codes as `load_quarter` returns them are to be multiplied by."""
+
+
+@triton.jit
+def align_up(x, MULTIPLE: tl.constexpr):
+    return (x + (MULTIPLE - 1)) // MULTIPLE * MULTIPLE
+
+
+@triton.jit
+def section_starts(
+    n_high,
+    n_low,
+    KEY_HIGH: tl.constexpr,
+    VALUE_HIGH: tl.constexpr,
+    KEY_LOW: tl.constexpr,
+    VALUE_LOW: tl.constexpr,
+    META_HIGH: tl.constexpr,
+    META_LOW: tl.constexpr,
+):
+    """`PageLayout.sections` for int32 tensors of counts.
+
+    Args:
+        KEY_HIGH ... META_LOW: bytes of a row of each section; 0 for the meta of raw tiers.
+
+    Returns:
+        Starts of the sections: key high, value high, key low, value low, meta high, meta low, notes.
+    """
+    value_high = align_up(n_high * KEY_HIGH, VALUE_HIGH)
+    key_low = align_up(value_high + n_high * VALUE_HIGH, KEY_LOW)
+    value_low = align_up(key_low + n_low * KEY_LOW, VALUE_LOW)
+    cursor = value_low + n_low * VALUE_LOW
+    meta_high = cursor
+    if META_HIGH:
+        meta_high = align_up(cursor, META_HIGH)
+        cursor = meta_high + n_high * META_HIGH
+    meta_low = cursor
+    if META_LOW:
+        meta_low = align_up(cursor, META_LOW)
+        cursor = meta_low + n_low * META_LOW
+    return n_high * 0, value_high, key_low, value_low, meta_high, meta_low, align_up(cursor, 2)
+
+
+@triton.jit
+def arena_offset(frames, virtual, mask, FRAME_BYTES: tl.constexpr, ALIGN: tl.constexpr):
+    """Byte offsets in the arena, int64, of positions in the virtual space of (page, layer)s.
+
+    Args:
+        frames: pointers to the first entry of each page's frame table row; of virtual's shape.
+        virtual: int32 byte positions, multiples of ALIGN (a power of two); 0 where masked.
+    """
+    frame = tl.load(frames + virtual // FRAME_BYTES, mask=mask, other=0)
+    at = frame.to(tl.int64) * FRAME_BYTES + virtual % FRAME_BYTES
+    return tl.multiple_of(at, ALIGN)
+
+
+@triton.jit
+def plane_weight(i: tl.constexpr, BITS: tl.constexpr):
+    """By what products with quarter ``i`` of `load_quarter` are to be multiplied."""
+    if BITS == 4:
+        return 0.0625 if i >= 2 else 1.0
+    if BITS == 2:
+        return 0.25**i
+    return 1.0
+
+
+@triton.jit
+def load_quarter(
+    arena, at, mask, i: tl.constexpr, BITS: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Quarter ``i`` of rows, as fp16 codes times ``2**-24`` and the plane's factor.
+
+    Args:
+        arena: uint8 pointer.
+        at: int64 [N], byte offsets of the rows. mask: [N].
+        QUARTER, BLOCK: D / 4, and the power of two that it is padded to.
+
+    Returns:
+        fp16 [N, BLOCK]; 0 where masked or padded.
+    """
+    # Quarters 0 and 1 are the low planes of a 4-bit row's two byte quarters, 2 and 3 the high ones.
+    PART: tl.constexpr = i % 2 if BITS == 4 else (i if BITS == 8 else 0)
+    PLANE: tl.constexpr = i // 2 if BITS == 4 else (0 if BITS == 8 else i)
+    column = tl.arange(0, BLOCK)
+    inside = mask[:, None]
+    if QUARTER != BLOCK:
+        inside = inside & (column < QUARTER)[None, :]
+    byte = tl.load(arena + at[:, None] + (PART * QUARTER + column)[None, :], mask=inside, other=0)
+    if BITS < 8:
+        byte = byte & ((1 << BITS) - 1 << BITS * PLANE)
+    return byte.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def load_raw_quarter(rows, mask, i: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr):
+    """Quarter ``i`` of rows of the model's dtype, as fp32 [N, BLOCK]; 0 where masked or padded.
+
+    Args:
+        rows: pointers [N] to the rows. mask: [N].
+    """
+    column = tl.arange(0, BLOCK)
+    inside = mask[:, None]
+    if QUARTER != BLOCK:
+        inside = inside & (column < QUARTER)[None, :]
+    return tl.load(rows[:, None] + (i * QUARTER + column)[None, :], mask=inside, other=0).to(
+        tl.float32
+    )
+
+
+@triton.jit
+def load_meta(arena, at, mask):
+    """Scale and zero of keys, then of values, fp32 [N] each, of metadata at byte offsets [N]."""
+    packed = tl.load((arena + at).to(tl.pointer_type(tl.int64)), mask=mask, other=0)
+    return (
+        _half(packed, 0),
+        _half(packed, 16),
+        _half(packed, 32),
+        _half(packed, 48),
+    )
+
+
+@triton.jit
+def _half(packed, shift: tl.constexpr):
+    bits = (packed >> shift & 0xFFFF).to(tl.uint16)
+    return bits.to(tl.float16, bitcast=True).to(tl.float32)

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kept tokens of several pages as one dense range of ranks, so that tiles of tokens are full.
+
+A head keeps a few tokens of each page, and a tile per page would be mostly empty. Tiles are made of
+consecutive *ranks* instead: token number r of a group of pages, counted in page order.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def page_of_rank(ends, rank, PAGES: tl.constexpr):
+    """Which page of a group the tokens of these ranks are in, by binary search in registers.
+
+    Args:
+        ends: int32 [PAGES], inclusive prefix sums of the pages' token counts; PAGES is a power of
+            two, at most 32, so that a warp holds it and lookups are shuffles.
+        rank: int32 [N].
+
+    Returns:
+        int32 [N], in [0, PAGES); anything for ranks of ``ends[-1]`` and above.
+    """
+    page = tl.zeros_like(rank)
+    for step in tl.static_range(5):
+        half: tl.constexpr = PAGES >> (step + 1)
+        if half > 0:
+            page = tl.where(tl.gather(ends, page + (half - 1), 0) <= rank, page + half, page)
+    return page

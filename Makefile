@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 # SGLang's processes import thousands of modules each: never without their bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test bench lint types format env clean
+.PHONY: demo test bench compile-kernels lint types format env clean
 
 demo: env
 	$(BIN)/sglang-diffxkv demo
@@ -43,6 +43,10 @@ bench: env
 		--target-compression 2.5,4,6,8 --output bench/results/accuracy_targets.json
 	$(BIN)/sglang-diffxkv eval --policies k8v4,int4,snapkv,diffkv,diffxkv --lengths 1024 --samples 203 \
 		--tasks shared_prefix,recomputed_prefix --output bench/results/shared_prefix.json
+
+# No GPU needed: the Triton kernels, compiled for four architectures.
+compile-kernels: env
+	env -u TRITON_INTERPRET PYTHONSAFEPATH= $(BIN)/python -m bench.gpu.compile $(ARGS)
 
 lint: $(DEV_STAMP) types
 	$(BIN)/ruff format --check

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles every shipped configuration of every Triton kernel, on a machine without a GPU.
+
+Fails where one does not compile, spills registers or wants more shared memory than there is.
+
+    python -m bench.gpu.compile [--arch sm_90] [--only decode]
+
+Without filters it writes bench/results/kernels_compiled.{md,json} and kernels_predicted.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import triton
+
+from bench.gpu.build import Built, build_all, target_of
+from bench.gpu.cases import cases
+from bench.gpu.occupancy import ARCHITECTURES
+from bench.gpu.report import as_json, problems, tables
+from bench.gpu.specialise import distinct
+from sglang_diffxkv.kernels.gpu.launch import Launch
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+INTRODUCTION = """# Compiled kernels
+
+Triton {version}, `make compile-kernels`: {count} configurations, read from the machine code.
+Nothing here was run. "For" is the first case that uses a configuration, and how many others do;
+"in loops" counts the instructions of each innermost loop, as one warp issues them per iteration.
+Blocks and warps are what fits on a multiprocessor.
+"""
+
+
+def compile_all(
+    launches: Iterable[tuple[str, Launch]], arches: Sequence[str], processes: int | None = None
+) -> list[Built]:
+    """Compile each distinct launch for each architecture, telling on stderr how far it is."""
+    begin = time.monotonic()
+    configurations = list(distinct(launches, target_of(arches[0])))
+    total, results = len(configurations) * len(arches), []
+    for result in build_all(configurations, arches, processes):
+        results.append(result)
+        print(f"{len(results)}/{total} {result.name} {result.seconds:.1f} s", file=sys.stderr)
+    seconds, busy = time.monotonic() - begin, sum(r.seconds for r in results)
+    print(f"{total} compilations in {seconds:.0f} s ({busy:.0f} s of work)", file=sys.stderr)
+    return results
+
+
+def write(results: Sequence[Built]) -> None:
+    """Write the two files of what was compiled."""
+    count = len(results) // len({r.arch for r in results})
+    text = INTRODUCTION.format(version=triton.__version__, count=count) + tables(results)
+    (RESULTS / "kernels_compiled.md").write_text(text)
+    lines = ",\n".join(json.dumps(entry) for entry in as_json(results))
+    (RESULTS / "kernels_compiled.json").write_text(f"[\n{lines}\n]\n")
+
+
+def main() -> None:
+    """Compile, print, write; exit status 1 if there was a problem."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one")
+    parser.add_argument("--only", action="append", help="only cases of this operation")
+    parser.add_argument("--processes", type=int, help="default: one per core")
+    args = parser.parse_args()
+    launches = list(cases(args.only))
+    if not launches:
+        sys.exit(f"no kernels in {args.only or 'any operation'}")
+    results = compile_all(launches, args.arch or list(ARCHITECTURES), args.processes)
+    print(tables(results))
+    if not args.arch and not args.only:
+        write(results)
+    found = problems(results)
+    print("\n".join(found))
+    sys.exit(1 if found else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cubin says of itself: registers, spills, and the instructions of its loops.
+
+The cubin that Triton made is read, with the disassembler that ships in Triton's wheel: running an
+assembler again on the PTX gives other code.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from triton import knobs
+
+LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
+TILE = re.compile(r"MMA\.(?:(\d+)x(\d+)x(\d+)|(16)(8)(8|16|32|64|128)(?=\.|$))")
+WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+ENDS = {"EXIT", "RET", "BRX", "JMX"}
+
+
+class Instruction(NamedTuple):
+    """One instruction; ``target`` is the index that a branch goes to."""
+
+    opcode: str
+    conditional: bool
+    target: int | None
+
+    @property
+    def base(self) -> str:
+        return self.opcode.split(".", 1)[0]
+
+
+class Loop(NamedTuple):
+    """A natural loop: what one warp issues per iteration if it takes every branch in it.
+
+    Attributes:
+        start: index of its first instruction.
+        instructions: static count, inner loops included once.
+        innermost: whether no other loop lies in it.
+        tensor_flops: multiplications and additions of its tensor core instructions, of one warp.
+        load_bytes: what its loads from global memory ask for, of one warp without predicates.
+        mix: count by opcode.
+    """
+
+    start: int
+    instructions: int
+    innermost: bool
+    tensor_flops: int
+    load_bytes: int
+    mix: dict[str, int]
+
+
+class Code(NamedTuple):
+    """Registers per thread; bytes of stack and counts of instructions."""
+
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    instructions: int
+    loops: list[Loop]
+
+    @property
+    def spills(self) -> bool:
+        return self.stack + self.spill_stores + self.spill_loads > 0
+
+
+def read_cubin(cubin: bytes) -> Code:
+    """Disassemble a cubin of one kernel.
+
+    Raises:
+        ValueError: the disassembler's output has another form.
+    """
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = knobs.nvidia.cuobjdump.path
+        # Apart: together, the two listings come in an order that the tool's manual leaves open.
+        usage, listing = (
+            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True)
+            for option in ("-res-usage", "-sass")
+        )
+    found = RESOURCES.search(usage.stdout)
+    program = parse(listing.stdout)
+    if found is None or not program:
+        raise ValueError(f"not understood: {usage.stdout[:200]} {listing.stdout[:200]}")
+    registers, stack, local = map(int, found.groups())
+    count = Counter(i.base for i in program)
+    return Code(
+        registers, stack + local, count["STL"], count["LDL"], len(program), find_loops(program)
+    )
+
+
+def parse(listing: str) -> list[Instruction]:
+    """The instructions of a listing of one function, without the padding after its end."""
+    rows = [m.groups() for line in listing.splitlines() if (m := LINE.match(line))]
+    index = {int(address, 16): i for i, (address, *_) in enumerate(rows)}
+    program = []
+    for _, predicate, opcode, operands in rows:
+        goal = TARGET.search(operands) if opcode.split(".")[0] == "BRA" else None
+        # The slow path of a warp that has diverged where the compiler expects that none does.
+        taken = goal is not None and ".DIV" not in opcode
+        program.append(
+            Instruction(
+                opcode,
+                predicate is not None or (goal is not None and goal.start() > 0),
+                index.get(int(goal.group(1), 16)) if goal and taken else None,
+            )
+        )
+    traps = (i for i, x in enumerate(program) if x.target == i)
+    return program[: next(traps, len(program))]
+
+
+def find_loops(program: list[Instruction]) -> list[Loop]:
+    """All natural loops, in the order of their first instructions."""
+    successors = [list(_successors(program, i)) for i in range(len(program))]
+    live = sorted(_reach(successors, 0, barrier=-1))
+    predecessors: list[list[int]] = [[] for _ in program]
+    for i in live:
+        for j in successors[i]:
+            predecessors[j].append(i)
+    bodies: dict[int, set[int]] = {}
+    for tail in live:
+        head = program[tail].target
+        if head is None or head > tail or tail in _reach(successors, 0, barrier=head):
+            continue  # forwards, or into a loop from its side
+        bodies.setdefault(head, {head}).update(_reach(predecessors, tail, barrier=head))
+    return [_summary(program, head, bodies) for head in sorted(bodies)]
+
+
+def _successors(program: list[Instruction], i: int) -> Iterator[int]:
+    instruction = program[i]
+    leaves = instruction.base in ENDS or instruction.target is not None
+    if i + 1 < len(program) and (instruction.conditional or not leaves):
+        yield i + 1
+    if instruction.target is not None and instruction.target < len(program):
+        yield instruction.target
+
+
+def _reach(edges: list[list[int]], start: int, barrier: int) -> set[int]:
+    """Nodes that are reached from ``start`` without entering ``barrier``."""
+    seen, todo = {start} - {barrier}, [start] if start != barrier else []
+    while todo:
+        for j in edges[todo.pop()]:
+            if j != barrier and j not in seen:
+                seen.add(j)
+                todo.append(j)
+    return seen
+
+
+def _summary(program: list[Instruction], head: int, bodies: dict[int, set[int]]) -> Loop:
+    body = [program[i] for i in bodies[head]]
+    return Loop(
+        start=head,
+        instructions=len(body),
+        innermost=not any(other in bodies[head] for other in bodies if other != head),
+        tensor_flops=sum(_tensor_flops(x.opcode) for x in body),
+        load_bytes=sum(32 * _load_bytes(x) for x in body),
+        mix=dict(Counter(x.base for x in body).most_common()),
+    )
+
+
+def _tensor_flops(opcode: str) -> int:
+    """Of one instruction of one warp, where its name tells its shape. HGMMA is of four warps."""
+    found = TILE.search(opcode)
+    if found is None:
+        return 0
+    m, n, k = (int(x) for x in found.groups() if x)
+    return 2 * m * n * k // (4 if "GMMA" in opcode else 1)
+
+
+def _load_bytes(instruction: Instruction) -> int:
+    """Bytes per thread that an instruction loads from global memory."""
+    if instruction.base not in ("LDG", "LDGSTS"):
+        return 0
+    return next((WIDTH[x] for x in instruction.opcode.split(".") if x in WIDTH), 4)

@@ -1,13 +1,118 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launches that are shipped."""
+"""The launches that are shipped: every operation, on meta tensors of real models' shapes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from sglang_diffxkv.kernels.gpu.launch import Launch
+import torch
+
+from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
+
+BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
+"""Sequences; sealed pages listed and in the tables; raw pages; new tokens; frames of the arena."""
+
+
+class Model(NamedTuple):
+    """Attention of one rank."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+LLAMA_8B = Model("Llama-3.1-8B", 32, 8, 128)
+MODELS = (
+    LLAMA_8B,
+    Model("Qwen2.5-7B", 28, 4, 128),
+    Model("Llama-3.1-70B TP8", 8, 1, 128),
+    Model("Qwen2.5-0.5B", 14, 2, 64),
+    Model("Phi-2", 32, 32, 80),
+    Model("Phi-3-mini", 32, 32, 96),
+    Model("Gemma-2-9B", 16, 8, 256),
+)
+TIERS = ("K8V4", "K4V2")
+
+
+class Setting(NamedTuple):
+    """What an operation is called for; its tensors are on the meta device."""
+
+    model: Model
+    layout: PageLayout
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        tiers = f"{self.layout.high.name}/{self.layout.low.name}"
+        return f"{self.model.name} {tiers} {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def sm_scale(self) -> float:
+        return self.model.head_dim**-0.5
+
+    def of_model(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device="meta")
+
+    def queries(self, count: int) -> torch.Tensor:
+        return self.of_model(count, self.model.heads, self.model.head_dim)
+
+    def raw_pages(self) -> torch.Tensor:
+        return self.of_model(OPEN_PAGES, PAGE_TOKENS, self.model.kv_heads, self.model.head_dim)
+
+    def arena(self) -> torch.Tensor:
+        return torch.empty(FRAMES, self.layout.frame_bytes, dtype=torch.uint8, device="meta")
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frame table and head records of `PAGES` pages."""
+        return ints(PAGES, self.layout.max_frames), ints(PAGES, self.model.kv_heads, 2)
+
+
+def ints(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.int32, device="meta")
+
+
+def setting(
+    model: Model, tiers: tuple[str, str] = TIERS, dtype: torch.dtype = torch.bfloat16
+) -> Setting:
+    """A model with a pair of tiers."""
+    layout = make_layout(
+        head_dim=model.head_dim,
+        num_kv_heads=model.kv_heads,
+        raw_itemsize=dtype.itemsize,
+        high=FORMATS[tiers[0]],
+        low=FORMATS[tiers[1]],
+    )
+    return Setting(model, layout, dtype)
+
+
+SETTINGS = (
+    *(setting(model) for model in MODELS),
+    setting(LLAMA_8B, ("raw", "K4V2")),
+    setting(LLAMA_8B, ("K8V8", "K4V4")),
+    setting(LLAMA_8B, dtype=torch.float16),
+)
+
+OPERATIONS: dict[str, Callable[[Setting], object]] = {}
+"""By the name that ``--only`` takes: what is called for every setting."""
 
 
 def cases(only: Sequence[str] | None = None) -> Iterator[tuple[str, Launch]]:
-    """Name and launch of every kernel that a shipped configuration runs."""
-    yield from ()
+    """Name and launch of every kernel that a shipped configuration runs.
+
+    Args:
+        only: names of operations; None for all.
+
+    Raises:
+        ValueError: there is no such operation.
+    """
+    if unknown := set(only or ()) - set(OPERATIONS):
+        raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(OPERATIONS)}")
+    for name in only or OPERATIONS:
+        for case in SETTINGS:
+            with recorded() as launches:
+                OPERATIONS[name](case)
+            for launch in launches:
+                yield f"{name} {case.name}", launch

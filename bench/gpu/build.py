@@ -73,8 +73,7 @@ def build(configuration: Configuration, arch: str) -> Built:
     try:
         compiled = triton.compile(made.source, target=target_of(arch), options=made.options)
     except Exception as error:  # of Triton, LLVM and ptxas, which share no base class
-        problem = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
-        return result._replace(problems=[problem], seconds=time.monotonic() - begin)
+        return result._replace(problems=[_root(error)], seconds=time.monotonic() - begin)
     code, shared = read_cubin(compiled.asm["cubin"]), compiled.metadata.shared
     problems = []
     if code.spills:
@@ -97,6 +96,14 @@ def build(configuration: Configuration, arch: str) -> Built:
         seconds=time.monotonic() - begin,
         problems=problems,
     )
+
+
+def _root(error: BaseException) -> str:
+    """The last line of the first cause: Triton wraps an error once per function that calls it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+    return f"{type(error).__name__}: {' | '.join((lines or ['?'])[-3:])[:500]}"
 
 
 def _plain(value: Any) -> Any:

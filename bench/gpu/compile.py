@@ -32,7 +32,8 @@ INTRODUCTION = """# Compiled kernels
 
 Triton {version}, `make compile-kernels`: {count} configurations, read from the machine code.
 Nothing here was run. "For" is the first case that uses a configuration, and how many others do;
-"in loops" counts the instructions of each innermost loop, as one warp issues them per iteration.
+"main loops" counts the instructions of the innermost loops that use tensor cores, or of the largest
+one, as one warp issues them per iteration.
 Blocks and warps are what fits on a multiprocessor.
 """
 

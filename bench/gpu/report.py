@@ -10,7 +10,7 @@ from bench.gpu.build import Built
 
 COLUMNS = (
     "kernel", "for", "warps", "stages", "registers", "spills", "shared bytes", "instructions",
-    "in loops", "blocks/SM", "warps/SM", "limited by",
+    "main loops", "blocks/SM", "warps/SM", "limited by",
 )  # fmt: skip
 
 
@@ -26,13 +26,13 @@ def shortened(cases: Sequence[str]) -> str:
 
 
 def row(built: Built) -> list[Any]:
-    """One row of `COLUMNS`; loops are innermost ones, by position."""
+    """One row of `COLUMNS`; spills are instructions."""
     head = [built.kernel, shortened(built.cases), built.num_warps, built.num_stages]
     code, fits = built.code, built.occupancy
     if code is None or fits is None:
         return [*head, "**does not compile**", *["–"] * (len(COLUMNS) - len(head) - 1)]
     spilt = code.spill_stores + code.spill_loads
-    loops = ", ".join(str(x.instructions) for x in code.loops if x.innermost)
+    loops = ", ".join(str(x.instructions) for x in code.main_loops)
     return [
         *head, code.registers, f"**{spilt}**" if code.spills else 0, built.shared,
         code.instructions, loops or "–", fits.blocks, fits.warps, fits.limit,

@@ -67,6 +67,13 @@ class Code(NamedTuple):
     loops: list[Loop]
 
     @property
+    def main_loops(self) -> list[Loop]:
+        """Innermost loops that use tensor cores; where none does, the largest one."""
+        inner = [x for x in self.loops if x.innermost]
+        largest = sorted(inner, key=lambda x: x.instructions)[-1:]
+        return [x for x in inner if x.tensor_flops] or largest
+
+    @property
     def spills(self) -> bool:
         return self.stack + self.spill_stores + self.spill_loads > 0
 

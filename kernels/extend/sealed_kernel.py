@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton: attention of a block of query rows over all sealed pages of its sequence.
+
+Tiles are full: a group of pages is one range of ranks (`gpu.ranks`), first of its high tokens, then
+of its low ones. Scales and zeros never touch an element, but are folded into the scores and the
+weights; rows are read in quarters (`gpu.payload`), into four accumulators that serve all formats.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_diffxkv.kernels.extend.rows import locate_rows, query_of_rows, softmax_step
+from sglang_diffxkv.kernels.gpu.payload import (
+    CODE_UNIT,
+    arena_offset,
+    load_meta,
+    load_quarter,
+    load_raw_quarter,
+    plane_weight,
+    section_starts,
+)
+from sglang_diffxkv.kernels.gpu.ranks import page_of_rank
+
+WEIGHT_UNIT: tl.constexpr = tl.constexpr(2.0**8)
+"""Weights times value scales are this much larger in fp16, to stay clear of its subnormals."""
+
+
+@triton.constexpr_function
+def row_bytes(BITS, DIM, RAW):
+    """`PageLayout.row_bytes`; RAW is the dtype of raw elements."""
+    return DIM * BITS // 8 if BITS else DIM * RAW.primitive_bitwidth // 8
+
+
+@triton.constexpr_function
+def _alignment(NBYTES):
+    """Largest power of two, at most 16, that divides a row's bytes."""
+    return 16 if NBYTES % 16 == 0 else NBYTES & -NBYTES
+
+
+@triton.constexpr_function
+def _ends_plane(i, BITS):
+    """Whether quarter ``i + 1`` is of the next plane."""
+    return BITS == 2 or (BITS == 4 and i == 1)
+
+
+@triton.jit
+def _rows_of_ranks(frames, table, start, page, rank, mask, NBYTES: tl.constexpr, FRAME_BYTES):
+    """Byte offsets in the arena, int64 [N], of rows of one section.
+
+    Args:
+        table: int64 [PAGES], where each page's row of the frame table starts.
+        start: int32 [PAGES], where the section would start, had its page all earlier ranks too.
+        page, rank, mask: [N].
+    """
+    virtual = tl.where(mask, tl.gather(start, page, 0) + rank * NBYTES, 0)
+    rows = frames + tl.gather(table, page, 0)
+    return arena_offset(rows, virtual, mask, FRAME_BYTES, _alignment(NBYTES))
+
+
+@triton.jit
+def _dot_keys(q, arena, at, mask, BITS: tl.constexpr, RAW, PRECISION, QUARTER, BLOCK):
+    """q.k [M, N] of keys at byte offsets ``at``; codes are read in units of 1 / CODE_UNIT."""
+    if BITS == 0:
+        rows = (arena + at).to(tl.pointer_type(RAW))
+        dots = tl.zeros((q[0].shape[0], at.shape[0]), tl.float32)
+        for i in tl.static_range(4):
+            keys = load_raw_quarter(rows, mask, i, QUARTER, BLOCK)
+            dots = tl.dot(q[i], tl.trans(keys), dots, input_precision=PRECISION)
+        return dots
+    # From the last plane to the first: each is as many times too large as its weight is small.
+    keys = load_quarter(arena, at, mask, 3, BITS, QUARTER, BLOCK)
+    dots = tl.dot(q[3].to(tl.float16), tl.trans(keys))
+    for i in tl.static_range(2, -1, -1):
+        if _ends_plane(i, BITS):
+            dots *= 2.0**-BITS
+        keys = load_quarter(arena, at, mask, i, BITS, QUARTER, BLOCK)
+        dots = tl.dot(q[i].to(tl.float16), tl.trans(keys), dots)
+    return dots
+
+
+@triton.jit
+def _add_values(acc, weights, arena, at, mask, i: tl.constexpr, BITS, RAW, PRECISION, QUARTER, BLOCK):
+    """Add quarter ``i`` of the tile's values, weighted, to ``acc`` [M, BLOCK]."""
+    if BITS == 0:
+        values = load_raw_quarter((arena + at).to(tl.pointer_type(RAW)), mask, i, QUARTER, BLOCK)
+        return tl.dot(weights, values, acc, input_precision=PRECISION)
+    values = load_quarter(arena, at, mask, i, BITS, QUARTER, BLOCK)
+    return tl.dot((weights * plane_weight(i, BITS)).to(tl.float16), values, acc)
+
+
+@triton.jit
+def _attend_tier(
+    state,
+    q,
+    q_sum,
+    arena,
+    frames,
+    table,
+    counts,
+    key_start,
+    value_start,
+    meta_start,
+    score_scale,
+    KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGES: tl.constexpr,
+    FRAME_BYTES: tl.constexpr,
+):
+    """All tokens that a group of pages keeps in one tier.
+
+    Args:
+        state: running maxima, sums and weighted zeros [M], and four accumulators [M, BLOCK] in
+            units of ``CODE_UNIT / WEIGHT_UNIT``.
+        q: four quarters fp32 [M, BLOCK]. q_sum: fp32 [M], the sum of their values in fp16.
+        counts: int32 [PAGES]. key_start, value_start, meta_start: int32 [PAGES], sections.
+    """
+    KEY_BYTES: tl.constexpr = row_bytes(KEY_BITS, DIM, RAW)
+    VALUE_BYTES: tl.constexpr = row_bytes(VALUE_BITS, DIM, RAW)
+    QUARTER: tl.constexpr = DIM // 4
+    ends = tl.cumsum(counts, 0)
+    before = ends - counts
+    key_start -= before * KEY_BYTES
+    value_start -= before * VALUE_BYTES
+    meta_start -= before * 8
+    n = tl.sum(counts, 0)
+    for first in range(0, n, BLOCK_N):
+        top, total, zeros, a0, a1, a2, a3 = state
+        rank = first + tl.arange(0, BLOCK_N)
+        mask = rank < n
+        page = page_of_rank(ends, rank, PAGES)
+        key_at = _rows_of_ranks(
+            frames, table, key_start, page, rank, mask, KEY_BYTES, FRAME_BYTES
+        )
+        value_at = _rows_of_ranks(
+            frames, table, value_start, page, rank, mask, VALUE_BYTES, FRAME_BYTES
+        )
+        dots = _dot_keys(q, arena, key_at, mask, KEY_BITS, RAW, PRECISION, QUARTER, BLOCK)
+        if KEY_BITS == 0:
+            scores = dots * score_scale
+        else:
+            meta_at = _rows_of_ranks(frames, table, meta_start, page, rank, mask, 8, FRAME_BYTES)
+            key_scale, key_zero, value_scale, value_zero = load_meta(arena, meta_at, mask)
+            scores = dots * (key_scale * (score_scale * CODE_UNIT))[None, :]
+            scores += q_sum[:, None] * (key_zero * score_scale)[None, :]
+        scores = tl.where(mask[None, :], scores, -float("inf"))
+        weights, fade, top, total = softmax_step(top, total, scores)
+        zeros *= fade
+        if KEY_BITS == 0:
+            weights *= WEIGHT_UNIT / CODE_UNIT
+        else:
+            zeros += tl.sum(weights * value_zero[None, :], 1)
+            weights *= (value_scale * WEIGHT_UNIT)[None, :]
+        a0 = _add_values(
+            a0 * fade[:, None], weights, arena, value_at, mask, 0, VALUE_BITS, RAW, PRECISION, QUARTER, BLOCK
+        )
+        a1 = _add_values(
+            a1 * fade[:, None], weights, arena, value_at, mask, 1, VALUE_BITS, RAW, PRECISION, QUARTER, BLOCK
+        )
+        a2 = _add_values(
+            a2 * fade[:, None], weights, arena, value_at, mask, 2, VALUE_BITS, RAW, PRECISION, QUARTER, BLOCK
+        )
+        a3 = _add_values(
+            a3 * fade[:, None], weights, arena, value_at, mask, 3, VALUE_BITS, RAW, PRECISION, QUARTER, BLOCK
+        )
+        state = top, total, zeros, a0, a1, a2, a3
+    return state
+
+
+@triton.jit
+def _load_query_quarter(rows, seen, i: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    inside = seen[:, None] & (column < QUARTER)[None, :]
+    at = rows[:, None] + (i * QUARTER + column)[None, :]
+    return tl.load(at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _store_quarter(rows, seen, values, i: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr):
+    column = tl.arange(0, BLOCK)
+    inside = seen[:, None] & (column < QUARTER)[None, :]
+    tl.store(rows[:, None] + (i * QUARTER + column)[None, :], values, mask=inside)
+
+
+@triton.jit
+def sealed_kernel(
+    q,
+    q_stride,
+    q_indptr,
+    sequences,
+    arena,
+    frames,
+    frames_stride,
+    heads,
+    indptr,
+    pages,
+    out,
+    lse,
+    score_scale,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HIGH_KEY_BITS: tl.constexpr,
+    HIGH_VALUE_BITS: tl.constexpr,
+    LOW_KEY_BITS: tl.constexpr,
+    LOW_VALUE_BITS: tl.constexpr,
+    RAW: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FRAME_BYTES: tl.constexpr,
+    PAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Program (block of rows, KV head); arguments as in `sealed.extend_sealed`.
+
+    Args:
+        BLOCK: the power of two that a quarter of DIM is padded to.
+        PAGES: pages of a group; BLOCK_M: rows; BLOCK_N: tokens of a tile.
+    """
+    QUARTER: tl.constexpr = DIM // 4
+    head = tl.program_id(1)
+    b, start, first, rows = locate_rows(q_indptr, sequences, GROUP, BLOCK_M)
+    if first >= rows:
+        return
+    seen = first + tl.arange(0, BLOCK_M) < rows
+    query, query_head = query_of_rows(start, first, head, GROUP, BLOCK_M)
+    q_rows = q + query * q_stride + query_head * DIM
+    q0 = _load_query_quarter(q_rows, seen, 0, QUARTER, BLOCK)
+    q1 = _load_query_quarter(q_rows, seen, 1, QUARTER, BLOCK)
+    q2 = _load_query_quarter(q_rows, seen, 2, QUARTER, BLOCK)
+    q3 = _load_query_quarter(q_rows, seen, 3, QUARTER, BLOCK)
+    # Zeros cancel against codes exactly only if both meet the same, rounded queries.
+    halves = q0.to(tl.float16).to(tl.float32) + q1.to(tl.float16).to(tl.float32)
+    halves += q2.to(tl.float16).to(tl.float32) + q3.to(tl.float16).to(tl.float32)
+    q_sum = tl.sum(halves, 1)
+
+    nothing = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    state = nothing - float("inf"), nothing, nothing, acc, acc, acc, acc
+    end = tl.load(indptr + b + 1)
+    for group in range(tl.load(indptr + b), end, PAGES):
+        listed = group + tl.arange(0, PAGES)
+        page = tl.load(pages + listed, mask=listed < end, other=0).to(tl.int64)
+        record = heads + (page * HEADS + head) * 2
+        offset = tl.load(record, mask=listed < end, other=0)
+        counts = tl.load(record + 1, mask=listed < end, other=0)
+        n_high, n_low = counts & 0xFF, counts >> 8
+        key_high, value_high, key_low, value_low, meta_high, meta_low, _ = section_starts(
+            n_high,
+            n_low,
+            row_bytes(HIGH_KEY_BITS, DIM, RAW),
+            row_bytes(HIGH_VALUE_BITS, DIM, RAW),
+            row_bytes(LOW_KEY_BITS, DIM, RAW),
+            row_bytes(LOW_VALUE_BITS, DIM, RAW),
+            8 if HIGH_KEY_BITS else 0,
+            8 if LOW_KEY_BITS else 0,
+        )
+        table = page * frames_stride
+        state = _attend_tier(
+            state,
+            (q0, q1, q2, q3),
+            q_sum,
+            arena,
+            frames,
+            table,
+            n_high,
+            offset + key_high,
+            offset + value_high,
+            offset + meta_high,
+            score_scale,
+            HIGH_KEY_BITS,
+            HIGH_VALUE_BITS,
+            RAW,
+            PRECISION,
+            DIM,
+            BLOCK,
+            BLOCK_N,
+            PAGES,
+            FRAME_BYTES,
+        )
+        state = _attend_tier(
+            state,
+            (q0, q1, q2, q3),
+            q_sum,
+            arena,
+            frames,
+            table,
+            n_low,
+            offset + key_low,
+            offset + value_low,
+            offset + meta_low,
+            score_scale,
+            LOW_KEY_BITS,
+            LOW_VALUE_BITS,
+            RAW,
+            PRECISION,
+            DIM,
+            BLOCK,
+            BLOCK_N,
+            PAGES,
+            FRAME_BYTES,
+        )
+    top, total, zeros, a0, a1, a2, a3 = state
+    total = tl.where(total > 0, total, 1.0)
+    share = 1 / total
+    scale, shift = (share * (CODE_UNIT / WEIGHT_UNIT))[:, None], (zeros * share)[:, None]
+    at = query * (HEADS * GROUP) + query_head
+    out_rows = out + at * DIM
+    _store_quarter(out_rows, seen, a0 * scale + shift, 0, QUARTER, BLOCK)
+    _store_quarter(out_rows, seen, a1 * scale + shift, 1, QUARTER, BLOCK)
+    _store_quarter(out_rows, seen, a2 * scale + shift, 2, QUARTER, BLOCK)
+    _store_quarter(out_rows, seen, a3 * scale + shift, 3, QUARTER, BLOCK)
+    tl.store(lse + at, top + tl.log2(total), mask=seen)

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launches of the Triton kernels of extend. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.extend.open_kernel import open_kernel
+from sglang_diffxkv.kernels.extend.rows import LOG2_E
+from sglang_diffxkv.kernels.extend.sealed_kernel import sealed_kernel
+from sglang_diffxkv.kernels.gpu.launch import launch
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+GROUP_PAGES = 32
+
+
+def precision(dtype: torch.dtype) -> str:
+    """Input precision of fp32 products: TF32 holds 16-bit models' elements exactly."""
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def extend_sealed(
+    q: torch.Tensor,
+    q_indptr: torch.Tensor,
+    arena: torch.Tensor,
+    frames: torch.Tensor,
+    heads: torch.Tensor,
+    indptr: torch.Tensor,
+    pages: torch.Tensor,
+    layout: PageLayout,
+    sm_scale: float,
+) -> AttentionPart:
+    """See `sealed.extend_sealed`; heads is contiguous, and so are the rows of frames."""
+    kv_heads, dim = layout.num_kv_heads, layout.head_dim
+    group = q.shape[1] // kv_heads
+    part = _unwritten_part(q)
+    block_m, block_n, num_warps = 64, 64, 4
+    launch(
+        sealed_kernel,
+        (_blocks(q, q_indptr, group, block_m), kv_heads),
+        q=q,
+        q_stride=q.stride(0),
+        q_indptr=q_indptr,
+        sequences=len(q_indptr) - 1,
+        arena=arena,
+        frames=frames,
+        frames_stride=frames.stride(0),
+        heads=heads,
+        indptr=indptr,
+        pages=pages,
+        out=part.out,
+        lse=part.lse,
+        score_scale=sm_scale * LOG2_E,
+        HEADS=kv_heads,
+        GROUP=group,
+        DIM=dim,
+        BLOCK=triton.next_power_of_2(dim // 4),
+        HIGH_KEY_BITS=layout.high.key_bits,
+        HIGH_VALUE_BITS=layout.high.value_bits,
+        LOW_KEY_BITS=layout.low.key_bits,
+        LOW_VALUE_BITS=layout.low.value_bits,
+        RAW=DTYPES[q.dtype],
+        PRECISION=precision(q.dtype),
+        FRAME_BYTES=layout.frame_bytes,
+        PAGES=GROUP_PAGES,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+    )
+    return part
+
+
+def extend_open(
+    q: torch.Tensor,
+    q_indptr: torch.Tensor,
+    q_position: torch.Tensor,
+    k_raw: torch.Tensor,
+    v_raw: torch.Tensor,
+    indptr: torch.Tensor,
+    slots: torch.Tensor,
+    page_position: torch.Tensor,
+    sm_scale: float,
+) -> AttentionPart:
+    """See `open.extend_open`; pages of new tokens that are not listed are not noticed."""
+    kv_heads, dim = k_raw.shape[2:]
+    group = q.shape[1] // kv_heads
+    part = _unwritten_part(q)
+    block_m, block_n, num_warps = 64, 64, 4
+    launch(
+        open_kernel,
+        (_blocks(q, q_indptr, group, block_m), kv_heads),
+        q=q,
+        q_stride=q.stride(0),
+        q_indptr=q_indptr,
+        q_position=q_position,
+        sequences=len(q_indptr) - 1,
+        k_raw=k_raw,
+        v_raw=v_raw,
+        page_stride=k_raw.stride(0),
+        indptr=indptr,
+        slots=slots,
+        page_position=page_position,
+        out=part.out,
+        lse=part.lse,
+        score_scale=sm_scale * LOG2_E,
+        HEADS=kv_heads,
+        GROUP=group,
+        DIM=dim,
+        BLOCK=triton.next_power_of_2(dim),
+        COMPUTE=tl.float16 if q.dtype == torch.float16 else tl.float32,
+        PRECISION=precision(q.dtype),
+        PAGE_TOKENS=PAGE_TOKENS,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
+    )
+    return part
+
+
+def _unwritten_part(q: torch.Tensor) -> AttentionPart:
+    return AttentionPart(
+        torch.empty(q.shape, dtype=torch.float32, device=q.device),
+        torch.empty(q.shape[:2], dtype=torch.float32, device=q.device),
+    )
+
+
+def _blocks(q: torch.Tensor, q_indptr: torch.Tensor, group: int, block_m: int) -> int:
+    """Blocks of rows, at least as many as all sequences need (`gpu.ragged.first_block`)."""
+    return len(q) * group // block_m + len(q_indptr) - 1

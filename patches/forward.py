@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.utils.rank_consensus_checker import assert_same
 
 from sglang_diffxkv.backend import DiffXKVBackend
 from sglang_diffxkv.patches.seam import hook
@@ -16,6 +17,9 @@ from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(self.attn_backend, DiffXKVBackend):
         self.attn_backend.end_of_step()
+        store = self.attn_backend.store
+        # Does nothing unless SGLANG_ENABLE_RANK_CONSENSUS_CHECKER is set.
+        assert_same("diffxkv: %s, %s", store.ledger, store.counters)
 
 
 def _no_fused_write(result: bool, forward_batch: Any) -> bool:

@@ -24,24 +24,25 @@ HEAD_DIMS = (64, 80, 96, 128, 256)
 _LEAVE_OUT = f"leave out --attention-backend {BACKEND} or choose another model"
 
 
-def check_model_config(model: "ModelConfig", config: DiffXKVConfig) -> None:
-    """Check a model's configuration, and that the policy suits its dimensions.
+def check_model_config(model: "ModelConfig", config: DiffXKVConfig, ranks: int) -> None:
+    """Check a model's configuration, and that the policy suits its dimensions on each rank.
 
     Raises:
         ValueError: a model that the backend cannot serve.
-        ConfigError: a ValueError too: `layer_caps` fit neither the policy nor the model.
+        ConfigError: a ValueError too: `layer_caps` or a plan do not fit the policy or the model.
     """
     found = _unsupported_kind(model) or _unsupported_shape(model)
     if found is not None:
         name = (model.hf_config.architectures or ["this model"])[0]
         raise ValueError(f"{BACKEND} cannot serve {name}, which has {found}: {_LEAVE_OUT}")
-    make_policy(
-        config,
-        head_dim=model.head_dim,
-        num_kv_heads=model.get_total_num_kv_heads(),
-        raw_itemsize=model.dtype.itemsize,
-        num_layers=model.num_attention_layers,
-    )
+    for rank in range(ranks):
+        make_policy(
+            config.of_rank(rank, ranks),
+            head_dim=model.head_dim,
+            num_kv_heads=model.get_num_kv_heads(ranks),
+            raw_itemsize=model.dtype.itemsize,
+            num_layers=model.num_attention_layers,
+        )
 
 
 def _unsupported_kind(model: "ModelConfig") -> str | None:

@@ -17,6 +17,7 @@ from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
+from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
@@ -28,34 +29,57 @@ _setup: PoolSetup | None = None
 def make_setup(
     config: DiffXKVConfig, configurator: Any, budget_bytes: int, cap_tokens: int | None
 ) -> PoolSetup:
-    """Divide the budget for the configurator's model on this rank.
+    """Divide the budget for the configurator's model on this rank, as all ranks do.
 
     Raises:
         ValueError: the budget is too small (one line that says what to raise).
     """
     from sglang.srt.runtime_context import get_parallel
 
-    model = configurator.model_config
+    parallel, model = get_parallel(), configurator.model_config
+    config = config.of_rank(parallel.attn_tp_rank, parallel.attn_tp_size)
+    agree = make_agreement(parallel.attn_tp_group)
     num_layers = configurator.layer_info.num_effective_layers
     policy = make_policy(
         config,
         head_dim=model.head_dim,
-        num_kv_heads=model.get_num_kv_heads(get_parallel().attn_tp_size),
+        num_kv_heads=model.get_num_kv_heads(parallel.attn_tp_size),
         raw_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
         num_layers=num_layers,
     )
+    # What each rank measured or learnt by itself, the least memory and the fullest pages of any.
+    own = torch.tensor([-budget_bytes, policy.expected_fill], dtype=torch.float64)
+    least, expected_fill = agree(own).tolist()
     plan = plan_pool(
-        (config.memory_bytes or budget_bytes) - policy.nbytes,
+        (config.memory_bytes or int(-least)) - policy.nbytes,
         policy.layout,
         num_layers,
         policy.caps,
-        policy.expected_fill,
+        expected_fill,
         config.raw_share,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
         virtual_slack=DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK,
     )
     _check_chunk(plan.raw_pages)
-    return PoolSetup(config, policy.layout, policy, plan)
+    return PoolSetup(config, policy.layout, policy, plan, agree)
+
+
+def make_agreement(group: Any) -> Agree:
+    """`Agree` of SGLang's ``GroupCoordinator`` of attention ranks.
+
+    It uses the group's gloo processes: the numbers are for the host, which waits for them in any
+    case, and pages are sealed and demoted on two streams, between which NCCL calls of several
+    communicators may come to be ordered differently on different ranks.
+    """
+    if group.world_size == 1:
+        return alone
+
+    def agree(values: torch.Tensor) -> torch.Tensor:
+        most = values.to("cpu", copy=True)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group.cpu_group)
+        return most.to(values.device)
+
+    return agree
 
 
 def _check_chunk(raw_pages: int) -> None:

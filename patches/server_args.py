@@ -96,7 +96,8 @@ def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
 def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
     if is_requested(server_args):
         with _refusing(server_args):
-            check_model_config(model_config_of(server_args), server_args._diffxkv)
+            ranks = resolving_view(server_args).tp_size
+            check_model_config(model_config_of(server_args), server_args._diffxkv, ranks)
     previous(server_args)
 
 

@@ -24,7 +24,7 @@ class _Flag(NamedTuple):
     why: str
 
 
-_TENSOR_PARALLEL = "parallel ranks come with the GPU backend"
+_RANKS = "only tensor-parallel ranks agree on what their pages take"
 _OWN_CACHE = "it moves KV out of the pool, whose pages are compressed"
 _FLAGS = (
     _Flag("page_size", (None, PAGE_TOKENS), f"sealed pages hold {PAGE_TOKENS} tokens"),
@@ -48,13 +48,12 @@ _FLAGS = (
     _Flag("enable_mis", (False,), "it has no custom attention masks"),
     _Flag("enable_nvidia_megakernel", (False,), "fused kernels read uncompressed KV"),
     _Flag("enable_amd_monokernel", (False,), "fused kernels read uncompressed KV"),
-    _Flag("tp_size", (1,), f"tensor {_TENSOR_PARALLEL}"),
-    _Flag("pp_size", (1,), f"pipeline {_TENSOR_PARALLEL}"),
-    _Flag("attn_dp_size", (1,), f"data-{_TENSOR_PARALLEL}"),
-    _Flag("enable_dp_attention", (False,), f"data-{_TENSOR_PARALLEL}"),
-    _Flag("attn_cp_size", (1,), f"context-{_TENSOR_PARALLEL}"),
-    _Flag("dcp_size", (1,), f"context-{_TENSOR_PARALLEL}"),
-    _Flag("enable_prefill_cp", (False,), f"context-{_TENSOR_PARALLEL}"),
+    _Flag("pp_size", (1,), _RANKS),
+    _Flag("attn_dp_size", (1,), _RANKS),
+    _Flag("enable_dp_attention", (False,), _RANKS),
+    _Flag("attn_cp_size", (1,), _RANKS),
+    _Flag("dcp_size", (1,), _RANKS),
+    _Flag("enable_prefill_cp", (False,), _RANKS),
     _Flag("enable_streaming_session", (False,), "a retried turn rewrites a token that was sealed"),
     _Flag("enable_memory_saver", (False,), "its tables do not survive being paged out"),
     _Flag("use_ray", (False,), "SGLang's Ray actors load no plugins"),

@@ -6,7 +6,7 @@ A field's description says what it allows: it is the text that a user reads when
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -17,6 +17,8 @@ from pydantic_core import ErrorDetails
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, TierFormat
 
 ENV_VAR = "DIFFXKV_CONFIG"
+RANK = "{rank}"
+"""In paths of plans: the number of the tensor-parallel rank, from 0."""
 _CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 _Format = Annotated[str, Field(pattern=f"^({'|'.join(FORMATS)})$")]
 _Share = Annotated[float, Field(gt=0, le=1)]
@@ -121,6 +123,22 @@ class DiffXKVConfig:
                 f"alpha_high ({self.alpha_high:g}) must be at least alpha_low ({self.alpha_low:g})"
             )
         return self
+
+    def of_rank(self, rank: int, ranks: int) -> Self:
+        """The configuration of one of several tensor-parallel ranks.
+
+        Raises:
+            ConfigError: they would share the file of a plan, which is of a rank's own KV heads.
+        """
+        paths = {key: getattr(self, key) for key in ("plan", "save_plan")}
+        for key, path in paths.items():
+            if ranks > 1 and path is not None and RANK not in path:
+                raise ConfigError(
+                    f"{key} = {path!r} is not allowed with {ranks} ranks, each of which has a plan "
+                    f"of its own KV heads; put {RANK} into it, such as 'plan-{RANK}.json'"
+                )
+        own = {key: path and path.replace(RANK, str(rank)) for key, path in paths.items()}
+        return replace(self, **own)
 
     def to_json(self) -> str:
         """JSON text that `load_config` turns into an equal configuration."""

@@ -6,6 +6,7 @@ platform takes the native (plain torch) implementation of every layer instead.
 """
 
 import os
+from typing import Any
 
 import torch
 from sglang.srt.platforms.cpu import CpuDeviceMixin
@@ -38,6 +39,20 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """Plain torch on the CPU: no Triton, no graphs; `capabilities` keep their cautious defaults."""
 
     _enum = PlatformEnum.OOT
+
+    def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Divide the cores among the ranks, where there are several and nobody has done so.
+
+        SGLang wants to be told where ranks outnumber NUMA nodes. It binds threads with its own CPU
+        kernels only, so each rank is also kept to as many threads as it has cores.
+        """
+        ranks = server_args.tp_size
+        if ranks > 1:
+            cores = sorted(os.sched_getaffinity(0))
+            shares = [cores[rank::ranks] or cores for rank in range(ranks)]
+            binding = "|".join(",".join(map(str, share)) for share in shares)
+            os.environ.setdefault("SGLANG_CPU_OMP_THREADS_BIND", binding)
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // ranks)))
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"

@@ -71,6 +71,9 @@ def demote(store: PageStore, pages: torch.Tensor) -> None:
     before = d.num_frames[pages]
     for layer in range(store.num_layers):
         _demote_layer(store, layer, pages)
+    # Which pages were repacked differs between ranks, what they are charged for must not: no rank
+    # has more of a page than before, so neither has the one that has most of it.
+    d.num_frames[pages] = store.agree(d.owned(pages))
     freed = before - d.num_frames[pages]
     d.demotions[pages] += 1
     frames = int(freed.sum())

@@ -20,7 +20,8 @@ class PageDirectory:
         sealed: bool [V].
         frames: int32 [L, V, max_frames], frame ids of a sealed (page, layer), -1 where unused.
         heads: int32 [L, V, H, 2], byte offset and ``n_high | n_low << 8`` of each head's payload.
-        num_frames: int32 [V], frames of a sealed page over all layers.
+        num_frames: int32 [V], frames that a sealed page is charged for over all layers: as many as
+            it has here, or on the rank where it has most (`pool.ranks`).
         position: int32 [V], index of the page in its sequence.
         context: int32 [V], length of the sequence when the page was last attended to.
         plan: int32 [V], number of the plan that a sealed page was graded under, 0 for none.
@@ -80,15 +81,18 @@ class PageDirectory:
         for t in (d.position, d.context, d.filled, d.quality, d.last_used, d.window_step):
             t[pages] = 0
 
-    def seal(self, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor) -> None:
+    def seal(
+        self, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor, charged: torch.Tensor
+    ) -> None:
         """Point open ``pages`` [N] at their payload.
 
         Args:
             frames: int32 [L, N, max_frames]. heads: int32 [L, N, H, 2].
+            charged: int32 [N], their ``num_frames``.
         """
         self.frames[:, pages] = frames
         self.heads[:, pages] = heads
-        self.num_frames[pages] = (frames >= 0).sum(dim=(0, 2), dtype=torch.int32)
+        self.num_frames[pages] = charged
         self.raw_slot[pages] = NO_SLOT
         self.sealed[pages] = True
         self.demotions[pages] = 0
@@ -96,15 +100,17 @@ class PageDirectory:
     def replace(
         self, layer: int, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor
     ) -> None:
-        """Point sealed ``pages`` [N] at another payload of one layer.
+        """Point sealed ``pages`` [N] at another payload of one layer; the charge stays.
 
         Args:
             frames: int32 [N, max_frames]. heads: int32 [N, H, 2].
         """
-        before = (self.frames[layer, pages] >= 0).sum(dim=1, dtype=torch.int32)
-        self.num_frames[pages] += (frames >= 0).sum(dim=1, dtype=torch.int32) - before
         self.frames[layer, pages] = frames
         self.heads[layer, pages] = heads
+
+    def owned(self, pages: torch.Tensor) -> torch.Tensor:
+        """Frames that ``pages`` (int64 [N]) have on this rank, over all layers: int32 [N]."""
+        return (self.frames[:, pages] >= 0).sum(dim=(0, 2), dtype=torch.int32)
 
     def release(self, pages: torch.Tensor) -> None:
         """Forget ``pages`` (int64 [N])."""

@@ -13,6 +13,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.policy.base import TierPolicy
+from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.sizing import PoolPlan
 from sglang_diffxkv.pool.store import PageStore
 
@@ -26,6 +27,7 @@ class PoolSetup(NamedTuple):
     layout: PageLayout
     policy: TierPolicy
     plan: PoolPlan
+    agree: Agree = alone
 
 
 class DiffXKVPool(MHATokenToKVPool):
@@ -51,7 +53,9 @@ class DiffXKVPool(MHATokenToKVPool):
         ) or self.size != plan.virtual_tokens:
             raise RuntimeError("diffxkv: the pool was sized for another model shape")
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-            self.store = PageStore(plan, layout, self.setup.policy, self.dtype, self.device)
+            self.store = PageStore(
+                plan, layout, self.setup.policy, self.dtype, self.device, self.setup.agree
+            )
         # SGLang keeps views and pointer tables of these; the raw pages are the real thing.
         self.k_buffer = [k.flatten(0, 1) for k in self.store.raw.keys]
         self.v_buffer = [v.flatten(0, 1) for v in self.store.raw.values]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Share(NamedTuple):
-    """Some sealed pages, and the frames that they use."""
+    """Some sealed pages, and the frames that they are charged for."""
 
     pages: int
     frames: int
@@ -22,6 +22,8 @@ class Ledger:
     sealing it can take (the layers' byte caps). Sealing trades both for the frames really used,
     so a promise that was kept can never fail, and what a page did not use is credited back. A page
     that turns out to be a lossless request's is never sealed, and gives its promise back.
+
+    Frames used are those charged for (`pool.ranks`), at least as many as pages have on this rank.
     """
 
     raw_total: int

@@ -16,6 +16,7 @@ from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.ledger import Ledger, Share
 from sglang_diffxkv.pool.payload import GradedTokens, rows_to_seal, write_payload
+from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sizing import PoolPlan
 
@@ -54,8 +55,10 @@ class PageStore:
         policy: TierPolicy,
         dtype: torch.dtype,
         device: str = "cpu",
+        agree: Agree = alone,
     ) -> None:
-        self.plan, self.layout, self.policy = plan, layout, policy
+        """``agree``: with the other ranks' stores, which hold the same pages of other KV heads."""
+        self.plan, self.layout, self.policy, self.agree = plan, layout, policy, agree
         self.num_layers = plan.num_layers
         self.directory = PageDirectory(plan.virtual_pages, plan.num_layers, layout, device)
         self.arena = FrameArena(plan.frames, layout.frame_bytes, device)
@@ -121,7 +124,7 @@ class PageStore:
         self.counters.released += pages.numel()
 
     def share(self, pages: torch.Tensor) -> Share:
-        """What sealed ``pages`` (int64 [N]) hold."""
+        """What sealed ``pages`` (int64 [N]) are charged for."""
         return Share(pages.numel(), int(self.directory.num_frames[pages].sum()))
 
     def begin_step(self, decodes: bool) -> None:
@@ -211,10 +214,13 @@ class PageStore:
             tokens = GradedTokens(keys, values, tiers[:, layer], codes[:, layer])
             heads = measured.heads[:, layer]
             write_payload(tokens, rows, frames[:, layer], heads, self.arena.buffer, layout)
-        d.seal(pages, frames.transpose(0, 1), measured.heads.transpose(0, 1))
+        # Tiers, and all that they follow from (scores, plans), are a rank's own; what the host goes
+        # by from here on is the same on all ranks.
+        charged = self.agree(counts.sum(dim=1, dtype=torch.int32))
+        d.seal(pages, frames.transpose(0, 1), measured.heads.transpose(0, 1), charged)
         d.plan[pages] = self.policy.plan_number
         self.raw.give_back(slots)
-        self.ledger.seal(pages.numel(), int(counts.sum()))
+        self.ledger.seal(pages.numel(), int(charged.sum()))
         self.counters.sealed += pages.numel()
 
     def _seal_context(

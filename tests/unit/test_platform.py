@@ -41,3 +41,19 @@ def test_class_is_what_sglang_asks_for() -> None:
     assert chosen.get_default_attention_backend() == "torch_native"
     assert not chosen.capabilities.supports_triton
     assert not chosen.capabilities.graph_capture
+
+
+def test_ranks_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding, threads = "SGLANG_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"
+    for name in (binding, threads):  # so that what is set below is taken back
+        monkeypatch.setenv(name, "")
+        del platform.os.environ[name]
+    monkeypatch.setattr(platform.os, "sched_getaffinity", lambda _: {0, 1, 2, 5, 6})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    apply = platform.CpuPlatform().apply_server_args_defaults
+    apply(SimpleNamespace(tp_size=1))
+    assert binding not in platform.os.environ and threads not in platform.os.environ
+    apply(SimpleNamespace(tp_size=2))
+    assert platform.os.environ[binding] == "0,2,6|1,5" and platform.os.environ[threads] == "2"
+    apply(SimpleNamespace(tp_size=8))
+    assert platform.os.environ[binding] == "0,2,6|1,5", "what is set stays"

@@ -35,6 +35,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENV_VAR, raising=False)
+    # The CPU platform would set these for good.
+    for name in ("SGLANG_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
 
 
 @pytest.fixture
@@ -89,6 +92,7 @@ def test_other_backends_are_left_alone(model: str) -> None:
         ("--chunked-prefill-size", "128", "--enable-mixed-chunk"),
         ("--tokenizer-worker-num", "2"),
         ("--cuda-graph-backend-decode", "disabled"),
+        ("--tp-size", "2", "--diffxkv-config", '{"save_plan": "plan-{rank}.json"}'),
     ],
 )
 def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
@@ -108,9 +112,14 @@ def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
         (("--kv-cache-dtype", "nvfp4"), ["--kv-cache-dtype nvfp4", "use auto"]),
         (("--chunked-prefill-size", "-1"), ["--chunked-prefill-size -1", "multiple of 64"]),
         (("--chunked-prefill-size", "100"), ["--chunked-prefill-size 100", "multiple of 64"]),
-        (("--tp-size", "2"), ["--tp-size 2", "GPU backend", "use 1"]),
-        (("--pp-size", "2"), ["--pp-size 2"]),
-        (("--tp-size", "2", "--attn-dp-size", "2"), ["--tp-size 2"]),
+        (("--pp-size", "2"), ["--pp-size 2", "only tensor-parallel ranks", "use 1"]),
+        (("--tp-size", "2", "--attn-dp-size", "2"), ["--attn-dp-size 2"]),
+        (("--tp-size", "2", "--attn-cp-size", "2"), ["--attn-cp-size 2"]),
+        (("--tp-size", "2", "--dp-size", "2", "--enable-dp-attention"), ["attn-dp-size 2"]),
+        (
+            ("--tp-size", "2", "--diffxkv-config", '{"save_plan": "plan.json"}'),
+            ["plan.json", "2 ranks", "'plan-{rank}.json'"],
+        ),
         (("--dcp-size", "2"), ["--dcp-size 2"]),
         (("--enable-unified-memory",), ["--enable-unified-memory"]),
         (("--enable-kv-cache-sharding",), ["--enable-kv-cache-sharding"]),

@@ -3,11 +3,54 @@
 
 The free stack is an int32 [F] tensor whose entries ``[0, n_free)`` are the ids of the free frames;
 ``n_free`` is an int32 [1] tensor on the same device, changed in place, so that neither operation
-waits for the device. Both are one fixed sequence of tensor operations, whatever the counts.
+waits for the device. Both are one fixed sequence of operations, whatever the counts.
 """
 
 from __future__ import annotations
 
-from sglang_diffxkv.kernels.arena.torch_ops import return_frames, take_frames
+from types import ModuleType
+
+import torch
+
+from sglang_diffxkv.kernels.arena import torch_ops
+from sglang_diffxkv.kernels.gpu.device import on_gpu
 
 __all__ = ["return_frames", "take_frames"]
+
+
+def take_frames(
+    stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, max_frames: int
+) -> torch.Tensor:
+    """Pop frames for several owners at once.
+
+    Args:
+        stack: int32 [F], free frame ids in ``[0, n_free)``.
+        n_free: int32 [1], lowered in place by ``counts.sum()``.
+        counts: integer [N], frames wanted by each owner, each <= max_frames; their sum is at most
+            ``n_free`` (the caller's accounting on the host guarantees it; it is not checked here,
+            as that would wait for the device).
+        max_frames: width of the result.
+
+    Returns:
+        int32 [N, max_frames], frame ids from the left, -1 where unused.
+    """
+    return _implementation(stack).take_frames(stack, n_free, counts, max_frames)
+
+
+def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tensor) -> None:
+    """Push every frame id >= 0 of a table of any shape, in its order.
+
+    Args:
+        stack: int32 [F], written at ``[n_free, n_free + pushed)``.
+        n_free: int32 [1], raised in place by the number of ids pushed.
+        frames: int32 of any shape; negative entries are skipped. Ids must be distinct and taken.
+    """
+    _implementation(stack).return_frames(stack, n_free, frames)
+
+
+def _implementation(stack: torch.Tensor) -> ModuleType:
+    if on_gpu(stack):
+        from sglang_diffxkv.kernels.arena import triton  # CPU machines may lack it
+
+        return triton
+    return torch_ops

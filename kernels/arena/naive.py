@@ -9,7 +9,7 @@ import torch
 def take_frames(
     stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, max_frames: int
 ) -> torch.Tensor:
-    """Pop ``counts[i]`` frames for each i; see `torch_ops.take_frames`."""
+    """Pop ``counts[i]`` frames for each i; see `arena.take_frames`."""
     frames = torch.full((len(counts), max_frames), -1, dtype=torch.int32)
     top = int(n_free)
     for i, count in enumerate(counts.tolist()):
@@ -21,7 +21,7 @@ def take_frames(
 
 
 def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tensor) -> None:
-    """Push every id >= 0; see `torch_ops.return_frames`."""
+    """Push every id >= 0; see `arena.return_frames`."""
     top = int(n_free)
     for frame in frames.reshape(-1).tolist():
         if frame >= 0:

@@ -9,19 +9,7 @@ import torch
 def take_frames(
     stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, max_frames: int
 ) -> torch.Tensor:
-    """Pop frames for several owners at once.
-
-    Args:
-        stack: int32 [F], free frame ids in ``[0, n_free)``.
-        n_free: int32 [1], lowered in place by ``counts.sum()``.
-        counts: integer [N], frames wanted by each owner, each <= max_frames; their sum is at most
-            ``n_free`` (the caller's accounting on the host guarantees it; it is not checked here,
-            as that would wait for the device).
-        max_frames: width of the result.
-
-    Returns:
-        int32 [N, max_frames], frame ids from the left, -1 where unused.
-    """
+    """Pop ``counts[i]`` frames for each i; see `arena.take_frames`."""
     column = torch.arange(max_frames, device=stack.device)
     wanted = column < counts[:, None]
     first = counts.cumsum(0) - counts
@@ -33,13 +21,7 @@ def take_frames(
 
 
 def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tensor) -> None:
-    """Push every frame id >= 0 of a table of any shape.
-
-    Args:
-        stack: int32 [F], written at ``[n_free, n_free + pushed)``.
-        n_free: int32 [1], raised in place by the number of ids pushed.
-        frames: int32 of any shape; negative entries are skipped. Ids must be distinct and taken.
-    """
+    """Push every id >= 0; see `arena.return_frames`."""
     ids = frames.reshape(-1)
     if ids.numel() == 0:
         return

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import cpu, torch_ops
 from sglang_diffxkv.kernels.pack.importance import decode_importance, encode_importance
 from sglang_diffxkv.kernels.pack.measure import Measured, head_counts, measure
 from sglang_diffxkv.kernels.pack.payload import Payload
-from sglang_diffxkv.kernels.pack.torch_ops import copy_rows
 
 __all__ = [
     "Measured",
@@ -69,8 +70,20 @@ def pack(
         arena: uint8 [F, frame_bytes], written; bytes between sections are left as they are.
         layout: byte layout; a raw tier needs ``raw_itemsize`` to be the model dtype's.
     """
-    chosen = cpu if arena.is_cpu and cpu.library() else torch_ops
+    chosen = _implementation(arena, in_cpp=True)
     chosen.pack(k_raw, v_raw, slots, tiers, importance, frames, heads, arena, layout)
+
+
+def copy_rows(old: Payload, new: Payload, layout: PageLayout) -> None:
+    """Give tokens that have the same tier in both payloads the very codes and scales they had.
+
+    Quantising a row that was read back may round it once more; this undoes that.
+
+    Args:
+        old: read only; its arena must not be written by `new`.
+        new: packed already, of the same pages; the rows of these tokens are written again.
+    """
+    _implementation(new.arena, in_cpp=False).copy_rows(old, new, layout)
 
 
 def unpack_into(
@@ -94,12 +107,11 @@ def unpack_into(
         first: int64 [N, H], output row of each (page, head)'s first token; the others follow.
         layout: byte layout.
         raw_dtype: dtype of the elements of raw tiers.
-        k, v: contiguous [rows, D] outputs, fp32 for the fast path; rows that receive no token
-            stay as they are.
+        k, v: contiguous [rows, D] outputs, fp32 for the fast path on CPUs; rows that receive no
+            token stay as they are.
         notes: contiguous uint8 [rows, 2] output of (position, importance code), or None.
     """
-    in_cpp = arena.is_cpu and k.dtype == torch.float32 and cpu.library()
-    chosen = cpu if in_cpp else torch_ops
+    chosen = _implementation(arena, in_cpp=k.dtype == torch.float32)
     chosen.unpack_into(arena, frames, heads, pages, first, layout, raw_dtype, k, v, notes)
 
 
@@ -127,3 +139,12 @@ def unpack(
     position, importance = notes.view(*shape, 2).unbind(-1)
     kept = torch.arange(PAGE_TOKENS, device=arena.device) < (n_high + n_low)[..., None]
     return Unpacked(k.view(*shape, d), v.view(*shape, d), position, importance, kept)
+
+
+def _implementation(arena: torch.Tensor, *, in_cpp: bool) -> ModuleType:
+    """The module for the arena's device; ``in_cpp``: whether C++ can do what is asked for."""
+    if on_gpu(arena):
+        from sglang_diffxkv.kernels.pack import triton  # CPU machines may lack it
+
+        return triton
+    return cpu if arena.is_cpu and in_cpp and cpu.library() else torch_ops

@@ -51,14 +51,7 @@ def pack(
 
 
 def copy_rows(old: Payload, new: Payload, layout: PageLayout) -> None:
-    """Give tokens that have the same tier in both payloads the very codes and scales they had.
-
-    Quantising a row that was read back may round it once more; this undoes that.
-
-    Args:
-        old: read only; its arena must not be written by `new`.
-        new: packed already, of the same pages; the rows of these tokens are written again.
-    """
+    """Give tokens of the same tier in both payloads their old bytes; see `pack.copy_rows`."""
     for code in (HIGH, LOW):
         tier = layout.high if code == HIGH else layout.low
         same = (old.tiers == code) & (new.tiers == code)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The free stack in Triton: two launches each, whatever the number of owners or ids.
+
+The first launch counts, block by block, what is to be popped or pushed. In the second every block
+adds up the counts of those before it (a few thousand at most) and moves its own frames.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from sglang_diffxkv.kernels.arena.triton_kernels import count_kernel, return_kernel, take_kernel
+from sglang_diffxkv.kernels.gpu.launch import launch
+
+OWNERS = 128
+"""Owners of a block that takes frames."""
+IDS = 4096
+"""Table entries of a block that returns frames."""
+NUM_WARPS = 8
+
+
+def take_frames(
+    stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, max_frames: int
+) -> torch.Tensor:
+    """Pop ``counts[i]`` frames for each i; see `arena.take_frames`."""
+    counts = counts.contiguous()
+    frames = stack.new_empty(len(counts), max_frames)
+    blocks = triton.cdiv(len(counts), OWNERS)
+    launch(
+        take_kernel,
+        (blocks,),
+        stack=stack,
+        n_free=n_free,
+        counts=counts,
+        before=_counted(counts, n_free, blocks, OWNERS, ids=False),
+        frames=frames,
+        owners=len(counts),
+        max_frames=max_frames,
+        BLOCK=OWNERS,
+        COLUMNS=triton.next_power_of_2(max_frames),
+        num_warps=NUM_WARPS,
+    )
+    return frames
+
+
+def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tensor) -> None:
+    """Push every id >= 0; see `arena.return_frames`."""
+    ids = frames.reshape(-1)
+    blocks = triton.cdiv(len(ids), IDS)
+    launch(
+        return_kernel,
+        (blocks,),
+        stack=stack,
+        n_free=n_free,
+        ids=ids,
+        before=_counted(ids, n_free, blocks, IDS, ids=True),
+        entries=len(ids),
+        BLOCK=IDS,
+        num_warps=NUM_WARPS,
+    )
+
+
+def _counted(
+    x: torch.Tensor, n_free: torch.Tensor, blocks: int, block: int, *, ids: bool
+) -> torch.Tensor:
+    """int32 [1 + blocks]: ``n_free``, then the sums of counts, or numbers of ids, of each block."""
+    sums = n_free.new_empty(1 + blocks)
+    launch(
+        count_kernel,
+        (blocks,),
+        x=x,
+        n_free=n_free,
+        sums=sums,
+        entries=len(x),
+        IDS=ids,
+        BLOCK=block,
+        num_warps=NUM_WARPS,
+    )
+    return sums

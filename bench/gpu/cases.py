@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.arena import return_frames, take_frames
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
+from sglang_diffxkv.kernels.pack import Payload, copy_rows, pack, unpack
 
 BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
 """Sequences; sealed pages listed and in the tables; raw pages; new tokens; frames of the arena."""
@@ -74,6 +76,10 @@ def ints(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int32, device="meta")
 
 
+def bytes_(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+
 def setting(
     model: Model, tiers: tuple[str, str] = TIERS, dtype: torch.dtype = torch.bfloat16
 ) -> Setting:
@@ -95,7 +101,39 @@ SETTINGS = (
     setting(LLAMA_8B, dtype=torch.float16),
 )
 
-OPERATIONS: dict[str, Callable[[Setting], object]] = {}
+
+def _pack(s: Setting) -> None:
+    frames, heads = s.tables()
+    grades = bytes_(PAGES, s.model.kv_heads, PAGE_TOKENS)
+    slots = ints(PAGES)
+    pack(s.raw_pages(), s.raw_pages(), slots, grades, grades, frames, heads, s.arena(), s.layout)
+
+
+def _unpack(s: Setting) -> None:
+    for dtype in (torch.float32, s.dtype):
+        unpack(s.arena(), *s.tables(), ints(PAGES), s.layout, dtype, s.dtype)
+
+
+def _copy_rows(s: Setting) -> None:
+    payload = Payload(s.arena(), *s.tables(), bytes_(PAGES, s.model.kv_heads, PAGE_TOKENS))
+    copy_rows(payload, payload, s.layout)
+
+
+def _take_frames(s: Setting) -> None:
+    take_frames(ints(FRAMES), ints(1), ints(PAGES), s.layout.max_frames)
+
+
+def _return_frames(s: Setting) -> None:
+    return_frames(ints(FRAMES), ints(1), ints(PAGES, s.layout.max_frames))
+
+
+OPERATIONS: dict[str, Callable[[Setting], None]] = {
+    "pack": _pack,
+    "unpack": _unpack,
+    "copy_rows": _copy_rows,
+    "take_frames": _take_frames,
+    "return_frames": _return_frames,
+}
 """By the name that ``--only`` takes: what is called for every setting."""
 
 

@@ -42,15 +42,17 @@ class Loop(NamedTuple):
     Attributes:
         start: index of its first instruction.
         instructions: static count, inner loops included once.
-        innermost: whether no other loop lies in it.
-        tensor_flops: multiplications and additions of its tensor core instructions, of one warp.
+        inner: where the loops in it start; some wait for a barrier, and that is all.
+        tensor: number of its tensor core instructions.
+        tensor_flops: their multiplications and additions, of one warp, where their names tell.
         load_bytes: what its loads from global memory ask for, of one warp without predicates.
         mix: count by opcode.
     """
 
     start: int
     instructions: int
-    innermost: bool
+    inner: list[int]
+    tensor: int
     tensor_flops: int
     load_bytes: int
     mix: dict[str, int]
@@ -68,10 +70,11 @@ class Code(NamedTuple):
 
     @property
     def main_loops(self) -> list[Loop]:
-        """Innermost loops that use tensor cores; where none does, the largest one."""
-        inner = [x for x in self.loops if x.innermost]
-        largest = sorted(inner, key=lambda x: x.instructions)[-1:]
-        return [x for x in inner if x.tensor_flops] or largest
+        """Innermost of the loops that use tensor cores; where none does, the largest innermost."""
+        using = {x.start for x in self.loops if x.tensor}
+        found = [x for x in self.loops if x.tensor and not using.intersection(x.inner)]
+        leaves = [x for x in self.loops if not x.inner]
+        return found or sorted(leaves, key=lambda x: x.instructions)[-1:]
 
     @property
     def spills(self) -> bool:
@@ -166,7 +169,8 @@ def _summary(program: list[Instruction], head: int, bodies: dict[int, set[int]])
     return Loop(
         start=head,
         instructions=len(body),
-        innermost=not any(other in bodies[head] for other in bodies if other != head),
+        inner=[other for other in sorted(bodies) if other != head and other in bodies[head]],
+        tensor=sum("MMA" in x.base for x in body),
         tensor_flops=sum(_tensor_flops(x.opcode) for x in body),
         load_bytes=sum(32 * _load_bytes(x) for x in body),
         mix=dict(Counter(x.base for x in body).most_common()),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from bench.gpu.occupancy import ARCHITECTURES, Occupancy, occupancy
-from bench.gpu.sass import find_loops, parse
+from bench.gpu.sass import Code, find_loops, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +48,8 @@ def test_sound_code_is_read(by_case: dict[str, dict[str, Any]]) -> None:
     assert sound["occupancy"]["warps"] == 4 * sound["occupancy"]["blocks"] > 0
     assert sound["constants"] == {"M": 16, "N": 64, "D": 128, "unused": None}
     (loop,) = sound["code"]["loops"]
-    assert loop["innermost"] and 32 <= loop["instructions"] < sound["code"]["instructions"]
+    assert loop["inner"] == [] and loop["tensor"] > 0
+    assert 32 <= loop["instructions"] < sound["code"]["instructions"]
     # Both products of a tile, shared by four warps that each compute all heads' rows: no waste.
     assert loop["tensor_flops"] * 4 == 2 * (2 * 16 * 64 * 128)
     assert loop["load_bytes"] * 4 == 2 * 64 * 128
@@ -109,10 +110,13 @@ def test_loops_of_a_listing() -> None:
     assert [i.opcode for i in program[:3]] == ["MOV", "BRA", "LDG.E.128.CONSTANT"]
     assert len(program) == 13  # neither the trap nor the padding
     outer, inner = find_loops(program)
-    assert (outer.start, outer.instructions, outer.innermost) == (2, 7, False)
-    assert (inner.start, inner.instructions, inner.innermost) == (4, 2, True)
-    assert outer.tensor_flops == 2 * 16 * 8 * 16
+    assert (outer.start, outer.instructions, outer.inner) == (2, 7, [4])
+    assert (inner.start, inner.instructions, inner.inner) == (4, 2, [])
+    assert outer.tensor == 1 and outer.tensor_flops == 2 * 16 * 8 * 16
     assert (outer.load_bytes, inner.load_bytes) == (32 * 17, 32)
+    # The inner loop uses no tensor cores: it might wait for something.
+    assert Code(32, 0, 0, 0, 13, [outer, inner]).main_loops == [outer]
+    assert Code(32, 0, 0, 0, 13, [inner]).main_loops == [inner]
     assert inner.mix == {"LDG": 1, "BRA": 1}
 
 

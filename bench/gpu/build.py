@@ -23,6 +23,7 @@ class Built(NamedTuple):
 
     Attributes:
         kernel, cases: the kernel's name, and the cases that use it so.
+        signature: Triton's type by name.
         constants: value by name, as text where it is no number.
         shared: bytes of shared memory per block.
         code, occupancy: None where it did not compile.
@@ -33,6 +34,7 @@ class Built(NamedTuple):
     kernel: str
     cases: list[str]
     arch: str
+    signature: dict[str, str]
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
@@ -61,6 +63,7 @@ def build(configuration: Configuration, arch: str) -> Built:
         kernel=launch.kernel.__name__,
         cases=configuration.cases,
         arch=arch,
+        signature=made.signature,
         constants={k: _plain(v) for k, v in made.named_constants.items()},
         num_warps=launch.num_warps,
         num_stages=launch.num_stages,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import triton
 
+from bench.gpu import predict
 from bench.gpu.build import Built, build_all, target_of
 from bench.gpu.cases import cases
 from bench.gpu.occupancy import ARCHITECTURES
@@ -54,11 +55,12 @@ def compile_all(
 
 
 def write(results: Sequence[Built]) -> None:
-    """Write the two files of what was compiled."""
+    """Write what was compiled, and what that predicts."""
     count = len(results) // len({r.arch for r in results})
     text = INTRODUCTION.format(version=triton.__version__, count=count) + tables(results)
     (RESULTS / "kernels_compiled.md").write_text(text)
     lines = ",\n".join(json.dumps(entry) for entry in as_json(results))
+    (RESULTS / "kernels_predicted.md").write_text(predict.report(results))
     (RESULTS / "kernels_compiled.json").write_text(f"[\n{lines}\n]\n")
 
 

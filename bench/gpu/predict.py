@@ -8,9 +8,13 @@ and the products that its tensor cores form.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
+from bench.gpu.build import Built
+from bench.gpu.report import markdown_table
 from bench.gpu.sass import Loop
+from bench.gpu.tiles import Tile, tiles_of
 
 BANDWIDTH = 4.3e12
 """Bytes per second of a copy, assumed."""
@@ -20,31 +24,19 @@ CLOCKS = (1.755e9, 1.98e9)
 """Hz: sustained and boost."""
 
 ISSUE_PER_CLOCK = 4
-TENSOR_FLOPS_PER_CLOCK = 0.62 * 4096
-"""Of one multiprocessor, fp16, by `mma.sync`: 62 % of what its asynchronous products reach."""
+TENSOR_FLOPS_PER_CLOCK = 4096
+"""Of one multiprocessor, fp16, by the asynchronous products of a warp group."""
 
-
-class Tile(NamedTuple):
-    """What one iteration of a main loop handles in one thread block.
-
-    Attributes:
-        name: of the tier.
-        tokens: head-tokens.
-        elements: of keys and values, together.
-        bytes: of payload read or written.
-    """
-
-    name: str
-    tokens: int
-    elements: int
-    bytes: float
+SYNCHRONOUS_SHARE = 0.62
+"""What products of single warps reach of that, assumed."""
 
 
 class Prediction(NamedTuple):
     """Of one main loop.
 
     Attributes:
-        per_element: thread instructions per element.
+        per_element: thread instructions per element of keys and values.
+        loads: bytes that are asked for, divided by those of the payload.
         bytes, issue, tensor: floors in picoseconds per head-token, of the whole GPU, at the lower
             clock.
         limit: the name of the highest.
@@ -52,6 +44,7 @@ class Prediction(NamedTuple):
     """
 
     per_element: float
+    loads: float
     bytes: float
     issue: float
     tensor: float
@@ -62,7 +55,8 @@ class Prediction(NamedTuple):
 def predict(tile: Tile, loop: Loop, num_warps: int) -> Prediction:
     """Floors of ``loop``, one iteration of which does ``tile`` with all warps of a block."""
     issued = loop.instructions * num_warps
-    flops = loop.tensor_flops * num_warps
+    synchronous = "HGMMA" not in loop.mix
+    flops = loop.tensor_flops * num_warps / (SYNCHRONOUS_SHARE if synchronous else 1)
 
     def floors(clock: float) -> dict[str, float]:
         """Picoseconds per head-token."""
@@ -75,8 +69,62 @@ def predict(tile: Tile, loop: Loop, num_warps: int) -> Prediction:
 
     low, high = (floors(clock) for clock in CLOCKS)
     return Prediction(
-        issued * 32 / tile.elements,
+        per_element=issued * 32 / tile.elements,
+        loads=loop.load_bytes * num_warps / tile.bytes,
         **low,
         limit=max(low, key=lambda name: low[name]),
         share=(low["bytes"] / max(low.values()), high["bytes"] / max(high.values())),
     )
+
+
+INTRODUCTION = f"""# Predicted from compiled code, never measured
+
+Floors on an H200 ({MULTIPROCESSORS} multiprocessors, {CLOCKS[0] / 1e9} to {CLOCKS[1] / 1e9} GHz,
+{BANDWIDTH / 1e12} TB/s as a copy), from the sm_90 machine code of `make compile-kernels`. Per
+head-token, one token of one KV head, in picoseconds of the whole GPU at the lower clock:
+**bytes** that must be read or written (once, whatever caches do), instructions to **issue** at four
+per clock and multiprocessor, and **products** on tensor cores ({SYNCHRONOUS_SHARE:.0%} of their
+peak unless asynchronous). The highest of the three limits; "bandwidth" is the share of the copy's
+that is left then, at both clocks. No latency, no barrier and no cache is in it: kernels will be
+slower.
+
+"Per element" counts thread instructions of the main loop, of all its branches, per key or value
+element. A tile of extend meets a block of query rows. "Loads" is what the loop asks memory for,
+over the payload: the rest is addresses, or padding of head_dim that is masked. Where a kernel has
+no loop, it is taken whole. Bytes of pack are those of an all-high page.
+
+"""
+
+COLUMNS = (
+    "kernel", "for", "tokens", "warps", "tile", "instructions", "per element", "loads", "bytes",
+    "issue", "products", "limit", "bandwidth",
+)  # fmt: skip
+
+
+def parts(built: Built) -> Iterator[tuple[Tile, Loop]]:
+    """The tiles of a kernel and the loops that do them, which lie in the same order."""
+    tiles, code = tiles_of(built), built.code
+    if code is None or not tiles:
+        return
+    loops = code.main_loops if any(x.tensor for x in code.main_loops) else [code.whole]
+    if len(loops) == len(tiles):
+        yield from zip(tiles, loops, strict=True)
+
+
+def rows(results: Iterable[Built]) -> Iterator[list[Any]]:
+    """Rows of `COLUMNS`."""
+    for built in results:
+        for tile, loop in parts(built):
+            p = predict(tile, loop, built.num_warps)
+            yield [
+                built.kernel, built.cases[0], tile.name, built.num_warps, tile.tokens,
+                loop.instructions, f"{p.per_element:.1f}", f"{p.loads:.2f}", f"{p.bytes:.0f}",
+                f"{p.issue:.0f}", f"{p.tensor:.0f}", p.limit,
+                f"{p.share[0]:.0%} – {p.share[1]:.0%}",
+            ]  # fmt: skip
+
+
+def report(results: Sequence[Built]) -> str:
+    """The page of predictions, of the results for sm_90."""
+    hopper = [r for r in results if r.arch == "sm_90"]
+    return INTRODUCTION + markdown_table(COLUMNS, rows(hopper))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from bench.gpu.build import Built
+from bench.gpu.sass import Loop
 
 COLUMNS = (
     "kernel", "for", "warps", "stages", "registers", "spills", "shared bytes", "instructions",
@@ -54,13 +55,20 @@ def problems(results: Iterable[Built]) -> list[str]:
 
 
 def as_json(results: Iterable[Built]) -> list[dict[str, Any]]:
-    """All that is known of each result but the time it took, which is this machine's."""
+    """What is known of each result, but for the time it took, which is this machine's."""
     rows = []
     for r in results:
         entry = r._asdict()
         del entry["seconds"]
         if r.code is not None and r.occupancy is not None:
-            entry["code"] = r.code._asdict() | {"loops": [x._asdict() for x in r.code.loops]}
+            loops = [_without_mix(x) for x in r.code.main_loops]
+            entry["code"] = r.code._asdict() | {"whole": _without_mix(r.code.whole), "loops": loops}
             entry["occupancy"] = r.occupancy._asdict()
         rows.append(entry)
     return rows
+
+
+def _without_mix(loop: Loop) -> dict[str, Any]:
+    entry = loop._asdict()
+    del entry["mix"]
+    return entry

@@ -44,7 +44,8 @@ class Loop(NamedTuple):
         instructions: static count, inner loops included once.
         inner: where the loops in it start; some wait for a barrier, and that is all.
         tensor: number of its tensor core instructions.
-        tensor_flops: their multiplications and additions, of one warp, where their names tell.
+        tensor_flops: how many fp16 multiplications and additions would take them as long, of one
+            warp, where their names tell.
         load_bytes: what its loads from global memory ask for, of one warp without predicates.
         mix: count by opcode.
     """
@@ -59,14 +60,18 @@ class Loop(NamedTuple):
 
 
 class Code(NamedTuple):
-    """Registers per thread; bytes of stack and counts of instructions."""
+    """Registers per thread, bytes of stack, counts of instructions; ``whole`` is all the code."""
 
     registers: int
     stack: int
     spill_stores: int
     spill_loads: int
-    instructions: int
+    whole: Loop
     loops: list[Loop]
+
+    @property
+    def instructions(self) -> int:
+        return self.whole.instructions
 
     @property
     def main_loops(self) -> list[Loop]:
@@ -101,10 +106,10 @@ def read_cubin(cubin: bytes) -> Code:
     if found is None or not program:
         raise ValueError(f"not understood: {usage.stdout[:200]} {listing.stdout[:200]}")
     registers, stack, local = map(int, found.groups())
-    count = Counter(i.base for i in program)
-    return Code(
-        registers, stack + local, count["STL"], count["LDL"], len(program), find_loops(program)
-    )
+    loops = find_loops(program)
+    whole = _summary(program, 0, set(range(len(program))), [x.start for x in loops])
+    spills = whole.mix.get("STL", 0), whole.mix.get("LDL", 0)
+    return Code(registers, stack + local, *spills, whole, loops)
 
 
 def parse(listing: str) -> list[Instruction]:
@@ -141,7 +146,11 @@ def find_loops(program: list[Instruction]) -> list[Loop]:
         if head is None or head > tail or tail in _reach(successors, 0, barrier=head):
             continue  # forwards, or into a loop from its side
         bodies.setdefault(head, {head}).update(_reach(predecessors, tail, barrier=head))
-    return [_summary(program, head, bodies) for head in sorted(bodies)]
+    heads = sorted(bodies)
+    return [
+        _summary(program, head, body, [x for x in heads if x != head and x in body])
+        for head, body in sorted(bodies.items())
+    ]
 
 
 def _successors(program: list[Instruction], i: int) -> Iterator[int]:
@@ -164,12 +173,12 @@ def _reach(edges: list[list[int]], start: int, barrier: int) -> set[int]:
     return seen
 
 
-def _summary(program: list[Instruction], head: int, bodies: dict[int, set[int]]) -> Loop:
-    body = [program[i] for i in bodies[head]]
+def _summary(program: list[Instruction], head: int, indices: set[int], inner: list[int]) -> Loop:
+    body = [program[i] for i in indices]
     return Loop(
         start=head,
         instructions=len(body),
-        inner=[other for other in sorted(bodies) if other != head and other in bodies[head]],
+        inner=inner,
         tensor=sum("MMA" in x.base for x in body),
         tensor_flops=sum(_tensor_flops(x.opcode) for x in body),
         load_bytes=sum(32 * _load_bytes(x) for x in body),
@@ -183,7 +192,10 @@ def _tensor_flops(opcode: str) -> int:
     if found is None:
         return 0
     m, n, k = (int(x) for x in found.groups() if x)
-    return 2 * m * n * k // (4 if "GMMA" in opcode else 1)
+    flops = 2 * m * n * k // (4 if "GMMA" in opcode else 1)
+    if "TF32" in opcode:
+        return 2 * flops
+    return flops // 2 if opcode[0] in "IQ" else flops
 
 
 def _load_bytes(instruction: Instruction) -> int:

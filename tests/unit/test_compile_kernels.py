@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from bench.gpu.occupancy import ARCHITECTURES, Occupancy, occupancy
-from bench.gpu.sass import Code, find_loops, parse
+from bench.gpu.predict import predict
+from bench.gpu.sass import Code, Loop, find_loops, parse
+from bench.gpu.tiles import Tile
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +51,7 @@ def test_sound_code_is_read(by_case: dict[str, dict[str, Any]]) -> None:
     assert sound["constants"] == {"M": 16, "N": 64, "D": 128, "unused": None}
     (loop,) = sound["code"]["loops"]
     assert loop["inner"] == [] and loop["tensor"] > 0
-    assert 32 <= loop["instructions"] < sound["code"]["instructions"]
+    assert 32 <= loop["instructions"] < sound["code"]["whole"]["instructions"]
     # Both products of a tile, shared by four warps that each compute all heads' rows: no waste.
     assert loop["tensor_flops"] * 4 == 2 * (2 * 16 * 64 * 128)
     assert loop["load_bytes"] * 4 == 2 * 64 * 128
@@ -115,8 +117,8 @@ def test_loops_of_a_listing() -> None:
     assert outer.tensor == 1 and outer.tensor_flops == 2 * 16 * 8 * 16
     assert (outer.load_bytes, inner.load_bytes) == (32 * 17, 32)
     # The inner loop uses no tensor cores: it might wait for something.
-    assert Code(32, 0, 0, 0, 13, [outer, inner]).main_loops == [outer]
-    assert Code(32, 0, 0, 0, 13, [inner]).main_loops == [inner]
+    assert Code(32, 0, 0, 0, outer, [outer, inner]).main_loops == [outer]
+    assert Code(32, 0, 0, 0, outer, [inner]).main_loops == [inner]
     assert inner.mix == {"LDG": 1, "BRA": 1}
 
 
@@ -131,3 +133,18 @@ def test_occupancy() -> None:
     assert occupancy(hopper, num_warps=4, registers=32, shared=114 << 10).blocks == 1
     assert occupancy(hopper, num_warps=4, registers=32, shared=228 << 10).blocks == 0
     assert occupancy(hopper, num_warps=4, registers=32, shared=0, tensor_columns=256).blocks == 2
+
+
+def test_floors_on_a_gpu() -> None:
+    tile = Tile("K8V4", tokens=64, elements=2 * 64 * 128, bytes=64 * 200)
+    loop = Loop(0, 750, [], 8, 2 * 2 * 64 * 128 * 8 // 2, 64 * 200 // 2, {})
+    found = predict(tile, loop, num_warps=2)
+    assert found.per_element == 750 * 2 * 32 / (2 * 64 * 128)
+    assert found.loads == 1
+    assert found.bytes == pytest.approx(200 / 4.3)  # 4.3 bytes per picosecond
+    assert found.issue == pytest.approx(750 * 2 / 64 / (4 * 132 * 1.755e-3))
+    assert found.tensor == pytest.approx(2 * 2 * 128 * 8 / (0.62 * 4096 * 132 * 1.755e-3))
+    assert (found.limit, found.share[1]) == ("bytes", 1.0)
+    busy = predict(tile, loop._replace(instructions=4 * 750), num_warps=2)
+    assert busy.limit == "issue" and busy.share[0] == pytest.approx(busy.bytes / busy.issue)
+    assert busy.share[1] == pytest.approx(busy.share[0] * 1.98 / 1.755)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one iteration of a kernel's main loops does, from the constants that it is compiled with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bench.gpu.build import Built
+from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES
+
+ITEMSIZE = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
+
+
+class Tile(NamedTuple):
+    """What one iteration of a main loop handles in one thread block.
+
+    Attributes:
+        name: which tokens.
+        tokens: head-tokens.
+        elements: of keys and values, together.
+        bytes: of payload read or written.
+    """
+
+    name: str
+    tokens: int
+    elements: int
+    bytes: int
+
+
+def tiles_of(built: Built) -> list[Tile]:
+    """Tiles of a kernel's main loops, in their order; empty where it is not known."""
+    made = TILES.get(built.kernel)
+    return made(built.constants, built.signature) if made else []
+
+
+def _tile(name: str, tokens: int, dim: int, token_bytes: int) -> Tile:
+    return Tile(name, tokens, 2 * dim * tokens, tokens * token_bytes)
+
+
+def _tier(tokens: int, dim: int, key_bits: int, value_bits: int, itemsize: int) -> Tile:
+    """A tile of one tier; 0 bits are raw."""
+    if not key_bits:
+        return _tile("raw", tokens, dim, 2 * dim * itemsize)
+    token_bytes = dim * (key_bits + value_bits) // 8 + META_BYTES
+    return _tile(f"K{key_bits}V{value_bits}", tokens, dim, token_bytes)
+
+
+def _decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    size, itemsize = (c["BLOCK_N"], c["DIM"]), ITEMSIZE[signature["keys"]]
+    tiles = []
+    if c["HAS_OPEN"]:
+        tiles.append(_tile("open", *size, 2 * c["DIM"] * itemsize))
+    if c["HAS_SEALED"]:
+        tiles.append(_tier(*size, c["KEY_HIGH"], c["VALUE_HIGH"], itemsize))
+        tiles.append(_tier(*size, c["KEY_LOW"], c["VALUE_LOW"], itemsize))
+    return tiles
+
+
+def _extend_sealed(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    size, itemsize = (c["BLOCK_N"], c["DIM"]), ITEMSIZE[signature["q"]]
+    return [
+        _tier(*size, c["HIGH_KEY_BITS"], c["HIGH_VALUE_BITS"], itemsize),
+        _tier(*size, c["LOW_KEY_BITS"], c["LOW_VALUE_BITS"], itemsize),
+    ]
+
+
+def _extend_open(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    return [_tile("open", c["BLOCK_N"], c["DIM"], 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]])]
+
+
+def _pack(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    raw = 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]]
+    payload = c["KEY_HIGH"] + c["VALUE_HIGH"] + c["META_HIGH"] + NOTE_BYTES
+    return [_tile("all high", c["TOKENS"], c["DIM"], raw + payload)]
+
+
+TILES: dict[str, Callable[[dict[str, Any], dict[str, str]], list[Tile]]] = {
+    "attend_item": _decode,
+    "sealed_kernel": _extend_sealed,
+    "open_kernel": _extend_open,
+    "pack_kernel": _pack,
+}
+"""By the name of the kernel."""

@@ -17,6 +17,8 @@ OWNERS = 128
 """Owners of a block that takes frames."""
 IDS = 4096
 """Table entries of a block that returns frames."""
+SUMS = 1024
+"""Counts of earlier blocks that a block reads at a time."""
 NUM_WARPS = 8
 
 
@@ -39,6 +41,7 @@ def take_frames(
         max_frames=max_frames,
         BLOCK=OWNERS,
         COLUMNS=triton.next_power_of_2(max_frames),
+        SUMS=SUMS,
         num_warps=NUM_WARPS,
     )
     return frames
@@ -57,6 +60,7 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
         before=_counted(ids, n_free, blocks, IDS, ids=True),
         entries=len(ids),
         BLOCK=IDS,
+        SUMS=SUMS,
         num_warps=NUM_WARPS,
     )
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_SUMS = tl.constexpr(1024)
-
 
 @triton.jit
 def count_kernel(x, n_free, sums, entries, IDS: tl.constexpr, BLOCK: tl.constexpr):
@@ -41,6 +39,7 @@ def take_kernel(
     max_frames,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """Grid (blocks,): a row of frames for each owner, from the top of the stack downwards.
 
@@ -51,7 +50,7 @@ def take_kernel(
     block = tl.program_id(0)
     owner = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(counts + owner, mask=owner < owners, other=0).to(tl.int32)
-    top = tl.load(before) - _sum(before + 1, block)
+    top = tl.load(before) - _sum(before + 1, block, SUMS)
     first = top - 1 - (tl.cumsum(count) - count)
     column = tl.arange(0, COLUMNS)[None, :]
     wanted = column < count[:, None]
@@ -63,23 +62,23 @@ def take_kernel(
 
 
 @triton.jit
-def return_kernel(stack, n_free, ids, before, entries, BLOCK: tl.constexpr):
+def return_kernel(stack, n_free, ids, before, entries, BLOCK: tl.constexpr, SUMS: tl.constexpr):
     """Grid (blocks,): the ids >= 0 go on top of the stack, in their order."""
     block = tl.program_id(0)
     index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     frame = tl.load(ids + index, mask=index < entries, other=-1)
     valid = (frame >= 0).to(tl.int32)
-    base = _sum(before, block + 1)
+    base = _sum(before, block + 1, SUMS)
     tl.store(stack + base + tl.cumsum(valid) - 1, frame, mask=frame >= 0)
     if block == tl.num_programs(0) - 1:
         tl.store(n_free, base + tl.sum(valid))
 
 
 @triton.jit
-def _sum(x, n):
-    """Sum of the first n numbers, int32."""
-    total = tl.zeros([_SUMS], tl.int32)
-    for start in range(0, n, _SUMS):
-        index = start + tl.arange(0, _SUMS)
+def _sum(x, n, SUMS: tl.constexpr):
+    """Sum of the first n numbers, int32, of which SUMS are read at a time."""
+    total = tl.zeros([SUMS], tl.int32)
+    for start in range(0, n, SUMS):
+        index = start + tl.arange(0, SUMS)
         total += tl.load(x + index, mask=index < n, other=0)
     return tl.sum(total)

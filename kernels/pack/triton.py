@@ -17,6 +17,8 @@ from sglang_diffxkv.kernels.pack.triton_kernels import copy_kernel, pack_kernel,
 
 TILE = 4096
 """Elements of keys, then of values, that a program holds: 32 registers of each thread."""
+COPIED_TOKENS = 16
+"""Tokens of a program that copies: addresses on both sides take many registers each."""
 NUM_WARPS = 4
 
 
@@ -93,7 +95,7 @@ def unpack_into(
 
 def copy_rows(old: Payload, new: Payload, layout: PageLayout) -> None:
     """Give tokens of the same tier in both payloads their old bytes; see `pack.copy_rows`."""
-    constants = _constants(layout)
+    constants = _constants(layout) | {"TOKENS": COPIED_TOKENS}
     launch(
         copy_kernel,
         _grid(len(old.tiers), constants, layout),

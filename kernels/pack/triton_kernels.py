@@ -66,11 +66,12 @@ def pack_kernel(
     values = v_raw + slot * v_page + head * v_head + token * v_token
     key_meta = write_rows(keys, arena, key_at, high, low, KEY_HIGH, KEY_LOW, DIM, BLOCK)
     value_meta = write_rows(values, arena, value_at, high, low, VALUE_HIGH, VALUE_LOW, DIM, BLOCK)
-    tl.store(
-        (arena + meta_at).to(tl.pointer_type(tl.int64)),
-        key_meta | value_meta << 32,
-        mask=has_meta(high, low, META_HIGH, META_LOW),
-    )
+    if META_HIGH or META_LOW:
+        tl.store(
+            (arena + meta_at).to(tl.pointer_type(tl.int64)),
+            key_meta | value_meta << 32,
+            mask=has_meta(high, low, META_HIGH, META_LOW),
+        )
     code = tl.load(importance + entry * _TOKENS + token).to(tl.int32)
     note = (token | code << 8).to(tl.uint16)
     tl.store((arena + note_at).to(tl.pointer_type(tl.uint16)), note, mask=kept)
@@ -176,18 +177,31 @@ def copy_kernel(
         new_heads + entry * 2, new_frames + page * new_max_frames, high, new_rank, high | low,
         KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, META_HIGH, META_LOW, FRAME_BYTES,
     )  # fmt: skip
-    _copy_bytes(old_arena + old_key, new_arena + new_key, high, KEY_HIGH, BLOCK)
-    _copy_bytes(old_arena + old_key, new_arena + new_key, low, KEY_LOW, BLOCK)
-    _copy_bytes(old_arena + old_value, new_arena + new_value, high, VALUE_HIGH, BLOCK)
-    _copy_bytes(old_arena + old_value, new_arena + new_value, low, VALUE_LOW, BLOCK)
-    _copy_bytes(old_arena + old_meta, new_arena + new_meta, high, META_HIGH, 8)
-    _copy_bytes(old_arena + old_meta, new_arena + new_meta, low, META_LOW, 8)
+    _copy_words(old_arena + old_key, new_arena + new_key, high, low, KEY_HIGH, KEY_LOW, BLOCK)
+    _copy_words(
+        old_arena + old_value, new_arena + new_value, high, low, VALUE_HIGH, VALUE_LOW, BLOCK
+    )
+    _copy_words(old_arena + old_meta, new_arena + new_meta, high, low, META_HIGH, META_LOW, 2)
 
 
 @triton.jit
-def _copy_bytes(source, target, mask, BYTES: tl.constexpr, BLOCK: tl.constexpr):
-    """Copy rows of BYTES bytes (none if 0), at pointers [N], in pieces of BLOCK bytes."""
-    for start in range(0, BYTES, BLOCK):
+def _copy_words(
+    source,
+    target,
+    high,
+    low,
+    HIGH_BYTES: tl.constexpr,
+    LOW_BYTES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Copy rows of as many bytes as their tier has, at pointers [N], BLOCK words at a time.
+
+    A word has 4 bytes; rows are of whole words, as head_dim is a multiple of 16.
+    """
+    source = source.to(tl.pointer_type(tl.int32))[:, None]
+    target = target.to(tl.pointer_type(tl.int32))[:, None]
+    words = tl.where(high, HIGH_BYTES // 4, tl.where(low, LOW_BYTES // 4, 0))[:, None]
+    for start in range(0, max(HIGH_BYTES, LOW_BYTES) // 4, BLOCK):
         column = (start + tl.arange(0, BLOCK))[None, :]
-        inside = mask[:, None] & (column < BYTES)
-        tl.store(target[:, None] + column, tl.load(source[:, None] + column, mask=inside), inside)
+        inside = column < words
+        tl.store(target + column, tl.load(source + column, mask=inside), mask=inside)

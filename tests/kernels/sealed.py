@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -30,6 +30,11 @@ class Sealed:
     def sources(self) -> tuple[torch.Tensor, ...]:
         """The first arguments of `pack`."""
         return self.k_raw, self.v_raw, self.slots, self.tiers, self.importance
+
+    def to(self, device: torch.device) -> Sealed:
+        """The same on another device."""
+        moved = {k: x.to(device) for k, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **moved)
 
 
 def random_tiers(seed: int, pages: int, heads: int) -> torch.Tensor:

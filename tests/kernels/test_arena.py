@@ -3,22 +3,30 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.arena import naive, torch_ops
+from sglang_diffxkv.kernels.arena import naive, torch_ops, triton
+from tests.kernels.device import DEVICE
 
-IMPLEMENTATIONS = [naive, torch_ops]
+IMPLEMENTATIONS = [naive, torch_ops, triton]
+
+
+def ints(*values: object) -> torch.Tensor:
+    """int32, where the kernels run."""
+    return torch.tensor(*values, dtype=torch.int32, device=DEVICE)
 
 
 def new_stack(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randperm(n).int(), torch.tensor([n], dtype=torch.int32)
+    return torch.randperm(n).int().to(DEVICE), ints([n])
 
 
 @pytest.mark.parametrize("arena", IMPLEMENTATIONS)
-def test_takes_from_the_top(arena) -> None:
-    stack, n_free = torch.tensor([4, 2, 0, 1, 3]).int(), torch.tensor([4]).int()
-    frames = arena.take_frames(stack, n_free, torch.tensor([2, 0, 1]).int(), 3)
+def test_takes_from_the_top(arena: ModuleType) -> None:
+    stack, n_free = ints([4, 2, 0, 1, 3]), ints([4])
+    frames = arena.take_frames(stack, n_free, ints([2, 0, 1]), 3)
     assert frames.tolist() == [[1, 0, -1], [-1, -1, -1], [2, -1, -1]]
     assert frames.dtype == torch.int32
     assert n_free.tolist() == [1]
@@ -26,21 +34,21 @@ def test_takes_from_the_top(arena) -> None:
 
 @pytest.mark.parametrize("arena", IMPLEMENTATIONS)
 @pytest.mark.parametrize("given", [[], [-1, -1], [7], [[-1, 9, -1], [8, -1, -1]], [[[5]], [[-1]]]])
-def test_returns_valid_ids_of_any_shape(arena, given) -> None:
-    stack, n_free = torch.tensor([1, 2, 0, 0, 0]).int(), torch.tensor([2]).int()
-    frames = torch.tensor(given).int()
+def test_returns_valid_ids_of_any_shape(arena: ModuleType, given: list) -> None:
+    stack, n_free = ints([1, 2, 0, 0, 0]), ints([2])
+    frames = ints(given)
     arena.return_frames(stack, n_free, frames)
     ids = [i for i in frames.reshape(-1).tolist() if i >= 0]
     assert stack[: int(n_free)].tolist() == [1, 2, *ids]
 
 
 @pytest.mark.parametrize("arena", IMPLEMENTATIONS)
-def test_empties_and_fills_completely(arena) -> None:
+def test_empties_and_fills_completely(arena: ModuleType) -> None:
     stack, n_free = new_stack(10)
-    frames = arena.take_frames(stack, n_free, torch.tensor([4, 4, 2]), 4)
+    frames = arena.take_frames(stack, n_free, torch.tensor([4, 4, 2], device=DEVICE), 4)
     assert n_free.tolist() == [0]
-    assert arena.take_frames(stack, n_free, torch.zeros(3, dtype=torch.int32), 4).max() == -1
-    arena.return_frames(stack, n_free, torch.full((2, 3), -1).int())
+    assert arena.take_frames(stack, n_free, ints([0, 0, 0]), 4).max() == -1
+    arena.return_frames(stack, n_free, ints([[-1, -1, -1]] * 2))
     assert n_free.tolist() == [0]
     arena.return_frames(stack, n_free, frames)
     assert sorted(stack.tolist()) == list(range(10))
@@ -48,28 +56,49 @@ def test_empties_and_fills_completely(arena) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_random_use_conserves_frames(seed: int) -> None:
-    """Both implementations stay equal, and every frame is free or held by exactly one owner."""
+@pytest.mark.parametrize("arena", [torch_ops, triton])
+def test_random_use_conserves_frames(
+    arena: ModuleType, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal to the naive implementation, and every frame is free or held by exactly one owner."""
     torch.manual_seed(seed)
+    for constant, value in (("OWNERS", 4), ("IDS", 16), ("SUMS", 2)):
+        monkeypatch.setattr(triton, constant, value)
     total, width = 157, 7
     stack, n_free = new_stack(total)
-    oracle_stack, oracle_free = stack.clone(), n_free.clone()
+    oracle_stack, oracle_free = stack.clone().cpu(), n_free.clone().cpu()
     held = torch.empty(0, width, dtype=torch.int32)
-    for _ in range(200):
+    for _ in range(200 if arena is torch_ops else 40):
         if torch.rand(()) < 0.5:
-            counts = torch.randint(0, width + 1, (int(torch.randint(0, 9, ())),)).int()
-            counts = counts[counts.cumsum(0) <= n_free]
-            frames = torch_ops.take_frames(stack, n_free, counts, width)
+            counts = torch.randint(0, width + 1, (int(torch.randint(0, 19, ())),)).int()
+            counts = counts[counts.cumsum(0) <= oracle_free]
+            frames = arena.take_frames(stack, n_free, counts.to(DEVICE), width).cpu()
             expected = naive.take_frames(oracle_stack, oracle_free, counts, width)
             assert torch.equal(frames, expected)
             held = torch.cat([held, frames])
         else:
             leaving = torch.rand(len(held)) < 0.4
-            torch_ops.return_frames(stack, n_free, held[leaving])
+            arena.return_frames(stack, n_free, held[leaving].to(DEVICE))
             naive.return_frames(oracle_stack, oracle_free, held[leaving])
             held = held[~leaving]
-        assert torch.equal(n_free, oracle_free)
-        free = stack[: int(n_free)]
+        assert n_free.tolist() == oracle_free.tolist()
+        free = stack[: int(n_free)].cpu()
         assert torch.equal(free, oracle_stack[: int(n_free)])
         everything = torch.cat([free, held[held >= 0]])
         assert sorted(everything.tolist()) == list(range(total))
+
+
+def test_many_owners() -> None:
+    """Several blocks of the size that is shipped."""
+    counts = torch.randint(0, 34, (3 * triton.OWNERS + 1,))
+    total = int(counts.sum()) + 5
+    stack, n_free = new_stack(total)
+    before = stack.clone()
+    frames = triton.take_frames(stack, n_free, counts.to(DEVICE), 33)
+    assert frames.numel() > 2 * triton.IDS and n_free.tolist() == [5]
+    wanted = torch.arange(33) < counts[:, None]
+    assert torch.equal(frames.cpu()[wanted], before.cpu().flip(0)[: total - 5])
+    assert (frames.cpu()[~wanted] == -1).all() and torch.equal(stack, before)
+    triton.return_frames(stack, n_free, frames)
+    assert n_free.tolist() == [total]
+    assert torch.equal(stack[5:], before[5:].flip(0)) and torch.equal(stack[:5], before[:5])

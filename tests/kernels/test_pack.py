@@ -23,9 +23,10 @@ from sglang_diffxkv.kernels.layout import (
     PageLayout,
     make_layout,
 )
-from sglang_diffxkv.kernels.pack import cpu, naive, torch_ops
+from sglang_diffxkv.kernels.pack import cpu, naive, torch_ops, triton
 from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
 from tests.kernels import builders
+from tests.kernels.device import DEVICE
 from tests.kernels.sealed import Sealed, random_tiers, seal
 
 CPP = [f"cpp {isa}" for isa in available_isas()]
@@ -44,15 +45,23 @@ def layout_of(
     )
 
 
-@pytest.fixture(params=["torch", *CPP])
+@pytest.fixture(params=["torch", "triton", *CPP])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The torch operations, and the C++ ones for every instruction set of this machine."""
+    """The torch operations, Triton's, and C++'s for every instruction set of this machine."""
     if request.param == "torch":
         return torch_ops
+    if request.param == "triton":
+        if DEVICE.type == "cpu":  # fewer, larger tiles cost the interpreter less
+            monkeypatch.setattr(triton, "TILE", 2 * triton.TILE)
+        return triton
     monkeypatch.setenv(ISA_VARIABLE, request.param.removeprefix("cpp "))
     if cpu.library() is None:
         pytest.skip("no C++ compiler")
     return cpu
+
+
+def device_of(implementation: ModuleType) -> torch.device:
+    return DEVICE if implementation is triton else torch.device("cpu")
 
 
 @pytest.mark.parametrize("high", FORMATS)
@@ -89,16 +98,26 @@ def test_implementations_agree(
 ) -> None:
     """Same bytes in the arena, nothing written elsewhere, and the same values read back."""
     case = reference(head_dim, high, low, dtype)
-    sealed, layout = case.sealed, case.sealed.layout
-    again = torch.full_like(sealed.arena, 0xFF)
-    implementation.pack(*sealed.sources, sealed.frames, sealed.heads, again, layout)
-    assert torch.equal(again, sealed.arena)
+    sealed = case.sealed
+    assert torch.equal(packed_again(implementation, sealed), sealed.arena)
     for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
         if implementation is cpu and out_dtype != torch.float32:
             continue
+        # The interpreter is slow; it also truncates to bf16.
+        if implementation is triton and out_dtype != dtype and DEVICE.type == "cpu":
+            continue
+        step = 2.0**-7 if implementation is triton and out_dtype == torch.bfloat16 else 0
         got = read(implementation, sealed, case.pages, case.first, out_dtype)
         for a, b in zip(got, case.values, strict=True):
-            torch.testing.assert_close(a, b.to(a.dtype), rtol=0, atol=0, equal_nan=True)
+            torch.testing.assert_close(a, b.to(a.dtype), rtol=step, atol=0, equal_nan=True)
+
+
+def packed_again(implementation: ModuleType, sealed: Sealed) -> torch.Tensor:
+    """The arena, poisoned, after the implementation has packed the same into it."""
+    moved = sealed.to(device_of(implementation))
+    arena = torch.full_like(moved.arena, 0xFF)
+    implementation.pack(*moved.sources, moved.frames, moved.heads, arena, moved.layout)
+    return arena.cpu()
 
 
 class Reference(NamedTuple):
@@ -126,13 +145,16 @@ def test_copied_rows_are_the_old_bytes(high: str, low: str) -> None:
         seal(layout, pages=3, dtype=torch.bfloat16, pack=naive.pack, tiers=tiers)
         for tiers in random_tiers(7, 6, 3).split(3)
     )
-    old = ops.Payload(before.arena, before.frames, before.heads, before.tiers)
     arenas = []
-    for module in (naive, torch_ops):
-        new = ops.Payload(after.arena.clone(), after.frames, after.heads, after.tiers)
+    for module in (naive, torch_ops, triton):
+        old, new = (
+            ops.Payload(x.arena.clone(), x.frames, x.heads, x.tiers)
+            for x in (before.to(device_of(module)), after.to(device_of(module)))
+        )
         module.copy_rows(old, new, layout)
-        arenas.append(new.arena)
-    assert torch.equal(*arenas)
+        assert torch.equal(old.arena.cpu(), before.arena)
+        arenas.append(new.arena.cpu())
+    assert torch.equal(arenas[1], arenas[0]) and torch.equal(arenas[2], arenas[0])
 
     # The same, from a mixture of both sources.
     same = (before.tiers == after.tiers).transpose(1, 2)[..., None]
@@ -149,25 +171,26 @@ def test_copied_rows_are_the_old_bytes(high: str, low: str) -> None:
 
 
 def read(
-    module, sealed: Sealed, pages: torch.Tensor, first: torch.Tensor, dtype: torch.dtype
+    module: ModuleType, sealed: Sealed, pages: torch.Tensor, first: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """k, v, notes of `unpack_into`, over poisoned outputs."""
-    rows = first.numel() * PAGE_TOKENS
-    k = torch.full((rows, sealed.layout.head_dim), torch.nan, dtype=dtype)
-    v, notes = k.clone(), torch.full((rows, 2), 0xFF, dtype=torch.uint8)
+    device, rows = device_of(module), first.numel() * PAGE_TOKENS
+    moved = sealed.to(device)
+    k = torch.full((rows, sealed.layout.head_dim), torch.nan, dtype=dtype, device=device)
+    v, notes = k.clone(), torch.full((rows, 2), 0xFF, dtype=torch.uint8, device=device)
     module.unpack_into(
-        sealed.arena,
-        sealed.frames,
-        sealed.heads,
-        pages,
-        first,
+        moved.arena,
+        moved.frames,
+        moved.heads,
+        pages.to(device),
+        first.to(device),
         sealed.layout,
         sealed.k_raw.dtype,
         k,
         v,
         notes,
     )
-    return k, v, notes
+    return k.cpu(), v.cpu(), notes.cpu()
 
 
 @pytest.mark.parametrize(("high", "low"), PAIRS)
@@ -178,12 +201,14 @@ def test_reads_what_an_independent_packer_wrote(
     layout = layout_of(80, 2, high, low, torch.float32)
     tiers = builders.random_tiers(3, 2, (0.3, 0.4, 0.3), gen)
     built = builders.build_sealed(layout, tiers, gen)
-    k, v = torch.full((2, 6 * PAGE_TOKENS, 80), torch.nan)
+    device = device_of(implementation)
+    k, v = torch.full((2, 6 * PAGE_TOKENS, 80), torch.nan, device=device)
     first = torch.arange(6).view(3, 2) * PAGE_TOKENS
-    implementation.unpack_into(
-        built.arena, built.frames, built.heads, torch.arange(3), first, layout, torch.float32, k, v
+    tables = (
+        x.to(device) for x in (built.arena, built.frames, built.heads, torch.arange(3), first)
     )
-    for got, source in ((k, built.keys), (v, built.values)):
+    implementation.unpack_into(*tables, layout, torch.float32, k, v)
+    for got, source in ((k.cpu(), built.keys), (v.cpu(), built.values)):
         for page, head in product(range(3), range(2)):
             tier = tiers[page, :, head]
             order = torch.cat([(tier == code).nonzero().flatten() for code in (HIGH, LOW)])
@@ -291,29 +316,24 @@ def test_extreme_rows_agree(implementation: ModuleType, high: str, low: str) -> 
     sealed = seal(
         layout, pages=1, dtype=torch.float32, pack=naive.pack, tiers=tiers, k=rows, v=-rows
     )
-    again = torch.full_like(sealed.arena, 0xFF)
-    implementation.pack(*sealed.sources, sealed.frames, sealed.heads, again, layout)
-    assert torch.equal(again, sealed.arena)
+    assert torch.equal(packed_again(implementation, sealed), sealed.arena)
 
 
 def test_strided_tables_and_raw_pages(implementation: ModuleType) -> None:
     """One layer's share of tables and raw pages that hold several layers."""
     layout = layout_of(96, 2, "K8V4", "K4V2")
     sealed = seal(layout, pages=3, dtype=torch.bfloat16, pack=naive.pack)
-    k, v, *rest = sealed.sources
+    moved = sealed.to(device_of(implementation))
     k, v, frames, heads = (
         torch.stack([x, torch.zeros_like(x)], dim=1)[:, 0]
-        for x in (k, v, sealed.frames, sealed.heads)
+        for x in (moved.k_raw, moved.v_raw, moved.frames, moved.heads)
     )
-    again = torch.full_like(sealed.arena, 0xFF)
-    implementation.pack(k, v, *rest, frames, heads, again, layout)
-    assert torch.equal(again, sealed.arena)
-    strided = replace(sealed, frames=frames, heads=heads)
+    strided = replace(moved, k_raw=k, v_raw=v, frames=frames, heads=heads)
+    assert torch.equal(packed_again(implementation, strided), sealed.arena)
     pages, first = torch.arange(3), torch.arange(6).view(3, 2) * PAGE_TOKENS
     expected = read(naive, sealed, pages, first, torch.float32)
-    for a, b in zip(
-        read(implementation, strided, pages, first, torch.float32), expected, strict=True
-    ):
+    got = read(implementation, strided, pages, first, torch.float32)
+    for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention: one query token per sequence, over sealed and over open pages.
 
-Both functions return an :class:`AttentionPart`; :func:`merge` joins them. On a CPU they run
-compiled C++ (``cpu.cpp``), elsewhere and without a compiler vectorised torch (``torch_ops.py``);
-``naive.py`` is the reference.
+Both functions return an :class:`AttentionPart`; :func:`merge` joins them. On a GPU they run Triton
+kernels (``triton.py``, which does both kinds of pages in one launch for those who plan a step with
+``plan.py``), on a CPU compiled C++ (``cpu.cpp``), without a compiler vectorised torch
+(``torch_ops.py``); ``naive.py`` is the reference.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
 from sglang_diffxkv.kernels.decode import cpu, torch_ops
 from sglang_diffxkv.kernels.decode.part import AttentionPart, merge
+from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 
 __all__ = ["AttentionPart", "decode_open", "decode_sealed", "merge"]
@@ -49,9 +53,9 @@ def decode_sealed(
         raise ValueError(f"q {tuple(q.shape)} and heads {tuple(heads.shape)} against {layout}")
     if arena.shape[1] != layout.frame_bytes or not arena.is_contiguous():
         raise ValueError(f"arena {tuple(arena.shape)} against frames of {layout.frame_bytes} bytes")
-    compiled = cpu.kernels() if q.device.type == "cpu" else None
-    run = compiled.decode_sealed if compiled else torch_ops.decode_sealed
-    return run(q, arena, frames, heads, indptr, pages, layout, sm_scale)
+    return _implementation(q).decode_sealed(
+        q, arena, frames, heads, indptr, pages, layout, sm_scale
+    )
 
 
 def decode_open(
@@ -83,6 +87,12 @@ def decode_open(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(k_raw.shape)}, v {tuple(v_raw.shape)}")
     if k_raw.stride()[1:] != inner or k_raw.stride() != v_raw.stride() or tokens != PAGE_TOKENS:
         raise ValueError(f"raw pages {tuple(k_raw.shape)} with strides {k_raw.stride()}")
-    compiled = cpu.kernels() if q.device.type == "cpu" else None
-    run = compiled.decode_open if compiled else torch_ops.decode_open
-    return run(q, k_raw, v_raw, indptr, slots, last_len, sm_scale)
+    return _implementation(q).decode_open(q, k_raw, v_raw, indptr, slots, last_len, sm_scale)
+
+
+def _implementation(q: torch.Tensor) -> Any:
+    if on_gpu(q):
+        from sglang_diffxkv.kernels.decode import triton  # not installed everywhere
+
+        return triton
+    return cpu.kernels() or torch_ops

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 
-MULTIPROCESSORS = 132
-"""Of an H100 or H200: what grids are sized for where there is no GPU to ask."""
+MULTIPROCESSORS = {"meta": 132, "cpu": 2}
+"""Where there is no GPU to ask: of an H100 or H200; and few for Triton's interpreter, which runs
+one program after the other."""
 
 
 def on_gpu(x: torch.Tensor) -> bool:
@@ -20,5 +21,5 @@ def on_gpu(x: torch.Tensor) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """Streaming multiprocessors of a GPU; elsewhere those that `MULTIPROCESSORS` assumes."""
     if device.type != "cuda":
-        return MULTIPROCESSORS
+        return MULTIPROCESSORS[device.type]
     return torch.cuda.get_device_properties(device).multi_processor_count

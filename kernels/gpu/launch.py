@@ -40,6 +40,13 @@ def recorded() -> Iterator[list[Launch]]:
         _recording.reset(token)
 
 
+def is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on tensors of the CPU."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 1, **arguments: Any
 ) -> None:

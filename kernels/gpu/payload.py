@@ -71,14 +71,16 @@ def arena_offset(frames, virtual, mask, FRAME_BYTES: tl.constexpr, ALIGN: tl.con
     return tl.multiple_of(at, ALIGN)
 
 
-@triton.jit
-def plane_weight(i: tl.constexpr, BITS: tl.constexpr):
+@triton.constexpr_function
+def plane_weight(i, bits):
     """By what products with quarter ``i`` of `load_quarter` are to be multiplied."""
-    if BITS == 4:
-        return 0.0625 if i >= 2 else 1.0
-    if BITS == 2:
-        return 0.25**i
-    return 1.0
+    return 2.0 ** (-bits * (i // (bits // 2)))
+
+
+@triton.constexpr_function
+def row_bytes(dim, bits, itemsize):
+    """`PageLayout.row_bytes`: bytes of a row at ``bits`` per element, 0 for raw ones."""
+    return dim * bits // 8 if bits else dim * itemsize
 
 
 @triton.jit
@@ -95,9 +97,9 @@ def load_quarter(
     Returns:
         fp16 [N, BLOCK]; 0 where masked or padded.
     """
-    # Quarters 0 and 1 are the low planes of a 4-bit row's two byte quarters, 2 and 3 the high ones.
-    PART: tl.constexpr = i % 2 if BITS == 4 else (i if BITS == 8 else 0)
-    PLANE: tl.constexpr = i // 2 if BITS == 4 else (0 if BITS == 8 else i)
+    # A row is BITS / 2 quarters of bytes; of 4-bit rows, those hold quarters 0, 1 and 2, 3.
+    PART: tl.constexpr = i % (BITS // 2)
+    PLANE: tl.constexpr = i // (BITS // 2)
     column = tl.arange(0, BLOCK)
     inside = mask[:, None]
     if QUARTER != BLOCK:
@@ -106,6 +108,75 @@ def load_quarter(
     if BITS < 8:
         byte = byte & ((1 << BITS) - 1 << BITS * PLANE)
     return byte.to(tl.uint16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def load_words(arena, at, mask, BITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
+    """Whole rows as words: uint32 [N, DIM_BLOCK * BITS / 32]; 0 where masked or padded.
+
+    Args:
+        arena: uint8 pointer.
+        at: int64 [N], byte offsets of the rows, multiples of 4. mask: [N].
+        DIM_BLOCK: the power of two that DIM is padded to.
+    """
+    column = tl.arange(0, DIM_BLOCK * BITS // 32)
+    inside = mask[:, None]
+    if DIM != DIM_BLOCK:
+        inside = inside & (column < DIM * BITS // 32)[None, :]
+    words = arena.to(tl.pointer_type(tl.uint32))
+    return tl.load(words + (at >> 2)[:, None] + column[None, :], mask=inside, other=0)
+
+
+@triton.jit
+def unpack_words(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
+    """Codes of `load_words`, times ``2**-24`` and the planes' factors, in the order of `element`.
+
+    Two codes at a time stay in the word that they were loaded in, which takes half the instructions
+    of widening bytes. The compiler would undo that if it knew the mask: hence an argument.
+
+    Args:
+        byte_mask: int32, always 0x00FF00FF.
+
+    Returns:
+        fp16 [N, DIM_BLOCK].
+    """
+    pairs = tl.join(word, word >> 8)
+    if BITS == 8:
+        pairs = pairs & byte_mask
+    elif BITS == 4:
+        pairs = tl.join(pairs & (byte_mask & 0x000F000F), pairs & (byte_mask & 0x00F000F0))
+    else:
+        even = tl.join(pairs & (byte_mask & 0x00030003), pairs & (byte_mask & 0x00300030))
+        odd = tl.join(pairs & (byte_mask & 0x000C000C), pairs & (byte_mask & 0x00C000C0))
+        pairs = tl.join(even, odd)
+    halves = tl.join((pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16))
+    codes = tl.reshape(halves, [word.shape[0], DIM_BLOCK, 1]).to(tl.float16, bitcast=True)
+    # A sum over one element costs nothing, and ends what Triton looks at when it chooses how a
+    # product reads its operands: it would halve the width once more for the joins.
+    return tl.sum(codes, 2)
+
+
+@triton.jit
+def element(column, BITS: tl.constexpr, DIM: tl.constexpr):
+    """Which element of a row each column of `unpack_words` is, its plane's weight, and if it is one.
+
+    Args:
+        column: int32, columns of `unpack_words`.
+
+    Returns:
+        int32 elements, fp32 weights, and whether the column is not padding.
+    """
+    half = column % 2
+    if BITS == 8:
+        plane, odd, word = 0 * column, column // 2 % 2, column // 4
+    elif BITS == 4:
+        plane, odd, word = column // 2 % 2, column // 4 % 2, column // 8
+    else:
+        plane = column // 2 % 4
+        odd, word = column // 8 % 2, column // 16
+    byte = word * 4 + half * 2 + odd
+    weight = tl.exp2(-(plane * BITS).to(tl.float32))
+    return byte + plane * (DIM * BITS // 8), weight, byte < DIM * BITS // 8
 
 
 @triton.jit

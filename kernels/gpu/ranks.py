@@ -25,7 +25,7 @@ def page_of_rank(ends, rank, PAGES: tl.constexpr):
     """
     page = tl.zeros_like(rank)
     for step in tl.static_range(5):
-        half: tl.constexpr = PAGES >> (step + 1)
-        if half > 0:
-            page = tl.where(tl.gather(ends, page + (half - 1), 0) <= rank, page + half, page)
+        if PAGES >> (step + 1):
+            last = tl.gather(ends, page + ((PAGES >> (step + 1)) - 1), 0)
+            page = tl.where(last <= rank, page + (PAGES >> (step + 1)), page)
     return page

@@ -24,12 +24,13 @@ from tests.kernels.builders import (
     page_lists,
     random_tiers,
 )
+from tests.kernels.device import DEVICE
 
-IMPLEMENTATIONS = ["naive", "none", *available_isas()]
-"""naive.py, the torch fallback (instruction set "none"), and each compiled variant."""
+IMPLEMENTATIONS = ["naive", "none", *available_isas(), "triton"]
+"""naive.py, the torch fallback (instruction set "none"), each compiled variant, and the GPU's."""
 
-# Integer products round queries and weights to 16 bits; everything else is fp32 throughout.
-TOLERANCE = {"avx512": 3e-4}
+# Integer products, and the GPU's, round queries and weights to 16 bits; all else is fp32 throughout.
+TOLERANCE = {"avx512": 3e-4, "triton": 1e-3}
 SHARES = (0.25, 0.5, 0.25)
 LENGTHS = [3, 0, 14, 1]
 
@@ -37,7 +38,7 @@ LENGTHS = [3, 0, 14, 1]
 @pytest.fixture(params=IMPLEMENTATIONS)
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of the implementation under test, selected for the public functions."""
-    if request.param != "naive":
+    if request.param not in ("naive", "triton"):
         monkeypatch.setenv(ISA_VARIABLE, request.param)
         # A library that fails to compile must not pass as the fallback.
         assert (cpu.kernels() is None) == (request.param == "none")
@@ -62,7 +63,19 @@ def sealed(
 
 
 def implementation(name: str) -> Any:
+    if name == "triton":
+        from sglang_diffxkv.kernels.decode import triton
+
+        return triton
     return naive if name == "naive" else decode
+
+
+def run(name: str, function: str, case: Case) -> AttentionPart:
+    """Call a decode function where its implementation runs."""
+    device = DEVICE if name == "triton" else torch.device("cpu")
+    args = (x.to(device) if isinstance(x, torch.Tensor) else x for x in case.args)
+    part = getattr(implementation(name), function)(*args)
+    return AttentionPart(part.out.cpu(), part.lse.cpu())
 
 
 def dense_reference(
@@ -124,11 +137,10 @@ def check_sealed(
     group: int,
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    if name == "naive":  # a few pages tell as much
+    if name in ("naive", "triton") and arena.layout.head_dim > 16:  # a few pages tell as much
         lengths = [min(n, 3) for n in lengths]
     case = sealed_case(arena, tuple(lengths), group, dtype)
-    actual = implementation(name).decode_sealed(*case.args)
-    check(actual, case.expected, TOLERANCE.get(name, 1e-5))
+    check(run(name, "decode_sealed", case), case.expected, TOLERANCE.get(name, 1e-5))
 
 
 @pytest.mark.parametrize("tiers", ["K8V4/K4V2", "K8V8/K2V2", "K4V8/K4V4", "raw/K4V2", "K8V4/raw"])
@@ -206,7 +218,8 @@ def open_case(dtype: torch.dtype, head_dim: int, group: int) -> Case:
 @pytest.mark.parametrize(("head_dim", "group"), [(64, 1), (80, 6), (128, 4), (16, 3)])
 def test_open(name: str, dtype: torch.dtype, head_dim: int, group: int) -> None:
     case = open_case(dtype, head_dim, group)
-    check(implementation(name).decode_open(*case.args), case.expected, 1e-6)
+    tolerance = 1e-3 if name == "triton" else 1e-6
+    check(run(name, "decode_open", case), case.expected, tolerance)
 
 
 def test_concurrent_callers_share_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:

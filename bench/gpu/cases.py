@@ -9,6 +9,10 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.arena import return_frames, take_frames
+from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
+from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
+from sglang_diffxkv.kernels.decode.triton import attend
+from sglang_diffxkv.kernels.extend import triton as extend
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
 from sglang_diffxkv.kernels.pack import Payload, copy_rows, pack, unpack
@@ -102,6 +106,42 @@ SETTINGS = (
 )
 
 
+def _decode(s: Setting) -> None:
+    layers, pages = 2, ints(PAGES)
+    heads = ints(layers, PAGES, s.model.kv_heads, 2)
+    sequences = SequencePages(pages, ints(BATCH), ints(BATCH), ints(PAGES), ints(BATCH))
+    plan = plan_decode(sequences, heads, s.layout)
+    # Layers after the first have plans at other addresses, which may be less aligned.
+    for layer in range(layers if s.model is LLAMA_8B else 1):
+        mine = plan.layer(layer)
+        q, raw, frames = s.queries(BATCH), s.raw_pages(), s.tables()[0]
+        attend(q, q, s.arena(), frames, heads[layer], raw, raw, mine, s.layout, s.sm_scale)
+
+
+def _decode_sealed(s: Setting) -> None:
+    pages = ints(BATCH + 1), ints(PAGES)
+    decode_sealed(s.queries(BATCH), s.arena(), *s.tables(), *pages, s.layout, s.sm_scale)
+
+
+def _decode_open(s: Setting) -> None:
+    raw, pages = s.raw_pages(), (ints(BATCH + 1), ints(OPEN_PAGES), ints(BATCH))
+    decode_open(s.queries(BATCH), raw, raw, *pages, s.sm_scale)
+
+
+def _extend_sealed(s: Setting) -> None:
+    q, q_indptr, indptr = s.queries(QUERIES), ints(BATCH + 1), ints(BATCH + 1)
+    extend.extend_sealed(
+        q, q_indptr, s.arena(), *s.tables(), indptr, ints(PAGES), s.layout, s.sm_scale
+    )
+
+
+def _extend_open(s: Setting) -> None:
+    q, q_indptr, q_position = s.queries(QUERIES), ints(BATCH + 1), ints(BATCH)
+    pages = ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES)
+    raw = s.raw_pages()
+    extend.extend_open(q, q_indptr, q_position, raw, raw, *pages, s.sm_scale)
+
+
 def _pack(s: Setting) -> None:
     frames, heads = s.tables()
     grades = bytes_(PAGES, s.model.kv_heads, PAGE_TOKENS)
@@ -128,6 +168,11 @@ def _return_frames(s: Setting) -> None:
 
 
 OPERATIONS: dict[str, Callable[[Setting], None]] = {
+    "decode": _decode,
+    "decode_sealed": _decode_sealed,
+    "decode_open": _decode_open,
+    "extend_sealed": _extend_sealed,
+    "extend_open": _extend_open,
     "pack": _pack,
     "unpack": _unpack,
     "copy_rows": _copy_rows,

@@ -31,6 +31,10 @@ SYNCHRONOUS_SHARE = 0.62
 """What products of single warps reach of that, assumed."""
 
 
+LATENCY = 800e-9
+"""Seconds from a load to its data when memory is busy, assumed."""
+
+
 class Prediction(NamedTuple):
     """Of one main loop.
 
@@ -91,13 +95,16 @@ slower.
 "Per element" counts thread instructions of the main loop, of all its branches, per key or value
 element. A tile of extend meets a block of query rows. "Loads" is what the loop asks memory for,
 over the payload: the rest is addresses, or padding of head_dim that is masked. Where a kernel has
-no loop, it is taken whole. Bytes of pack are those of an all-high page.
+no loop, it is taken whole. Bytes of pack are those of an all-high page. "In flight" is the payload
+of one tile of every thread block that fits on a multiprocessor, in kB. To reach the bandwidth,
+{BANDWIDTH / MULTIPROCESSORS * LATENCY / 1e3:.0f} kB must be under way at any time, if a load takes
+{LATENCY * 1e9:.0f} ns, which is assumed.
 
 """
 
 COLUMNS = (
     "kernel", "for", "tokens", "warps", "tile", "instructions", "per element", "loads", "bytes",
-    "issue", "products", "limit", "bandwidth",
+    "issue", "products", "limit", "bandwidth", "in flight",
 )  # fmt: skip
 
 
@@ -114,17 +121,18 @@ def parts(built: Built) -> Iterator[tuple[Tile, Loop]]:
 def rows(results: Iterable[Built]) -> Iterator[list[Any]]:
     """Rows of `COLUMNS`."""
     for built in results:
+        blocks = built.occupancy.blocks if built.occupancy else 0
         for tile, loop in parts(built):
             p = predict(tile, loop, built.num_warps)
             yield [
                 built.kernel, built.cases[0], tile.name, built.num_warps, tile.tokens,
                 loop.instructions, f"{p.per_element:.1f}", f"{p.loads:.2f}", f"{p.bytes:.0f}",
                 f"{p.issue:.0f}", f"{p.tensor:.0f}", p.limit,
-                f"{p.share[0]:.0%} – {p.share[1]:.0%}",
+                f"{p.share[0]:.0%} – {p.share[1]:.0%}", round(blocks * tile.bytes / 1e3),
             ]  # fmt: skip
 
 
 def report(results: Sequence[Built]) -> str:
     """The page of predictions, of the results for sm_90."""
     hopper = [r for r in results if r.arch == "sm_90"]
-    return INTRODUCTION + markdown_table(COLUMNS, rows(hopper))
+    return INTRODUCTION + markdown_table(COLUMNS, dict.fromkeys(map(tuple, rows(hopper))))

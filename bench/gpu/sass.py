@@ -95,16 +95,12 @@ def read_cubin(cubin: bytes) -> Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = knobs.nvidia.cuobjdump.path
-        # Apart: together, the two listings come in an order that the tool's manual leaves open.
-        usage, listing = (
-            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True)
-            for option in ("-res-usage", "-sass")
-        )
-    found = RESOURCES.search(usage.stdout)
-    program = parse(listing.stdout)
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found = RESOURCES.search(text)
+    program = parse(text)
     if found is None or not program:
-        raise ValueError(f"not understood: {usage.stdout[:200]} {listing.stdout[:200]}")
+        raise ValueError(f"not understood: {text[:500]}")
     registers, stack, local = map(int, found.groups())
     loops = find_loops(program)
     whole = _summary(program, 0, set(range(len(program))), [x.start for x in loops])

@@ -46,7 +46,8 @@ def cold_pages(store: PageStore, unheld: torch.Tensor) -> torch.Tensor:
     left out.
     """
     d = store.directory
-    pages = unheld[d.sealed[unheld]]
+    # The radix tree lists them in an order of its own, which ranks need not have in common.
+    pages = unheld[d.sealed[unheld]].sort().values
     pages = pages[d.position[pages].argsort(descending=True, stable=True)]
     pages = pages[d.last_used[pages].argsort(stable=True)]
     cold = pages[: pages.numel() // 2]

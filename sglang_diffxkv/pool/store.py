@@ -257,7 +257,7 @@ class PageStore:
     def sealable(self, include_window: bool) -> torch.Tensor:
         """Full open pages that may be sealed, coldest first; int64 [N]."""
         d = self.directory
-        pages = self.raw.page[1:].long()
+        pages = self.raw.page[1:].long()  # in the order of slots, which all ranks give out alike
         pages = pages[pages > 0]
         mask = (d.filled[pages] == PAGE_TOKENS) & self.may_seal(pages)
         if not include_window:

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tensor-parallel ranks in one process: other heads, other importances, the same decisions."""
+
+import random
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import pytest
+import torch
+
+from sglang_diffxkv.config import ConfigError, DiffXKVConfig
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
+from sglang_diffxkv.patches import pool as pool_seam
+from sglang_diffxkv.policy.plan import solve_plan
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.policy.sketch import ImportanceSketch
+from sglang_diffxkv.pool.demotion import demote_cold
+from sglang_diffxkv.pool.integrity import check_integrity
+from sglang_diffxkv.pool.ranks import Agree, alone
+from sglang_diffxkv.pool.store import PageStore
+from tests.unit.test_allocator import AllocatorMachine
+from tests.unit.test_store import make_store
+
+T = TypeVar("T")
+SHARED_TABLES = (
+    "raw_slot",
+    "sealed",
+    "num_frames",
+    "position",
+    "context",
+    "filled",
+    "quality",
+    "demotions",
+    "last_used",
+    "window_step",
+)
+"""Of the directory: what the host decides by. The others are a rank's own."""
+
+
+class Ranks:
+    """Runs the same on both ranks at once, each in a thread, and lets them agree."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(2)
+        self._barrier = threading.Barrier(2)
+        self._values: list[torch.Tensor] = [torch.empty(0)] * 2
+        self.agreements = 0
+
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._pool.shutdown()
+
+    def run(self, work: Callable[[int], T]) -> list[T]:
+        return list(self._pool.map(work, (0, 1)))
+
+    def agree(self, rank: int) -> Agree:
+        def agree(values: torch.Tensor) -> torch.Tensor:
+            self._values[rank] = values
+            self._barrier.wait(timeout=60)
+            ours, theirs = self._values
+            assert ours.shape == theirs.shape, "not the same call on both ranks"
+            most = torch.maximum(ours, theirs)
+            self._barrier.wait(timeout=60)
+            self.agreements += rank == 0
+            return most
+
+        return agree
+
+
+def fill(store: PageStore, rank: int, pages: torch.Tensor, generator: torch.Generator) -> None:
+    """Random tokens, of which each page has more that matter on one rank than on the other."""
+    slots = store.directory.raw_slot[pages].long()
+    for raw in (*store.raw.keys, *store.raw.values):
+        raw[slots] = torch.randn(raw[slots].shape, generator=generator)
+    scores = store.raw.scores[:, slots]
+    scores = 10 ** (3 * torch.rand(scores.shape, generator=generator) - 1)
+    # The first rank has most of the even pages, the second of the odd ones.
+    scores[:, pages % 2 != rank] *= 0.1
+    store.raw.scores[:, slots] = scores
+    store.raw.counts[slots] = 2
+
+
+def assert_alike(first: PageStore, second: PageStore) -> None:
+    assert first.ledger == second.ledger
+    assert first.counters == second.counters
+    for name in SHARED_TABLES:
+        tables = [getattr(store.directory, name) for store in (first, second)]
+        assert torch.equal(*tables), name
+    assert torch.equal(first.raw.page, second.raw.page)
+    everything = torch.arange(first.directory.num_pages + 1)
+    owned = [store.directory.owned(everything) for store in (first, second)]
+    assert torch.equal(torch.maximum(*owned), first.directory.num_frames)
+    for store in (first, second):
+        assert check_integrity(store) == []
+
+
+@pytest.mark.parametrize("policy", ["diffkv", "diffxkv"])
+def test_stores_stay_alike(policy: str) -> None:
+    """Opened, sealed, demoted and freed at random: charges are the maximum of what ranks take."""
+    rng = random.Random(7)
+    differed = [False, False]
+    with Ranks() as ranks:
+        stores = [make_store(policy, 6 << 20) for _ in range(2)]
+        generators = [torch.Generator().manual_seed(rank) for rank in range(2)]
+        for rank, store in enumerate(stores):
+            store.agree = ranks.agree(rank)
+        held: set[int] = set()
+        free = set(range(1, stores[0].plan.virtual_pages + 1))
+
+        def on_both(work: Callable[[PageStore], object]) -> None:
+            ranks.run(lambda rank: work(stores[rank]))
+
+        def open_some() -> None:
+            room = min(stores[0].ledger.headroom, len(free), 6)
+            pages = torch.tensor(rng.sample(sorted(free), rng.randint(0, room)), dtype=torch.int64)
+            free.difference_update(pages.tolist())
+            held.update(pages.tolist())
+
+            def work(rank: int) -> None:
+                store, number = stores[rank], len(pages)
+                store.begin_step(decodes=True)
+                store.open(pages)
+                fill(store, rank, pages, generators[rank])
+                context = torch.full((number,), number * PAGE_TOKENS + 70)
+                store.touch(pages, torch.arange(number), context, window=64)
+
+            ranks.run(work)
+
+        def release_some() -> None:
+            number = rng.randint(0, len(held) // 4)
+            pages = torch.tensor(rng.sample(sorted(held), number), dtype=torch.int64)
+            on_both(lambda store: store.release(pages))
+            held.difference_update(pages.tolist())
+            free.update(pages.tolist())
+
+        def seal_some() -> None:
+            pages = stores[0].sealable(include_window=True)[: rng.randint(0, 9)]
+            sequence = torch.arange(len(pages)) // 5
+            on_both(lambda store: store.seal(pages, sequence))
+
+        def demote_some() -> None:
+            pages, more = sorted(held), rng.randint(1, 3)
+            # Radix trees of several processes need not list pages in the same order.
+            orders = [
+                torch.tensor(rng.sample(pages, len(pages)), dtype=torch.int64) for _ in (0, 1)
+            ]
+
+            def work(rank: int) -> None:
+                headroom = stores[rank].ledger.frame_headroom + more
+                demote_cold(stores[rank], orders[rank], headroom)
+
+            ranks.run(work)
+
+        def seal_cold() -> None:
+            more = rng.randint(1, 6)
+            on_both(lambda s: s.seal_cold(s.ledger.headroom + more, include_window=True))
+
+        for _ in range(150):
+            rng.choice([open_some, open_some, seal_some, seal_cold, demote_some, release_some])()
+            assert_alike(*stores)
+            for rank, store in enumerate(stores):
+                sealed = store.directory.sealed.nonzero().flatten()
+                short = store.directory.owned(sealed) < store.directory.num_frames[sealed]
+                differed[rank] |= bool(short.any())
+        counters = stores[0].counters
+    assert min(counters.sealed, counters.demoted, counters.released) > 20
+    assert all(differed), "each rank takes less than it is charged for, at times"
+
+
+class RankMachine(AllocatorMachine):
+    """One rank's allocator under the load of `AllocatorMachine`, with importances of its own."""
+
+    rank = 0
+
+    def _touch(self, decodes: bool) -> None:
+        super()._touch(decodes)
+        store = self.allocator.store
+        pages = store.raw.page[1:].long()
+        pages = pages[pages > 0]
+        generator = torch.Generator().manual_seed(2 * store.step + self.rank)
+        fill(store, self.rank, pages, generator)
+
+
+def test_allocators_decide_alike() -> None:
+    """Requests over memory: who is admitted, what is sealed, demoted and evicted."""
+    rng = random.Random(11)
+    first = SimpleNamespace(draw=lambda _: 0)
+    with Ranks() as ranks:
+        machines = [RankMachine(), RankMachine()]
+        for rank, machine in enumerate(machines):
+            machine.rank = rank
+            machine.allocator.store.agree = ranks.agree(rank)
+
+        def on_both(work: Callable[[RankMachine], object]) -> None:
+            ranks.run(lambda rank: work(machines[rank]))
+            assert_alike(*(machine.allocator.store for machine in machines))
+            ours, theirs = machines
+            assert torch.equal(ours.allocator.free_pages, theirs.allocator.free_pages)
+            assert len(ours.running) == len(theirs.running)
+            for one, other in zip(ours.running, theirs.running, strict=True):
+                assert torch.equal(one.slots, other.slots)
+            assert ours.allocator.usage(ours.cache) == theirs.allocator.usage(theirs.cache)
+
+        for _ in range(50):
+            tokens, answer = rng.randint(100, 700), rng.randint(1, 200)
+            quality = rng.choices([Quality.BALANCED, Quality.LOSSLESS], [5, 1])[0]
+            on_both(lambda m: m.prefill(tokens=tokens, answer=answer, quality=quality))  # noqa: B023
+            for _ in range(rng.randint(0, 15)):
+                on_both(lambda m: m.decode())
+            while len(machines[0].running) > 2:
+                on_both(lambda m: m.finish(data=first, cached=True))
+            on_both(lambda m: m.consistent())
+        counters = machines[0].allocator.store.counters
+    assert min(counters.sealed, counters.demoted, counters.evicted) > 20
+    assert ranks.agreements > 20
+
+
+def test_sizes_follow_from_what_ranks_agree_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    """Ranks that have other plans, and other memory left, get pools of the same size."""
+    layout = make_layout(
+        head_dim=64, num_kv_heads=1, raw_itemsize=2, high=FORMATS["K8V4"], low=FORMATS["K4V2"]
+    )
+    for rank in (0, 1):
+        sketch = ImportanceSketch.empty(3, 1, "cpu")
+        importance = torch.rand(40, 3, 1, 64) ** (1 + 9 * rank)
+        sketch.update(importance, torch.ones(40, 64, dtype=torch.bool))
+        solve_plan(1, 0.95, sketch, layout).save(tmp_path / f"plan-{rank}.json")
+    config = DiffXKVConfig(target=0.95, plan=str(tmp_path / "plan-{rank}.json"))
+    configurator = SimpleNamespace(
+        model_config=SimpleNamespace(head_dim=64, get_num_kv_heads=lambda ranks: 2 // ranks),
+        layer_info=SimpleNamespace(num_effective_layers=3),
+        kv_cache_dtype=torch.bfloat16,
+    )
+    current = threading.local()
+    monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: current.parallel)
+    monkeypatch.setattr(pool_seam, "_check_chunk", lambda raw_pages: None)
+    monkeypatch.setattr(pool_seam, "make_agreement", lambda group: group)
+    with Ranks() as ranks:
+
+        def plan_of(rank: int, size: int, agree: Agree) -> Any:
+            current.parallel = SimpleNamespace(
+                attn_tp_rank=rank, attn_tp_size=size, attn_tp_group=agree
+            )
+            budget = (9 + rank) << 20
+            return pool_seam.make_setup(config, configurator, budget, None)
+
+        first, second = ranks.run(lambda rank: plan_of(rank, 2, ranks.agree(rank)))
+    assert first.plan == second.plan
+    assert first.policy.expected_fill != second.policy.expected_fill
+    assert first.config.plan == str(tmp_path / "plan-0.json")
+
+
+def test_a_rank_alone_agrees_with_itself() -> None:
+    values = torch.tensor([3, 1])
+    assert pool_seam.make_agreement(SimpleNamespace(world_size=1)) is alone
+    assert torch.equal(alone(values), values)
+
+
+def test_plans_of_ranks_have_files_of_their_own() -> None:
+    config = DiffXKVConfig(plan="a-{rank}.json", save_plan="b.json")
+    assert config.of_rank(0, 1) == DiffXKVConfig(plan="a-0.json", save_plan="b.json")
+    with pytest.raises(ConfigError, match=r"save_plan = .* with 2 ranks"):
+        config.of_rank(1, 2)
+    assert DiffXKVConfig().of_rank(1, 2) == DiffXKVConfig()

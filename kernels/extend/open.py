@@ -2,7 +2,8 @@
 """Many queries over open raw pages: earlier tokens without a mask, the new tokens causally.
 
 Splitting at the first new token keeps both products dense: no [T, L] mask is ever made, and earlier
-pages may have gaps between them, as sealed pages may lie in between.
+pages may have gaps between them, as sealed pages may lie in between. On a GPU a Triton kernel does
+it in one pass, or FlashInfer (`open_prefill`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from sglang_diffxkv.kernels.extend.dense import (
     compute_dtype,
     heads_first,
 )
+from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 
@@ -48,8 +50,14 @@ def extend_open(
         sm_scale: factor of the scores.
 
     Raises:
-        ValueError: a page of new tokens is not listed.
+        ValueError: a page of new tokens is not listed; not noticed on a GPU.
     """
+    if on_gpu(q):
+        from sglang_diffxkv.kernels.extend import triton
+
+        return triton.extend_open(
+            q, q_indptr, q_position, k_raw, v_raw, indptr, slots, page_position, sm_scale
+        )
     parts = []
     dtype = compute_dtype(q.dtype)
     queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()

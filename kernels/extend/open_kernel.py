@@ -54,9 +54,11 @@ def open_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < DIM
     q_rows = q + query * q_stride + query_head * DIM
-    queries = tl.load(
-        q_rows[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0
-    ).to(tl.float32).to(COMPUTE)
+    queries = (
+        tl.load(q_rows[:, None] + column[None, :], mask=seen[:, None] & inside[None, :], other=0)
+        .to(tl.float32)
+        .to(COMPUTE)
+    )
 
     position = tl.load(q_position + b) + row // GROUP
     last = tl.load(q_position + b) + (tl.minimum(first + BLOCK_M, rows) - 1) // GROUP
@@ -67,7 +69,7 @@ def open_kernel(
     top = tl.zeros((BLOCK_M,), tl.float32) - float("inf")
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
-    for tile in range(begin * TILES, end * TILES):
+    for tile in tl.range(begin * TILES, end * TILES, disable_licm=True):
         page = tile // TILES
         token = tile % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         token_position = tl.load(page_position + page) * PAGE_TOKENS + token

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many queries over sealed pages: dequantise a bounded block of pages, then dense attention."""
+"""Many queries over sealed pages: dequantise a bounded block of pages, then dense attention.
+
+On a GPU a Triton kernel reads the sealed bytes themselves.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import torch
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part, merge
 from sglang_diffxkv.kernels.extend.dense import attend_all
+from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import head_counts, unpack_into
 
@@ -27,7 +31,8 @@ def extend_sealed(
 ) -> AttentionPart:
     """Attention of every query over all kept tokens of its sequence's sealed pages.
 
-    The pages lie before every query, so there is no causal mask. Computed in fp32.
+    The pages lie before every query, so there is no causal mask. Computed in fp32; on a GPU with
+    queries and weights in fp16, where the keys and values are codes.
 
     Args:
         q: [T, Hq, D] fp32, bf16 or fp16; elements of raw tiers are of the same dtype. Rotated,
@@ -40,6 +45,12 @@ def extend_sealed(
         layout: byte layout.
         sm_scale: factor of the scores.
     """
+    if on_gpu(q):
+        from sglang_diffxkv.kernels.extend import triton
+
+        return triton.extend_sealed(
+            q, q_indptr, arena, frames, heads, indptr, pages, layout, sm_scale
+        )
     parts = []
     page_bytes = 2 * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim * 4
     block_pages = max(1, BLOCK_BYTES // page_bytes)

@@ -19,18 +19,13 @@ from sglang_diffxkv.kernels.gpu.payload import (
     load_quarter,
     load_raw_quarter,
     plane_weight,
+    row_bytes,
     section_starts,
 )
 from sglang_diffxkv.kernels.gpu.ranks import page_of_rank
 
 WEIGHT_UNIT: tl.constexpr = tl.constexpr(2.0**8)
 """Weights times value scales are this much larger in fp16, to stay clear of its subnormals."""
-
-
-@triton.constexpr_function
-def row_bytes(BITS, DIM, RAW):
-    """`PageLayout.row_bytes`; RAW is the dtype of raw elements."""
-    return DIM * BITS // 8 if BITS else DIM * RAW.primitive_bitwidth // 8
 
 
 @triton.constexpr_function
@@ -60,34 +55,54 @@ def _rows_of_ranks(frames, table, start, page, rank, mask, NBYTES: tl.constexpr,
 
 
 @triton.jit
-def _dot_keys(q, arena, at, mask, BITS: tl.constexpr, RAW, PRECISION, QUARTER, BLOCK):
-    """q.k [M, N] of keys at byte offsets ``at``; codes are read in units of 1 / CODE_UNIT."""
+def _load_rows(arena, at, mask, BITS: tl.constexpr, RAW, QUARTER, BLOCK):
+    """The four quarters of rows at byte offsets ``at``: codes in fp16, or raw elements in fp32."""
     if BITS == 0:
         rows = (arena + at).to(tl.pointer_type(RAW))
-        dots = tl.zeros((q[0].shape[0], at.shape[0]), tl.float32)
-        for i in tl.static_range(4):
-            keys = load_raw_quarter(rows, mask, i, QUARTER, BLOCK)
-            dots = tl.dot(q[i], tl.trans(keys), dots, input_precision=PRECISION)
-        return dots
+        return (
+            load_raw_quarter(rows, mask, 0, QUARTER, BLOCK),
+            load_raw_quarter(rows, mask, 1, QUARTER, BLOCK),
+            load_raw_quarter(rows, mask, 2, QUARTER, BLOCK),
+            load_raw_quarter(rows, mask, 3, QUARTER, BLOCK),
+        )
+    else:
+        return (
+            load_quarter(arena, at, mask, 0, BITS, QUARTER, BLOCK),
+            load_quarter(arena, at, mask, 1, BITS, QUARTER, BLOCK),
+            load_quarter(arena, at, mask, 2, BITS, QUARTER, BLOCK),
+            load_quarter(arena, at, mask, 3, BITS, QUARTER, BLOCK),
+        )
+
+
+@triton.jit
+def _dot_keys(q, keys, BITS: tl.constexpr, PRECISION: tl.constexpr):
+    """q.k [M, N]; codes count in units of ``1 / CODE_UNIT``."""
+    dots = tl.dot(q[3].to(keys[3].dtype), tl.trans(keys[3]), input_precision=PRECISION)
     # From the last plane to the first: each is as many times too large as its weight is small.
-    keys = load_quarter(arena, at, mask, 3, BITS, QUARTER, BLOCK)
-    dots = tl.dot(q[3].to(tl.float16), tl.trans(keys))
     for i in tl.static_range(2, -1, -1):
         if _ends_plane(i, BITS):
             dots *= 2.0**-BITS
-        keys = load_quarter(arena, at, mask, i, BITS, QUARTER, BLOCK)
-        dots = tl.dot(q[i].to(tl.float16), tl.trans(keys), dots)
+        dots = tl.dot(q[i].to(keys[i].dtype), tl.trans(keys[i]), dots, input_precision=PRECISION)
     return dots
 
 
 @triton.jit
-def _add_values(acc, weights, arena, at, mask, i: tl.constexpr, BITS, RAW, PRECISION, QUARTER, BLOCK):
-    """Add quarter ``i`` of the tile's values, weighted, to ``acc`` [M, BLOCK]."""
-    if BITS == 0:
-        values = load_raw_quarter((arena + at).to(tl.pointer_type(RAW)), mask, i, QUARTER, BLOCK)
-        return tl.dot(weights, values, acc, input_precision=PRECISION)
-    values = load_quarter(arena, at, mask, i, BITS, QUARTER, BLOCK)
-    return tl.dot((weights * plane_weight(i, BITS)).to(tl.float16), values, acc)
+def _add_values(acc, fade, weights, values, i: tl.constexpr, BITS: tl.constexpr, PRECISION):
+    """Accumulators [M, BLOCK] of quarter ``i``, faded, plus the tile's weighted values."""
+    if BITS:
+        weights *= plane_weight(i, BITS)
+    acc *= fade[:, None]
+    return tl.dot(weights.to(values.dtype), values, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _settled(x):
+    """x [N], computed once and not again by every thread that needs it.
+
+    Triton recomputes what it deems cheap in the layout of its use, where a thread has many tokens:
+    here, the search for each token's page. A sum over one element ends what it looks at.
+    """
+    return tl.sum(x[:, None], 1)
 
 
 @triton.jit
@@ -121,8 +136,8 @@ def _attend_tier(
         q: four quarters fp32 [M, BLOCK]. q_sum: fp32 [M], the sum of their values in fp16.
         counts: int32 [PAGES]. key_start, value_start, meta_start: int32 [PAGES], sections.
     """
-    KEY_BYTES: tl.constexpr = row_bytes(KEY_BITS, DIM, RAW)
-    VALUE_BYTES: tl.constexpr = row_bytes(VALUE_BITS, DIM, RAW)
+    KEY_BYTES: tl.constexpr = row_bytes(DIM, KEY_BITS, RAW.primitive_bitwidth // 8)
+    VALUE_BYTES: tl.constexpr = row_bytes(DIM, VALUE_BITS, RAW.primitive_bitwidth // 8)
     QUARTER: tl.constexpr = DIM // 4
     ends = tl.cumsum(counts, 0)
     before = ends - counts
@@ -130,45 +145,38 @@ def _attend_tier(
     value_start -= before * VALUE_BYTES
     meta_start -= before * 8
     n = tl.sum(counts, 0)
-    for first in range(0, n, BLOCK_N):
+    for first in tl.range(0, n, BLOCK_N, disable_licm=True):
         top, total, zeros, a0, a1, a2, a3 = state
         rank = first + tl.arange(0, BLOCK_N)
         mask = rank < n
         page = page_of_rank(ends, rank, PAGES)
-        key_at = _rows_of_ranks(
-            frames, table, key_start, page, rank, mask, KEY_BYTES, FRAME_BYTES
-        )
+        key_at = _rows_of_ranks(frames, table, key_start, page, rank, mask, KEY_BYTES, FRAME_BYTES)
         value_at = _rows_of_ranks(
             frames, table, value_start, page, rank, mask, VALUE_BYTES, FRAME_BYTES
         )
-        dots = _dot_keys(q, arena, key_at, mask, KEY_BITS, RAW, PRECISION, QUARTER, BLOCK)
+        # All loads before the first product, so that their latencies overlap.
+        keys = _load_rows(arena, key_at, mask, KEY_BITS, RAW, QUARTER, BLOCK)
         if KEY_BITS == 0:
-            scores = dots * score_scale
+            scores = _dot_keys(q, keys, KEY_BITS, PRECISION) * score_scale
         else:
             meta_at = _rows_of_ranks(frames, table, meta_start, page, rank, mask, 8, FRAME_BYTES)
             key_scale, key_zero, value_scale, value_zero = load_meta(arena, meta_at, mask)
-            scores = dots * (key_scale * (score_scale * CODE_UNIT))[None, :]
-            scores += q_sum[:, None] * (key_zero * score_scale)[None, :]
+            scores = _dot_keys(q, keys, KEY_BITS, PRECISION)
+            scores *= _settled(key_scale * (score_scale * CODE_UNIT))[None, :]
+            scores += q_sum[:, None] * _settled(key_zero * score_scale)[None, :]
+        values = _load_rows(arena, value_at, mask, VALUE_BITS, RAW, QUARTER, BLOCK)
         scores = tl.where(mask[None, :], scores, -float("inf"))
         weights, fade, top, total = softmax_step(top, total, scores)
         zeros *= fade
         if KEY_BITS == 0:
             weights *= WEIGHT_UNIT / CODE_UNIT
         else:
-            zeros += tl.sum(weights * value_zero[None, :], 1)
-            weights *= (value_scale * WEIGHT_UNIT)[None, :]
-        a0 = _add_values(
-            a0 * fade[:, None], weights, arena, value_at, mask, 0, VALUE_BITS, RAW, PRECISION, QUARTER, BLOCK
-        )
-        a1 = _add_values(
-            a1 * fade[:, None], weights, arena, value_at, mask, 1, VALUE_BITS, RAW, PRECISION, QUARTER, BLOCK
-        )
-        a2 = _add_values(
-            a2 * fade[:, None], weights, arena, value_at, mask, 2, VALUE_BITS, RAW, PRECISION, QUARTER, BLOCK
-        )
-        a3 = _add_values(
-            a3 * fade[:, None], weights, arena, value_at, mask, 3, VALUE_BITS, RAW, PRECISION, QUARTER, BLOCK
-        )
+            zeros += tl.sum(weights * _settled(value_zero)[None, :], 1)
+            weights *= _settled(value_scale * WEIGHT_UNIT)[None, :]
+        a0 = _add_values(a0, fade, weights, values[0], 0, VALUE_BITS, PRECISION)
+        a1 = _add_values(a1, fade, weights, values[1], 1, VALUE_BITS, PRECISION)
+        a2 = _add_values(a2, fade, weights, values[2], 2, VALUE_BITS, PRECISION)
+        a3 = _add_values(a3, fade, weights, values[3], 3, VALUE_BITS, PRECISION)
         state = top, total, zeros, a0, a1, a2, a3
     return state
 
@@ -225,6 +233,7 @@ def sealed_kernel(
         PAGES: pages of a group; BLOCK_M: rows; BLOCK_N: tokens of a tile.
     """
     QUARTER: tl.constexpr = DIM // 4
+    ITEM_BYTES: tl.constexpr = RAW.primitive_bitwidth // 8
     head = tl.program_id(1)
     b, start, first, rows = locate_rows(q_indptr, sequences, GROUP, BLOCK_M)
     if first >= rows:
@@ -255,10 +264,10 @@ def sealed_kernel(
         key_high, value_high, key_low, value_low, meta_high, meta_low, _ = section_starts(
             n_high,
             n_low,
-            row_bytes(HIGH_KEY_BITS, DIM, RAW),
-            row_bytes(HIGH_VALUE_BITS, DIM, RAW),
-            row_bytes(LOW_KEY_BITS, DIM, RAW),
-            row_bytes(LOW_VALUE_BITS, DIM, RAW),
+            row_bytes(DIM, HIGH_KEY_BITS, ITEM_BYTES),
+            row_bytes(DIM, HIGH_VALUE_BITS, ITEM_BYTES),
+            row_bytes(DIM, LOW_KEY_BITS, ITEM_BYTES),
+            row_bytes(DIM, LOW_VALUE_BITS, ITEM_BYTES),
             8 if HIGH_KEY_BITS else 0,
             8 if LOW_KEY_BITS else 0,
         )

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,6 +13,7 @@ from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.extend.open_kernel import open_kernel
 from sglang_diffxkv.kernels.extend.rows import LOG2_E
 from sglang_diffxkv.kernels.extend.sealed_kernel import sealed_kernel
+from sglang_diffxkv.kernels.gpu.device import compute_capability
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 
@@ -18,9 +21,41 @@ DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: 
 GROUP_PAGES = 32
 
 
+class Tile(NamedTuple):
+    """Query rows and tokens of a product, and the warps that share it."""
+
+    rows: int
+    tokens: int
+    num_warps: int
+
+
+# The largest tiles whose compiled code keeps everything in registers. fp32 is there to be correct.
+FP32_TILE = Tile(16, 32, 4)
+
+
+def sealed_tile(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> Tile:
+    dim = layout.head_dim
+    if (layout.high.is_raw or layout.low.is_raw) and dtype == torch.float32:
+        return FP32_TILE
+    if compute_capability(device) >= 90:
+        return Tile(64, 64, 4) if dim <= 128 else Tile(64, 32, 8)
+    # Products take both operands from registers.
+    if dim <= 64:
+        return Tile(64, 64, 4)
+    return Tile(64, 32, 4) if dim <= 128 else Tile(32, 32, 8)
+
+
+def open_tile(dim: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return FP32_TILE
+    if dim <= 64:
+        return Tile(64, 64, 4)
+    return Tile(64, 64, 8) if dim <= 128 else Tile(64, 16, 8)
+
+
 def precision(dtype: torch.dtype) -> str:
     """Input precision of fp32 products: TF32 holds 16-bit models' elements exactly."""
-    return "ieee" if dtype == torch.float32 else "tf32"
+    return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def extend_sealed(
@@ -38,10 +73,10 @@ def extend_sealed(
     kv_heads, dim = layout.num_kv_heads, layout.head_dim
     group = q.shape[1] // kv_heads
     part = _unwritten_part(q)
-    block_m, block_n, num_warps = 64, 64, 4
+    tile = sealed_tile(layout, q.dtype, q.device)
     launch(
         sealed_kernel,
-        (_blocks(q, q_indptr, group, block_m), kv_heads),
+        (_blocks(q, q_indptr, group, tile.rows), kv_heads),
         q=q,
         q_stride=q.stride(0),
         q_indptr=q_indptr,
@@ -67,9 +102,9 @@ def extend_sealed(
         PRECISION=precision(q.dtype),
         FRAME_BYTES=layout.frame_bytes,
         PAGES=GROUP_PAGES,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.tokens,
+        num_warps=tile.num_warps,
     )
     return part
 
@@ -89,10 +124,10 @@ def extend_open(
     kv_heads, dim = k_raw.shape[2:]
     group = q.shape[1] // kv_heads
     part = _unwritten_part(q)
-    block_m, block_n, num_warps = 64, 64, 4
+    tile = open_tile(dim, q.dtype)
     launch(
         open_kernel,
-        (_blocks(q, q_indptr, group, block_m), kv_heads),
+        (_blocks(q, q_indptr, group, tile.rows), kv_heads),
         q=q,
         q_stride=q.stride(0),
         q_indptr=q_indptr,
@@ -114,9 +149,9 @@ def extend_open(
         COMPUTE=tl.float16 if q.dtype == torch.float16 else tl.float32,
         PRECISION=precision(q.dtype),
         PAGE_TOKENS=PAGE_TOKENS,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        num_warps=num_warps,
+        BLOCK_M=tile.rows,
+        BLOCK_N=tile.tokens,
+        num_warps=tile.num_warps,
     )
     return part
 

@@ -126,8 +126,9 @@ def test_stores_stay_alike(policy: str) -> None:
                 store.begin_step(decodes=True)
                 store.open(pages)
                 fill(store, rank, pages, generators[rank])
+                # Pages of two sequences at each position.
                 context = torch.full((number,), number * PAGE_TOKENS + 70)
-                store.touch(pages, torch.arange(number), context, window=64)
+                store.touch(pages, torch.arange(number) // 2, context, window=64)
 
             ranks.run(work)
 

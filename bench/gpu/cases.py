@@ -12,7 +12,7 @@ from sglang_diffxkv.kernels.arena import return_frames, take_frames
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
-from sglang_diffxkv.kernels.extend import triton as extend
+from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
 from sglang_diffxkv.kernels.pack import Payload, copy_rows, pack, unpack
@@ -112,34 +112,31 @@ def _decode(s: Setting) -> None:
     sequences = SequencePages(pages, ints(BATCH), ints(BATCH), ints(PAGES), ints(BATCH))
     plan = plan_decode(sequences, heads, s.layout)
     # Layers after the first have plans at other addresses, which may be less aligned.
-    for layer in range(layers if s.model is LLAMA_8B else 1):
+    for layer in range(layers if s is SETTINGS[0] else 1):
         mine = plan.layer(layer)
         q, raw, frames = s.queries(BATCH), s.raw_pages(), s.tables()[0]
         attend(q, q, s.arena(), frames, heads[layer], raw, raw, mine, s.layout, s.sm_scale)
 
 
-def _decode_sealed(s: Setting) -> None:
-    pages = ints(BATCH + 1), ints(PAGES)
-    decode_sealed(s.queries(BATCH), s.arena(), *s.tables(), *pages, s.layout, s.sm_scale)
-
-
-def _decode_open(s: Setting) -> None:
-    raw, pages = s.raw_pages(), (ints(BATCH + 1), ints(OPEN_PAGES), ints(BATCH))
-    decode_open(s.queries(BATCH), raw, raw, *pages, s.sm_scale)
+def _decode_parts(s: Setting) -> None:
+    """The parts alone, which the same kernels compute; one setting stands for all."""
+    if s is not SETTINGS[0]:
+        return
+    q, indptr, raw = s.queries(BATCH), ints(BATCH + 1), s.raw_pages()
+    decode_sealed(q, s.arena(), *s.tables(), indptr, ints(PAGES), s.layout, s.sm_scale)
+    decode_open(q, raw, raw, indptr, ints(OPEN_PAGES), ints(BATCH), s.sm_scale)
 
 
 def _extend_sealed(s: Setting) -> None:
     q, q_indptr, indptr = s.queries(QUERIES), ints(BATCH + 1), ints(BATCH + 1)
-    extend.extend_sealed(
-        q, q_indptr, s.arena(), *s.tables(), indptr, ints(PAGES), s.layout, s.sm_scale
-    )
+    extend_sealed(q, q_indptr, s.arena(), *s.tables(), indptr, ints(PAGES), s.layout, s.sm_scale)
 
 
 def _extend_open(s: Setting) -> None:
     q, q_indptr, q_position = s.queries(QUERIES), ints(BATCH + 1), ints(BATCH)
     pages = ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES)
     raw = s.raw_pages()
-    extend.extend_open(q, q_indptr, q_position, raw, raw, *pages, s.sm_scale)
+    extend_open(q, q_indptr, q_position, raw, raw, *pages, s.sm_scale)
 
 
 def _pack(s: Setting) -> None:
@@ -169,8 +166,7 @@ def _return_frames(s: Setting) -> None:
 
 OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "decode": _decode,
-    "decode_sealed": _decode_sealed,
-    "decode_open": _decode_open,
+    "decode_parts": _decode_parts,
     "extend_sealed": _extend_sealed,
     "extend_open": _extend_open,
     "pack": _pack,

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
+from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.score import cpu, torch_ops
 
-__all__ = ["score_open"]
+__all__ = ["score_decode", "score_open"]
 
 
 def score_open(
@@ -28,6 +31,7 @@ def score_open(
     A token's score for a KV head is the maximum over the GQA group of the sum, over its sequence's
     sampled queries at later positions, of exp(q.k * sm_scale) / 2 ** lse (DiffKV, 2412.03131). Its
     own query does not count. Tokens not yet written lie after every query and stay untouched.
+    Where sequences share a page, a GPU adds their scores in any order.
 
     Args:
         q: [S, Hq, D], the sampled queries of all sequences, fp32, bf16 or fp16.
@@ -52,6 +56,40 @@ def score_open(
         raise ValueError(f"strides of raw pages {k_raw.stride()} or of accum {accum.stride()}")
     if accum.shape != (slots_count, kv_heads, PAGE_TOKENS) or not lse.is_contiguous():
         raise ValueError(f"accum {tuple(accum.shape)}, lse strides {lse.stride()}")
-    compiled = cpu.kernel() if q.device.type == "cpu" else None
-    run = compiled.score_open if compiled else torch_ops.score_open
-    run(q, lse, q_indptr, q_position, k_raw, indptr, slots, page_position, accum, sm_scale)
+    _implementation(q)(
+        q, lse, q_indptr, q_position, k_raw, indptr, slots, page_position, accum, sm_scale
+    )
+
+
+def _implementation(q: torch.Tensor) -> Callable[..., None]:
+    if on_gpu(q):
+        from sglang_diffxkv.kernels.score import triton  # CPU machines may lack it
+
+        return triton.score_open
+    compiled = cpu.kernel()
+    return compiled.score_open if compiled else torch_ops.score_open
+
+
+def score_decode(
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_raw: torch.Tensor,
+    table: torch.Tensor,
+    raw_slot: torch.Tensor,
+    accum: torch.Tensor,
+    sm_scale: float,
+) -> None:
+    """`score_open` for one query per sequence, its last token, without lists of open pages.
+
+    For CUDA graphs: what is launched depends on the shapes alone. On GPUs only.
+
+    Args:
+        q, lse, k_raw, accum, sm_scale: as for `score_open`, with one query per sequence [B, Hq, D].
+        seq_lens: int32 or int64 [B], tokens of each sequence, its query's included.
+        table: int32 [B, P], the page at each index of a sequence; read up to its length only.
+        raw_slot: int32 [V], raw page of each open page, negative for all others.
+    """
+    from sglang_diffxkv.kernels.score import triton  # CPU machines may lack it
+
+    triton.score_decode(q, lse, seq_lens, k_raw, table, raw_slot, accum, sm_scale)

@@ -37,3 +37,32 @@ def score_open(
                     scores = q[later, heads].double() @ k_raw[slot, t, h].double() * sm_scale
                     received = torch.exp(scores - weights_lse[later, heads]).sum(0)
                     accum[slot, h, t] += received.max().to(accum.dtype)
+
+
+def score_decode(
+    q: torch.Tensor,
+    lse: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_raw: torch.Tensor,
+    table: torch.Tensor,
+    raw_slot: torch.Tensor,
+    accum: torch.Tensor,
+    sm_scale: float,
+) -> None:
+    """See :func:`sglang_diffxkv.kernels.score.score_decode`."""
+    for b, length in enumerate(seq_lens.tolist()):
+        pages = range(-(-length // PAGE_TOKENS))
+        slots = [int(raw_slot[table[b, page]]) for page in pages]
+        is_open = [slot >= 0 for slot in slots]
+        score_open(
+            q[b : b + 1],
+            lse[b : b + 1],
+            torch.tensor([0, 1]),
+            torch.tensor([length - 1]),
+            k_raw,
+            torch.tensor([0, sum(is_open)]),
+            torch.tensor([slot for slot in slots if slot >= 0]),
+            torch.tensor([page for page, open_ in zip(pages, is_open, strict=True) if open_]),
+            accum,
+            sm_scale,
+        )

@@ -13,16 +13,20 @@ import torch
 from sglang_diffxkv.kernels import score
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.score import cpu, naive
+from sglang_diffxkv.kernels.score import cpu, naive, triton
 from tests.kernels.builders import error_norm
+from tests.kernels.device import DEVICE
 
 KV_HEADS = 2
 
 
-@pytest.fixture(params=["naive", "none", *available_isas()])
+TOLERANCE = {"triton": 1e-3}
+
+
+@pytest.fixture(params=["naive", "none", *available_isas(), "triton"])
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of the implementation under test, selected for the public function."""
-    if request.param != "naive":
+    if request.param not in ("naive", "triton"):
         monkeypatch.setenv(ISA_VARIABLE, request.param)
         assert (cpu.kernel() is None) == (request.param == "none")
     return request.param
@@ -68,7 +72,9 @@ def random_sequences(
         received = torch.where(token < at, torch.exp(scores - lse), 0).sum(0)
         received = received.view(KV_HEADS, group, -1).amax(1)
         expected.index_add_(
-            0, torch.tensor(slots), received.view(KV_HEADS, -1, PAGE_TOKENS).transpose(0, 1)
+            0,
+            torch.tensor(slots, dtype=torch.int64),
+            received.view(KV_HEADS, -1, PAGE_TOKENS).transpose(0, 1),
         )
         q_all.append(q)
         lse_all.append(lse.squeeze(-1).float() * math.log2(math.e))
@@ -87,14 +93,66 @@ def random_sequences(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("group", "dim"), [(1, 64), (4, 128), (5, 80), (3, 48)])
 def test_scores(name: str, dtype: torch.dtype, group: int, dim: int) -> None:
-    sequences = mixed_sequences(group, dim, dtype)
+    check_scores(name, mixed_sequences(group, dim, dtype), dim)
+
+
+@pytest.mark.parametrize(("group", "dim"), [(7, 96), (8, 256)])
+def test_scores_of_other_dimensions(group: int, dim: int) -> None:
+    """Queries that come in several blocks, and sequences without pages between others."""
+    queries = [[], list(range(1, 90, 2)), [], [69]]
+    sequences = random_sequences([0, 90, 0, 70], queries, group, dim, torch.bfloat16)
+    check_scores("triton", sequences, dim)
+
+
+def check_scores(name: str, sequences: Sequences, dim: int) -> None:
+    device = DEVICE if name == "triton" else torch.device("cpu")
     before = torch.rand(sequences.expected.shape, generator=torch.Generator().manual_seed(0))
-    accum = before.clone()
-    run = naive.score_open if name == "naive" else score.score_open
-    run(*sequences.args, accum, dim**-0.5)
-    assert error_norm(accum - before, sequences.expected) <= 1e-5
+    accum = before.to(device, copy=True)
+    run = {"naive": naive.score_open, "triton": triton.score_open}.get(name, score.score_open)
+    run(*(x.to(device) for x in sequences.args), accum, dim**-0.5)
+    accum = accum.cpu()
+    assert error_norm(accum - before, sequences.expected) <= TOLERANCE.get(name, 1e-5)
     unseen = sequences.expected == 0
     assert torch.equal(accum[unseen], before[unseen])
+
+
+@pytest.mark.parametrize(
+    ("group", "dim", "dtype"),
+    [(1, 64, torch.float32), (4, 128, torch.bfloat16), (5, 80, torch.float16)],
+)
+def test_decode_scores(
+    group: int, dim: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Open pages anywhere among sealed ones, one of them shared; nothing else is read."""
+    monkeypatch.setattr(triton, "DECODE_PAGES", 4)
+    gen = torch.Generator().manual_seed(dim)
+    lens = torch.tensor([1, 64 * 6 + 17, 65, 64 * 2])
+    open_at = [[0], [0, 2, 5, 6], [1], [0, 1]]
+    k_raw = torch.full((12, PAGE_TOKENS, KV_HEADS, dim), math.nan).to(dtype)
+    raw_slot = torch.full((40,), -1, dtype=torch.int32)
+    table = torch.full((4, 7), 10**9, dtype=torch.int32)
+    pages = iter((torch.randperm(39, generator=gen) + 1).int())
+    slots = iter(torch.randperm(12, generator=gen).int())
+    for b, length in enumerate(lens.tolist()):
+        for index in range(-(-length // PAGE_TOKENS)):
+            table[b, index] = page = next(pages)
+            if index in open_at[b]:
+                raw_slot[page] = slot = next(slots)
+                written = min(PAGE_TOKENS, length - index * PAGE_TOKENS)
+                fill = torch.randn(written, KV_HEADS, dim, generator=gen)
+                k_raw[slot, :written] = fill.to(dtype)
+    table[3, 0] = table[1, 0]
+    q = torch.randn(4, KV_HEADS * group, dim, generator=gen).to(dtype)
+    lse = 8 + torch.rand(4, KV_HEADS * group, generator=gen)
+    before = torch.rand(12, KV_HEADS, PAGE_TOKENS, generator=gen)
+    args = (q, lse, lens, k_raw, table, raw_slot)
+    expected = before.double()
+    naive.score_decode(*args, expected, dim**-0.5)
+    accum = before.to(DEVICE, copy=True)
+    score.score_decode(*(x.to(DEVICE) for x in args), accum, dim**-0.5)
+    assert error_norm(accum.cpu() - before, expected - before.double()) <= 1e-3
+    unseen = expected == before
+    assert unseen.any() and torch.equal(accum.cpu()[unseen], before[unseen])
 
 
 def test_deterministic_with_shared_slots(monkeypatch: pytest.MonkeyPatch) -> None:

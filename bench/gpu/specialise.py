@@ -81,6 +81,8 @@ def specialise(launch: Launch, target: GPUTarget) -> Specialisation:
         "debug": kernel.debug or knobs.runtime.debug,
         "instrumentation_mode": knobs.compilation.instrumentation_mode,
     }
+    if launch.maxnreg is not None:
+        keywords["maxnreg"] = launch.maxnreg
     bound, specialization, options = bind(**keywords)
     packed = kernel._pack_args(backend, keywords, bound, specialization, options)
     options, signature, constants, attributes = packed
@@ -97,7 +99,7 @@ def distinct(launches: Iterable[tuple[str, Launch]], target: GPUTarget) -> Itera
     found: dict[str, Configuration] = {}
     for case, launch in launches:
         made = specialise(launch, target)
-        key = f"{made.source.hash()} {launch.num_warps} {launch.num_stages}"
+        key = f"{made.source.hash()} {launch.num_warps} {launch.num_stages} {launch.maxnreg}"
         cases = found.setdefault(key, Configuration(launch, [])).cases
         if case not in cases:
             cases.append(case)

@@ -11,10 +11,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_diffxkv.kernels.decode.tiles import (
+    WEIGHT_UNIT,
+    attend_rows,
+    empty_state,
+    load_query,
+    softmax_step,
+    store_part,
+)
 from sglang_diffxkv.kernels.gpu.payload import (
     CODE_UNIT,
     arena_offset,
-    element,
     load_meta,
     load_words,
     row_bytes,
@@ -27,9 +34,6 @@ OPEN: tl.constexpr = tl.constexpr(0)
 HIGH: tl.constexpr = tl.constexpr(1)
 LOW: tl.constexpr = tl.constexpr(2)
 """Kinds of tokens: of open pages, and of sealed ones by tier."""
-
-WEIGHT_UNIT: tl.constexpr = tl.constexpr(2.0**8)
-"""Weights times value scales are this much larger in fp16, to stay clear of its subnormals."""
 
 
 @triton.jit
@@ -79,6 +83,7 @@ def attend_item(
         score_scale: sm_scale * log2(e).
         KEY_HIGH ... VALUE_LOW: bits per element of the two tiers, 0 for raw.
         GROUP_BLOCK, DIM_BLOCK: powers of two that the group and D are padded to.
+        BLOCK_N: tokens of a tile; half as many where they are raw.
         PAGES: pages that are addressed at a time.
         IN_FP32: whether raw tokens are multiplied in fp32, not in their own 16 bits.
     """
@@ -95,30 +100,29 @@ def attend_item(
     q_row = (sequence * KV_HEADS + head) * GROUP * DIM
     out += item * GROUP * DIM
     lse += item * GROUP
-    if HAS_OPEN:
-        if kind == OPEN:
-            last_page = tl.load(num_pages + sequence) - 1
-            last = tl.load(last_len + sequence)
-            _attend_open(
-                q + q_row, keys + head * DIM, values + head * DIM, pages, raw_slot, page_at,
-                page_end, last_page, last, raw_stride, out, lse, score_scale, KV_HEADS * DIM, GROUP,
-                GROUP_BLOCK, DIM, DIM_BLOCK, BLOCK_N, PAGES, IN_FP32,
-            )  # fmt: skip
+    if HAS_OPEN and kind == OPEN:
+        last_page = tl.load(num_pages + sequence) - 1
+        last = tl.load(last_len + sequence)
+        _attend_open(
+            q + q_row, keys + head * DIM, values + head * DIM, pages, raw_slot, page_at, page_end,
+            last_page, last, raw_stride, out, lse, score_scale, KV_HEADS * DIM, GROUP, GROUP_BLOCK,
+            DIM, DIM_BLOCK, BLOCK_N // 2, PAGES, IN_FP32,
+        )  # fmt: skip
     if HAS_SEALED:
         heads += head * 2
         if kind == HIGH:
             _attend_tier(
                 q_sealed + q_row, arena, frames, heads, keys.dtype, pages, raw_slot, page_at,
-                page_end, frames_stride, heads_stride, byte_mask, out, lse, score_scale, GROUP, GROUP_BLOCK,
-                DIM, DIM_BLOCK, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, FRAME_BYTES, BLOCK_N,
-                PAGES, IN_FP32, HAS_OPEN, True,
+                page_end, frames_stride, heads_stride, byte_mask, out, lse, score_scale, GROUP,
+                GROUP_BLOCK, DIM, DIM_BLOCK, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, FRAME_BYTES,
+                BLOCK_N, PAGES, IN_FP32, HAS_OPEN, True,
             )  # fmt: skip
         if kind == LOW:
             _attend_tier(
                 q_sealed + q_row, arena, frames, heads, keys.dtype, pages, raw_slot, page_at,
-                page_end, frames_stride, heads_stride, byte_mask, out, lse, score_scale, GROUP, GROUP_BLOCK,
-                DIM, DIM_BLOCK, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, FRAME_BYTES, BLOCK_N,
-                PAGES, IN_FP32, HAS_OPEN, False,
+                page_end, frames_stride, heads_stride, byte_mask, out, lse, score_scale, GROUP,
+                GROUP_BLOCK, DIM, DIM_BLOCK, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, FRAME_BYTES,
+                BLOCK_N, PAGES, IN_FP32, HAS_OPEN, False,
             )  # fmt: skip
 
 
@@ -164,15 +168,17 @@ def _attend_tier(
     VALUE_BITS: tl.constexpr = VALUE_HIGH if IS_HIGH else VALUE_LOW
     KEY_BYTES: tl.constexpr = row_bytes(DIM, KEY_BITS, ITEM)
     VALUE_BYTES: tl.constexpr = row_bytes(DIM, VALUE_BITS, ITEM)
+    # Rows in 16 bits take twice the registers.
+    TILE: tl.constexpr = BLOCK_N if KEY_BITS else BLOCK_N // 2
     if KEY_BITS:
-        query = _load_query(q, KEY_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16)
+        query = load_query(q, KEY_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16)
         # Of the queries as rounded to fp16, or large zeros would not cancel.
         q_sum = tl.sum(
-            _load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16).to(tl.float32), 0
+            load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16).to(tl.float32), 0
         )
     else:
-        query = _load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
-    top, total, zeros, acc = _empty_state(BLOCK_N, GROUP_BLOCK, DIM_BLOCK)
+        query = load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
+    top, total, zeros, acc = empty_state(GROUP_BLOCK, DIM_BLOCK)
     for at in range(page_at, page_end, PAGES):
         place = at + tl.arange(0, PAGES)
         valid = place < page_end
@@ -202,8 +208,8 @@ def _attend_tier(
         meta_start = base + (starts[4] if IS_HIGH else starts[5]) - skipped * 8
         table = page * frames_stride
         n = tl.sum(counts, 0)
-        for first in range(0, n, BLOCK_N):
-            rank = first + tl.arange(0, BLOCK_N)
+        for first in range(0, n, TILE):
+            rank = first + tl.arange(0, TILE)
             mask = rank < n
             group = page_of_rank(ends, rank, PAGES)
             entry = frames + tl.gather(table, group, 0)
@@ -221,18 +227,18 @@ def _attend_tier(
                 scores = dots * (key_scale * (score_scale * CODE_UNIT))[:, None]
                 scores += (key_zero * score_scale)[:, None] * q_sum[None, :]
                 scores = tl.where(mask[:, None], scores, -float("inf"))
-                weights, top, total, zeros, acc = _softmax_step(top, total, zeros, acc, scores)
-                zeros += weights * value_zero[:, None]
+                weights, top, total, zeros, acc = softmax_step(top, total, zeros, acc, scores)
+                zeros += tl.sum(weights * value_zero[:, None], 0)
                 weights = (weights * (value_scale * WEIGHT_UNIT)[:, None]).to(tl.float16)
                 codes = tl.trans(unpack_words(value, byte_mask, VALUE_BITS, DIM_BLOCK))
                 acc = tl.dot(codes, weights, acc)
             else:
                 key_rows, value_rows = (arena + key_at).to(RAW), (arena + value_at).to(RAW)
-                top, total, zeros, acc = _attend_rows(
+                top, total, zeros, acc = attend_rows(
                     top, total, zeros, acc, query, key_rows, value_rows, mask, score_scale, DIM,
                     DIM_BLOCK, IN_FP32,
                 )  # fmt: skip
-    _store_part(top, total, zeros, acc, out, lse, VALUE_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
+    store_part(top, total, zeros, acc, out, lse, VALUE_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
 
 
 @triton.jit
@@ -264,8 +270,8 @@ def _attend_open(
     Args:
         TOKEN: elements between two tokens of a raw page.
     """
-    query = _load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
-    top, total, zeros, acc = _empty_state(BLOCK_N, GROUP_BLOCK, DIM_BLOCK)
+    query = load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
+    top, total, zeros, acc = empty_state(GROUP_BLOCK, DIM_BLOCK)
     for at in range(page_at, page_end, PAGES):
         place = at + tl.arange(0, PAGES)
         valid = place < page_end
@@ -280,121 +286,8 @@ def _attend_open(
             token = rank - tl.gather(ends - counts, group, 0)
             row = tl.gather(slot, group, 0).to(tl.int64) * raw_stride + token * TOKEN
             row = tl.multiple_of(row, DIM & -DIM)
-            top, total, zeros, acc = _attend_rows(
+            top, total, zeros, acc = attend_rows(
                 top, total, zeros, acc, query, keys + row, values + row, rank < n, score_scale, DIM,
                 DIM_BLOCK, IN_FP32,
             )  # fmt: skip
-    _store_part(top, total, zeros, acc, out, lse, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
-
-
-@triton.jit
-def _attend_rows(
-    top,
-    total,
-    zeros,
-    acc,
-    query,
-    keys,
-    values,
-    mask,
-    score_scale,
-    DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-    IN_FP32: tl.constexpr,
-):
-    """A tile of raw tokens, given by pointers to their rows."""
-    column = tl.arange(0, DIM_BLOCK)
-    inside = mask[:, None]
-    if DIM != DIM_BLOCK:
-        inside = inside & (column < DIM)[None, :]
-    key = tl.load(keys[:, None] + column[None, :], mask=inside, other=0)
-    value = tl.trans(tl.load(values[:, None] + column[None, :], mask=inside, other=0))
-    if IN_FP32:
-        scores = tl.dot(key.to(tl.float32), query, input_precision="ieee")
-    else:
-        scores = tl.dot(key, query.to(key.dtype))
-    scores = tl.where(mask[:, None], scores * score_scale, -float("inf"))
-    weights, top, total, zeros, acc = _softmax_step(top, total, zeros, acc, scores)
-    if IN_FP32:
-        acc = tl.dot(value.to(tl.float32), weights, acc, input_precision="ieee")
-    else:
-        # Weights of 8 bits would be the largest error by far: the rest of each is a second product.
-        rounded = weights.to(key.dtype)
-        acc = tl.dot(value, rounded, acc)
-        acc = tl.dot(value, (weights - rounded.to(tl.float32)).to(key.dtype), acc)
-    return top, total, zeros, acc
-
-
-@triton.jit
-def _load_query(
-    q,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-):
-    """The group's queries, transposed, in the order of `unpack_words`: fp32 [DIM_BLOCK, GROUP_BLOCK].
-
-    Args:
-        BITS: of the codes that they meet; 0: raw rows, whose order is their own.
-    """
-    row, column = tl.arange(0, DIM_BLOCK), tl.arange(0, GROUP_BLOCK)
-    at, weight, inside = row, 1.0, row < DIM
-    if BITS:
-        at, weight, inside = element(row, BITS, DIM)
-        weight = weight[:, None]
-    mask = inside[:, None] & (column < GROUP)[None, :]
-    return (
-        tl.load(q + column[None, :] * DIM + at[:, None], mask=mask, other=0).to(tl.float32) * weight
-    )
-
-
-@triton.jit
-def _empty_state(BLOCK_N: tl.constexpr, GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Running maximum, sums of weights and of weighted zeros, and sum of weighted values.
-
-    The first two sums are kept by place in the tile: adding up the tile is for the end.
-    """
-    nothing = tl.zeros([BLOCK_N, GROUP_BLOCK], tl.float32)
-    acc = tl.zeros([DIM_BLOCK, GROUP_BLOCK], tl.float32)
-    return tl.full([GROUP_BLOCK], -float("inf"), tl.float32), nothing, nothing, acc
-
-
-@triton.jit
-def _softmax_step(top, total, zeros, acc, scores):
-    """Weights of a tile's scores [BLOCK_N, GROUP_BLOCK], and the state at its new maximum."""
-    new_top = tl.maximum(top, tl.max(scores, 0))
-    weights = tl.exp2(scores - new_top[None, :])
-    fade = tl.exp2(top - new_top)
-    fade = fade[None, :]
-    return weights, new_top, total * fade + weights, zeros * fade, acc * fade
-
-
-@triton.jit
-def _store_part(
-    top,
-    total,
-    zeros,
-    acc,
-    out,
-    lse,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-):
-    """Normalise, and write fp32 out [GROUP, DIM] and lse [GROUP]; -inf where there was no token."""
-    total, zeros = tl.sum(total, 0), tl.sum(zeros, 0)
-    some = total > 0
-    total = tl.where(some, total, 1.0)
-    row, column = tl.arange(0, DIM_BLOCK), tl.arange(0, GROUP_BLOCK)
-    at, inside = row, row < DIM
-    if BITS:
-        at, weight, inside = element(row, BITS, DIM)
-        acc *= (weight * (CODE_UNIT / WEIGHT_UNIT))[:, None]
-    mask = inside[:, None] & (column < GROUP)[None, :]
-    result = (acc + zeros[None, :]) / total[None, :]
-    tl.store(out + column[None, :] * DIM + at[:, None], result, mask=mask)
-    tl.store(lse + column, tl.where(some, top + tl.log2(total), -float("inf")), mask=column < GROUP)
+    store_part(top, total, zeros, acc, out, lse, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)

@@ -19,6 +19,7 @@ LOG2_E = math.log2(math.e)
 BYTE_MASK = 0x00FF00FF
 _TOKENS = 64
 _PAGES = 32
+_REGISTERS = 168
 
 
 def attend(
@@ -50,12 +51,12 @@ def attend(
     kv_heads = layout.num_kv_heads
     group = q_heads // kv_heads
     items = len(plan.items)
-    blocks = dict(
-        GROUP=group,
-        GROUP_BLOCK=max(8, triton.next_power_of_2(group)),
-        DIM=dim,
-        DIM_BLOCK=triton.next_power_of_2(dim),
-    )
+    blocks = {
+        "GROUP": group,
+        "GROUP_BLOCK": max(8, triton.next_power_of_2(group)),
+        "DIM": dim,
+        "DIM_BLOCK": triton.next_power_of_2(dim),
+    }
     parts = q.new_empty(items, group, dim, dtype=torch.float32)
     part_lse = q.new_empty(items, group, dtype=torch.float32)
     sequences = plan.sequences
@@ -91,12 +92,13 @@ def attend(
         KEY_LOW=low.key_bits,
         VALUE_LOW=low.value_bits,
         FRAME_BYTES=layout.frame_bytes,
-        BLOCK_N=_TOKENS,
+        BLOCK_N=_tile_tokens(blocks, k_raw.itemsize),
         PAGES=_PAGES,
         IN_FP32=not in_16_bits,
         HAS_OPEN=sequences.raw_slot is not None,
         HAS_SEALED=has_sealed,
         num_warps=2,
+        maxnreg=_REGISTERS,
         **blocks,
     )
     part = AttentionPart(
@@ -116,6 +118,12 @@ def attend(
         **blocks,
     )
     return part
+
+
+def _tile_tokens(blocks: dict[str, int], itemsize: int) -> int:
+    """Tokens of a tile: what leaves the registers of `_REGISTERS` unspilled."""
+    small = blocks["DIM_BLOCK"] <= 128 and blocks["GROUP_BLOCK"] <= 8 and itemsize == 2
+    return _TOKENS if small else _TOKENS // 2
 
 
 def decode_sealed(
@@ -159,6 +167,5 @@ def decode_open(
     heads = every_slot.new_zeros(1, slot_count, kv_heads, 2)
     plan = plan_decode(sequences, heads, layout).layer(0)
     arena = q.new_empty(1, layout.frame_bytes, dtype=torch.uint8)
-    return attend(
-        q, q, arena, heads[0, :, 0], heads[0], k_raw, v_raw, plan, layout, sm_scale, has_sealed=False
-    )  # fmt: skip
+    sealed = (arena, heads[0, :, 0], heads[0])
+    return attend(q, q, *sealed, k_raw, v_raw, plan, layout, sm_scale, has_sealed=False)

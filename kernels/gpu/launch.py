@@ -24,6 +24,7 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
 _recording: ContextVar[list[Launch] | None] = ContextVar("recording", default=None)
@@ -48,21 +49,29 @@ def is_interpreted() -> bool:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *, num_warps: int, num_stages: int = 1, **arguments: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *,
+    num_warps: int,
+    num_stages: int = 1,
+    maxnreg: int | None = None,
+    **arguments: Any,
 ) -> None:
     """Run ``kernel`` on the current stream, or record it.
 
     Args:
         kernel: a `triton.jit` function.
         grid: one to three dimensions; nothing is launched where one of them is 0.
+        maxnreg: most registers per thread; unset, the assembler may rather spill than use more.
         arguments: all of the kernel's arguments, constants included, by name.
     """
     if 0 in grid:
         return
     launches = _recording.get()
     if launches is not None:
-        launches.append(Launch(kernel, grid, arguments, num_warps, num_stages))
+        launches.append(Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg))
         return
     if any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments.values()):
         raise RuntimeError("a kernel on meta tensors can only be recorded: use `recorded()`")
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    options = {} if maxnreg is None else {"maxnreg": maxnreg}
+    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **options)

@@ -41,7 +41,7 @@ def section_starts(
         KEY_HIGH ... META_LOW: bytes of a row of each section; 0 for the meta of raw tiers.
 
     Returns:
-        Starts of the sections: key high, value high, key low, value low, meta high, meta low, notes.
+        Starts of the sections: key and value high, key and value low, meta high, meta low, notes.
     """
     value_high = align_up(n_high * KEY_HIGH, VALUE_HIGH)
     key_low = align_up(value_high + n_high * VALUE_HIGH, KEY_LOW)
@@ -158,7 +158,7 @@ def unpack_words(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
 
 @triton.jit
 def element(column, BITS: tl.constexpr, DIM: tl.constexpr):
-    """Which element of a row each column of `unpack_words` is, its plane's weight, and if it is one.
+    """Which element of a row each column of `unpack_words` is, and its plane's weight.
 
     Args:
         column: int32, columns of `unpack_words`.

@@ -29,7 +29,7 @@ from tests.kernels.device import DEVICE
 IMPLEMENTATIONS = ["naive", "none", *available_isas(), "triton"]
 """naive.py, the torch fallback (instruction set "none"), each compiled variant, and the GPU's."""
 
-# Integer products, and the GPU's, round queries and weights to 16 bits; all else is fp32 throughout.
+# Integer products and the GPU's round queries and weights to 16 bits; all else is fp32 throughout.
 TOLERANCE = {"avx512": 3e-4, "triton": 1e-3}
 SHARES = (0.25, 0.5, 0.25)
 LENGTHS = [3, 0, 14, 1]

@@ -22,7 +22,8 @@ class Built(NamedTuple):
     """One configuration for one architecture.
 
     Attributes:
-        kernel, cases: the kernel's name, and the cases that use it so.
+        kernel: folder and name, such as "extend.open_kernel".
+        cases: those that use it so.
         signature: Triton's type by name.
         constants: value by name, as text where it is no number.
         shared: bytes of shared memory per block.
@@ -60,7 +61,7 @@ def build(configuration: Configuration, arch: str) -> Built:
     launch, limits = configuration.launch, ARCHITECTURES[arch]
     made = specialise(launch, target_of(arch))
     result = Built(
-        kernel=launch.kernel.__name__,
+        kernel=f"{launch.kernel.module.split('.')[-2]}.{launch.kernel.__name__}",
         cases=configuration.cases,
         arch=arch,
         signature=made.signature,

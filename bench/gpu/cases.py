@@ -16,6 +16,7 @@ from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
 from sglang_diffxkv.kernels.pack import Payload, copy_rows, pack, unpack
+from sglang_diffxkv.kernels.score import score_decode, score_open
 
 BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
 """Sequences; sealed pages listed and in the tables; raw pages; new tokens; frames of the arena."""
@@ -68,6 +69,9 @@ class Setting(NamedTuple):
     def raw_pages(self) -> torch.Tensor:
         return self.of_model(OPEN_PAGES, PAGE_TOKENS, self.model.kv_heads, self.model.head_dim)
 
+    def accumulated(self) -> torch.Tensor:
+        return floats(OPEN_PAGES, self.model.kv_heads, PAGE_TOKENS)
+
     def arena(self) -> torch.Tensor:
         return torch.empty(FRAMES, self.layout.frame_bytes, dtype=torch.uint8, device="meta")
 
@@ -82,6 +86,10 @@ def ints(*shape: int) -> torch.Tensor:
 
 def bytes_(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+
+def floats(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="meta")
 
 
 def setting(
@@ -139,6 +147,20 @@ def _extend_open(s: Setting) -> None:
     extend_open(q, q_indptr, q_position, raw, raw, *pages, s.sm_scale)
 
 
+def _score_open(s: Setting) -> None:
+    q, lse = s.queries(QUERIES), floats(QUERIES, s.model.heads)
+    pages = ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES)
+    where = ints(BATCH + 1), ints(QUERIES)
+    score_open(q, lse, *where, s.raw_pages(), *pages, s.accumulated(), s.sm_scale)
+
+
+def _score_decode(s: Setting) -> None:
+    q, lse = s.queries(BATCH), floats(BATCH, s.model.heads)
+    table, raw_slot = ints(BATCH, PAGES // BATCH), ints(PAGES)
+    lengths = ints(BATCH)
+    score_decode(q, lse, lengths, s.raw_pages(), table, raw_slot, s.accumulated(), s.sm_scale)
+
+
 def _pack(s: Setting) -> None:
     frames, heads = s.tables()
     grades = bytes_(PAGES, s.model.kv_heads, PAGE_TOKENS)
@@ -169,6 +191,8 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "decode_parts": _decode_parts,
     "extend_sealed": _extend_sealed,
     "extend_open": _extend_open,
+    "score_open": _score_open,
+    "score_decode": _score_decode,
     "pack": _pack,
     "unpack": _unpack,
     "copy_rows": _copy_rows,

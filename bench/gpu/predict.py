@@ -57,10 +57,11 @@ class Prediction(NamedTuple):
 
 
 def predict(tile: Tile, loop: Loop, num_warps: int) -> Prediction:
-    """Floors of ``loop``, one iteration of which does ``tile`` with all warps of a block."""
-    issued = loop.instructions * num_warps
+    """Floors of ``loop``, whose iterations do ``tile`` with all warps of a block."""
+    warps = num_warps * tile.iterations
+    issued = loop.instructions * warps
     synchronous = "HGMMA" not in loop.mix
-    flops = loop.tensor_flops * num_warps / (SYNCHRONOUS_SHARE if synchronous else 1)
+    flops = loop.tensor_flops * warps / (SYNCHRONOUS_SHARE if synchronous else 1)
 
     def floors(clock: float) -> dict[str, float]:
         """Picoseconds per head-token."""
@@ -74,7 +75,7 @@ def predict(tile: Tile, loop: Loop, num_warps: int) -> Prediction:
     low, high = (floors(clock) for clock in CLOCKS)
     return Prediction(
         per_element=issued * 32 / tile.elements,
-        loads=loop.load_bytes * num_warps / tile.bytes,
+        loads=loop.load_bytes * warps / tile.bytes,
         **low,
         limit=max(low, key=lambda name: low[name]),
         share=(low["bytes"] / max(low.values()), high["bytes"] / max(high.values())),
@@ -93,12 +94,12 @@ that is left then, at both clocks. No latency, no barrier and no cache is in it:
 slower.
 
 "Per element" counts thread instructions of the main loop, of all its branches, per key or value
-element. A tile of extend meets a block of query rows. "Loads" is what the loop asks memory for,
-over the payload: the rest is addresses, or padding of head_dim that is masked. Where a kernel has
-no loop, it is taken whole. Bytes of pack are those of an all-high page. "In flight" is the payload
-of one tile of every thread block that fits on a multiprocessor, in kB. To reach the bandwidth,
-{BANDWIDTH / MULTIPROCESSORS * LATENCY / 1e3:.0f} kB must be under way at any time, if a load takes
-{LATENCY * 1e9:.0f} ns, which is assumed.
+element. A tile of extend meets a block of query rows; one of score all sampled queries. "Loads" is
+what the loop asks memory for, over the payload: the rest is addresses, queries, or padding of
+head_dim that is masked. Where a kernel has no loop, it is taken whole. Bytes of pack are those of
+an all-high page. "In flight" is the payload of one tile of every thread block that fits on a
+multiprocessor, in kB. To reach the bandwidth, {BANDWIDTH / MULTIPROCESSORS * LATENCY / 1e3:.0f} kB
+must be under way at any time, if a load takes {LATENCY * 1e9:.0f} ns, which is assumed.
 
 """
 

@@ -11,21 +11,26 @@ from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES
 
 ITEMSIZE = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 
+SCORE_QUERIES = 64
+"""Sampled queries of a prefill chunk: the default of ``score_queries``."""
+
 
 class Tile(NamedTuple):
-    """What one iteration of a main loop handles in one thread block.
+    """What some iterations of a main loop, mostly one, do in one thread block.
 
     Attributes:
         name: which tokens.
         tokens: head-tokens.
         elements: of keys and values, together.
         bytes: of payload read or written.
+        iterations: how many.
     """
 
     name: str
     tokens: int
     elements: int
     bytes: int
+    iterations: int = 1
 
 
 def tiles_of(built: Built) -> list[Tile]:
@@ -75,10 +80,28 @@ def _pack(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     return [_tile("all high", c["TOKENS"], c["DIM"], raw + payload)]
 
 
+def _score_open(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    """A page, whose keys are read before the loop."""
+    turns = c["GROUP"] * SCORE_QUERIES // c["QUERIES"]
+    return [_score(c, signature, f"{SCORE_QUERIES} queries", turns)]
+
+
+def _score_decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    return [_score(c, signature, "1 query", 1)]
+
+
+def _score(c: dict[str, Any], signature: dict[str, str], name: str, iterations: int) -> Tile:
+    tokens, elements = c["PAGE_TOKENS"], c["PAGE_TOKENS"] * c["DIM"]
+    nbytes = elements * ITEMSIZE[signature["k_raw"]] + tokens * 2 * ITEMSIZE["*fp32"]
+    return Tile(name, tokens, elements, nbytes, iterations)
+
+
 TILES: dict[str, Callable[[dict[str, Any], dict[str, str]], list[Tile]]] = {
-    "attend_item": _decode,
-    "sealed_kernel": _extend_sealed,
-    "open_kernel": _extend_open,
-    "pack_kernel": _pack,
+    "decode.attend_item": _decode,
+    "extend.sealed_kernel": _extend_sealed,
+    "extend.open_kernel": _extend_open,
+    "score.open_kernel": _score_open,
+    "score.decode_kernel": _score_decode,
+    "pack.pack_kernel": _pack,
 }
 """By the name of the kernel."""

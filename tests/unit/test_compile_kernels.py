@@ -75,7 +75,7 @@ def test_what_does_not_compile_is_a_problem(
 ) -> None:
     assert by_case["wrong"]["code"] is None and len(by_case["wrong"]["problems"]) == 1
     assert "does not compile" in compiled["tables"]
-    prefix = "wrong (wrong, 1 warps) on sm_90: ValueError: "
+    prefix = "unit.wrong (wrong, 1 warps) on sm_90: ValueError: "
     assert any(p.startswith(prefix) and "shape" in p for p in compiled["problems"])
 
 
@@ -145,6 +145,8 @@ def test_floors_on_a_gpu() -> None:
     assert found.issue == pytest.approx(750 * 2 / 64 / (4 * 132 * 1.755e-3))
     assert found.tensor == pytest.approx(2 * 2 * 128 * 8 / (0.62 * 4096 * 132 * 1.755e-3))
     assert (found.limit, found.share[1]) == ("bytes", 1.0)
+    twice = predict(tile._replace(iterations=2), loop, num_warps=2)
+    assert (twice.bytes, twice.issue, twice.loads) == (found.bytes, 2 * found.issue, 2)
     busy = predict(tile, loop._replace(instructions=4 * 750), num_warps=2)
     assert busy.limit == "issue" and busy.share[0] == pytest.approx(busy.bytes / busy.issue)
     assert busy.share[1] == pytest.approx(busy.share[0] * 1.98 / 1.755)

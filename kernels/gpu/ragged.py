@@ -10,13 +10,14 @@ import triton.language as tl
 @triton.jit
 def count_at_most(values, low, high, x):
     """How far from ``low`` on values[low:high], which ascend, are at most ``x``: an end index."""
-    while low < high:
-        middle = (low + high) // 2
+    end, limit = low, high  # arguments may be constants, which loops cannot change
+    while end < limit:
+        middle = (end + limit) // 2
         if tl.load(values + middle) <= x:
-            low = middle + 1
+            end = middle + 1
         else:
-            high = middle
-    return low
+            limit = middle
+    return end
 
 
 @triton.jit

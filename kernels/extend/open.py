@@ -3,7 +3,7 @@
 
 Splitting at the first new token keeps both products dense: no [T, L] mask is ever made, and earlier
 pages may have gaps between them, as sealed pages may lie in between. On a GPU a Triton kernel does
-it in one pass, or FlashInfer (`open_prefill`).
+it in one pass; `prefill` prefers FlashInfer.
 """
 
 from __future__ import annotations

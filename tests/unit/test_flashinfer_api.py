@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What we rely on of FlashInfer, as far as it can be checked without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels.extend import OpenPrefill, extend_open, flashinfer, naive
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+
+pytest.importorskip("flashinfer")
+
+
+def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """q and the other arguments of extend_open before the scale; every last page is full."""
+    gen = torch.Generator().manual_seed(1)
+    q = torch.randn(75, 4, 64, generator=gen).to(dtype)
+    k, v = torch.randn(2, 9, PAGE_TOKENS, 2, 64, generator=gen).to(dtype)
+    lists = ([0, 70, 75], [186, 251], [0, 3, 5], [7, 2, 0, 4, 8], [0, 2, 3, 1, 3])
+    q_indptr, q_position, indptr, slots, position = (
+        torch.tensor(x, dtype=torch.int32) for x in lists
+    )
+    return q, q_indptr, q_position, k, v, indptr, slots, position
+
+
+@pytest.fixture
+def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
+    """FlashInfer's wrapper class, replaced by one that only checks how it is called."""
+    import flashinfer as installed
+
+    fake = mock.create_autospec(installed.BatchPrefillWithPagedKVCacheWrapper)
+    fake.return_value.run.side_effect = lambda q, kv, return_lse: (q, q[..., 0].float())
+    monkeypatch.setattr(installed, "BatchPrefillWithPagedKVCacheWrapper", fake)
+    monkeypatch.setattr(flashinfer, "supports", lambda q: True)
+    flashinfer.wrapper_of.cache_clear()
+    yield fake
+    flashinfer.wrapper_of.cache_clear()
+
+
+def test_our_calls_fit_the_installed_signatures(wrapper: mock.MagicMock) -> None:
+    """One plan for all layers, another for another scale."""
+    q, q_indptr, q_position, k, v, indptr, slots, position = step(torch.bfloat16)
+    last_len = torch.full((2,), PAGE_TOKENS, dtype=torch.int32)
+    prefill = OpenPrefill(q_indptr, q_position, indptr, slots, position, last_len)
+    planned = wrapper.return_value
+    for scale, plans in ((0.1, 1), (0.1, 1), (0.2, 2)):
+        part = prefill.run(q, k, v, scale)
+        assert planned.plan.call_count == plans
+        assert planned.plan.call_args.kwargs["sm_scale"] == scale
+        assert part.out.dtype == part.lse.dtype == torch.float32
+    assert wrapper.call_count == 1
+
+
+def test_elsewhere_our_own_kernel_runs() -> None:
+    q, q_indptr, q_position, k, v, indptr, slots, position = args = step()
+    assert not flashinfer.supports(q)
+    last_len = torch.full((2,), PAGE_TOKENS, dtype=torch.int32)
+    prefill = OpenPrefill(q_indptr, q_position, indptr, slots, position, last_len)
+    part, expected = prefill.run(q, k, v, 0.1), extend_open(*args, 0.1)
+    assert torch.equal(part.out, expected.out) and torch.equal(part.lse, expected.lse)
+
+
+def test_its_reference_means_what_ours_does() -> None:
+    """Pages [R, 64, H, D], the last query sees the last token, LSE in base 2."""
+    from flashinfer.trace.templates.attention import _gqa_paged_prefill_reference
+
+    q, q_indptr, _, k, v, indptr, slots, _ = args = step()
+    out, lse = _gqa_paged_prefill_reference(q, k, v, q_indptr, indptr, slots, 0.1)
+    expected = naive.extend_open(*args, 0.1)
+    torch.testing.assert_close(out.float(), expected.out, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(lse, expected.lse, rtol=1e-4, atol=1e-4)
+
+
+def test_its_sources_say_what_we_rely_on() -> None:
+    import flashinfer as installed
+    from flashinfer.utils import TensorLayout, is_fa3_prefill_head_dim_supported
+
+    assert hasattr(TensorLayout, "NHD")
+    assert all(is_fa3_prefill_head_dim_supported(dim, dim) for dim in flashinfer.HEAD_DIMS)
+    headers = Path(installed.__file__).parent / "data" / "include" / "flashinfer"
+    macro = (headers / "utils.cuh").read_text().split("#define DISPATCH_HEAD_DIM(")[1]
+    dims = re.findall(r"case (\d+)", macro.split("#define")[0])
+    assert {str(dim) for dim in flashinfer.HEAD_DIMS} <= set(dims)
+    assert not {"80", "96"} & set(dims)
+    prefill = (headers / "attention" / "prefill.cuh").read_text()
+    assert "SharedMemFillMode::kFillZero" in prefill, "values after the end may be NaN"

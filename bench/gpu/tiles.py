@@ -52,13 +52,18 @@ def _tier(tokens: int, dim: int, key_bits: int, value_bits: int, itemsize: int) 
 
 
 def _decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
-    size, itemsize = (c["BLOCK_N"], c["DIM"]), ITEMSIZE[signature["keys"]]
+    """Open, high and low tokens; tiles of raw ones are half as long."""
+    tokens, dim, itemsize = c["BLOCK_N"], c["DIM"], ITEMSIZE[signature["keys"]]
+
+    def tier(key_bits: int, value_bits: int) -> Tile:
+        return _tier(tokens if key_bits else tokens // 2, dim, key_bits, value_bits, itemsize)
+
     tiles = []
     if c["HAS_OPEN"]:
-        tiles.append(_tile("open", *size, 2 * c["DIM"] * itemsize))
+        tiles.append(tier(0, 0)._replace(name="open"))
     if c["HAS_SEALED"]:
-        tiles.append(_tier(*size, c["KEY_HIGH"], c["VALUE_HIGH"], itemsize))
-        tiles.append(_tier(*size, c["KEY_LOW"], c["VALUE_LOW"], itemsize))
+        tiles.append(tier(c["KEY_HIGH"], c["VALUE_HIGH"]))
+        tiles.append(tier(c["KEY_LOW"], c["VALUE_LOW"]))
     return tiles
 
 

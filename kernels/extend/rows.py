@@ -12,8 +12,6 @@ import triton.language as tl
 
 from sglang_diffxkv.kernels.gpu.ragged import first_block, sequence_of_block
 
-LOG2_E = 1.4426950408889634
-
 
 @triton.jit
 def locate_rows(q_indptr, sequences, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):

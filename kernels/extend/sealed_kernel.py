@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.extend.rows import locate_rows, query_of_rows
-from sglang_diffxkv.kernels.extend.tier import WEIGHT_UNIT, attend_tier
+from sglang_diffxkv.kernels.extend.tiles import WEIGHT_UNIT, attend_tier
 from sglang_diffxkv.kernels.gpu.payload import CODE_UNIT, row_bytes, section_starts
 
 

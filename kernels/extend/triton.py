@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.extend.dense import LOG2_E
 from sglang_diffxkv.kernels.extend.open_kernel import open_kernel
-from sglang_diffxkv.kernels.extend.rows import LOG2_E
 from sglang_diffxkv.kernels.extend.sealed_kernel import sealed_kernel
 from sglang_diffxkv.kernels.gpu.device import compute_capability
 from sglang_diffxkv.kernels.gpu.launch import launch

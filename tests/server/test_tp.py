@@ -78,7 +78,7 @@ def test_outputs_equal_one_rank(stock_server: Server, lossless: Server) -> None:
     assert_in_consensus(lossless)
 
 
-def test_default_policy_under_pressure(compressed: Server, plans: Path) -> None:
+def test_default_policy_under_pressure(compressed: Server) -> None:
     """Chats over memory, then answers that outgrow it together, of all qualities."""
     rng = random.Random(32)
     chats: list[list[int]] = [[] for _ in range(16)]
@@ -118,7 +118,7 @@ def check_answer(item: Json, answer: Any) -> None:
         assert len(one["output_ids"]) == item["max_new_tokens"]
 
 
-def test_statistics_are_of_the_first_rank(compressed: Server, plans: Path) -> None:
+def test_statistics_are_of_the_first_rank(compressed: Server) -> None:
     stats = compressed.stats()
     assert isinstance(stats, dict)
     parts = stats["bytes"]

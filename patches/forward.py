@@ -17,6 +17,8 @@ from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(self.attn_backend, DiffXKVBackend):
         self.attn_backend.end_of_step()
+        # Sealing was enqueued after the event that SGLang would wait for before it frees pages.
+        self.shared_read_done_event = None
         store = self.attn_backend.store
         # Does nothing unless SGLANG_ENABLE_RANK_CONSENSUS_CHECKER is set.
         assert_same("diffxkv: %s, %s", store.ledger, store.counters)

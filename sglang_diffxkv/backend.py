@@ -10,7 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, merge
-from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
+from sglang_diffxkv.kernels.extend import OpenPrefill, extend_sealed
 from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import score_open
@@ -48,6 +48,7 @@ class StepMetadata(NamedTuple):
         queries: which queries score the open pages; None where the policy needs no scores.
         seq_lens, prefix_lens: int64 [B], with and without this step's tokens.
         q_indptr: int32 [B + 1], new tokens of each sequence.
+        prefill: attention over the open pages of a prefill; None in a decode step.
     """
 
     pages: BatchPages
@@ -56,6 +57,7 @@ class StepMetadata(NamedTuple):
     seq_lens: torch.Tensor
     prefix_lens: torch.Tensor
     q_indptr: torch.Tensor
+    prefill: OpenPrefill | None
 
 
 class DiffXKVBackend(AttentionBackend):
@@ -107,13 +109,25 @@ class DiffXKVBackend(AttentionBackend):
         quality = self.rows.quality[fb.req_pool_indices] if self.rows.asked else None
         note_use(store, pages, seq_lens, self.config.window, quality)
         lens = (seq_lens - prefix_lens).cumsum(0)
+        q_indptr = torch.nn.functional.pad(lens, (1, 0)).to(torch.int32)
+        prefill = None
+        if not is_decode:
+            prefill = OpenPrefill(
+                q_indptr,
+                prefix_lens.to(torch.int32),
+                pages.open_indptr,
+                pages.slots,
+                pages.position,
+                pages.last_len,
+            )
         self.forward_metadata = StepMetadata(
             pages=pages,
             rows=store.write_rows(fb.out_cache_loc),
             queries=queries,
             seq_lens=seq_lens,
             prefix_lens=prefix_lens,
-            q_indptr=torch.nn.functional.pad(lens, (1, 0)).to(torch.int32),
+            q_indptr=q_indptr,
+            prefill=prefill,
         )
 
     def forward_extend(
@@ -128,17 +142,9 @@ class DiffXKVBackend(AttentionBackend):
         """Attention of a (mixed) prefill batch: q [T, Hq * D] -> [T, Hq * D]."""
         step, index, q = self._begin(q, k, v, layer, save_kv_cache)
         pages = step.pages
-        part = extend_open(
-            q,
-            step.q_indptr,
-            step.prefix_lens.to(torch.int32),
-            self.store.raw.keys[index],
-            self.store.raw.values[index],
-            pages.open_indptr,
-            pages.slots,
-            pages.position,
-            layer.scaling,
-        )
+        assert step.prefill is not None
+        raw = self.store.raw
+        part = step.prefill.run(q, raw.keys[index], raw.values[index], layer.scaling)
         if pages.any_sealed:
             sealed = self._sealed(index, pages)
             part = merge(

@@ -32,12 +32,23 @@ def _install() -> None:
 
     @register_attention_backend(server_args.BACKEND)
     def create_backend(model_runner: Any) -> Any:
-        from sglang_diffxkv.backend import DiffXKVBackend
         from sglang_diffxkv.patches.model_validation import check_layers
         from sglang_diffxkv.patches.seam import check_applied
 
         check_applied()
         check_layers(model_runner.model)
-        backend = DiffXKVBackend(model_runner)
+        backend = _backend_class(model_runner)(model_runner)
         quality.follow_rows(model_runner.req_to_token_pool, backend.rows)
         return backend
+
+
+def _backend_class(model_runner: Any) -> Any:
+    from sglang_diffxkv.kernels.gpu.device import on_gpu
+
+    if on_gpu(model_runner.req_to_token_pool.req_to_token):
+        from sglang_diffxkv.gpu_backend import GPUBackend  # needs Triton
+
+        return GPUBackend
+    from sglang_diffxkv.backend import DiffXKVBackend
+
+    return DiffXKVBackend

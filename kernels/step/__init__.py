@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of a decode step, looked up and noted in the directory on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_diffxkv.kernels.gpu.device import on_gpu
+from sglang_diffxkv.kernels.step import naive
+
+__all__ = ["PageNotes", "StepPages", "begin_decode"]
+
+
+class PageNotes(NamedTuple):
+    """Tables of the page directory that a decode step writes, and those that it is told by.
+
+    Attributes:
+        raw_slot: int32 [V], read. The others are written, for open pages; ``last_used`` for all.
+        position, context, filled: int32 [V].
+        window_step, last_used: int64 [V].
+        counts: fp32 [R, 64] by raw slot, how many queries have scored each token; None: no one
+            reads that.
+    """
+
+    raw_slot: torch.Tensor
+    position: torch.Tensor
+    context: torch.Tensor
+    filled: torch.Tensor
+    window_step: torch.Tensor
+    last_used: torch.Tensor
+    counts: torch.Tensor | None
+
+
+class StepPages(NamedTuple):
+    """Pages of the B sequences of a decode step; rows of padding have none.
+
+    Attributes:
+        table: int32 [B, P], page ids by position; anything behind a sequence's last page.
+        lengths: int32 [B], tokens of each sequence, the new one included.
+        count: int32 [B], pages.
+        last_len: int32 [B], tokens of the last page.
+    """
+
+    table: torch.Tensor
+    lengths: torch.Tensor
+    count: torch.Tensor
+    last_len: torch.Tensor
+
+
+def begin_decode(
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    num_real: torch.Tensor,
+    clock: torch.Tensor,
+    notes: PageNotes,
+    window: int,
+) -> StepPages:
+    """Look up the pages of a decode batch, and note that they are about to be used.
+
+    Does what ``pool.batch.gather_pages``, `note_use` and `count_scores` do, with shapes that depend
+    on the batch size only: no host sync, fit for a CUDA graph.
+
+    Args:
+        req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
+        rows, seq_lens: int64 (or int32) [B], with padding at the end.
+        num_real: int32 [1], how many of them are no padding.
+        clock: int64 [2], step and decode step of the store.
+        window: recent tokens that a running sequence wants to keep raw.
+    """
+    if on_gpu(rows):
+        from sglang_diffxkv.kernels.step import triton  # not installed everywhere
+
+        return triton.begin_decode(req_to_token, rows, seq_lens, num_real, clock, notes, window)
+    return naive.begin_decode(req_to_token, rows, seq_lens, num_real, clock, notes, window)

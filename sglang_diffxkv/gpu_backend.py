@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention backend on a GPU: decode steps that CUDA graphs can hold."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sglang_diffxkv.backend import DiffXKVBackend
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.pool.batch import gather_pages, pages_to_seal
+from sglang_diffxkv.pool.decode_step import DecodeStep, DeviceDecode
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class DecodeBatch(NamedTuple):
+    """The sequences of a decode step, padding left out; lengths include the step's tokens.
+
+    Attributes:
+        rows, seq_lens: int64 [B]. seq_lens_cpu: int64 [B] on the host.
+    """
+
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+
+
+class GPUBackend(DiffXKVBackend):
+    """Prefills as everywhere; decode steps never wait for the device, but for those that seal."""
+
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__(model_runner)
+        self.decode = DeviceDecode(
+            self.store, self.req_to_token_pool.req_to_token, self.config.window
+        )
+        self.decode_step: DecodeStep | None = None
+        self.decode_batch: DecodeBatch | None = None
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing to do: graphs read SGLang's own buffers, and what they write is captured."""
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        if forward_batch.forward_mode.is_decode():
+            self.init_forward_metadata_out_graph(forward_batch)
+            self.init_forward_metadata_in_graph(forward_batch)
+        else:
+            super().init_forward_metadata(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
+        """Before a decode step, or its graph's replay: what the host has to tell the device.
+
+        Args:
+            forward_batch: SGLang's ``ForwardBatch``, or the view of one that it replays with.
+        """
+        fb = forward_batch
+        if in_capture:
+            self.decode.tick(0)
+            return
+        real = fb.batch_size - getattr(fb, "num_padding", 0)
+        batch = DecodeBatch(fb.req_pool_indices[:real], fb.seq_lens[:real], fb.seq_lens_cpu[:real])
+        self.store.begin_step(decodes=True)
+        self._note_quality(batch, fb.out_cache_loc)
+        self.decode.tick(real)
+        self.decode_batch = batch
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        fb = forward_batch
+        self.decode_step = self.decode.begin(fb.req_pool_indices, fb.seq_lens, fb.out_cache_loc)
+
+    def _note_quality(self, batch: DecodeBatch, loc: torch.Tensor) -> None:
+        """Note what the requests asked for whose next page was opened for this step."""
+        first = (batch.seq_lens_cpu % PAGE_TOKENS == 1).nonzero().flatten()
+        if self.rows.asked and len(first):
+            index = first.to(loc.device)
+            quality = self.rows.quality[batch.rows[index]]
+            self.store.set_quality(loc[index] // PAGE_TOKENS, quality)
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+    ) -> torch.Tensor:
+        """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
+        step = self.decode_step
+        assert step is not None
+        heads, dim = layer.tp_k_head_num, layer.qk_head_dim
+        if save_kv_cache and k is not None:
+            k, v = k.view(-1, heads, dim), v.view(-1, heads, dim)
+            self.token_to_kv_pool.write(layer.layer_id, step.rows, k, v)
+        index = layer.layer_id - self.token_to_kv_pool.start_layer
+        q = q.reshape(-1, layer.tp_q_head_num, dim)
+        part = self.decode.attend(step, index, q, layer.scaling)
+        return part.out.to(q.dtype).flatten(1)
+
+    def end_of_step(self) -> None:
+        batch, self.decode_batch = self.decode_batch, None
+        if batch is None:
+            super().end_of_step()
+            self.decode.expect_full_pages()
+        elif self.decode.should_seal(batch.seq_lens_cpu):
+            self._seal(batch)
+
+    def _seal(self, batch: DecodeBatch) -> None:
+        """Seal what is full, scored and not recent: to list it is to wait for the device."""
+        seq_lens = batch.seq_lens.long()
+        pages = gather_pages(
+            self.store,
+            self.req_to_token_pool.req_to_token,
+            batch.rows,
+            seq_lens,
+            int(batch.seq_lens_cpu.max()),
+        )
+        scored = seq_lens - 1 if self.store.policy.needs_scores else seq_lens
+        self.store.seal(*pages_to_seal(self.store, pages, scored))

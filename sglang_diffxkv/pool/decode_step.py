@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decode step on the GPU, whose shapes are fixed by the batch size, and which no host waits for.
+
+`begin` and what follows may be captured in a CUDA graph; `tick` runs before each replay.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
+from sglang_diffxkv.kernels.decode.triton import attend
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.score import score_decode
+from sglang_diffxkv.kernels.step import PageNotes, StepPages, begin_decode
+from sglang_diffxkv.pool.store import PageStore
+
+SEAL_SHARE = 1 / 8
+"""Pages per running sequence that wait to be sealed until a decode step seals: each time costs a
+wait for the device, each page that waits a raw page."""
+
+
+class DecodeStep(NamedTuple):
+    """What all layers of one decode step share.
+
+    Attributes:
+        pages: the batch's pages.
+        plan: of all layers.
+        rows: int64 [B], raw-page rows that the new tokens are written to.
+        log2_seen: fp32 [B, 1], base-2 logarithm of how many tokens each query sees.
+    """
+
+    pages: StepPages
+    plan: DecodePlan
+    rows: torch.Tensor
+    log2_seen: torch.Tensor
+
+
+class DeviceDecode:
+    """Decode steps of one page store.
+
+    Args:
+        req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
+        window: recent tokens that a running sequence wants to keep raw.
+    """
+
+    def __init__(self, store: PageStore, req_to_token: torch.Tensor, window: int) -> None:
+        self.store, self.window = store, window
+        self._req_to_token = req_to_token
+        device = req_to_token.device
+        self._clock = torch.zeros(2, dtype=torch.int64, device=device)
+        self._num_real = torch.zeros(1, dtype=torch.int32, device=device)
+        self._full_pages = 0.0
+        d = store.directory
+        counts = store.raw.counts if store.policy.needs_scores else None
+        self._notes = PageNotes(
+            d.raw_slot, d.position, d.context, d.filled, d.window_step, d.last_used, counts
+        )
+        if store.layout.rotates:  # its matrix must not be made while a graph is captured
+            rotate(torch.zeros(1, store.layout.head_dim, device=device))
+
+    def tick(self, num_real: int) -> None:
+        """Tell the device the time, and how many sequences of the batch are no padding."""
+        self._clock[0], self._clock[1] = self.store.step, self.store.decode_step
+        self._num_real.fill_(num_real)
+
+    def expect_full_pages(self) -> None:
+        """There may be any number of full pages, as after a prefill: the next step is to seal."""
+        self._full_pages = math.inf
+
+    def should_seal(self, seq_lens: torch.Tensor) -> bool:
+        """Whether enough pages have left the recent windows since the last time.
+
+        Args:
+            seq_lens: int64 [B] on the host, of the running sequences, this step's tokens included.
+        """
+        left = (seq_lens >= self.window + PAGE_TOKENS) & (
+            (seq_lens - self.window) % PAGE_TOKENS == 0
+        )
+        self._full_pages += int(left.sum())
+        if self._full_pages < max(1, SEAL_SHARE * len(seq_lens)):
+            return False
+        self._full_pages = 0
+        return True
+
+    def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor, loc: torch.Tensor) -> DecodeStep:
+        """Look up the batch's pages, note their use, and divide the work.
+
+        Args:
+            rows, seq_lens: int64 [B], with padding at the end. loc: int64 [B], virtual slots of the
+                new tokens.
+        """
+        store = self.store
+        pages = begin_decode(
+            self._req_to_token,
+            rows,
+            seq_lens,
+            self._num_real,
+            self._clock,
+            self._notes,
+            self.window,
+        )
+        batch, width = pages.table.shape
+        first = torch.arange(0, batch * width, width, dtype=torch.int32, device=rows.device)
+        raw_slot = store.directory.raw_slot
+        sequences = SequencePages(
+            pages.table.flatten(), first, pages.count, raw_slot, pages.last_len
+        )
+        slot = raw_slot[loc // PAGE_TOKENS].long()
+        return DecodeStep(
+            pages,
+            plan_decode(sequences, store.directory.heads, store.layout),
+            slot * PAGE_TOKENS + loc % PAGE_TOKENS,
+            torch.log2(pages.lengths.clamp(min=1).float())[:, None],
+        )
+
+    def attend(
+        self, step: DecodeStep, layer: int, q: torch.Tensor, sm_scale: float
+    ) -> AttentionPart:
+        """Attention of the new tokens' queries [B, Hq, D] over all that is kept of one layer."""
+        store = self.store
+        d, raw = store.directory, store.raw
+        part = attend(
+            q,
+            rotate(q.float()) if store.layout.rotates else q,
+            store.arena.buffer,
+            d.frames[layer],
+            d.heads[layer],
+            raw.keys[layer],
+            raw.values[layer],
+            step.plan.layer(layer),
+            store.layout,
+            sm_scale,
+        )
+        if store.policy.needs_scores:
+            score_decode(
+                q,
+                # in units of uniform attention: a query that sees n tokens gives each n * p
+                part.lse - step.log2_seen,
+                step.pages.lengths,
+                raw.keys[layer],
+                step.pages.table,
+                d.raw_slot,
+                raw.scores[layer],
+                sm_scale,
+            )
+        return part

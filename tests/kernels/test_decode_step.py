@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode steps as the GPU does them, against those of the host: same attention, same notes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels.attention_part import merge
+from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.pool.batch import count_scores, decode_queries, gather_pages, note_use
+from sglang_diffxkv.pool.decode_step import DeviceDecode
+from sglang_diffxkv.pool.store import PageStore
+from tests.kernels.builders import error_norm
+from tests.unit.test_store import DIM, HEADS, LAYERS, make_store
+
+WINDOW, GROUP, SCALE = 64, 4, 0.125
+LENGTHS, SEALED = [130, 64, 1, 330], [1, 0, 0, 4]
+
+
+class World:
+    """A store with a batch of sequences, some of whose pages are sealed; made alike each time."""
+
+    def __init__(self, policy: str) -> None:
+        gen = torch.Generator().manual_seed(5)
+        self.store: PageStore = make_store(policy, 24 << 20)
+        self.lens = torch.tensor(LENGTHS)
+        self.rows = torch.tensor([4, 1, 6, 2])
+        self.req_to_token = torch.zeros(8, 512, dtype=torch.int32)
+        raw = self.store.raw
+        for tensor in (*raw.keys, *raw.values):
+            tensor.copy_(torch.randn(tensor.shape, generator=gen))
+        raw.scores.copy_(torch.rand(raw.scores.shape, generator=gen))
+        next_page, sealed = 3, []
+        for row, length, n in zip(self.rows.tolist(), LENGTHS, SEALED, strict=True):
+            own = torch.arange(next_page, next_page + -(-length // PAGE_TOKENS))
+            next_page += len(own)
+            token = own[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
+            self.req_to_token[row, :length] = token.flatten()[:length].int()
+            sealed.append(own[:n])
+        self.store.open(torch.arange(3, next_page))
+        first = torch.cat(sealed)
+        self.store.directory.filled[first] = PAGE_TOKENS
+        self.store.seal(first)
+        self.store.begin_step(decodes=True)
+        self.queries = torch.randn(4, HEADS * GROUP, DIM, generator=gen)
+
+    def on_host(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention, then scores, as `backend` computes them."""
+        store, q = self.store, self.queries
+        pages = gather_pages(store, self.req_to_token, self.rows, self.lens, max(LENGTHS))
+        if layer == 0:
+            note_use(store, pages, self.lens, WINDOW, quality=None)
+        raw, d = store.raw, store.directory
+        opened = (pages.open_indptr, pages.slots, pages.last_len)
+        part = decode_open(q, raw.keys[layer], raw.values[layer], *opened, SCALE)
+        sealed = (store.arena.buffer, d.frames[layer], d.heads[layer], pages.sealed_indptr)
+        q_sealed = rotate(q) if store.layout.rotates else q
+        part = merge(part, decode_sealed(q_sealed, *sealed, pages.sealed, store.layout, SCALE))
+        if store.policy.needs_scores:
+            scoring = decode_queries(self.lens)
+            lse = part.lse - scoring.log2_seen
+            where = (pages.open_indptr, pages.slots, pages.position, raw.scores[layer], SCALE)
+            score_open(q, lse, scoring.indptr, scoring.position, raw.keys[layer], *where)
+            if layer == 0:
+                count_scores(store, pages, scoring)
+        return part.out, part.lse
+
+
+@pytest.mark.parametrize("policy", ["diffxkv", "uniform", "lossless"])
+def test_a_step_equals_the_hosts(policy: str) -> None:
+    host, device = World(policy), World(policy)
+    decode = DeviceDecode(device.store, device.req_to_token, WINDOW)
+    decode.tick(num_real=4)
+    padding = torch.zeros(2, dtype=torch.int64)  # as SGLang pads batches for CUDA graphs
+    rows, lens = torch.cat([device.rows, padding]), torch.cat([device.lens, padding + 1])
+    last = device.req_to_token[device.rows, device.lens - 1].long()
+    step = decode.begin(rows, lens, torch.cat([last, padding]))
+    assert torch.equal(step.rows[:4], device.store.write_rows(last))
+    for layer in range(LAYERS):
+        q = torch.cat([device.queries, torch.full((2, HEADS * GROUP, DIM), 9.0)])
+        part = decode.attend(step, layer, q, SCALE)
+        out, lse = host.on_host(layer)
+        assert error_norm(part.out[:4], out) < 1e-3
+        assert (part.lse[:4] - lse).abs().max() < 1e-3
+        assert not part.out[4:].any() and part.lse[4:].isneginf().all()
+        scores, expected = device.store.raw.scores[layer], host.store.raw.scores[layer]
+        assert error_norm(scores, expected) < 1e-3
+    for name in ("position", "context", "filled", "window_step", "last_used"):
+        mine, theirs = (getattr(w.store.directory, name) for w in (device, host))
+        assert torch.equal(mine, theirs), name
+    assert torch.equal(device.store.raw.counts, host.store.raw.counts)
+
+
+def test_when_decode_steps_seal() -> None:
+    world = World("uniform")
+    decode = DeviceDecode(world.store, world.req_to_token, WINDOW)
+    inside, leaving, again = torch.tensor([100] * 16), torch.tensor([128] * 16), torch.tensor([191])
+    assert not decode.should_seal(inside)
+    assert decode.should_seal(leaving)
+    assert not decode.should_seal(inside)
+    one = inside.clone()
+    one[3] = 192
+    assert not decode.should_seal(one)  # two of 16 are worth the wait, one is not
+    assert decode.should_seal(one)
+    assert not decode.should_seal(again)
+    decode.expect_full_pages()
+    assert decode.should_seal(again)

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of a decode step: looked up and noted by one kernel, as the reference does it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.step import PageNotes, naive, triton
+from tests.kernels.device import DEVICE
+
+PAGES = 120
+POISON = -77
+
+
+def make_notes(gen: torch.Generator, scores: bool) -> PageNotes:
+    """A directory in which every third page is open, and all else poisoned."""
+    raw_slot = torch.full((PAGES + 1,), -1, dtype=torch.int32)
+    opened = torch.randperm(PAGES, generator=gen)[: PAGES // 3] + 1
+    raw_slot[opened] = torch.arange(1, len(opened) + 1, dtype=torch.int32)
+    ints = [torch.full_like(raw_slot, POISON) for _ in range(3)]
+    longs = [torch.full((PAGES + 1,), POISON) for _ in range(2)]
+    counts = torch.rand(PAGES // 3 + 1, PAGE_TOKENS, generator=gen) if scores else None
+    return PageNotes(raw_slot, *ints, *longs, counts)
+
+
+def copied(notes: PageNotes, device: torch.device) -> PageNotes:
+    return PageNotes(*(None if t is None else t.clone().to(device) for t in notes))
+
+
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("window", [0, 64, 200])
+def test_begin_decode(window: int, scores: bool) -> None:
+    gen = torch.Generator().manual_seed(window)
+    lengths = [1, 64, 65, 130, 2240, 999, 5, 5]  # two of padding
+    width = 2500
+    req_to_token = torch.full((11, width), 10**9, dtype=torch.int32)
+    rows = torch.randperm(11, generator=gen)[: len(lengths)]
+    for row, length in zip(rows.tolist(), lengths, strict=True):
+        pages = torch.randperm(PAGES, generator=gen)[: -(-length // PAGE_TOKENS)] + 1
+        token = pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
+        req_to_token[row, :length] = token.flatten()[:length].int()
+    notes = make_notes(gen, scores)
+    # Pages that two sequences share are noted by both; either's note may stay.
+    args = (req_to_token, rows, torch.tensor(lengths), torch.tensor([6], dtype=torch.int32))
+    clock = torch.tensor([1 << 33, 77])
+    expected_notes, actual_notes = copied(notes, torch.device("cpu")), copied(notes, DEVICE)
+    expected = naive.begin_decode(*args, clock, expected_notes, window)
+    on_device = (x.to(DEVICE) for x in args)
+    actual = triton.begin_decode(*on_device, clock.to(DEVICE), actual_notes, window)
+    for name in ("lengths", "count", "last_len"):
+        assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
+    assert actual.count[6:].tolist() == [0, 0]
+    used = torch.arange(expected.table.shape[1]) < expected.count[:, None]
+    assert torch.equal(actual.table.cpu()[used], expected.table[used])
+    shared = torch.bincount(expected.table[used].long(), minlength=PAGES + 1) > 1
+    for name, table in actual_notes._asdict().items():
+        if table is None:
+            continue
+        want = getattr(expected_notes, name)
+        if name == "counts":
+            assert torch.allclose(table.cpu(), want)
+            continue
+        ours = table.cpu()
+        alone = (
+            ~shared | (want == POISON) if name not in ("last_used",) else torch.ones_like(shared)
+        )
+        assert torch.equal(ours[alone], want[alone]), name
+    assert (expected_notes.last_used == 1 << 33).any()

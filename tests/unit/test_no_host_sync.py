@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode path of a GPU never waits for it: run on meta tensors, which have no values to give.
+
+Whatever would bring a value to the host (`.item()`, `.cpu()`, `.tolist()`, `bool()`), or needs one
+to know a shape, raises there. Kernel launches are recorded.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sglang_diffxkv.gpu_backend import GPUBackend
+from sglang_diffxkv.kernels.gpu.launch import recorded
+from sglang_diffxkv.policy.registry import make_policy
+from sglang_diffxkv.pool.decode_step import DeviceDecode
+from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.sizing import plan_pool
+from sglang_diffxkv.pool.store import PageStore
+from tests.unit.policies import config_of
+
+LAYERS, HEADS, DIM, BATCH = 3, 2, 64, 5
+
+
+def meta_store(policy: str) -> PageStore:
+    graded = make_policy(
+        config_of(policy), head_dim=DIM, num_kv_heads=HEADS, raw_itemsize=2, num_layers=LAYERS
+    )
+    plan = plan_pool(
+        16 << 20, graded.layout, LAYERS, graded.caps, graded.expected_fill, 0.3, virtual_slack=2.0
+    )
+    return PageStore(plan, graded.layout, graded, torch.bfloat16, "meta")
+
+
+def meta_backend(policy: str) -> GPUBackend:
+    """The backend as SGLang makes it, but for the parts of SGLang that only hold tensors."""
+    backend = object.__new__(GPUBackend)
+    store = meta_store(policy)
+    table = torch.empty(8, 1024, dtype=torch.int32, device="meta")
+    backend.store, backend.req_to_token_pool = store, SimpleNamespace(req_to_token=table)
+    backend.rows = RequestRows(8, table.device)
+    backend.decode = DeviceDecode(store, table, window=64)
+    backend.decode_step = backend.decode_batch = backend.forward_metadata = None
+
+    def write(layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        store.raw.keys[layer].flatten(0, 1)[rows] = k
+        store.raw.values[layer].flatten(0, 1)[rows] = v
+
+    backend.token_to_kv_pool = SimpleNamespace(write=write, start_layer=0)
+    return backend
+
+
+def meta_batch(lengths: list[int]) -> SimpleNamespace:
+    def longs() -> torch.Tensor:
+        return torch.empty(len(lengths), dtype=torch.int64, device="meta")
+
+    return SimpleNamespace(
+        batch_size=len(lengths),
+        forward_mode=SimpleNamespace(is_decode=lambda: True),
+        req_pool_indices=longs(),
+        seq_lens=longs(),
+        seq_lens_cpu=torch.tensor(lengths),
+        out_cache_loc=longs(),
+    )
+
+
+def decode(backend: GPUBackend, batch: SimpleNamespace) -> None:
+    """One decode step, all layers, with what the allocator does for it."""
+    backend.store.open(torch.empty(2, dtype=torch.int64, device="meta"))
+    backend.init_forward_metadata(batch)
+    hidden = torch.empty(BATCH, HEADS * 4 * DIM, dtype=torch.bfloat16, device="meta")
+    new = torch.empty(BATCH, HEADS * DIM, dtype=torch.bfloat16, device="meta")
+    for i in range(LAYERS):
+        layer = SimpleNamespace(
+            layer_id=i, tp_k_head_num=HEADS, tp_q_head_num=4 * HEADS, qk_head_dim=DIM, scaling=0.1
+        )
+        out = backend.forward_decode(hidden, new, new, layer, batch)
+        assert out.shape == hidden.shape
+    backend.end_of_step()
+
+
+@pytest.mark.parametrize("policy", ["diffxkv", "diffkv", "uniform", "lossless", "streaming"])
+def test_decode_steps_do_not_wait_for_the_device(policy: str) -> None:
+    backend = meta_backend(policy)
+    with recorded() as launches:
+        decode(backend, meta_batch([70, 130, 3, 999, 500]))
+        first = [(launch.kernel, launch.grid) for launch in launches]
+        launches.clear()
+        decode(backend, meta_batch([71, 131, 4, 1000, 501]))
+    assert first == [(launch.kernel, launch.grid) for launch in launches]
+    per_layer = 3 if backend.store.policy.needs_scores else 2
+    assert len(first) == 4 + per_layer * LAYERS  # look up, plan in three, then attend, merge, score
+
+
+def test_a_step_that_seals_does_wait() -> None:
+    """The test would notice: sealing lists pages, which needs their number."""
+    backend = meta_backend("uniform")
+    backend.decode.expect_full_pages()
+    with recorded(), pytest.raises((NotImplementedError, RuntimeError)):
+        decode(backend, meta_batch([70, 130, 3, 999, 500]))
+
+
+def test_capture_touches_no_page() -> None:
+    backend = meta_backend("diffxkv")
+    before = backend.store.step
+    with recorded():
+        backend.init_forward_metadata_out_graph(meta_batch([1] * BATCH), in_capture=True)
+    assert backend.store.step == before and backend.decode_batch is None

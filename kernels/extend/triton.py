@@ -34,15 +34,16 @@ FP32_TILE = Tile(16, 32, 4)
 
 
 def sealed_tile(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> Tile:
-    dim = layout.head_dim
-    if (layout.high.is_raw or layout.low.is_raw) and dtype == torch.float32:
+    dim, has_raw = layout.head_dim, layout.high.is_raw or layout.low.is_raw
+    if has_raw and dtype == torch.float32:
         return FP32_TILE
     if compute_capability(device) >= 90:
         return Tile(64, 64, 4) if dim <= 128 else Tile(64, 32, 8)
-    # Products take both operands from registers.
-    if dim <= 64:
-        return Tile(64, 64, 4)
-    return Tile(64, 32, 4) if dim <= 128 else Tile(32, 32, 8)
+    # Products take both operands from registers; raw ones are fp32 there.
+    if dim > 128:
+        return Tile(32, 32, 8)
+    coded = 64 if dim <= 64 else 32
+    return Tile(64, 16 if has_raw else coded, 4)
 
 
 def open_tile(dim: int, dtype: torch.dtype) -> Tile:

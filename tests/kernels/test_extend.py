@@ -14,6 +14,7 @@ import torch
 from sglang_diffxkv.kernels import extend as ops
 from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
 from sglang_diffxkv.kernels.extend import naive, sealed, triton
+from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PAGE_TOKENS, PRUNED, make_layout
 from sglang_diffxkv.kernels.pack import pack
 from tests.kernels.device import DEVICE
@@ -102,19 +103,21 @@ def test_sealed(
     assert_close(part, expected, 1e-3 if implementation is triton else 3e-6)
 
 
-def test_sealed_in_many_blocks_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capability", [80, 90])
+def test_sealed_in_many_blocks_and_groups(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a block has, more pages than a group has; queries strided as in a QKV row."""
     monkeypatch.setattr(triton, "GROUP_PAGES", 4)
     torch.manual_seed(4)
     layout = make_layout(
-        head_dim=64, num_kv_heads=2, raw_itemsize=2, high=FORMATS["K8V4"], low=FORMATS["K4V2"]
+        head_dim=80, num_kv_heads=2, raw_itemsize=2, high=FORMATS["K8V4"], low=FORMATS["K4V2"]
     )
     data = seal(layout, pages=6, dtype=torch.bfloat16, pack=pack)
-    q = torch.randn(50, 3 * 10 * 64)[:, 640:1280].view(50, 10, 64)
+    q = torch.randn(50, 3 * 10 * 80)[:, 800:1600].view(50, 10, 80)
     pages = torch.arange(9, dtype=torch.int32) % 6
     args = (q, indptr(1, 0, 44, 5), data.arena, data.frames, data.heads, indptr(2, 0, 6, 1), pages)
     args = (*args, layout, 0.1)
-    part = triton.extend_sealed(*on_device(triton, args))
+    with assumed_capability(capability):
+        part = triton.extend_sealed(*on_device(triton, args))
     assert_close(part, naive.extend_sealed(*args), 1e-3)
 
 

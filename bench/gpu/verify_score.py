@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of score: what tokens of open pages receive from sampled queries."""
+"""Checks of score: what tokens of open pages receive, from sampled queries or in a decode step."""
 
 from __future__ import annotations
 
@@ -59,10 +59,68 @@ def check(case: Case, device: torch.device) -> Found:
         slots,
         torch.tensor(pages, dtype=torch.int32, device=device),
     )
-    before = accum.cpu()
+    before = accum.cpu().clone()
     expected = before.double()
     kernels("score").score_open(*args, accum, case.dim**-0.5)
     naive.score_open(*to(torch.device("cpu"), *args), expected, case.dim**-0.5)
+    return Found(relative_error(accum.cpu() - before, expected - before))
+
+
+class Decode(NamedTuple):
+    """One query per sequence, over pages of which every third is sealed."""
+
+    dim: int
+    kv_heads: int
+    group: int
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+
+
+DECODE_SMALL = (
+    Decode(64, 2, 3, torch.bfloat16, (200, 1, 65, 64)),
+    Decode(80, 1, 4, torch.float16, (130, 129)),
+)
+DECODE_LARGE = (
+    Decode(128, 8, 4, torch.bfloat16, (4100, 513, 64, 2113)),
+    Decode(256, 2, 1, torch.bfloat16, (700, 2)),
+)
+
+
+def check_decode(case: Decode, device: torch.device) -> Found:
+    """Against one query of `score_open`'s reference: the last token, which sees those before it."""
+    batch, dim = len(case.lengths), case.dim
+    counts = [-(-length // PAGE_TOKENS) for length in case.lengths]
+    pages = torch.randperm(sum(counts), device=device).int()
+    table = torch.full((batch, max(counts) + 3), -1, dtype=torch.int32, device=device)
+    is_open = torch.arange(len(pages), device=device) % 3 != 1
+    raw_slot = torch.full_like(pages, -1)
+    opened = int(is_open.sum())
+    raw_slot[is_open] = torch.randperm(opened, device=device).int()
+    shape = (opened, PAGE_TOKENS, case.kv_heads, dim)
+    k_raw = torch.randn(shape, device=device).to(case.dtype)
+    slots, positions = [], []
+    for b, (count, mine) in enumerate(zip(counts, pages.split(counts), strict=True)):
+        table[b, :count] = mine
+        listed = raw_slot[mine.long()]
+        last = int(listed[-1])
+        if last >= 0:
+            k_raw[last, (case.lengths[b] - 1) % PAGE_TOKENS + 1 :] = torch.nan
+        positions.append((listed >= 0).nonzero()[:, 0].int())
+        slots.append(listed[listed >= 0])
+    heads = case.kv_heads * case.group
+    q = torch.randn(batch, heads, dim, device=device).to(case.dtype)
+    lse = 5 + torch.rand(batch, heads, device=device)
+    accum = torch.rand(opened, case.kv_heads, PAGE_TOKENS, device=device)
+    before = accum.cpu().clone()
+    lengths = torch.tensor(case.lengths, device=device)
+    arguments = (q, lse, lengths, k_raw, table, raw_slot, accum, dim**-0.5)
+    kernels("score").score_decode(*arguments)
+    expected = before.double()
+    listed_indptr = indptr(tuple(len(x) for x in slots), device)
+    every_query = torch.arange(batch + 1, dtype=torch.int32)
+    args = (listed_indptr, torch.cat(slots), torch.cat(positions), expected, dim**-0.5)
+    queries = q, lse, every_query, lengths.int() - 1, k_raw
+    naive.score_open(*to(torch.device("cpu"), *queries, *args))
     return Found(relative_error(accum.cpu() - before, expected - before))
 
 
@@ -70,4 +128,8 @@ def checks(large: bool) -> Iterator[Check]:
     for case in (*SMALL, *LARGE) if large else SMALL:
         dtype = str(case.dtype).removeprefix("torch.")
         name = f"score_open D={case.dim} G={case.group} {dtype}, {len(case.sequences)} sequences"
-        yield Check(name, "score", TOLERANCE, partial(check, case))
+        yield Check(name, "score_open", TOLERANCE, partial(check, case))
+    for decode in (*DECODE_SMALL, *DECODE_LARGE) if large else DECODE_SMALL:
+        dtype = str(decode.dtype).removeprefix("torch.")
+        name = f"score_decode D={decode.dim} G={decode.group} {dtype}, lengths {decode.lengths}"
+        yield Check(name, "score_decode", TOLERANCE, partial(check_decode, decode))

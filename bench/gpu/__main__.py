@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verifies every kernel on a GPU, then times them beside FlashInfer, within a budget of time.
+
+    bench/gpu/run.sh bench.gpu [--seconds 540] [--output FOLDER]
+
+Needs PyTorch and Triton, and FlashInfer if it is to be compared with; not SGLang. Writes
+gpu_<device>.{json,md}, anew after every result, so that a run that is cut off loses nothing.
+Without a GPU, `--dry` goes through the same steps on small inputs in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from bench.gpu.children import Child
+from bench.gpu.results import Results
+
+RESULTS = Path(__file__).parents[1] / "results"
+GROUPS = ("decode", "extend", "score", "pack", "arena")
+BACKGROUND = ("prebuild", "flashinfer")
+"""Compile on the CPU meanwhile."""
+
+TIMED = {"arena": 0.1, "sweep": 0.3, "decode": 0.7, "prefill": 1.0}
+"""In this order; each may take so much of the time that is left when it begins."""
+
+VERIFY_SHARE, FLASHINFER_SHARE = 0.4, 0.5
+"""Of the whole time: when checks have to be done, and until when decode waits for FlashInfer."""
+
+
+class Run:
+    """One run of the bench.
+
+    Args:
+        only: sections that are run.
+        dry: in Triton's interpreter, one process at a time.
+    """
+
+    def __init__(self, results: Results, seconds: float, only: Sequence[str], dry: bool) -> None:
+        self.results, self.only, self.dry = results, only, dry
+        self.begin = time.time()
+        self.end = self.begin + seconds
+        self.seconds = seconds
+        self.children: list[Child] = []
+
+    def start(self, name: str, deadline: float, *arguments: str) -> Child | None:
+        """A section in a process of its own, if it is to be run."""
+        if name not in self.only:
+            return None
+        self.results.log(f"{name} begins, {self.end - time.time():.0f} s are left")
+        child = Child(name, deadline, arguments, self.results, dry=self.dry)
+        self.children.append(child)
+        return child
+
+    def wait(self, children: Iterable[Child | None]) -> None:
+        for child in children:
+            if child is not None:
+                child.wait()
+
+    def all(self) -> None:
+        """Every section in order."""
+        background = {name: self.start(name, self.end) for name in BACKGROUND}
+        machine = self.start("machine", self.begin + 0.2 * self.seconds)
+        self.wait([machine])
+        deadline = self.begin + VERIFY_SHARE * self.seconds
+        checks: list[Child | None] = []
+        for group in GROUPS:
+            checks.append(self.start(f"verify-{group}", deadline))
+            if self.dry:
+                self.wait(checks)
+        self.wait(checks)
+        flashinfer = background["flashinfer"]
+        for name, share in TIMED.items():
+            if name == "decode" and flashinfer is not None:
+                flashinfer.wait_until(self.begin + FLASHINFER_SHARE * self.seconds)
+            left = max(0.0, self.end - time.time())
+            ready, red = self.results.ready(), self.results.red()
+            lists = ("--ready", ",".join(ready), "--red", ",".join(red))
+            self.wait([self.start(name, time.time() + share * left, *lists)])
+
+    def stop(self) -> None:
+        """End what is still running."""
+        for child in self.children:
+            child.stop()
+
+
+def sections() -> tuple[str, ...]:
+    return ("machine", *BACKGROUND, *(f"verify-{group}" for group in GROUPS), *TIMED)
+
+
+def main() -> None:
+    """Run; exit status 1 if a check or a section failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=540, help="for everything (default 540)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder (bench/results)")
+    parser.add_argument("--only", help=f"sections, of {','.join(sections())}")
+    parser.add_argument("--dry", action="store_true", help="small, in Triton's interpreter")
+    options = parser.parse_args()
+    only = options.only.split(",") if options.only else sections()
+    if unknown := set(only) - set(sections()):
+        parser.error(f"no section {', '.join(sorted(unknown))}")
+    if options.dry:
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    results = Results(options.output, " ".join(sys.argv[1:]))
+    run = Run(results, options.seconds, only, options.dry)
+    try:
+        run.all()
+    finally:
+        run.stop()
+    print(results.markdown())
+    sys.exit(1 if results.failures() else 0)
+
+
+if __name__ == "__main__":
+    main()

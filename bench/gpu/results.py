@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the bench has found so far, written anew after every record."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from bench.gpu import pages
+
+Record = dict[str, Any]
+
+OPERATIONS = {
+    "decode": ("decode",),
+    "extend": ("extend_sealed", "extend_open"),
+    "score": ("score_open", "score_decode"),
+    "pack": ("pack", "unpack", "copy_rows"),
+    "arena": ("arena",),
+}
+"""What a group of checks is about."""
+
+
+class Results:
+    """Records by section, in the order in which they came.
+
+    Args:
+        folder: where gpu_<device>.{json,md} go.
+        arguments: of the command line, for the report.
+    """
+
+    def __init__(self, folder: Path, arguments: str) -> None:
+        self._folder = folder
+        self._command = f"bench/gpu/run.sh bench.gpu {arguments}".strip()
+        self._begin = time.time()
+        self._lock = threading.Lock()
+        self.sections: dict[str, list[Record]] = {}
+
+    def add(self, section: str, record: Record) -> None:
+        """Take in a record; write everything once it is known what the device is called."""
+        with self._lock:
+            self.sections.setdefault(section, []).append(_finite(record))
+            self._tell(section, record)
+            if self.facts():
+                self._write()
+
+    def log(self, message: str) -> None:
+        """Tell whoever watches."""
+        print(f"[{time.time() - self._begin:5.0f} s] {message}", file=sys.stderr, flush=True)
+
+    def facts(self) -> Record:
+        """Of the machine; empty until they are known."""
+        return self._of_machine("facts")
+
+    def subnormals(self) -> Record:
+        return self._of_machine("subnormals")
+
+    def bandwidths(self) -> list[Record]:
+        """By size, ascending."""
+        entries = self.sections.get("machine", [])
+        return [x["bandwidth"] for x in entries if "bandwidth" in x]
+
+    def checks(self) -> list[Record]:
+        """All checks that have a result."""
+        sections = (v for k, v in self.sections.items() if k.startswith("verify-"))
+        return [record for section in sections for record in section if "operation" in record]
+
+    def ready(self) -> list[str]:
+        """What FlashInfer was built for."""
+        return [x["ready"] for x in self.sections.get("flashinfer", []) if "ready" in x]
+
+    def red(self) -> list[str]:
+        """Operations that failed a check, or whose checks did not end well."""
+        names = {x["operation"] for x in self.checks() if not x["passed"]}
+        ended = {k.removeprefix("verify-") for k, v in self.sections.items() if _errors(v)}
+        for group in (names | ended) & OPERATIONS.keys():
+            names |= set(OPERATIONS[group])
+        return sorted(names)
+
+    def failures(self) -> list[str]:
+        """One line for everything that went wrong."""
+        lines = []
+        if self.subnormals() and not self.subnormals()["exact"]:
+            lines.append("FP16 SUBNORMALS ARE NOT EXACT IN PRODUCTS: no kernel here can be right")
+        for check in self.checks():
+            if not check["passed"]:
+                found = check.get("message") or f"error {check['error']}, LSE {check['lse_error']}"
+                lines.append(f"{check['name']}: {found}")
+        for section, entries in self.sections.items():
+            lines += [f"section {section}: {error}" for error in _errors(entries)]
+            wrong = [x for x in entries if "wrong" in x]
+            lines += [f"section {section}: wrong with {x['constants']}" for x in wrong]
+        return lines
+
+    def markdown(self) -> str:
+        """The report."""
+        with self._lock:
+            return pages.report(self, self._command, time.time() - self._begin)
+
+    def _of_machine(self, key: str) -> Record:
+        entries = self.sections.get("machine", [])
+        return next((x[key] for x in entries if key in x), {})
+
+    def _write(self) -> None:
+        slug = re.sub(r"[^a-z0-9]+", "_", self.facts()["device"].lower()).strip("_")
+        self._folder.mkdir(parents=True, exist_ok=True)
+        seconds = time.time() - self._begin
+        whole = {"command": self._command, "seconds": round(seconds, 1), **self.sections}
+        whole["failures"] = self.failures()
+        path = self._folder / f"gpu_{slug}.json"
+        path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
+        page = pages.report(self, self._command, seconds)
+        path.with_suffix(".md").write_text(page)
+
+    def _tell(self, section: str, record: Record) -> None:
+        if section == "machine" and "subnormals" in record and not record["subnormals"]["exact"]:
+            self.log(f"!!! {self.failures()[0]} !!!")
+        self.log(f"{section}: {json.dumps(record)[:240]}")
+
+
+def _errors(entries: list[Record]) -> list[str]:
+    """Errors that ended a section, other than a check's."""
+    return [x["error"] for x in entries if "error" in x and len(x) == 1]
+
+
+def _finite(value: Any) -> Any:
+    """The same with numbers that JSON has; NaN and inf become text."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One section of the bench, in a process of its own: a GPU's error ends that process alone.
+
+Prints one line of JSON per record. Meant for `python -m bench.gpu`, which starts these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench.gpu import verify
+from bench.gpu.timer import Deadline
+from sglang_diffxkv.kernels.gpu.launch import is_interpreted
+
+
+def records(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[Any]:
+    """The records of a section; only what it needs is imported."""
+    deadline, large = Deadline(options.deadline), device.type == "cuda"
+    ready, red = options.ready.split(","), options.red.split(",")
+    if name.startswith("verify-"):
+        yield from verify.run_group(name.removeprefix("verify-"), device, large=large)
+    elif name == "machine":
+        from bench.gpu import machine
+
+        yield from machine.run(device)
+    elif name == "flashinfer":
+        from bench.gpu import baselines
+
+        yield from baselines.warm_up(device)
+    elif name == "prebuild":
+        from bench.gpu import machine, prebuild
+
+        if capability := machine.query("compute_cap"):
+            yield from prebuild.run(int(capability.replace(".", "")))
+    elif name == "decode":
+        from bench.gpu import time_decode
+
+        yield from time_decode.run(device, deadline, ready, red)
+    elif name == "sweep":
+        from bench.gpu import time_sweep
+
+        yield from time_sweep.run(device, deadline, red)
+    elif name == "prefill":
+        from bench.gpu import time_prefill
+
+        yield from time_prefill.run(device, deadline, ready, red)
+    elif name == "arena":
+        from bench.gpu import time_arena
+
+        yield from time_arena.run(device, deadline, red)
+    else:
+        sys.exit(f"no section {name}")
+
+
+def main() -> None:
+    """Run a section; whatever ends it early is its last record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--deadline", type=float, required=True, help="as time.time() has it")
+    parser.add_argument("--ready", default="", help="what FlashInfer was built for")
+    parser.add_argument("--red", default="", help="operations that failed their checks")
+    options = parser.parse_args()
+    device = torch.device("cpu" if is_interpreted() else "cuda")
+    torch.manual_seed(0)
+    try:
+        for record in records(options.name, options, device):
+            print(json.dumps(record), flush=True)
+    except Exception as error:  # of Triton, CUDA or FlashInfer
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {error}"
+        print(json.dumps({"error": message[-500:]}), flush=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

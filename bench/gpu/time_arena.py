@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The free stack at a million pages: taking frames for many owners, and giving them back."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+
+from bench.gpu.timer import Deadline, interleaved
+from bench.gpu.verify import kernels
+
+MAX_FRAMES = 33
+PAGES = 1 << 20
+OWNERS = (1024, 16384, 262144)
+"""(page, layer)s of a batch that is sealed at once."""
+
+
+def run(device: torch.device, deadline: Deadline, red: Collection[str]) -> Iterator[dict[str, Any]]:
+    """Take and return together leave the stack as it was, so that they can be repeated."""
+    if "arena" in red:
+        yield {"skipped": "arena failed its checks"}
+        return
+    cuda = device.type == "cuda"
+    size = PAGES * 8 if cuda else 5000
+    arena = kernels("arena")
+    stack = torch.randperm(size, device=device).int()
+    n_free = torch.tensor([size], dtype=torch.int32, device=device)
+    for owners in OWNERS if cuda else (64,):
+        if deadline.left() < 3:
+            return
+        counts = torch.randint(1, 17, (owners,), dtype=torch.int32, device=device)
+        frames = arena.take_frames(stack, n_free, counts, MAX_FRAMES)
+        arena.return_frames(stack, n_free, frames)
+
+        def both(_: int, counts=counts) -> None:
+            taken = arena.take_frames(stack, n_free, counts, MAX_FRAMES)
+            arena.return_frames(stack, n_free, taken)
+
+        def take(_: int, counts=counts) -> None:
+            n_free.fill_(size)
+            arena.take_frames(stack, n_free, counts, MAX_FRAMES)
+
+        timed = interleaved({"take and return": both, "take": take}, 1, device, seconds=0.1)
+        n_free.fill_(size)
+        yield {
+            "owners": owners,
+            "frames": int(counts.sum()),
+            "stack": size,
+            "times": {name: t._asdict() for name, t in timed.items()},
+        }

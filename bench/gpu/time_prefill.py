@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a prefill chunk costs beside its own attention: the sealed prefix, scores, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.gpu import baselines
+from bench.gpu.inputs import Layers, draw_tiers, shuffled_frames
+from bench.gpu.shapes import LLAMA_8B, TINY, USUAL, Load, Model, draw
+from bench.gpu.timer import Candidate, Deadline, interleaved
+from bench.gpu.verify import kernels
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.pack import measure
+
+SCORE_QUERIES = 64
+COPIES = 2
+
+
+class Chunk(NamedTuple):
+    """New tokens of one sequence, after a sealed prefix."""
+
+    model: Model
+    tokens: int
+    prefix: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name} {self.tokens} after {self.prefix}"
+
+
+CHUNKS = tuple(Chunk(LLAMA_8B, t, p) for t in (8192, 2048) for p in (32768, 8192))
+TINY_CHUNKS = (Chunk(TINY, 128, 192),)
+
+
+def prefill(chunk: Chunk, tokens: int, ready: Collection[str], device: torch.device) -> Candidate:
+    """Causal attention of the chunk as the last of ``tokens`` raw tokens."""
+    model = chunk.model
+    shape = (chunk.tokens, tokens, model.heads, model.kv_heads, model.dim, device)
+    maker = baselines.flashinfer_prefill if "prefill" in ready else baselines.sdpa_prefill
+    return maker(*shape)
+
+
+def products(chunk: Chunk, device: torch.device) -> Candidate:
+    """The matrix products of a layer around its attention."""
+    model = chunk.model
+    query, kv = model.heads * model.dim, model.kv_heads * model.dim
+    sizes = (
+        (model.hidden, query + 2 * kv), (query, model.hidden), (model.hidden, 2 * model.inner),
+        (model.inner, model.hidden),
+    )  # fmt: skip
+    weights = [torch.randn(size, device=device).to(torch.bfloat16) for size in sizes]
+    inputs = [torch.randn(chunk.tokens, n, device=device).to(torch.bfloat16) for n, _ in sizes]
+
+    def run(_: int) -> None:
+        for x, weight in zip(inputs, weights, strict=True):
+            torch.matmul(x, weight)
+
+    return run
+
+
+class Ours:
+    """Inputs of our operations on a chunk; each candidate takes the number of a copy."""
+
+    def __init__(self, chunk: Chunk, device: torch.device) -> None:
+        model = chunk.model
+        self.chunk, self.device, self.sm_scale = chunk, device, model.dim**-0.5
+        self.prefix: Layers = draw(Load(model, 1, chunk.prefix, USUAL), COPIES, device)
+        # The chunk's own pages: raw, and sealed with the tiers of another draw.
+        self.pages = chunk.tokens // PAGE_TOKENS
+        shape = (self.pages, PAGE_TOKENS, model.kv_heads, model.dim)
+        self.k_raw, self.v_raw = (
+            torch.randn(shape, device=device).to(torch.bfloat16) for _ in range(2)
+        )
+        q = torch.randn(chunk.tokens, model.heads, model.dim, device=device)
+        self.q = q.to(torch.bfloat16)
+
+    def ints(self, *values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def extend_sealed(self) -> Candidate:
+        prefix, queries = self.prefix, self.ints(0, self.chunk.tokens)
+        run = kernels("extend").extend_sealed
+        lists = prefix.sealed_indptr, prefix.sealed_pages
+
+        def extend(i: int) -> None:
+            run(self.q, queries, *prefix.tables(i), *lists, prefix.layout, self.sm_scale)
+
+        return extend
+
+    def extend_open(self) -> Candidate:
+        run = kernels("extend").extend_open
+        slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
+        queries, first = self.ints(0, self.chunk.tokens), self.ints(0)
+        listed = self.ints(0, self.pages)
+
+        def extend(_: int) -> None:
+            raw = self.k_raw, self.v_raw
+            run(self.q, queries, first, *raw, listed, slots, slots, self.sm_scale)
+
+        return extend
+
+    def score(self) -> Candidate:
+        run = kernels("score").score_open
+        model, tokens = self.chunk.model, self.chunk.tokens
+        position = torch.linspace(tokens // SCORE_QUERIES, tokens - 1, SCORE_QUERIES)
+        position = position.int().to(self.device)
+        q = self.q[position.long()].contiguous()
+        lse = torch.full((len(q), model.heads), 14.0, device=self.device)
+        slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
+        accum = torch.zeros(self.pages, model.kv_heads, PAGE_TOKENS, device=self.device)
+        queries, listed = self.ints(0, len(q)), self.ints(0, self.pages)
+
+        def score(_: int) -> None:
+            lists = listed, slots, slots
+            run(q, lse, queries, position, self.k_raw, *lists, accum, self.sm_scale)
+
+        return score
+
+    def pack(self) -> Candidate:
+        layout = self.prefix.layout
+        tiers = draw_tiers(USUAL, self.pages, layout.num_kv_heads, self.device)
+        words, nbytes = measure(tiers, layout)
+        frames, total = shuffled_frames(-(-nbytes // layout.frame_bytes), layout.max_frames)
+        shape = (total, layout.frame_bytes)
+        arena = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
+        run = kernels("pack").pack
+
+        def pack(_: int) -> None:
+            raw = self.k_raw, self.v_raw
+            run(*raw, slots, tiers, tiers, frames, words, arena, layout)
+
+        return pack
+
+
+def measure_chunk(
+    chunk: Chunk, ready: Collection[str], red: Collection[str], device: torch.device
+) -> dict[str, Any]:
+    """One record; operations that failed their checks are left out."""
+    ours = Ours(chunk, device)
+    candidates: dict[str, Candidate] = {
+        "prefill of the chunk": prefill(chunk, chunk.tokens, ready, device),
+        "prefill over all": prefill(chunk, chunk.prefix + chunk.tokens, ready, device),
+        "products of the layer": products(chunk, device),
+    }
+    makers: dict[str, Callable[[], Candidate]] = {
+        "extend_sealed": ours.extend_sealed,
+        "extend_open": ours.extend_open,
+        "score_open": ours.score,
+        "pack": ours.pack,
+    }
+    candidates |= {name: make() for name, make in makers.items() if name not in red}
+    timed = interleaved(candidates, COPIES, device, seconds=1.0)
+    return {
+        "chunk": chunk.name,
+        "tokens": chunk.tokens,
+        "prefix": chunk.prefix,
+        "baseline": "flashinfer" if "prefill" in ready else "sdpa",
+        "raw_bytes": chunk.tokens * ours.prefix.raw_token_bytes(),
+        "times": {name: t._asdict() for name, t in timed.items()},
+    }
+
+
+def run(
+    device: torch.device, deadline: Deadline, ready: Collection[str], red: Collection[str]
+) -> Iterator[dict[str, Any]]:
+    """Chunks in order, for as long as there is time."""
+    if "pack" in red:
+        yield {"skipped": "pack, which makes the inputs, failed its checks"}
+        return
+    for chunk in CHUNKS if device.type == "cuda" else TINY_CHUNKS:
+        if deadline.left() < 10:
+            yield {"skipped": f"no time left from {chunk.name} on"}
+            return
+        yield measure_chunk(chunk, ready, red, device)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()

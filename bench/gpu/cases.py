@@ -17,6 +17,7 @@ from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
 from sglang_diffxkv.kernels.pack import Payload, copy_rows, pack, unpack
 from sglang_diffxkv.kernels.score import score_decode, score_open
+from sglang_diffxkv.kernels.step import PageNotes, begin_decode
 
 BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
 """Sequences; sealed pages listed and in the tables; raw pages; new tokens; frames of the arena."""
@@ -186,7 +187,21 @@ def _return_frames(s: Setting) -> None:
     return_frames(ints(FRAMES), ints(1), ints(PAGES, s.layout.max_frames))
 
 
+def _begin_decode(s: Setting) -> None:
+    def longs(n: int) -> torch.Tensor:
+        return torch.empty(n, dtype=torch.int64, device="meta")
+
+    counts = torch.empty(OPEN_PAGES, PAGE_TOKENS, device="meta")
+    directory = [ints(PAGES) for _ in range(4)] + [longs(PAGES) for _ in range(2)]
+    for scores in (counts, None):
+        notes = PageNotes(*directory, scores)
+        begin_decode(
+            ints(BATCH, 1 << 17), longs(BATCH), longs(BATCH), ints(1), longs(2), notes, PAGE_TOKENS
+        )
+
+
 OPERATIONS: dict[str, Callable[[Setting], None]] = {
+    "begin_decode": _begin_decode,
     "decode": _decode,
     "decode_parts": _decode_parts,
     "extend_sealed": _extend_sealed,

@@ -32,7 +32,7 @@ COST_UNIT = 32
 TOKEN_OVERHEAD = 64
 """What addressing a token and its softmax cost, in bytes that could have been read meanwhile."""
 
-_PAGES = 64
+_TILE = 512
 _ROWS = 1024
 
 
@@ -96,11 +96,11 @@ def plan_decode(sequences: SequencePages, heads: torch.Tensor, layout: PageLayou
         heads=heads,
         layer_stride=heads.stride(0),
         page_stride=heads.stride(1),
-        BATCH=batch,
+        batch=batch,
         KV_HEADS=kv_heads,
         HEADS_BLOCK=triton.next_power_of_2(kv_heads),
         HAS_OPEN=sequences.raw_slot is not None,
-        PAGES=_PAGES,
+        PAGES=min(64, max(1, _TILE // triton.next_power_of_2(kv_heads))),
         **_token_costs(layout),
     )
     grid = (batch, layers)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# Batches come in all sizes: what depends on theirs is not to be compiled for each.
+
 
 @triton.jit
 def _page_costs(
@@ -43,7 +45,7 @@ def _page_costs(
     return open_cost, (word & 0xFF) * HIGH_COST, (word >> 8 & 0xFF) * LOW_COST
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def count_costs(
     costs,
     pages,
@@ -53,7 +55,7 @@ def count_costs(
     heads,
     layer_stride,
     page_stride,
-    BATCH: tl.constexpr,
+    batch,
     KV_HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     HAS_OPEN: tl.constexpr,
@@ -78,13 +80,13 @@ def count_costs(
         high += tl.sum(b, 0)
         low += tl.sum(c, 0)
     head = tl.arange(0, HEADS_BLOCK)
-    row = costs + ((layer * BATCH + sequence) * KV_HEADS + head) * 3
+    row = costs + ((layer * batch + sequence) * KV_HEADS + head) * 3
     tl.store(row, opened, mask=head < KV_HEADS)
     tl.store(row + 1, high, mask=head < KV_HEADS)
     tl.store(row + 2, low, mask=head < KV_HEADS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def assign_items(
     costs,
     row_start,
@@ -118,7 +120,7 @@ def assign_items(
         before += tl.sum(count, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "item_stride"])
 def divide_pages(
     items,
     row_start,
@@ -130,8 +132,8 @@ def divide_pages(
     heads,
     layer_stride,
     page_stride,
+    batch,
     item_stride,
-    BATCH: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     HAS_OPEN: tl.constexpr,
@@ -149,7 +151,7 @@ def divide_pages(
     size = tl.load(share + layer)
     head = tl.arange(0, HEADS_BLOCK)
     row = (sequence * KV_HEADS + head) * 3
-    starts = row_start + layer * (BATCH * KV_HEADS * 3 + 1) + row
+    starts = row_start + layer * (batch * KV_HEADS * 3 + 1) + row
     real = head < KV_HEADS
     first0 = tl.load(starts, mask=real, other=0)
     first1 = tl.load(starts + 1, mask=real, other=0)

@@ -38,7 +38,7 @@ def sealed_tile(layout: PageLayout, dtype: torch.dtype, device: torch.device) ->
     if has_raw and dtype == torch.float32:
         return FP32_TILE
     if compute_capability(device) >= 90:
-        return Tile(64, 64, 4) if dim <= 128 else Tile(64, 32, 8)
+        return Tile(64, 64, 8 if has_raw else 4) if dim <= 128 else Tile(64, 32, 8)
     # Products take both operands from registers; raw ones are fp32 there.
     if dim > 128:
         return Tile(32, 32, 8)

@@ -18,13 +18,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.gpu.children import Child
-from bench.gpu.results import Results
+from bench.gpu.results import BACKGROUND, OPERATIONS, Results
 
 RESULTS = Path(__file__).parents[1] / "results"
-GROUPS = ("decode", "extend", "score", "pack", "arena")
-BACKGROUND = ("prebuild", "flashinfer")
-"""Compile on the CPU meanwhile."""
-
 TIMED = {"arena": 0.1, "sweep": 0.3, "decode": 0.7, "prefill": 1.0}
 """In this order; each may take so much of the time that is left when it begins."""
 
@@ -52,7 +48,7 @@ class Run:
         if name not in self.only:
             return None
         self.results.log(f"{name} begins, {self.end - time.time():.0f} s are left")
-        child = Child(name, deadline, arguments, self.results, dry=self.dry)
+        child = Child(name, deadline, arguments, self.results)
         self.children.append(child)
         return child
 
@@ -68,7 +64,7 @@ class Run:
         self.wait([machine])
         deadline = self.begin + VERIFY_SHARE * self.seconds
         checks: list[Child | None] = []
-        for group in GROUPS:
+        for group in OPERATIONS:
             checks.append(self.start(f"verify-{group}", deadline))
             if self.dry:
                 self.wait(checks)
@@ -89,7 +85,7 @@ class Run:
 
 
 def sections() -> tuple[str, ...]:
-    return ("machine", *BACKGROUND, *(f"verify-{group}" for group in GROUPS), *TIMED)
+    return ("machine", *BACKGROUND, *(f"verify-{group}" for group in OPERATIONS), *TIMED)
 
 
 def main() -> None:
@@ -102,7 +98,8 @@ def main() -> None:
     parser.add_argument("--only", help=f"sections, of {','.join(sections())}")
     parser.add_argument("--dry", action="store_true", help="small, in Triton's interpreter")
     options = parser.parse_args()
-    only = options.only.split(",") if options.only else sections()
+    usual = [name for name in sections() if not (options.dry and name in BACKGROUND)]
+    only = options.only.split(",") if options.only else usual
     if unknown := set(only) - set(sections()):
         parser.error(f"no section {', '.join(sorted(unknown))}")
     if options.dry:

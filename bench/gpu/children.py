@@ -27,19 +27,15 @@ class Child:
     """
 
     def __init__(
-        self, name: str, deadline: float, arguments: Sequence[str], results: Results, *, dry: bool
+        self, name: str, deadline: float, arguments: Sequence[str], results: Results
     ) -> None:
         self.name, self.deadline, self.results = name, deadline, results
-        env = dict(os.environ)
-        if not dry or name in ("prebuild", "flashinfer"):
-            env.pop("TRITON_INTERPRET", None)
         command = [sys.executable, "-m", "bench.gpu.section", name, "--deadline", str(deadline)]
         self._failed = False
         self._process = subprocess.Popen(
             [*command, *arguments],
             stdout=subprocess.PIPE,
             text=True,
-            env=env,
             start_new_session=True,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -125,7 +125,7 @@ def draw_layers(
 ) -> Layers:
     """Sequences of ``tokens`` tokens each, but for the last page's, whose length is random.
 
-    Unwritten bytes of the arena are 0xFF, which is NaN in every format, and so are unwritten tokens.
+    Unwritten bytes of the arena are 0xFF, which is NaN as fp16 and bf16; unwritten tokens are NaN.
 
     Args:
         open_pages: pages at the end of each sequence that stay open.

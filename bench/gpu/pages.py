@@ -52,11 +52,11 @@ def report(results: Results, command: str, seconds: float) -> str:
 
 DECODE = """## Decode
 
-One layer of a step: K8V4/K4V2, a window of 65 to 128 bf16 tokens. "MB" are codes, scales and raw tokens
-that must be read; "share" is of the best copy. The time is of attention and the merge, in
-brackets the tenth and ninetieth percentile; "merge" is its part alone, "plan" that of planning a step of
-32 layers, per layer. FlashInfer at equal logical length, pages of 64 tokens; "x" says how many times as
-long it takes."""
+One layer of a step: K8V4/K4V2, a window of 65 to 128 bf16 tokens. "MB" are codes, scales and raw
+tokens that must be read; "share" is of the best copy. The time is of attention and the merge, in
+brackets the tenth and ninetieth percentile; "merge" is its part alone, "plan" that of planning a
+step of 32 layers, per layer. FlashInfer at equal logical length, pages of 64 tokens; "x" says how
+many times as long it takes."""
 
 SWEEP = """## Launch constants
 
@@ -64,9 +64,9 @@ Time as a share of that of the constants that ship (first line), measured in tur
 
 PREFILL = """## Beside prefill
 
-Times of one layer in µs, and as a share of causal attention of the chunk alone; "sealed prefix": as a
-share of what attention over the raw prefix adds. "Layer" is attention of the chunk over everything, and
-the matrix products."""
+Times of one layer in µs, and as a share of causal attention of the chunk alone; "sealed prefix":
+as a share of what attention over the raw prefix adds. "Layer" is attention of the chunk over
+everything, and the matrix products."""
 
 ARENA = "## Free stack\n\nTimes in µs."
 

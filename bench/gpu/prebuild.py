@@ -10,58 +10,25 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from bench.gpu.shapes import LLAMA_8B, LLAMA_70B, QWEN_7B, TIERS, Model
+from bench.gpu.meta import decode_launches
+from bench.gpu.shapes import LLAMA_8B, LLAMA_70B, QWEN_7B
 from bench.gpu.specialise import Configuration, distinct, specialise
-from bench.gpu.time_sweep import Constants, grid, overridden, shipped
-from bench.gpu.verify import kernels
-from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
-from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
-
-LAYERS = 5
-"""Slices of layers are aligned differently, which Triton compiles kernels for."""
-
-
-def decode_launches(model: Model, constants: Constants, batch: int, pages: int) -> list[Launch]:
-    """What a decode step launches, on meta tensors."""
-
-    def ints(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.int32, device="meta")
-
-    layout = make_layout(
-        head_dim=model.dim,
-        num_kv_heads=model.kv_heads,
-        raw_itemsize=2,
-        high=FORMATS[TIERS[0]],
-        low=FORMATS[TIERS[1]],
-    )
-    total = batch * pages
-    lists = ints(total), ints(batch), ints(batch), ints(total), ints(batch)
-    raw_shape = LAYERS, 2 * batch, PAGE_TOKENS, model.kv_heads, model.dim
-    raw = torch.empty(raw_shape, dtype=torch.bfloat16, device="meta")
-    q = raw.new_empty(LAYERS, batch, model.heads, model.dim)
-    arena = raw.new_empty(total, layout.frame_bytes, dtype=torch.uint8)
-    frames, heads = ints(LAYERS, total, layout.max_frames), ints(LAYERS, total, model.kv_heads, 2)
-    with overridden(constants), recorded() as launches:
-        plan = plan_decode(SequencePages(*lists), heads, layout)
-        for i in range(LAYERS):
-            kernels("decode").attend(
-                q[i], q[i], arena, frames[i], heads[i], raw[i], raw[i], plan.layer(i), layout, 1.0
-            )
-    return launches
+from bench.gpu.time_sweep import grid, overridden
+from sglang_diffxkv.kernels.gpu.launch import Launch
 
 
 def launches() -> Iterator[tuple[str, Launch]]:
     """All that the timing of decode will launch, with a name."""
     for model in (LLAMA_8B, QWEN_7B, LLAMA_70B):
-        for launch in decode_launches(model, shipped(), 64, 128):
+        for launch in decode_launches(model, 64, 128):
             yield model.name, launch
     for constants in grid():
-        for launch in decode_launches(LLAMA_8B, constants, 64, 128):
+        with overridden(constants):
+            made = decode_launches(LLAMA_8B, 64, 128)
+        for launch in made:
             yield constants.name, launch
 
 

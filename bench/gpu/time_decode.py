@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode against FlashInfer at equal logical length; the step's plan and the merge by themselves."""
+"""Decode against FlashInfer at equal logical length; a step's plan, and the merge by itself."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Collection, Iterator
 from functools import partial
 from typing import Any
@@ -167,5 +168,8 @@ def run(
             yield measure(load, ready, device)
         except torch.OutOfMemoryError:
             yield {"skipped": f"{load.name}: out of memory"}
+        except Exception as error:  # of FlashInfer, say, on this shape alone
+            traceback.print_exc()
+            yield {"failed": load.name, "message": f"{type(error).__name__}: {error}"[-300:]}
         if device.type == "cuda":
             torch.cuda.empty_cache()

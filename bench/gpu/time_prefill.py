@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
@@ -176,6 +177,10 @@ def run(
         if deadline.left() < 10:
             yield {"skipped": f"no time left from {chunk.name} on"}
             return
-        yield measure_chunk(chunk, ready, red, device)
+        try:
+            yield measure_chunk(chunk, ready, red, device)
+        except Exception as error:  # of FlashInfer, say, on this shape alone
+            traceback.print_exc()
+            yield {"failed": chunk.name, "message": f"{type(error).__name__}: {error}"[-300:]}
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bench.gpu.shapes import LLAMA_8B, TIERS
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted
 
@@ -47,12 +48,14 @@ class Check(NamedTuple):
         operation: what is not timed if it fails.
         tolerance: of both errors; 0 asks for equal bytes.
         run: on a device.
+        timed: whether it is of the dimensions that are timed: others may fail without it.
     """
 
     name: str
     operation: str
     tolerance: float
     run: Callable[[torch.device], Found]
+    timed: bool
 
 
 GROUPS = ("decode", "extend", "score", "pack", "arena")
@@ -67,6 +70,11 @@ def kernels(operation: str) -> ModuleType:
 def to(device: torch.device, *values: Any) -> tuple[Any, ...]:
     """The same values with tensors on a device."""
     return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in values)
+
+
+def is_timed(dim: int, dtype: torch.dtype, tiers: tuple[str, str] = TIERS) -> bool:
+    """Whether these are the dimensions that the timing sections use."""
+    return dim == LLAMA_8B.dim and dtype == torch.bfloat16 and tiers == TIERS
 
 
 def compare(part: AttentionPart, expected: AttentionPart) -> Found:
@@ -122,12 +130,13 @@ def run_group(group: str, device: torch.device, *, large: bool) -> Iterator[dict
             found = check.run(device)
         except Exception as error:  # of Triton, CUDA or the kernel's own checks
             traceback.print_exc()
-            yield failure(check.name, check.operation, _last_line(error))
+            yield failure(check.name, check.operation, _last_line(error)) | {"timed": check.timed}
             continue
         passed = found.error <= check.tolerance and found.lse_error <= check.tolerance
         yield {
             "name": check.name,
             "operation": check.operation,
+            "timed": check.timed,
             "passed": passed,
             "error": found.error,
             "lse_error": found.lse_error,

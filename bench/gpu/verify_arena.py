@@ -35,7 +35,9 @@ def check(owners: int, reference: ModuleType, device: torch.device) -> Found:
 
 def checks(large: bool) -> Iterator[Check]:
     for owners in (0, 1, 5, 301):
-        yield Check(f"arena, {owners} owners", "arena", 0, partial(check, owners, naive))
+        yield Check(
+            f"arena, {owners} owners", "arena", 0, partial(check, owners, naive), timed=True
+        )
     if large:
         run = partial(check, 100_003, torch_ops)
-        yield Check("arena, 100003 owners", "arena", 0, run)
+        yield Check("arena, 100003 owners", "arena", 0, run, timed=True)

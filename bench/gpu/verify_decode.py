@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu.inputs import Layers, Mix, draw_layers
 from bench.gpu.reference import decode_layer, merge64
-from bench.gpu.verify import TOLERANCE, Check, Found, compare, kernels, to, worst
+from bench.gpu.verify import TOLERANCE, Check, Found, compare, is_timed, kernels, to, worst
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import naive
 from sglang_diffxkv.kernels.decode.plan import plan_decode
@@ -36,6 +36,10 @@ class Case(NamedTuple):
     open_pages: int = 2
     drops: tuple[int, ...] = (0, 2, 3)
     mix: Mix = Mix(25, 50, 25)
+
+    @property
+    def timed(self) -> bool:
+        return is_timed(self.dim, self.dtype, (self.high, self.low))
 
     @property
     def name(self) -> str:
@@ -160,9 +164,11 @@ def check_open(device: torch.device) -> Found:
 
 
 def checks(large: bool) -> Iterator[Check]:
-    yield Check("decode_sealed", "decode", TOLERANCE, check_public)
-    yield Check("decode_open", "decode", TOLERANCE, check_open)
+    yield Check("decode_sealed", "decode", TOLERANCE, check_public, timed=True)
+    yield Check("decode_open", "decode", TOLERANCE, check_open, timed=True)
     for case in SMALL:
-        yield Check(case.name, "decode", TOLERANCE, partial(check, case, large=False))
+        run = partial(check, case, large=False)
+        yield Check(case.name, "decode", TOLERANCE, run, case.timed)
     for case in LARGE if large else ():
-        yield Check(case.name, "decode", TOLERANCE, partial(check, case, large=True))
+        run = partial(check, case, large=True)
+        yield Check(case.name, "decode", TOLERANCE, run, case.timed)

@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu import verify_decode
 from bench.gpu.reference import attend, sealed_tokens
-from bench.gpu.verify import TOLERANCE, Check, Found, compare, kernels, to
+from bench.gpu.verify import TOLERANCE, Check, Found, compare, is_timed, kernels, to
 from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts
 from sglang_diffxkv.kernels.extend import naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
@@ -27,7 +27,7 @@ class Sealed(NamedTuple):
 
 
 SMALL = (
-    Sealed(verify_decode.Case(open_pages=0, drops=(0, 5, 4), dim=64), (5, 3, 7)),
+    Sealed(verify_decode.Case(open_pages=0, drops=(0, 5, 4)), (5, 3, 7)),
     Sealed(verify_decode.Case("raw", "K4V2", open_pages=0, drops=(3, 4), dim=80, group=1), (9, 1)),
 )
 LARGE = (
@@ -53,7 +53,7 @@ class Open(NamedTuple):
 
 
 OPEN_SMALL = (
-    Open(64, 2, 3, torch.bfloat16, ((70, 9, (0, 1)), (0, 3, (0,)), (330, 20, (0, 2, 5)))),
+    Open(128, 2, 3, torch.bfloat16, ((70, 9, (0, 1)), (0, 3, (0,)), (330, 20, (0, 2, 5)))),
     Open(80, 1, 4, torch.float16, ((63, 1, (0,)), (5, 0, (0,)), (64, 11, (1,)))),
 )
 OPEN_LARGE = (
@@ -121,8 +121,9 @@ def checks(large: bool) -> Iterator[Check]:
     for sealed in (*SMALL, *LARGE) if large else SMALL:
         name = f"{sealed.case.name}, queries {sealed.queries}".replace("decode", "extend_sealed")
         run = partial(check_sealed, sealed, large=sealed in LARGE)
-        yield Check(name, "extend_sealed", TOLERANCE, run)
+        yield Check(name, "extend_sealed", TOLERANCE, run, sealed.case.timed)
     for case in (*OPEN_SMALL, *OPEN_LARGE) if large else OPEN_SMALL:
         dtype = str(case.dtype).removeprefix("torch.")
         name = f"extend_open D={case.dim} G={case.group} {dtype}, {len(case.sequences)} sequences"
-        yield Check(name, "extend_open", TOLERANCE, partial(check_open, case))
+        run = partial(check_open, case)
+        yield Check(name, "extend_open", TOLERANCE, run, is_timed(case.dim, case.dtype))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.gpu.verify import TOLERANCE, Check, Found, kernels, relative_error, to
+from bench.gpu.verify import TOLERANCE, Check, Found, is_timed, kernels, relative_error, to
 from bench.gpu.verify_extend import indptr
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.score import naive
@@ -26,7 +26,7 @@ class Case(NamedTuple):
 
 
 SMALL = (
-    Case(64, 2, 3, torch.bfloat16, (((70, 71, 130), (0, 1)), ((), (0,)), ((5,), (0,)))),
+    Case(128, 2, 3, torch.bfloat16, (((70, 71, 130), (0, 1)), ((), (0,)), ((5,), (0,)))),
     Case(80, 1, 4, torch.float16, ((tuple(range(3, 200, 17)), (0, 2)),)),
 )
 LARGE = (
@@ -77,7 +77,7 @@ class Decode(NamedTuple):
 
 
 DECODE_SMALL = (
-    Decode(64, 2, 3, torch.bfloat16, (200, 1, 65, 64)),
+    Decode(128, 2, 3, torch.bfloat16, (200, 1, 65, 64)),
     Decode(80, 1, 4, torch.float16, (130, 129)),
 )
 DECODE_LARGE = (
@@ -128,8 +128,10 @@ def checks(large: bool) -> Iterator[Check]:
     for case in (*SMALL, *LARGE) if large else SMALL:
         dtype = str(case.dtype).removeprefix("torch.")
         name = f"score_open D={case.dim} G={case.group} {dtype}, {len(case.sequences)} sequences"
-        yield Check(name, "score_open", TOLERANCE, partial(check, case))
+        timed = is_timed(case.dim, case.dtype)
+        yield Check(name, "score_open", TOLERANCE, partial(check, case), timed)
     for decode in (*DECODE_SMALL, *DECODE_LARGE) if large else DECODE_SMALL:
         dtype = str(decode.dtype).removeprefix("torch.")
         name = f"score_decode D={decode.dim} G={decode.group} {dtype}, lengths {decode.lengths}"
-        yield Check(name, "score_decode", TOLERANCE, partial(check_decode, decode))
+        timed = is_timed(decode.dim, decode.dtype)
+        yield Check(name, "score_decode", TOLERANCE, partial(check_decode, decode), timed)

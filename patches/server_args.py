@@ -25,6 +25,7 @@ from sglang_diffxkv.patches.model_validation import check_model_config
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.patches.validation import (
     BACKEND,
+    captures_decode,
     check_resolution,
     check_server_args,
     is_requested,
@@ -86,11 +87,12 @@ def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_server_args(server_args)
         if resolving_view(server_args).page_size is None:
             declare_resolution(server_args, BACKEND, page_size=PAGE_TOKENS)
-        # Graphs come with the GPU kernels; declared early, so that no memory is set aside for them.
-        declare_resolution(
-            server_args, BACKEND, disable_prefill_cuda_graph=True, disable_decode_cuda_graph=True
-        )
+        # Declared before SGLang reads them, so that no memory is set aside for these graphs.
+        declare_resolution(server_args, BACKEND, disable_prefill_cuda_graph=True)
     previous(server_args)
+    # Which device it is, where the user does not say, is among the defaults that were just set.
+    if is_requested(server_args) and not captures_decode(server_args):
+        declare_resolution(server_args, BACKEND, disable_decode_cuda_graph=True)
 
 
 def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:

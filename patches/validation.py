@@ -58,6 +58,10 @@ _FLAGS = (
     _Flag("enable_memory_saver", (False,), "its tables do not survive being paged out"),
     _Flag("use_ray", (False,), "SGLang's Ray actors load no plugins"),
 )
+_VARIABLES = {
+    "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "divides its memory once at start",
+    "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "tells its kernels the time before each step",
+}
 
 
 def is_requested(server_args: Any) -> bool:
@@ -89,18 +93,25 @@ def check_server_args(server_args: Any) -> None:
             f"--chunked-prefill-size {chunk} does not go with {BACKEND}, which seals pages between "
             f"chunks: use a multiple of {PAGE_TOKENS}, such as 2048"
         )
-    if envs.SGLANG_ENABLE_POST_CAPTURE_KV_SIZING.get():
-        raise ValueError(
-            f"SGLANG_ENABLE_POST_CAPTURE_KV_SIZING does not go with {BACKEND}, which divides its "
-            "memory once at start: unset it"
-        )
+    for name, why in _VARIABLES.items():
+        if getattr(envs, name).get():
+            raise ValueError(f"{name} does not go with {BACKEND}, which {why}: unset it")
+
+
+def captures_decode(server_args: Any) -> bool:
+    """Whether decode steps may be captured in CUDA graphs: on the device that has kernels for it.
+
+    To be asked once SGLang has chosen a device.
+    """
+    return bool(resolving_view(server_args).device == "cuda")
 
 
 def check_resolution(server_args: Any) -> None:
     """Check what SGLang made of the flags, at the end of resolution.
 
     Raises:
-        ValueError: it chose another backend for this model, or was told to capture CUDA graphs.
+        ValueError: it chose another backend for this model, or was told to capture CUDA graphs
+            that the backend cannot be in.
     """
     view = resolving_view(server_args)
     if view.attention_backend != BACKEND:
@@ -109,12 +120,22 @@ def check_resolution(server_args: Any) -> None:
             f"asked for: leave out --attention-backend {BACKEND} or choose another model"
         )
     graphs = view.cuda_graph_config
-    for phase, config in (("decode", graphs.decode), ("prefill", graphs.prefill)):
-        if config.backend != Backend.DISABLED:
+    decode = (Backend.DISABLED, Backend.FULL)[: 1 + captures_decode(server_args)]
+    for phase, config, allowed in (
+        ("decode", graphs.decode, decode),
+        ("prefill", graphs.prefill, (Backend.DISABLED,)),
+    ):
+        if config.backend not in allowed:
             raise ValueError(
                 f"CUDA graphs for {phase} ({config.backend}) do not go with --attention-backend "
-                f"{BACKEND} yet: leave out --cuda-graph-backend-{phase} and --cuda-graph-config"
+                f"{BACKEND} on {view.device}: leave out --cuda-graph-backend-{phase} and "
+                "--cuda-graph-config"
             )
+    if view.enable_torch_compile and graphs.decode.backend == Backend.FULL:
+        raise ValueError(
+            f"--enable-torch-compile does not go with --attention-backend {BACKEND} on "
+            f"{view.device}, whose kernels torch.compile cannot trace: leave it out"
+        )
 
 
 def _refusal(flag: _Flag, value: object) -> str:

@@ -24,6 +24,7 @@ from sglang_diffxkv.patches.model_validation import check_layers
 from sglang_diffxkv.patches.server_args import get_config, is_active
 
 OURS = ("--attention-backend", "diffxkv")
+GPU = ("--device", "cuda")
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +69,13 @@ def test_choosing_the_backend_sets_what_it_needs(model: str) -> None:
     assert view.page_size == 64
     assert view.cuda_graph_config.prefill.backend == "disabled"
     assert view.cuda_graph_config.decode.backend == "disabled"
+
+
+def test_a_gpu_captures_decode_steps(model: str) -> None:
+    graphs = resolving_view(resolve(model, *OURS, *GPU)).cuda_graph_config
+    assert (graphs.decode.backend, graphs.prefill.backend) == ("full", "disabled")
+    graphs = resolving_view(resolve(model, *OURS, *GPU, "--disable-cuda-graph")).cuda_graph_config
+    assert (graphs.decode.backend, graphs.prefill.backend) == ("disabled", "disabled")
 
 
 def test_both_phase_flags_choose_it_too(model: str) -> None:
@@ -129,8 +137,11 @@ def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
         (("--use-ray",), ["--use-ray", "load no plugins"]),
         (("--kv-canary", "log"), ["--kv-canary log"]),
         (("--decode-attention-backend", "triton"), ["diffxkv for prefill", "triton for decode"]),
-        (("--cuda-graph-backend-decode", "full"), ["CUDA graphs for decode"]),
+        (("--cuda-graph-backend-decode", "full"), ["CUDA graphs for decode (full)", "on cpu"]),
         (("--cuda-graph-config", '{"prefill":{"backend":"breakable"}}'), ["graphs for prefill"]),
+        ((*GPU, "--cuda-graph-backend-prefill", "full"), ["graphs for prefill (full)", "on cuda"]),
+        ((*GPU, "--cuda-graph-backend-decode", "breakable"), ["for decode (breakable)"]),
+        ((*GPU, "--enable-torch-compile"), ["--enable-torch-compile", "leave it out"]),
         (("--diffxkv-config", '{"windo": 3}'), ["windo", "did you mean 'window'"]),
         (("--diffxkv-config", '{"policy": "difkv"}'), ["difkv", "did you mean 'diffkv'"]),
         (("--diffxkv-config", '{"layer_caps": [1, 1, 1]}'), ["3 shares", "has 2 layers"]),
@@ -159,9 +170,15 @@ def test_flag_without_the_backend_is_refused(model: str) -> None:
     assert "needs --attention-backend diffxkv" in refusal(model, "--diffxkv-config", "{}")
 
 
-def test_late_capture_sizing_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "1")
-    assert "unset it" in refusal(model, *OURS)
+@pytest.mark.parametrize(
+    "name", ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_ENABLE_METADATA_GLUE_GRAPH"]
+)
+def test_variables_it_does_not_go_with(
+    model: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "1")
+    message = refusal(model, *OURS)
+    assert name in message and "unset it" in message
 
 
 PLAIN = {

@@ -19,15 +19,15 @@ from sglang_diffxkv.pool.prefill_budget import MIN_CHUNK_PAGES, DiffXKVPrefillBu
 from sglang_diffxkv.pool.store import PageStore
 
 
-def _unheld_pages(tree_cache: Any) -> torch.Tensor:
-    """Pages in the radix tree that no request holds; int64 [N].
+def _unheld_pages(tree_cache: Any, device: torch.device | str) -> torch.Tensor:
+    """Pages in the radix tree that no request holds; int64 [N] on ``device``.
 
     A request locks the path of its prefix from the moment it is admitted until it finishes, also
     while its prompt waits between chunks. Pages that it has written itself and not yet given to the
     tree are not listed.
     """
     walk = tree_cache.tree_core.walk_for_kv_canary(unlocked_only=True, swa_resident_only=False)
-    return walk.slot_indices[::PAGE_TOKENS].long() // PAGE_TOKENS
+    return walk.slot_indices[::PAGE_TOKENS].long().to(device) // PAGE_TOKENS  # listed on the host
 
 
 class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
@@ -207,7 +207,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         if not (policy.can_demote and policy.config.demote):
             return
         if self.store.ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
-            demote_cold(self.store, _unheld_pages(tree_cache), pages)
+            demote_cold(self.store, _unheld_pages(tree_cache, self.device), pages)
 
     def evict_for_raw_pages(self, tree_cache: Any, num_tokens: int) -> None:
         """Evict until raw pages can hold ``num_tokens``, if that helps.
@@ -226,7 +226,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         """Pages of lossless requests that are only cached."""
         if self.store.ledger.raw_only == 0 or not tree_cache.supports_prefix_sharing():
             return 0
-        return int((~self.store.may_seal(_unheld_pages(tree_cache))).sum())
+        return int((~self.store.may_seal(_unheld_pages(tree_cache, self.device))).sum())
 
     def _evict_until(self, tree_cache: Any, enough: Callable[[], bool]) -> None:
         if enough() or not tree_cache.supports_prefix_sharing():

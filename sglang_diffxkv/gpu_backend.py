@@ -48,6 +48,8 @@ class GPUBackend(DiffXKVBackend):
         """Nothing to do: graphs read SGLang's own buffers, and what they write is captured."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        # SGLang's warm-up begins steps that it does not end.
+        self.decode_batch = self.forward_metadata = None
         if forward_batch.forward_mode.is_decode():
             self.init_forward_metadata_out_graph(forward_batch)
             self.init_forward_metadata_in_graph(forward_batch)

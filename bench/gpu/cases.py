@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.arena import return_frames, take_frames
+from sglang_diffxkv.kernels.attention_part import empty_part, merge
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
@@ -187,6 +188,11 @@ def _return_frames(s: Setting) -> None:
     return_frames(ints(FRAMES), ints(1), ints(PAGES, s.layout.max_frames))
 
 
+def _merge(s: Setting) -> None:
+    part = empty_part(s.queries(QUERIES))
+    merge(part, part)
+
+
 def _begin_decode(s: Setting) -> None:
     def longs(n: int) -> torch.Tensor:
         return torch.empty(n, dtype=torch.int64, device="meta")
@@ -204,6 +210,7 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "begin_decode": _begin_decode,
     "decode": _decode,
     "decode_parts": _decode_parts,
+    "merge": _merge,
     "extend_sealed": _extend_sealed,
     "extend_open": _extend_open,
     "score_open": _score_open,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton: the items of a sequence and head, each attention over some tokens, become one."""
+"""Triton: attention over some tokens and over others becomes attention over all of them."""
 
 from __future__ import annotations
 
@@ -59,3 +59,35 @@ def _part_lse(lse, at, end, member, GROUP: tl.constexpr, PARTS: tl.constexpr):
     part = at + tl.arange(0, PARTS)
     mask = (part < end)[:, None] & (member < GROUP)[None, :]
     return tl.load(lse + part[:, None] * GROUP + member[None, :], mask=mask, other=-float("inf"))
+
+
+@triton.jit
+def merge_two(
+    out_a,
+    lse_a,
+    out_b,
+    lse_b,
+    out,
+    lse,
+    rows,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """`part.merge` of rows ``[program_id(0) * ROWS, ...)``: contiguous [rows, DIM] and [rows]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, DIM_BLOCK)
+    mask = row < rows
+    inside = mask[:, None] & (column < DIM)[None, :]
+    a = tl.load(lse_a + row, mask=mask, other=-float("inf"))
+    b = tl.load(lse_b + row, mask=mask, other=-float("inf"))
+    top = tl.maximum(a, b)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    a, b = tl.exp2(a - base), tl.exp2(b - base)
+    total = a + b
+    scale = 1 / tl.where(total > 0, total, 1.0)
+    at = row[:, None] * DIM + column[None, :]
+    merged = tl.load(out_a + at, mask=inside, other=0).to(tl.float32) * (a * scale)[:, None]
+    merged += tl.load(out_b + at, mask=inside, other=0).to(tl.float32) * (b * scale)[:, None]
+    tl.store(out + at, merged, mask=inside)
+    tl.store(lse + row, base + tl.log2(total), mask=mask)

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.gpu.device import on_gpu
+
 
 class AttentionPart(NamedTuple):
     """Attention over some of the tokens.
@@ -22,6 +24,10 @@ class AttentionPart(NamedTuple):
 
 def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
     """Attention over the union of two disjoint sets of tokens; either may be empty."""
+    if on_gpu(a.lse):
+        from sglang_diffxkv.kernels.decode import triton  # not installed everywhere
+
+        return triton.merge(a, b)
     top = torch.maximum(a.lse, b.lse)
     # Where both are empty, any finite base keeps -inf - -inf = NaN out.
     base = torch.where(torch.isinf(top), torch.zeros_like(top), top)

@@ -9,7 +9,7 @@ import torch
 import triton
 
 from sglang_diffxkv.kernels.decode.attend import attend_item
-from sglang_diffxkv.kernels.decode.merge import merge_items
+from sglang_diffxkv.kernels.decode.merge import merge_items, merge_two
 from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted, launch
@@ -20,6 +20,7 @@ BYTE_MASK = 0x00FF00FF
 _TOKENS = 64
 _PAGES = 32
 _REGISTERS = 168
+_MERGE_ROWS = 16
 
 
 def attend(
@@ -118,6 +119,31 @@ def attend(
         **blocks,
     )
     return part
+
+
+def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
+    """See :func:`sglang_diffxkv.kernels.decode.merge`; one pass over each of the two."""
+    rows, dim = a.lse.numel(), a.out.shape[-1]
+    merged = AttentionPart(
+        torch.empty(a.out.shape, dtype=torch.float32, device=a.out.device),
+        torch.empty(a.lse.shape, dtype=torch.float32, device=a.lse.device),
+    )
+    launch(
+        merge_two,
+        (triton.cdiv(rows, _MERGE_ROWS),),
+        out_a=a.out.contiguous(),
+        lse_a=a.lse.contiguous(),
+        out_b=b.out.contiguous(),
+        lse_b=b.lse.contiguous(),
+        out=merged.out,
+        lse=merged.lse,
+        rows=rows,
+        DIM=dim,
+        DIM_BLOCK=triton.next_power_of_2(dim),
+        ROWS=_MERGE_ROWS,
+        num_warps=4,
+    )
+    return merged
 
 
 def _tile_tokens(blocks: dict[str, int], itemsize: int) -> int:

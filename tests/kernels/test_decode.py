@@ -14,7 +14,7 @@ import torch
 
 from sglang_diffxkv.kernels import decode
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
-from sglang_diffxkv.kernels.decode import AttentionPart, cpu, merge, naive
+from sglang_diffxkv.kernels.decode import AttentionPart, cpu, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PRUNED
 from tests.kernels.builders import (
     SealedArena,
@@ -231,8 +231,11 @@ def test_concurrent_callers_share_the_pool(monkeypatch: pytest.MonkeyPatch) -> N
         check(part, case.expected, TOLERANCE["avx512"])
 
 
-def test_merge_matches_attention_over_all() -> None:
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_merge_matches_attention_over_all(name: str) -> None:
+    merge = implementation("triton").merge if name == "triton" else decode.merge
     gen = torch.Generator().manual_seed(6)
+    device = DEVICE if name == "triton" else torch.device("cpu")
     q = torch.randn(3, 4, 64, generator=gen)
     keys, values = torch.randn(2, 100, 2, 64, generator=gen)
     first = (torch.arange(100) < 37).unsqueeze(1).expand(-1, 2)
@@ -240,7 +243,7 @@ def test_merge_matches_attention_over_all() -> None:
 
     def part(*masks: torch.Tensor) -> AttentionPart:
         parts = dense_reference(q, [(keys, values, mask) for mask in masks], 0.125)
-        return AttentionPart(parts.out.float(), parts.lse.float())
+        return AttentionPart(parts.out.float().to(device), parts.lse.float().to(device))
 
     merged = merge(part(first, whole, none), part(~first, none, whole))
     check(merged, part(whole, whole, whole), 1e-6)

@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 # SGLang's processes import thousands of modules each: never without their bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test bench compile-kernels lint types format env clean
+.PHONY: demo test bench compile-kernels bench-gpu sanitize lint types format env clean
 
 demo: env
 	$(BIN)/sglang-diffxkv demo
@@ -47,6 +47,19 @@ bench: env
 # No GPU needed: the Triton kernels, compiled for four architectures.
 compile-kernels: env
 	env -u TRITON_INTERPRET PYTHONSAFEPATH= $(BIN)/python -m bench.gpu.compile $(ARGS)
+
+# Verifies and times the kernels. PYTHON is any that has torch and Triton: it needs no environment.
+bench-gpu:
+	PYTHON=$(PYTHON) bench/gpu/run.sh bench.gpu $(ARGS)
+
+# The kernels on small inputs under compute-sanitizer; TOOL is memcheck, racecheck or initcheck.
+TOOL ?= memcheck
+sanitize:
+	@command -v compute-sanitizer >/dev/null || { echo "skipped: no compute-sanitizer here"; exit 0; }; \
+	$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
+		{ echo "skipped: no GPU that $(PYTHON) can use"; exit 0; }; \
+	RUN="compute-sanitizer --tool $(TOOL) --error-exitcode 1 --target-processes all" \
+		PYTHON=$(PYTHON) bench/gpu/run.sh bench.gpu.verify --small $(ARGS)
 
 lint: $(DEV_STAMP) types
 	$(BIN)/ruff format --check

@@ -18,9 +18,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.gpu.children import Child
-from bench.gpu.results import BACKGROUND, OPERATIONS, Results
+from bench.gpu.results import BACKGROUND, Results
 
 RESULTS = Path(__file__).parents[1] / "results"
+SHARDS = {"decode": 4, "extend": 2, "score": 1, "pack": 2, "arena": 1}
+"""Processes that share a group of checks: their time is that of compiling, on one core each."""
+
 TIMED = {"arena": 0.1, "sweep": 0.3, "decode": 0.7, "prefill": 1.0}
 """In this order; each may take so much of the time that is left when it begins."""
 
@@ -64,8 +67,9 @@ class Run:
         self.wait([machine])
         deadline = self.begin + VERIFY_SHARE * self.seconds
         checks: list[Child | None] = []
-        for group in OPERATIONS:
-            checks.append(self.start(f"verify-{group}", deadline))
+        for name in checks_of(self.dry):
+            shards = 1 if self.dry else SHARDS[name.split("-")[1]]
+            checks.append(self.start(name, deadline, "--shards", str(shards)))
             if self.dry:
                 self.wait(checks)
         self.wait(checks)
@@ -84,8 +88,15 @@ class Run:
             child.stop()
 
 
-def sections() -> tuple[str, ...]:
-    return ("machine", *BACKGROUND, *(f"verify-{group}" for group in OPERATIONS), *TIMED)
+def checks_of(dry: bool) -> list[str]:
+    """Sections of checks, such as verify-decode-1."""
+    shards = dict.fromkeys(SHARDS, 1) if dry else SHARDS
+    return [f"verify-{group}-{i + 1}" for group, count in shards.items() for i in range(count)]
+
+
+def sections(dry: bool) -> list[str]:
+    """All sections; what compiles ahead is of no use in the interpreter."""
+    return ["machine", *(() if dry else BACKGROUND), *checks_of(dry), *TIMED]
 
 
 def main() -> None:
@@ -95,13 +106,14 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=540, help="for everything (default 540)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder (bench/results)")
-    parser.add_argument("--only", help=f"sections, of {','.join(sections())}")
+    parser.add_argument("--only", help="sections or beginnings of their names, such as verify")
     parser.add_argument("--dry", action="store_true", help="small, in Triton's interpreter")
     options = parser.parse_args()
-    usual = [name for name in sections() if not (options.dry and name in BACKGROUND)]
-    only = options.only.split(",") if options.only else usual
-    if unknown := set(only) - set(sections()):
-        parser.error(f"no section {', '.join(sorted(unknown))}")
+    only = sections(options.dry)
+    if options.only:
+        only = [name for name in only if name.startswith(tuple(options.only.split(",")))]
+    if not only:
+        parser.error(f"there are {', '.join(sections(options.dry))}")
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -82,7 +82,11 @@ class Results:
         """Operations that failed a check of what is timed, or whose checks did not end well."""
         failed = (x for x in self.checks() if not x["passed"] and x.get("timed", True))
         names = {x["operation"] for x in failed}
-        ended = {k.removeprefix("verify-") for k, v in self.sections.items() if _errors(v)}
+        ended = {
+            section.split("-")[1]
+            for section, entries in self.sections.items()
+            if section.startswith("verify-") and _errors(entries)
+        }
         for group in (names | ended) & OPERATIONS.keys():
             names |= set(OPERATIONS[group])
         return sorted(names)

@@ -9,10 +9,16 @@
 set -eu
 root=$(cd "$(dirname "$0")/../.." && pwd)
 tree=$root/build/gpu
+
+link() { # as it is where it is right: another run may be using it
+    [ "$(readlink "$2")" = "$1" ] || ln -sfn "$1" "$2"
+}
+
 mkdir -p "$tree/sglang_diffxkv"
-ln -sfn "$root/bench" "$tree/bench"
+link "$root/bench" "$tree/bench"
+link "$root/tests" "$tree/tests"
 for part in "$root"/sglang_diffxkv/* "$root/kernels" "$root/patches"; do
-    ln -sfn "$part" "$tree/sglang_diffxkv/$(basename "$part")"
+    link "$part" "$tree/sglang_diffxkv/$(basename "$part")"
 done
 export PYTHONSAFEPATH=1 PYTHONPATH="$tree${PYTHONPATH:+:$PYTHONPATH}"
 exec ${RUN:-} "${PYTHON:-python3}" -m "$@"

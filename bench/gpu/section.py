@@ -25,7 +25,9 @@ def records(name: str, options: argparse.Namespace, device: torch.device) -> Ite
     deadline, large = Deadline(options.deadline), device.type == "cuda"
     ready, red = options.ready.split(","), options.red.split(",")
     if name.startswith("verify-"):
-        yield from verify.run_group(name.removeprefix("verify-"), device, large=large)
+        _, group, shard = name.split("-")
+        split = {"shard": int(shard) - 1, "shards": options.shards}
+        yield from verify.run_group(group, device, large=large, **split)
     elif name == "machine":
         from bench.gpu import machine
 
@@ -65,6 +67,7 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("--deadline", type=float, required=True, help="as time.time() has it")
     parser.add_argument("--ready", default="", help="what FlashInfer was built for")
+    parser.add_argument("--shards", type=int, default=1, help="how many share a group of checks")
     parser.add_argument("--red", default="", help="operations that failed their checks")
     options = parser.parse_args()
     device = torch.device("cpu" if is_interpreted() else "cuda")

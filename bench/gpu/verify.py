@@ -116,14 +116,20 @@ def group_checks(group: str, *, large: bool) -> list[Check]:
     return list(module.checks(large))
 
 
-def run_group(group: str, device: torch.device, *, large: bool) -> Iterator[dict[str, Any]]:
-    """One record per check; after an error of the device all later ones fail, too."""
+def run_group(
+    group: str, device: torch.device, *, large: bool, shard: int = 0, shards: int = 1
+) -> Iterator[dict[str, Any]]:
+    """One record per check; after an error of the device all later ones fail, too.
+
+    Args:
+        shard: of ``shards``: every so many of the checks.
+    """
     try:
         checks = group_checks(group, large=large)
     except ImportError as error:
         yield failure(group, group, f"not there: {error}")
         return
-    for index, check in enumerate(checks):
+    for index, check in list(enumerate(checks))[shard::shards]:
         torch.manual_seed(index)
         begin = time.monotonic()
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -119,6 +120,7 @@ def main() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     results = Results(options.output, " ".join(sys.argv[1:]))
     run = Run(results, options.seconds, only, options.dry)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `finally` then ends the children
     try:
         run.all()
     finally:

@@ -55,8 +55,8 @@ DECODE = """## Decode
 One layer of a step: K8V4/K4V2, a window of 65 to 128 bf16 tokens. "MB" are codes, scales and raw
 tokens that must be read; "share" is of the best copy. The time is of attention and the merge, in
 brackets the tenth and ninetieth percentile; "merge" is its part alone, "plan" that of planning a
-step of 32 layers, per layer. FlashInfer at equal logical length, pages of 64 tokens; "x" says how
-many times as long it takes."""
+step of 32 layers, per layer, "score" what a policy costs that scores every step. FlashInfer at
+equal logical length, pages of 64 tokens; "x" says how many times as long it takes."""
 
 SWEEP = """## Launch constants
 
@@ -104,7 +104,17 @@ def _decode(entries: list[Record], copy: float) -> str:
         name for name in ("flashinfer bf16", "flashinfer fp8", "sdpa bf16")
         if any(name in x["times"] for x in entries)
     ]  # fmt: skip
-    head = ["load", "high/low, %", "MB", "µs", "GB/s", "share", "merge, µs", "plan, µs"]
+    head = [
+        "load",
+        "high/low, %",
+        "MB",
+        "µs",
+        "GB/s",
+        "share",
+        "merge, µs",
+        "plan, µs",
+        "score, µs",
+    ]
     for name in baselines:
         head += [f"{name}, µs", "x"]
     rows = []
@@ -116,6 +126,7 @@ def _decode(entries: list[Record], copy: float) -> str:
             x["load"] + ("" if x["cold"] else " (in L2)"), drawn, x["bytes"] / 1e6, _spread(ours),
             rate / 1e9, _share(rate, copy), _us(x["times"]["merge"]),
             _us(x["times"]["plan"]) / x["plan_layers"],
+            _us(x["times"]["score_decode"]) if "score_decode" in x["times"] else "–",
         ]  # fmt: skip
         for name in baselines:
             theirs = x["times"].get(name)

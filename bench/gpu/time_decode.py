@@ -26,6 +26,7 @@ from bench.gpu.verify import kernels
 from sglang_diffxkv.kernels.decode.merge import merge_items
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, plan_decode
 from sglang_diffxkv.kernels.gpu.launch import recorded
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 BATCHES = (1, 8, 32, 64, 256)
 TOKENS = (1024, 8192, 32768, 131072)
@@ -69,7 +70,22 @@ def our_candidates(load: Load, layers: Layers, copies: int) -> dict[str, Candida
             layers.layout, sm_scale,
         )  # fmt: skip
 
-    return {"diffxkv": attend, "merge": merging(attend, plan, copies)}
+    merge = merging(attend, plan, copies)
+    return {"diffxkv": attend, "merge": merge, "score_decode": scoring(load, layers, q)}
+
+
+def scoring(load: Load, layers: Layers, q: torch.Tensor) -> Candidate:
+    """What the tokens of open pages receive in the step, for policies that ask at every step."""
+    sequences, sm_scale = layers.sequences, load.model.dim**-0.5
+    assert sequences.raw_slot is not None
+    device, raw_slot = q.device, sequences.raw_slot
+    table = sequences.pages.view(load.batch, -1)
+    lengths = ((sequences.count - 1) * PAGE_TOKENS + sequences.last_len).long()
+    lse = torch.full((load.batch, load.model.heads), 14.0, device=device)
+    shape = (layers.k_raw.shape[1], load.model.kv_heads, PAGE_TOKENS)
+    accum = torch.zeros(shape, device=device)
+    run = kernels("score").score_decode
+    return lambda i: run(q[i], lse, lengths, layers.k_raw[i], table, raw_slot, accum, sm_scale)
 
 
 def merging(attend: Candidate, plan: DecodePlan, copies: int) -> Candidate:
@@ -108,15 +124,22 @@ def stock_candidates(
     """FlashInfer with each kind of cache that it was built for; SDPA where there is none."""
     model = load.model
     shape = (load.batch, load.tokens, model.heads, model.kv_heads, model.dim, copies, device)
-    found = {
-        f"flashinfer {cache}": baselines.flashinfer_decode(cache, *shape)
-        for cache in baselines.DTYPES
-        if f"decode {cache}" in ready
-    }
+    found: dict[str, Candidate] = {}
+    for cache in baselines.DTYPES:
+        if f"decode {cache}" in ready:
+            try:
+                candidate = baselines.flashinfer_decode(cache, *shape)
+                candidate(0)
+            except Exception:  # FlashInfer's, which shall not cost our own numbers
+                traceback.print_exc()
+                continue
+            found[f"flashinfer {cache}"] = candidate
     return found or {"sdpa bf16": baselines.sdpa_decode(*shape)}
 
 
-def measure(load: Load, ready: Collection[str], device: torch.device) -> dict[str, Any]:
+def measure(
+    load: Load, ready: Collection[str], red: Collection[str], device: torch.device
+) -> dict[str, Any]:
     """One record of a load."""
     compressed = load.raw_bytes / 5
     copies = copies_needed(compressed, device)
@@ -136,6 +159,8 @@ def measure(load: Load, ready: Collection[str], device: torch.device) -> dict[st
         "plan_layers": STEP_LAYERS,
     }
     candidates = our_candidates(load, layers, copies)
+    if "score_decode" in red:
+        del candidates["score_decode"]
     candidates |= stock_candidates(load, copies, ready, device)
     timed = interleaved(candidates, copies, device)
     timed["plan"] = plan_of_step(layers, copies)
@@ -165,7 +190,7 @@ def run(
         if not fits(load, device):
             continue
         try:
-            yield measure(load, ready, device)
+            yield measure(load, ready, red, device)
         except torch.OutOfMemoryError:
             yield {"skipped": f"{load.name}: out of memory"}
         except Exception as error:  # of FlashInfer, say, on this shape alone

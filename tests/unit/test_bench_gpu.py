@@ -52,7 +52,7 @@ def test_dry_run_without_sglang_and_flashinfer(tmp_path: Path) -> None:
     }
     assert found["failures"] == []
     (decode,) = found["decode"]
-    assert set(decode["times"]) == {"diffxkv", "merge", "plan", "sdpa bf16"}
+    assert set(decode["times"]) == {"diffxkv", "merge", "score_decode", "plan", "sdpa bf16"}
     assert 0 < decode["bytes"] < decode["raw_bytes"]
     assert "## Decode" in path.with_suffix(".md").read_text()
 

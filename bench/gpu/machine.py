@@ -6,6 +6,7 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -88,6 +89,16 @@ def facts(device: torch.device) -> dict[str, Any]:
     return found
 
 
+def _copy(sources: list[torch.Tensor], targets: list[torch.Tensor], i: int) -> None:
+    targets[i].copy_(sources[i])
+
+
+def _read(sources: list[torch.Tensor], out: torch.Tensor, i: int) -> None:
+    x, programs = sources[i], len(out)
+    constants = {"count": len(x), "BLOCK": BLOCK, "PROGRAMS": programs}
+    launch(_read_kernel, (programs,), x=x, out=out, num_warps=8, **constants)
+
+
 def bandwidths(device: torch.device) -> Iterator[dict[str, Any]]:
     """Bytes per second of copying (read and written bytes both count) and of reading alone."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 1 << 20
@@ -98,18 +109,8 @@ def bandwidths(device: torch.device) -> Iterator[dict[str, Any]]:
         words = size // 4
         sources = [torch.ones(words, dtype=torch.int32, device=device) for _ in range(copies)]
         targets = [torch.empty_like(x) for x in sources]
-        programs = multiprocessors(device) * 8
-        out = torch.zeros(programs, dtype=torch.int32, device=device)
-
-        def read(i: int, sources=sources, out=out, words=words, programs=programs) -> None:
-            launch(
-                _read_kernel, (programs,), x=sources[i], out=out, count=words, BLOCK=BLOCK,
-                PROGRAMS=programs, num_warps=8,
-            )  # fmt: skip
-
-        def copy(i: int, sources=sources, targets=targets) -> None:
-            targets[i].copy_(sources[i])
-
+        out = torch.zeros(multiprocessors(device) * 8, dtype=torch.int32, device=device)
+        read, copy = partial(_read, sources, out), partial(_copy, sources, targets)
         timed = interleaved({"copy": copy, "read": read}, copies, device)
         assert int(out.sum()) == words
         yield {

@@ -144,10 +144,10 @@ def _sweep(entries: list[Record], copy: float) -> str:
     for constants, found in by_constants.items():
         row: list[Any] = list(constants)
         for mix in mixes:
-            x = found.get(mix)
-            if x is None:
+            if mix not in found:
                 row += ["–", "–"]
                 continue
+            x = found[mix]
             shipped, changed = (x["times"][name]["median"] for name in ("shipped", "changed"))
             row += [changed / shipped, x["bytes"] / changed / 1e9]
         rows.append(row)

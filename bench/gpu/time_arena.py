@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,18 @@ OWNERS = (1024, 16384, 262144)
 """(page, layer)s of a batch that is sealed at once."""
 
 
+def _take_and_return(
+    stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, _: int
+) -> None:
+    taken = kernels("arena").take_frames(stack, n_free, counts, MAX_FRAMES)
+    kernels("arena").return_frames(stack, n_free, taken)
+
+
+def _take(stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, _: int) -> None:
+    n_free.fill_(len(stack))
+    kernels("arena").take_frames(stack, n_free, counts, MAX_FRAMES)
+
+
 def run(device: torch.device, deadline: Deadline, red: Collection[str]) -> Iterator[dict[str, Any]]:
     """Take and return together leave the stack as it was, so that they can be repeated."""
     if "arena" in red:
@@ -24,25 +37,17 @@ def run(device: torch.device, deadline: Deadline, red: Collection[str]) -> Itera
         return
     cuda = device.type == "cuda"
     size = PAGES * 8 if cuda else 5000
-    arena = kernels("arena")
     stack = torch.randperm(size, device=device).int()
     n_free = torch.tensor([size], dtype=torch.int32, device=device)
     for owners in OWNERS if cuda else (64,):
         if deadline.left() < 3:
             return
         counts = torch.randint(1, 17, (owners,), dtype=torch.int32, device=device)
-        frames = arena.take_frames(stack, n_free, counts, MAX_FRAMES)
-        arena.return_frames(stack, n_free, frames)
-
-        def both(_: int, counts=counts) -> None:
-            taken = arena.take_frames(stack, n_free, counts, MAX_FRAMES)
-            arena.return_frames(stack, n_free, taken)
-
-        def take(_: int, counts=counts) -> None:
-            n_free.fill_(size)
-            arena.take_frames(stack, n_free, counts, MAX_FRAMES)
-
-        timed = interleaved({"take and return": both, "take": take}, 1, device, seconds=0.1)
+        candidates = {
+            "take and return": partial(_take_and_return, stack, n_free, counts),
+            "take": partial(_take, stack, n_free, counts),
+        }
+        timed = interleaved(candidates, 1, device, seconds=0.1)
         n_free.fill_(size)
         yield {
             "owners": owners,

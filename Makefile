@@ -20,10 +20,12 @@ ifdef ARGS
 test: env
 	$(BIN)/python -m pytest $(ARGS)
 else
-# The tests of servers keep little more than one core busy: the others run beside them.
+# The tests of servers keep little more than one core busy: the others run beside them. Those of
+# kernels are a process of their own: without a GPU it is one of Triton's interpreter.
 test: env
 	@mkdir -p build
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/kernels tests/unit >build/unit.log 2>&1 & \
+	@(export OMP_NUM_THREADS=1; $(BIN)/python -m pytest tests/kernels; kernels=$$?; \
+		$(BIN)/python -m pytest tests/unit && exit $$kernels) >build/unit.log 2>&1 & \
 	$(BIN)/python -m pytest tests/server; servers=$$?; \
 	wait $$!; others=$$?; cat build/unit.log; exit $$((servers | others))
 endif

@@ -165,14 +165,15 @@ def _prefill(entries: list[Record], copy: float) -> str:
         layer = whole + times["products of the layer"]
         row: list[Any] = [x["chunk"], x["baseline"], own, whole, layer]
         for name, base in (
-            ("extend_sealed", whole - own), ("extend_open", own), ("score_open", own), ("pack", own)
+            ("extend_sealed", whole - own), ("extend_open", own), ("open_prefill", own),
+            ("score_open", own), ("pack", own),
         ):  # fmt: skip
             row += [f"{times[name]:.4g} ({times[name] / base:.1%})"] if name in times else ["–"]
         both = [times[name] for name in ("score_open", "pack") if name in times]
         row.append(f"{sum(both) / layer:.2%}" if len(both) == 2 else "–")
         rows.append(row)
     head = ["chunk", "baseline", "chunk alone", "over all", "layer", "sealed prefix", "extend_open",
-            "score", "pack", "score + pack of layer"]  # fmt: skip
+            "open_prefill", "score", "pack", "score + pack of layer"]  # fmt: skip
     return table(head, rows)
 
 

@@ -70,13 +70,16 @@ class Results:
         return [x["bandwidth"] for x in entries if "bandwidth" in x]
 
     def checks(self) -> list[Record]:
-        """All checks that have a result."""
-        sections = (v for k, v in self.sections.items() if k.startswith("verify-"))
+        """All checks that have a result; those of FlashInfer follow once it is built."""
+        names = (k for k in self.sections if k.startswith(("verify-", "flashinfer")))
+        sections = (self.sections[name] for name in names)
         return [record for section in sections for record in section if "operation" in record]
 
     def ready(self) -> list[str]:
-        """What FlashInfer was built for."""
-        return [x["ready"] for x in self.sections.get("flashinfer", []) if "ready" in x]
+        """What FlashInfer was built for, and whether the server's own use of it was checked."""
+        entries = self.sections.get("flashinfer", [])
+        checked = any(x.get("operation") == "open_prefill" for x in entries)
+        return [x["ready"] for x in entries if "ready" in x] + ["open_prefill"] * checked
 
     def red(self) -> list[str]:
         """Operations that failed a check of what is timed, or whose checks did not end well."""

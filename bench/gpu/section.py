@@ -36,6 +36,8 @@ def records(name: str, options: argparse.Namespace, device: torch.device) -> Ite
         from bench.gpu import baselines
 
         yield from baselines.warm_up(device)
+        if device.type == "cuda" and baselines.has_flashinfer():
+            yield from verify.run_group("flashinfer", device, large=True)
     elif name == "prebuild":
         from bench.gpu import machine, prebuild
 

@@ -14,6 +14,7 @@ from bench.gpu.inputs import Layers, draw_tiers, shuffled_frames
 from bench.gpu.shapes import LLAMA_8B, TINY, USUAL, Load, Model, draw
 from bench.gpu.timer import Candidate, Deadline, interleaved
 from bench.gpu.verify import kernels
+from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import measure
 
@@ -104,6 +105,18 @@ class Ours:
 
         return extend
 
+    def open_prefill(self) -> Candidate:
+        """What the server runs for the chunk's own pages where FlashInfer is installed."""
+        slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
+        queries, first = self.ints(0, self.chunk.tokens), self.ints(0)
+        listed = self.ints(0, self.pages)
+        step = OpenPrefill(queries, first, listed, slots, slots, self.ints(PAGE_TOKENS))
+
+        def prefill(_: int) -> None:
+            step.run(self.q, self.k_raw, self.v_raw, self.sm_scale)
+
+        return prefill
+
     def score(self) -> Candidate:
         run = kernels("score").score_open
         model, tokens = self.chunk.model, self.chunk.tokens
@@ -154,6 +167,8 @@ def measure_chunk(
         "score_open": ours.score,
         "pack": ours.pack,
     }
+    if "open_prefill" in ready:
+        makers["open_prefill"] = ours.open_prefill
     candidates |= {name: make() for name, make in makers.items() if name not in red}
     timed = interleaved(candidates, COPIES, device, seconds=1.0)
     return {

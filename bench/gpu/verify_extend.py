@@ -90,8 +90,11 @@ def reference(q: torch.Tensor, queries: torch.Tensor, *rest: Any) -> AttentionPa
     return concat_parts(parts)
 
 
-def check_open(case: Open, device: torch.device) -> Found:
-    """Slots after a sequence's last query hold NaN, as do raw pages that nobody lists."""
+def draw_open(case: Open, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of `extend_open`.
+
+    Slots after a sequence's last query hold NaN, as do raw pages that nobody lists.
+    """
     pages = [page for _, _, listed in case.sequences for page in listed]
     shape = (2, 2 * len(pages), PAGE_TOKENS, case.kv_heads, case.dim)
     raw = torch.full(shape, torch.nan, dtype=case.dtype, device=device)
@@ -103,7 +106,7 @@ def check_open(case: Open, device: torch.device) -> Found:
         raw[:, slot, : max(0, written)] = rows.to(case.dtype)
     starts, new, listed = zip(*case.sequences, strict=True)
     q = torch.randn(sum(new), case.kv_heads * case.group, case.dim, device=device)
-    args = (
+    return (
         q.to(case.dtype),
         indptr(new, device),
         torch.tensor(starts, dtype=torch.int32, device=device),
@@ -114,6 +117,10 @@ def check_open(case: Open, device: torch.device) -> Found:
         torch.tensor(pages, dtype=torch.int32, device=device),
         case.dim**-0.5,
     )
+
+
+def check_open(case: Open, device: torch.device) -> Found:
+    args = draw_open(case, device)
     return compare(kernels("extend").extend_open(*args), naive.extend_open(*to(CPU, *args)))
 
 

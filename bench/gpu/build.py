@@ -114,33 +114,36 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, int | float | str | None) else str(value)
 
 
-def build_all(
-    configurations: Sequence[Configuration], arches: Sequence[str], processes: int | None = None
-) -> Iterator[Built]:
-    """Every configuration for every architecture, in order.
+class Job(NamedTuple):
+    """What to compile, and for which architecture."""
+
+    configuration: Configuration
+    arch: str
+
+
+def build_all(jobs: Sequence[Job], processes: int | None = None) -> Iterator[Built]:
+    """Do every job; results come in order.
 
     The processes are forked before anything is compiled here: they inherit the kernels, which
     cannot be pickled, and no thread of a compiler.
     """
     pool = ProcessPoolExecutor(
         processes or len(os.sched_getaffinity(0)), multiprocessing.get_context("fork"), _inherit,
-        (configurations,),
+        (jobs,),
     )  # fmt: skip
     with pool:
-        futures: list[Future[Built]] = [
-            pool.submit(_build, i, arch) for arch in arches for i in range(len(configurations))
-        ]
+        futures: list[Future[Built]] = [pool.submit(_build, i) for i in range(len(jobs))]
         for future in futures:
             yield future.result()
 
 
-_configurations: Sequence[Configuration] = ()
+_jobs: Sequence[Job] = ()
 
 
-def _inherit(configurations: Sequence[Configuration]) -> None:
-    global _configurations
-    _configurations = configurations
+def _inherit(jobs: Sequence[Job]) -> None:
+    global _jobs
+    _jobs = jobs
 
 
-def _build(index: int, arch: str) -> Built:
-    return build(_configurations[index], arch)
+def _build(index: int) -> Built:
+    return build(*_jobs[index])

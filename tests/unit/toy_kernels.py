@@ -16,10 +16,10 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from bench.gpu.build import target_of
+from bench.gpu.build import Job, target_of
 from bench.gpu.compile import compile_all
 from bench.gpu.report import as_json, problems, tables
-from bench.gpu.specialise import specialise
+from bench.gpu.specialise import distinct, specialise
 from sglang_diffxkv.kernels.gpu.launch import Launch, launch, recorded
 
 ARCH = "sm_90"
@@ -124,7 +124,8 @@ def specialisations() -> list[dict[str, Any]]:
 
 def main() -> None:
     """Print what the test asserts."""
-    results = compile_all(toys(), [ARCH], 2)
+    jobs = [Job(toy, ARCH) for toy in distinct(toys(), target_of(ARCH))]
+    results = compile_all(jobs, 2)
     print(
         json.dumps(
             {

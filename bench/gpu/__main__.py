@@ -22,11 +22,15 @@ from bench.gpu.children import Child
 from bench.gpu.results import BACKGROUND, Results
 
 RESULTS = Path(__file__).parents[1] / "results"
+DRY_RESULTS = Path(__file__).parents[2] / "build/dry"
 SHARDS = {"decode": 4, "extend": 2, "score": 1, "pack": 2, "arena": 1}
 """Processes that share a group of checks: their time is that of compiling, on one core each."""
 
 TIMED = {"arena": 0.1, "sweep": 0.3, "decode": 0.7, "prefill": 1.0}
 """In this order; each may take so much of the time that is left when it begins."""
+
+LEAST_S = 3.0
+"""No section begins with less time than this."""
 
 VERIFY_SHARE, FLASHINFER_SHARE = 0.4, 0.5
 """Of the whole time: when checks have to be done, and until when decode waits for FlashInfer."""
@@ -48,8 +52,12 @@ class Run:
         self.children: list[Child] = []
 
     def start(self, name: str, deadline: float, *arguments: str) -> Child | None:
-        """A section in a process of its own, if it is to be run."""
+        """A section in a process of its own, if it is to be run and there is time for it."""
         if name not in self.only:
+            return None
+        if deadline < time.time() + LEAST_S:
+            kind = "error" if name.startswith("verify") else "skipped"
+            self.results.add(name, {kind: "not run: no time was left"})
             return None
         self.results.log(f"{name} begins, {self.end - time.time():.0f} s are left")
         child = Child(name, deadline, arguments, self.results)
@@ -106,7 +114,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=540, help="for everything (default 540)")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder (bench/results)")
+    parser.add_argument("--output", type=Path, help="folder (bench/results, build/dry)")
     parser.add_argument("--only", help="sections or beginnings of their names, such as verify")
     parser.add_argument("--dry", action="store_true", help="small, in Triton's interpreter")
     options = parser.parse_args()
@@ -118,7 +126,8 @@ def main() -> None:
     if options.dry:
         os.environ["TRITON_INTERPRET"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results = Results(options.output, " ".join(sys.argv[1:]))
+    output = options.output or (DRY_RESULTS if options.dry else RESULTS)
+    results = Results(output, " ".join(sys.argv[1:]))
     run = Run(results, options.seconds, only, options.dry)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `finally` then ends the children
     try:

@@ -114,6 +114,16 @@ def test_a_section_that_ends_badly(
     assert child._process.poll() is not None
 
 
+def test_what_failed_is_not_timed() -> None:
+    """Nor is what the inputs of a timing are made with."""
+    later = str(time.time() + 60)
+    done = run("bench.gpu.section", "decode", "--deadline", later, "--red", "unpack,pack",
+               TRITON_INTERPRET="1")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (record,) = map(json.loads, done.stdout.splitlines())
+    assert "failed its checks" in record["skipped"]
+
+
 def test_summary() -> None:
     values = [float(x) for x in range(1, 12)]
     assert summary(values) == (6.0, 2.0, 10.0, 11)

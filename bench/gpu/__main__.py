@@ -134,6 +134,7 @@ def main() -> None:
         run.all()
     finally:
         run.stop()
+        results.close()
     print(results.markdown())
     sys.exit(1 if results.failures() else 0)
 

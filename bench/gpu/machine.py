@@ -121,9 +121,9 @@ def bandwidths(device: torch.device) -> Iterator[dict[str, Any]]:
 
 
 def run(device: torch.device) -> Iterator[dict[str, Any]]:
-    """Subnormals first: all else is in vain without them."""
-    yield {"subnormals": subnormals(device)}
+    """What it is; then subnormals, as all else is in vain without them."""
     yield {"facts": facts(device)}
+    yield {"subnormals": subnormals(device)}
     for entry in bandwidths(device):
         yield {"bandwidth": entry}
 

@@ -53,6 +53,12 @@ class Results:
             if self.facts():
                 self._write()
 
+    def close(self) -> None:
+        """Write what there is of a device that nobody could name."""
+        with self._lock:
+            if not self.facts():
+                self._write()
+
     def log(self, message: str) -> None:
         """Tell whoever watches."""
         print(f"[{time.time() - self._begin:5.0f} s] {message}", file=sys.stderr, flush=True)
@@ -123,7 +129,7 @@ class Results:
         return next((x[key] for x in entries if key in x), {})
 
     def _write(self) -> None:
-        slug = re.sub(r"[^a-z0-9]+", "_", self.facts()["device"].lower()).strip("_")
+        slug = re.sub(r"[^a-z0-9]+", "_", self.facts().get("device", "unknown").lower()).strip("_")
         self._folder.mkdir(parents=True, exist_ok=True)
         seconds = time.time() - self._begin
         whole = {"command": self._command, "seconds": round(seconds, 1), **self.sections}

@@ -55,12 +55,13 @@ bench-gpu:
 	PYTHON=$(PYTHON) bench/gpu/run.sh bench.gpu $(ARGS)
 
 # The kernels on small inputs under compute-sanitizer; TOOL is memcheck, racecheck or initcheck.
+# Tensors are allocated one by one, so that memcheck knows where each ends.
 TOOL ?= memcheck
 sanitize:
 	@command -v compute-sanitizer >/dev/null || { echo "skipped: no compute-sanitizer here"; exit 0; }; \
 	$(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || \
 		{ echo "skipped: no GPU that $(PYTHON) can use"; exit 0; }; \
-	RUN="compute-sanitizer --tool $(TOOL) --error-exitcode 1 --target-processes all" \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 RUN="compute-sanitizer --tool $(TOOL) --error-exitcode 1 --target-processes all" \
 		PYTHON=$(PYTHON) bench/gpu/run.sh bench.gpu.verify --small $(ARGS)
 
 lint: $(DEV_STAMP) types

@@ -21,8 +21,8 @@ from pathlib import Path
 from bench.gpu.children import Child
 from bench.gpu.results import BACKGROUND, Results
 
-RESULTS = Path(__file__).parents[1] / "results"
-DRY_RESULTS = Path(__file__).parents[2] / "build/dry"
+BENCH = Path(__file__).resolve().parents[1]
+RESULTS, DRY_RESULTS = BENCH / "results", BENCH.parent / "build/dry"
 SHARDS = {"decode": 4, "extend": 2, "score": 1, "pack": 2, "arena": 1}
 """Processes that share a group of checks: their time is that of compiling, on one core each."""
 

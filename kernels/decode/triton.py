@@ -9,7 +9,7 @@ import torch
 import triton
 
 from sglang_diffxkv.kernels.decode.attend import attend_item
-from sglang_diffxkv.kernels.decode.merge import merge_items, merge_two
+from sglang_diffxkv.kernels.decode.merge_kernels import merge_items, merge_two
 from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted, launch
@@ -67,7 +67,8 @@ def attend(
         attend_item,
         (items,),
         items=plan.items,
-        num_items=plan.row_start[-1:],
+        row_start=plan.row_start,
+        rows=len(plan.row_start) - 1,
         q=q.contiguous(),
         q_sealed=q_sealed.contiguous(),
         arena=arena,

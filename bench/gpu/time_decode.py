@@ -23,7 +23,7 @@ from bench.gpu.timer import (
     l2_bytes,
 )
 from bench.gpu.verify import kernels
-from sglang_diffxkv.kernels.decode.merge import merge_items
+from sglang_diffxkv.kernels.decode.merge_kernels import merge_items
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, plan_decode
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS

@@ -36,10 +36,11 @@ LOW: tl.constexpr = tl.constexpr(2)
 """Kinds of tokens: of open pages, and of sealed ones by tier."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def attend_item(
     items,
-    num_items,
+    row_start,
+    rows,
     q,
     q_sealed,
     arena,
@@ -78,7 +79,7 @@ def attend_item(
     """Attention over the tokens of item ``program_id(0)``; writes out [GROUP, DIM] and lse [GROUP].
 
     Args:
-        items: int32 [N, 4] of `plan.DecodePlan`. num_items: int32 [1].
+        items, row_start: int32 [N, 4] and [rows + 1] of `plan.DecodePlan`.
         q, q_sealed: [B, Hq, D], as open and as sealed pages want them.
         score_scale: sm_scale * log2(e).
         KEY_HIGH ... VALUE_LOW: bits per element of the two tiers, 0 for raw.
@@ -88,7 +89,7 @@ def attend_item(
         IN_FP32: whether raw tokens are multiplied in fp32, not in their own 16 bits.
     """
     item = tl.program_id(0)
-    if item >= tl.load(num_items):
+    if item >= tl.load(row_start + rows):
         return
     row = tl.load(items + item * 4)
     page_at = tl.load(items + item * 4 + 1)

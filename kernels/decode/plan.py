@@ -86,7 +86,9 @@ def plan_decode(sequences: SequencePages, heads: torch.Tensor, layout: PageLayou
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=heads.device)
 
-    plan = DecodePlan(empty(layers, most, 4), empty(layers, rows + 1), sequences)
+    # Layers start at multiples of 16 bytes, or kernels would be compiled for other addresses, too.
+    row_start = empty(layers, rows // 4 * 4 + 4)[:, : rows + 1]
+    plan = DecodePlan(empty(layers, most, 4), row_start, sequences)
     costs, share = empty(layers, rows), empty(layers)
     shared = dict(
         pages=sequences.pages,
@@ -110,6 +112,7 @@ def plan_decode(sequences: SequencePages, heads: torch.Tensor, layout: PageLayou
         (layers,),
         costs=costs,
         row_start=plan.row_start,
+        row_stride=plan.row_start.stride(0),
         share=share,
         rows=rows,
         ITEMS=most - rows,
@@ -122,6 +125,7 @@ def plan_decode(sequences: SequencePages, heads: torch.Tensor, layout: PageLayou
         grid,
         items=plan.items,
         row_start=plan.row_start,
+        row_stride=plan.row_start.stride(0),
         share=share,
         item_stride=plan.items.stride(0),
         num_warps=4,

@@ -86,10 +86,11 @@ def count_costs(
     tl.store(row + 2, low, mask=head < KV_HEADS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "row_stride"])
 def assign_items(
     costs,
     row_start,
+    row_stride,
     share,
     rows,
     ITEMS: tl.constexpr,
@@ -104,7 +105,7 @@ def assign_items(
     """
     layer = tl.program_id(0)
     costs += layer * rows
-    row_start += layer * (rows + 1)
+    row_start += layer * row_stride
     total = tl.zeros([BLOCK], tl.int64)
     for at in range(0, rows, BLOCK):
         row = at + tl.arange(0, BLOCK)
@@ -120,10 +121,11 @@ def assign_items(
         before += tl.sum(count, 0)
 
 
-@triton.jit(do_not_specialize=["batch", "item_stride"])
+@triton.jit(do_not_specialize=["batch", "row_stride", "item_stride"])
 def divide_pages(
     items,
     row_start,
+    row_stride,
     share,
     pages,
     first_page,
@@ -151,7 +153,7 @@ def divide_pages(
     size = tl.load(share + layer)
     head = tl.arange(0, HEADS_BLOCK)
     row = (sequence * KV_HEADS + head) * 3
-    starts = row_start + layer * (batch * KV_HEADS * 3 + 1) + row
+    starts = row_start + layer * row_stride + row
     real = head < KV_HEADS
     first0 = tl.load(starts, mask=real, other=0)
     first1 = tl.load(starts + 1, mask=real, other=0)

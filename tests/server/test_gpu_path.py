@@ -8,52 +8,47 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from tests.server.harness import Server
-from tests.server.workload import (
-    assert_healthy,
-    assert_same_outputs,
-    outputs,
-    random_tokens,
-)
+from tests.server.workload import assert_healthy, assert_same_outputs, outputs, random_tokens
 
 AS_GPU = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent / "as_gpu")}
+CONFIG = json.dumps({"policy": "diffkv", "memory_bytes": "24MiB"})
 
 
-def start(model: Path, env: dict[str, str], **config: object) -> Server:
+class Pair(NamedTuple):
+    """Servers alike but for the kernels that they run on."""
+
+    gpu: Server
+    host: Server
+
+
+@pytest.fixture(scope="module")
+def servers(make_model: Callable[..., Path]) -> Iterator[Pair]:
     options = ["--attention-backend", "diffxkv", "--chunked-prefill-size", 128]
-    config |= {"memory_bytes": "24MiB"}
-    return Server(model, *options, "--diffxkv-config", json.dumps(config), env=env)
-
-
-@pytest.fixture(scope="module")
-def small(make_model: Callable[..., Path]) -> Path:
-    return make_model(layers=2)
-
-
-@pytest.fixture(scope="module")
-def stock(small: Path) -> Iterator[Server]:
-    options = ["--attention-backend", "torch_native", "--page-size", 64]
-    with Server(small, *options, "--max-total-tokens", 65536) as server:
-        yield server
+    options += ["--diffxkv-config", CONFIG]
+    model = make_model(layers=2)
+    with Server(model, *options, env=AS_GPU) as gpu, Server(model, *options) as host:
+        yield Pair(gpu, host)
+        assert_healthy(gpu)
 
 
 def prompts() -> list[list[int]]:
-    """Chunked, of odd lengths, one with the prefix of another; 64 and 65 tokens open a page."""
+    """Chunked, of odd lengths, one with the prefix of another; the last ones open a second page."""
     rng = random.Random(4)
     first = random_tokens(rng, 300)
     return [first, first[:256] + random_tokens(rng, 21), *(random_tokens(rng, n) for n in (1, 62))]
 
 
-def test_lossless_equals_stock(small: Path, stock: Server) -> None:
-    with start(small, AS_GPU, policy="lossless") as server:
-        requests = [{"prompt": prompt, "max_new_tokens": 6} for prompt in prompts()]
-        expected, got = (outputs(each.generate_many(requests)) for each in (stock, server))
-        assert_same_outputs(stock, prompts(), expected, got)
-        assert server.stats()["sealed_pages"] > 0
-        assert_healthy(server)
+def test_raw_pages_give_the_same_answers(servers: Pair) -> None:
+    """All at once: chunked prefill, a batch of decode steps, pages opened on the way."""
+    lossless = {"custom_params": {"diffxkv": {"quality": "lossless"}}}
+    requests = [{"prompt": p, "max_new_tokens": 6, "sampling": lossless} for p in prompts()]
+    got, expected = (outputs(each.generate_many(requests)) for each in servers)
+    assert_same_outputs(servers.host, prompts(), expected, got)
 
 
 def first_logprobs(server: Server, prompt: list[int]) -> dict[int, float]:
@@ -62,18 +57,16 @@ def first_logprobs(server: Server, prompt: list[int]) -> dict[int, float]:
     return {token: value for value, token, _ in answer["meta_info"]["output_top_logprobs"][0]}
 
 
-def test_compressed_equals_the_hosts_kernels(small: Path) -> None:
+def test_sealed_pages_give_the_same_answers(servers: Pair) -> None:
     """Scored, graded, packed, shared: asked twice, so that the second answer reads sealed pages."""
     found, tiers = [], []
-    for env in (AS_GPU, {}):
-        with start(small, env, policy="diffkv") as server:
-            for prompt in prompts()[:2]:
-                server.generate(prompt, max_new_tokens=1)
-            found.append([first_logprobs(server, prompt) for prompt in prompts()[:2]])
-            stats = server.stats()
-            assert stats["sealed_pages"] >= 3
-            tiers.append(stats["tier_tokens"])
-            assert_healthy(server)
+    for server in servers:
+        for prompt in prompts()[:2]:
+            server.generate(prompt, max_new_tokens=1)
+        found.append([first_logprobs(server, prompt) for prompt in prompts()[:2]])
+        stats = server.stats()
+        assert stats["sealed_pages"] >= 3
+        tiers.append(stats["tier_tokens"])
     for ours, expected in zip(*found, strict=True):
         both = ours.keys() & expected.keys()
         assert len(both) >= 9

@@ -61,6 +61,7 @@ def score_open(
         PAGE_TOKENS=PAGE_TOKENS,
         QUERIES=16,
         num_warps=4,
+        maxnreg=255,
     )
 
 

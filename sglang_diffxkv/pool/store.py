@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.pack import encode_importance, measure
-from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.ledger import Ledger, Share
-from sglang_diffxkv.pool.payload import GradedTokens, rows_to_seal, write_payload
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.raw_pages import RawPages
+from sglang_diffxkv.pool.sealing import write_sealed
 from sglang_diffxkv.pool.sizing import PoolPlan
 
 
@@ -190,7 +189,7 @@ class PageStore:
         if pages.numel() == 0:
             return
         self._check_ids(pages)
-        d, layout = self.directory, self.layout
+        d = self.directory
         slots = d.raw_slot[pages].long()
         if not bool(((slots >= 0) & (d.filled[pages] == PAGE_TOKENS)).all()):
             raise PageStateError("seal: page is not open and full")
@@ -198,51 +197,11 @@ class PageStore:
             raise PageStateError("seal: page is of a lossless request")
         if sequence is None:
             sequence = torch.arange(pages.numel(), device=pages.device)
-        context = self._seal_context(pages, slots, sequence)
-        self.policy.observe(context)
-        tiers = self.policy.assign(context)  # [S, L, H, 64]
-        if self.retention is not None:
-            self.retention.add(context, tiers)
-        # Code 0 stays with tokens that no query has scored, however little others got.
-        scored = (context.count > 0)[:, None, None]
-        codes = encode_importance(context.importance)
-        codes = codes.clamp(min=1) * scored
-        measured = measure(tiers, layout)
-        counts = -(-measured.nbytes // layout.frame_bytes)  # [S, L]
-        frames = self.arena.take(counts.reshape(-1).to(torch.int32), layout.max_frames)
-        frames = frames.view(pages.numel(), self.num_layers, layout.max_frames)
-        for layer in range(self.num_layers):
-            keys, values, rows = rows_to_seal(self.raw, layout, layer, slots)
-            tokens = GradedTokens(keys, values, tiers[:, layer], codes[:, layer])
-            heads = measured.heads[:, layer]
-            write_payload(tokens, rows, frames[:, layer], heads, self.arena.buffer, layout)
-        # Tiers, and all that they follow from (scores, plans), are a rank's own; what the host goes
-        # by from here on is the same on all ranks.
-        charged = self.agree(counts.sum(dim=1, dtype=torch.int32))
-        d.seal(pages, frames.transpose(0, 1), measured.heads.transpose(0, 1), charged)
+        charged = write_sealed(self, pages, slots, sequence)
         d.plan[pages] = self.policy.plan_number
         self.raw.give_back(slots)
         self.ledger.seal(pages.numel(), int(charged.sum()))
         self.counters.sealed += pages.numel()
-
-    def _seal_context(
-        self, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor
-    ) -> SealContext:
-        d = self.directory
-        counts, context = self.raw.counts[slots], d.context[pages].long()
-        scores = self.raw.scores[:, slots].transpose(0, 1)  # [S, L, H, 64]
-        # Mean attention as if every query had seen the whole context: an early query spreads its
-        # attention over fewer tokens, which must not make those look more important (DiffKV's
-        # thresholds are multiples of 1 / N).
-        uniform = counts.clamp(min=1) * context[:, None]
-        return SealContext(
-            importance=scores / uniform[:, None, None, :],
-            count=counts,
-            position=d.position[pages].long(),
-            context=context,
-            sequence=sequence,
-            quality=d.quality[pages].long(),
-        )
 
     def in_window(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) lie in the recent window of a sequence that may still run.

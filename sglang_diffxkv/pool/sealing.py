@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sealing: what is known about open pages is graded, and their payload written into frames."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang_diffxkv.kernels.pack import encode_importance, measure
+from sglang_diffxkv.policy.base import SealContext
+from sglang_diffxkv.pool.payload import GradedTokens, rows_to_seal, write_payload
+
+if TYPE_CHECKING:
+    from sglang_diffxkv.pool.store import PageStore
+
+
+def write_sealed(
+    store: PageStore, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor
+) -> torch.Tensor:
+    """Grade and pack full open ``pages`` (int64 [S]), and point the directory at their payload.
+
+    Args:
+        slots: int64 [S], their raw pages. sequence: int64 [S], as `PageStore.seal` takes it.
+
+    Returns:
+        int32 [S], the frames that each page is charged for.
+    """
+    layout, num_layers = store.layout, store.num_layers
+    context = seal_context(store, pages, slots, sequence)
+    store.policy.observe(context)
+    tiers = store.policy.assign(context)  # [S, L, H, 64]
+    if store.retention is not None:
+        store.retention.add(context, tiers)
+    # Code 0 stays with tokens that no query has scored, however little others got.
+    scored = (context.count > 0)[:, None, None]
+    codes = encode_importance(context.importance).clamp(min=1) * scored
+    measured = measure(tiers, layout)
+    counts = -(-measured.nbytes // layout.frame_bytes)  # [S, L]
+    frames = store.arena.take(counts.reshape(-1).to(torch.int32), layout.max_frames)
+    frames = frames.view(pages.numel(), num_layers, layout.max_frames)
+    # Layers first, in one copy each: kernels take one layer's as they lie.
+    tiers, codes, frames, heads = (
+        x.transpose(0, 1).contiguous() for x in (tiers, codes, frames, measured.heads)
+    )
+    for layer in range(num_layers):
+        keys, values, rows = rows_to_seal(store.raw, layout, layer, slots)
+        tokens = GradedTokens(keys, values, tiers[layer], codes[layer])
+        write_payload(tokens, rows, frames[layer], heads[layer], store.arena.buffer, layout)
+    # Tiers, and all that they follow from (scores, plans), are a rank's own; what the host goes
+    # by from here on is the same on all ranks.
+    charged = store.agree(counts.sum(dim=1, dtype=torch.int32))
+    store.directory.seal(pages, frames, heads, charged)
+    return charged
+
+
+def seal_context(
+    store: PageStore, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor
+) -> SealContext:
+    """What is known about open ``pages``; arguments as in `write_sealed`."""
+    d = store.directory
+    counts, context = store.raw.counts[slots], d.context[pages].long()
+    scores = store.raw.scores[:, slots].transpose(0, 1)  # [S, L, H, 64]
+    # Mean attention as if every query had seen the whole context: an early query spreads its
+    # attention over fewer tokens, which must not make those look more important (DiffKV's
+    # thresholds are multiples of 1 / N).
+    uniform = counts.clamp(min=1) * context[:, None]
+    return SealContext(
+        importance=scores / uniform[:, None, None, :],
+        count=counts,
+        position=d.position[pages].long(),
+        context=context,
+        sequence=sequence,
+        quality=d.quality[pages].long(),
+    )

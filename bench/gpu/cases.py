@@ -171,8 +171,9 @@ def _pack(s: Setting) -> None:
 
 
 def _unpack(s: Setting) -> None:
-    for dtype in (torch.float32, s.dtype):
-        unpack(s.arena(), *s.tables(), ints(PAGES), s.layout, dtype, s.dtype)
+    """As `pool.demotion` reads pages."""
+    dtype = torch.float32 if s.layout.rotates else s.dtype
+    unpack(s.arena(), *s.tables(), ints(PAGES), s.layout, dtype, s.dtype)
 
 
 def _copy_rows(s: Setting) -> None:

@@ -113,17 +113,19 @@ class DiffXKVPolicy(TierPolicy):
 
     def grade(self, ctx: SealContext) -> torch.Tensor:
         importance, forced = self._weigh(ctx)
-        tiers = torch.full_like(importance, HIGH, dtype=torch.uint8)
         plan = self.learner.plan
+        tiers = torch.full_like(importance, HIGH, dtype=torch.uint8)
+        # All pages at once: those of generated text are many sequences of one page each.
+        for quality, planned in () if plan is None else plan.qualities.items():
+            asked = (ctx.quality == quality)[:, None, None, None]
+            tiers = torch.where(asked, _by_thresholds(importance, planned), tiers)
+        tiers.masked_fill_(forced, HIGH)
         for pages in sequences(ctx):
-            quality = Quality(int(ctx.quality[pages[0]]))
-            planned = None if plan is None else plan.qualities[quality]
-            if planned is not None and len(pages) < PERSONAL_PAGES:
-                graded = _by_thresholds(importance[pages], planned)
-                tiers[pages] = graded.masked_fill(forced[pages], HIGH)
-            else:
+            if plan is None or len(pages) >= PERSONAL_PAGES:
+                quality = Quality(int(ctx.quality[pages[0]]))
+                layers = None if plan is None else plan.qualities[quality]
                 target = Target.of(self.target).at(quality)
-                tiers[pages] = self._personal(importance[pages], forced[pages], target, planned)
+                tiers[pages] = self._personal(importance[pages], forced[pages], target, layers)
         return tiers
 
     def _weigh(self, ctx: SealContext) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,12 @@ from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 
 
+def _before_forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang runs mixed batches as prefills, and does not tell backends."""
+    if isinstance(self.attn_backend, DiffXKVBackend):
+        self.attn_backend.is_mixed = forward_batch.forward_mode.is_mixed()
+
+
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if isinstance(self.attn_backend, DiffXKVBackend):
         self.attn_backend.end_of_step()
@@ -36,9 +42,6 @@ def install() -> None:
         HookType.AFTER,
         ("forward_batch",),
     )
-    hook(
-        "sglang.srt.model_executor.model_runner.ModelRunner.forward",
-        _after_forward,
-        HookType.AFTER,
-        ("forward_batch",),
-    )
+    forward = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+    hook(forward, _before_forward, HookType.BEFORE, ("forward_batch",))
+    hook(forward, _after_forward, HookType.AFTER, ("forward_batch",))

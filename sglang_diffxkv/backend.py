@@ -80,6 +80,8 @@ class DiffXKVBackend(AttentionBackend):
         self.rows = RequestRows(table.shape[0], table.device)
         self.config = pool.setup.config
         self.forward_metadata: StepMetadata | None = None
+        self.is_mixed = False
+        """Whether this forward pass is a prefill with a token of every running request."""
 
     def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
         """Kernels read the directory through the whole forward pass, not only its start."""
@@ -105,7 +107,7 @@ class DiffXKVBackend(AttentionBackend):
             queries = extend_queries(
                 prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries, policy.sample
             )
-        store.begin_step(decodes=is_decode or fb.forward_mode.is_mixed())
+        store.begin_step(decodes=is_decode or self.is_mixed)
         quality = self.rows.quality[fb.req_pool_indices] if self.rows.asked else None
         note_use(store, pages, seq_lens, self.config.window, quality)
         lens = (seq_lens - prefix_lens).cumsum(0)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def count_kernel(x, n_free, sums, entries, IDS: tl.constexpr, BLOCK: tl.constexpr):
     """Grid (blocks,): sums[0] is n_free, sums[1 + i] what block i of x takes or gives back.
 
@@ -28,7 +28,7 @@ def count_kernel(x, n_free, sums, entries, IDS: tl.constexpr, BLOCK: tl.constexp
         tl.store(sums, tl.load(n_free))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["owners"])
 def take_kernel(
     stack,
     n_free,
@@ -61,7 +61,7 @@ def take_kernel(
         tl.store(n_free, top - tl.sum(count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def return_kernel(stack, n_free, ids, before, entries, BLOCK: tl.constexpr, SUMS: tl.constexpr):
     """Grid (blocks,): the ids >= 0 go on top of the stack, in their order."""
     block = tl.program_id(0)

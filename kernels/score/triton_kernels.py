@@ -29,7 +29,7 @@ def _received(keys, queries, lse, visible, score_scale, PRECISION: tl.constexpr)
     return tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def open_kernel(
     q,
     q_stride,

@@ -74,6 +74,8 @@ class PageStore:
         if policy.needs_scores:
             self.retention = RetentionMeter(policy, plan.num_layers, device)
         self.counters = Counters()
+        self._sealable: dict[bool, torch.Tensor] = {}
+        """What `sealable` found since pages were last opened, used, sealed or freed."""
         self.checks_use = torch.device(device).type == "cpu"
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
         self.step = 0
@@ -85,6 +87,7 @@ class PageStore:
         self.arena.clear()
         self.raw.clear()
         self.ledger = Ledger(self.plan.raw_pages, self.plan.frames, self.plan.worst_frames)
+        self._sealable.clear()
 
     def open(self, pages: torch.Tensor) -> None:
         """Open free ``pages`` (int64 [N], distinct).
@@ -99,6 +102,7 @@ class PageStore:
             raise PageStateError("open: page is in use")
         self.ledger.open(pages.numel())
         d.open(pages, self.raw.take(pages))
+        self._sealable.clear()
         self.counters.opened += pages.numel()
 
     def release(self, pages: torch.Tensor) -> None:
@@ -109,20 +113,23 @@ class PageStore:
         """
         self._check_ids(pages)
         d = self.directory
-        slots = d.raw_slot[pages]
-        is_open, is_sealed = slots >= 0, d.sealed[pages]
-        if not bool((is_open | is_sealed).all()):
+        slots, frames, demoted = d.raw_slot[pages], d.num_frames[pages], d.demotions[pages] > 0
+        is_open, is_fresh = slots >= 0, d.sealed[pages] & ~demoted
+        counted = (is_open, is_open & ~self.may_seal(pages), is_fresh, demoted)
+        counted += (frames * is_fresh, frames * demoted)
+        # Asked for in one: each answer is a wait for the device.
+        num_open, raw_only, *shares = torch.stack([x.sum() for x in counted]).tolist()
+        fresh, gone = Share(shares[0], shares[2]), Share(shares[1], shares[3])
+        if num_open + fresh.pages + gone.pages != pages.numel():
             raise PageStateError("release: page is already free")
-        num_open = int(is_open.sum())
-        sealed = pages[is_sealed]
-        is_fresh = d.demotions[sealed] == 0
-        fresh, demoted = self.share(sealed[is_fresh]), self.share(sealed[~is_fresh])
-        self.ledger.raw_only -= self._num_raw_only(pages[is_open])
-        self.raw.give_back(slots[is_open].long())
-        self.arena.give_back(d.frames[:, sealed])
+        self.ledger.raw_only -= raw_only
+        open_first = is_open.int().argsort(descending=True, stable=True)
+        self.raw.give_back(slots[open_first[:num_open]].long())
+        self.arena.give_back(d.frames[:, pages])
         d.release(pages)
-        self.ledger.release(num_open, fresh, demoted)
+        self.ledger.release(num_open, fresh, gone)
         self.counters.released += pages.numel()
+        self._sealable.clear()
 
     def share(self, pages: torch.Tensor) -> Share:
         """What sealed ``pages`` (int64 [N]) are charged for."""
@@ -130,6 +137,7 @@ class PageStore:
 
     def begin_step(self, decodes: bool) -> None:
         """A forward pass begins; ``decodes``: with the next token of every running request."""
+        self._sealable.clear()
         self.step += 1
         self.decode_step += decodes
 
@@ -155,6 +163,7 @@ class PageStore:
         d.filled[pages] = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS).to(torch.int32)
         d.window_step[pages[end > context - window]] = self.decode_step
         d.last_used[pages] = self.step
+        self._sealable.clear()
 
     def set_quality(self, pages: torch.Tensor, quality: torch.Tensor) -> None:
         """Note what the requests of open ``pages`` asked for, after `touch`.
@@ -168,6 +177,7 @@ class PageStore:
         lossless = torch.full_like(quality, Quality.LOSSLESS)
         self.directory.quality[pages] = torch.where(self.may_seal(pages), quality, lossless)
         self.ledger.raw_only += self._num_raw_only(pages) - before
+        self._sealable.clear()
 
     def _num_raw_only(self, pages: torch.Tensor) -> int:
         return torch.unique(pages[~self.may_seal(pages)]).numel()
@@ -202,6 +212,7 @@ class PageStore:
         self.raw.give_back(slots)
         self.ledger.seal(pages.numel(), int(charged.sum()))
         self.counters.sealed += pages.numel()
+        self._sealable.clear()
 
     def in_window(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) lie in the recent window of a sequence that may still run.
@@ -217,6 +228,12 @@ class PageStore:
 
     def sealable(self, include_window: bool) -> torch.Tensor:
         """Full open pages that may be sealed, coldest first; int64 [N]."""
+        found = self._sealable.get(include_window)
+        if found is None:  # admission asks many times between two steps
+            found = self._sealable[include_window] = self._find_sealable(include_window)
+        return found
+
+    def _find_sealable(self, include_window: bool) -> torch.Tensor:
         d = self.directory
         pages = self.raw.page[1:].long()  # in the order of slots, which all ranks give out alike
         pages = pages[pages > 0]

@@ -64,6 +64,8 @@ class DiffXKVBackend(AttentionBackend):
     """``--attention-backend diffxkv``."""
 
     needs_cpu_seq_lens = True
+    is_mixed = False
+    """Whether this forward pass is a prefill with a token of every running request."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -80,8 +82,6 @@ class DiffXKVBackend(AttentionBackend):
         self.rows = RequestRows(table.shape[0], table.device)
         self.config = pool.setup.config
         self.forward_metadata: StepMetadata | None = None
-        self.is_mixed = False
-        """Whether this forward pass is a prefill with a token of every running request."""
 
     def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
         """Kernels read the directory through the whole forward pass, not only its start."""

@@ -18,7 +18,10 @@ from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+BYTE_MASK = 0x00FF00FF
 GROUP_PAGES = 32
+MAX_REGISTERS = 255
+"""All that there are: unasked, the assembler may rather spill, for a third block."""
 
 
 class Tile(NamedTuple):
@@ -34,16 +37,21 @@ FP32_TILE = Tile(16, 32, 4)
 
 
 def sealed_tile(layout: PageLayout, dtype: torch.dtype, device: torch.device) -> Tile:
-    dim, has_raw = layout.head_dim, layout.high.is_raw or layout.low.is_raw
+    dim, tiers = layout.head_dim, (layout.high, layout.low)
+    has_raw = any(tier.is_raw for tier in tiers)
     if has_raw and dtype == torch.float32:
         return FP32_TILE
     if compute_capability(device) >= 90:
-        return Tile(64, 64, 8 if has_raw else 4) if dim <= 128 else Tile(64, 32, 8)
+        if dim > 128:
+            return Tile(64, 32 if has_raw else 64, 8)
+        wide = has_raw or any(tier.value_bits == 8 for tier in tiers)
+        return Tile(64, 64 if wide else 128, 4)
     # Products take both operands from registers; raw ones are fp32 there.
     if dim > 128:
-        return Tile(32, 32, 8)
-    coded = 64 if dim <= 64 else 32
-    return Tile(64, 16 if has_raw else coded, 4)
+        return Tile(16, 32, 4)
+    if dim <= 64 and not has_raw:
+        return Tile(64, 64, 4)
+    return Tile(32, 32 if has_raw else 64, 4)
 
 
 def open_tile(dim: int, dtype: torch.dtype) -> Tile:
@@ -91,21 +99,24 @@ def extend_sealed(
         out=part.out,
         lse=part.lse,
         score_scale=sm_scale * LOG2_E,
+        byte_mask=BYTE_MASK,
         HEADS=kv_heads,
         GROUP=group,
         DIM=dim,
-        BLOCK=triton.next_power_of_2(dim // 4),
+        DIM_BLOCK=triton.next_power_of_2(dim),
         HIGH_KEY_BITS=layout.high.key_bits,
         HIGH_VALUE_BITS=layout.high.value_bits,
         LOW_KEY_BITS=layout.low.key_bits,
         LOW_VALUE_BITS=layout.low.value_bits,
         RAW=DTYPES[q.dtype],
+        COMPUTE=tl.float16 if q.dtype == torch.float16 else tl.float32,
         PRECISION=precision(q.dtype),
         FRAME_BYTES=layout.frame_bytes,
         PAGES=GROUP_PAGES,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.tokens,
         num_warps=tile.num_warps,
+        maxnreg=MAX_REGISTERS,
     )
     return part
 

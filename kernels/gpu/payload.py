@@ -119,12 +119,34 @@ def load_words(arena, at, mask, BITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK
         at: int64 [N], byte offsets of the rows, multiples of 4. mask: [N].
         DIM_BLOCK: the power of two that DIM is padded to.
     """
-    column = tl.arange(0, DIM_BLOCK * BITS // 32)
+    words = arena.to(tl.pointer_type(tl.uint32))
+    return load_words_at(words, at >> 2, mask, BITS, DIM, DIM_BLOCK, 1)
+
+
+@triton.jit
+def load_words_at(
+    words,
+    at,
+    mask,
+    BITS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """`load_words`, of rows at offsets in words.
+
+    Args:
+        at: int64 [N].
+        PARTS: the parts of a row that are padded each on its own.
+    """
+    WORDS: tl.constexpr = DIM * BITS // 32 // PARTS
+    BLOCK: tl.constexpr = DIM_BLOCK * BITS // 32 // PARTS
+    column = tl.arange(0, BLOCK * PARTS)
     inside = mask[:, None]
     if DIM != DIM_BLOCK:
-        inside = inside & (column < DIM * BITS // 32)[None, :]
-    words = arena.to(tl.pointer_type(tl.uint32))
-    return tl.load(words + (at >> 2)[:, None] + column[None, :], mask=inside, other=0)
+        inside = inside & (column % BLOCK < WORDS)[None, :]
+        column = column // BLOCK * WORDS + column % BLOCK
+    return tl.load(words + at[:, None] + column[None, :], mask=inside, other=0)
 
 
 @triton.jit

@@ -17,15 +17,16 @@ def page_of_rank(ends, rank, PAGES: tl.constexpr):
 
     Args:
         ends: int32 [PAGES], inclusive prefix sums of the pages' token counts; PAGES is a power of
-            two, at most 32, so that a warp holds it and lookups are shuffles.
-        rank: int32 [N].
+            two, at most 32, so that a warp holds it and lookups are shuffles. Or [R, PAGES], the
+            same in each row.
+        rank: int32 [N], or [R, N].
 
     Returns:
-        int32 [N], in [0, PAGES); anything for ranks of ``ends[-1]`` and above.
+        int32 of rank's shape, in [0, PAGES); anything for ranks of ``ends[-1]`` and above.
     """
     page = tl.zeros_like(rank)
     for step in tl.static_range(5):
         if PAGES >> (step + 1):
-            last = tl.gather(ends, page + ((PAGES >> (step + 1)) - 1), 0)
+            last = tl.gather(ends, page + ((PAGES >> (step + 1)) - 1), len(rank.shape) - 1)
             page = tl.where(last <= rank, page + (PAGES >> (step + 1)), page)
     return page

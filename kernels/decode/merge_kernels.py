@@ -61,7 +61,7 @@ def _part_lse(lse, at, end, member, GROUP: tl.constexpr, PARTS: tl.constexpr):
     return tl.load(lse + part[:, None] * GROUP + member[None, :], mask=mask, other=-float("inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def merge_two(
     out_a,
     lse_a,

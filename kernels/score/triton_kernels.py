@@ -82,7 +82,9 @@ def open_kernel(
             later = query_position[None, :] > position[:, None]
             total += tl.sum(_received(keys, queries, query_lse, later, score_scale, PRECISION), 1)
         most = tl.maximum(most, total)
-    tl.atomic_add(accum + slot * accum_stride + head * PAGE_TOKENS + token, most, mask=most > 0)
+    tl.atomic_add(
+        accum + slot * accum_stride + head * PAGE_TOKENS + token, most, mask=most > 0, sem="relaxed"
+    )
 
 
 @triton.jit
@@ -139,4 +141,4 @@ def decode_kernel(
         seen = (position < last)[:, None] & mask[None, :]
         received = _received(keys, queries, query_lse, seen, score_scale, PRECISION)
         at = accum + slot * accum_stride + head * PAGE_TOKENS + token
-        tl.atomic_add(at, tl.max(received, 1), mask=position < last)
+        tl.atomic_add(at, tl.max(received, 1), mask=position < last, sem="relaxed")

@@ -62,4 +62,4 @@ def look_up_pages(
         earlier = place[:, None] * PAGE_TOKENS + token[None, :] < length - 1
         at = counts + slot[:, None] * PAGE_TOKENS + token[None, :]
         # Sequences of a batch may share an open page.
-        tl.atomic_add(at, 1.0, mask=is_open[:, None] & earlier)
+        tl.atomic_add(at, 1.0, mask=is_open[:, None] & earlier, sem="relaxed")

@@ -36,7 +36,8 @@ LOW: tl.constexpr = tl.constexpr(2)
 """Kinds of tokens: of open pages, and of sealed ones by tier."""
 
 
-@triton.jit(do_not_specialize=["rows"])
+# Tables of one layer start anywhere: not to be compiled for each alignment.
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["frames", "heads"])
 def attend_item(
     items,
     row_start,

@@ -20,7 +20,8 @@ from sglang_diffxkv.kernels.pack.triton_rows import (
 _HIGH, _LOW, _TOKENS = tl.constexpr(HIGH), tl.constexpr(LOW), tl.constexpr(PAGE_TOKENS)
 
 
-@triton.jit
+# Tables of one layer start anywhere: not to be compiled for each alignment.
+@triton.jit(do_not_specialize_on_alignment=["frames", "heads"])
 def pack_kernel(
     k_raw,
     v_raw,
@@ -77,7 +78,7 @@ def pack_kernel(
     tl.store((arena + note_at).to(tl.pointer_type(tl.uint16)), note, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["frames", "heads"])
 def unpack_kernel(
     arena,
     raw_arena,

@@ -15,50 +15,48 @@ def merge_items(
     out,
     lse,
     GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Merge the items of (sequence, KV head) ``program_id(0)`` by their base-2 LSE.
+    """Merge the items of query head ``program_id(0)``, of B * Hq, by their base-2 LSE.
 
     Args:
         parts, part_lse: fp32 [N, GROUP, DIM] and [N, GROUP].
         row_start: int32 [B * H * 3 + 1].
-        out, lse: fp32 [B * H, GROUP, DIM] and [B * H, GROUP]; 0 and -inf where
-            nothing was attended.
-        PARTS: items looked at a time.
+        out, lse: fp32 [B * Hq, DIM] and [B * Hq]; 0 and -inf where nothing was attended.
+        PARTS: items that are read at a time: a lone long sequence has hundreds.
     """
-    row = tl.program_id(0)
+    query = tl.program_id(0)
+    row, member = query // GROUP, query % GROUP
     first = tl.load(row_start + row * 3)
     end = tl.load(row_start + row * 3 + 3)
-    member, column = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
-    inside = (member < GROUP)[:, None] & (column < DIM)[None, :]
-    top = tl.full([GROUP_BLOCK], -float("inf"), tl.float32)
+    tops = tl.full([PARTS], -float("inf"), tl.float32)
     for at in range(first, end, PARTS):
-        top = tl.maximum(top, tl.max(_part_lse(part_lse, at, end, member, GROUP, PARTS), 0))
+        part = at + tl.arange(0, PARTS)
+        tops = tl.maximum(tops, _part_lse(part_lse, part, end, member, GROUP))
+    top = tl.max(tops, 0)
     # Where all is empty, any finite base keeps -inf - -inf = NaN out.
     base = tl.where(top == -float("inf"), 0.0, top)
-    total = tl.zeros([GROUP_BLOCK], tl.float32)
-    acc = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-    parts += first.to(tl.int64) * GROUP * DIM + member[:, None] * DIM + column[None, :]
-    for part in range(first, end):
-        mine = tl.load(part_lse + part * GROUP + member, mask=member < GROUP, other=-float("inf"))
-        weight = tl.exp2(mine - base)
-        acc += weight[:, None] * tl.load(parts, mask=inside, other=0)
-        total += weight
-        parts += GROUP * DIM
-    scale = 1 / tl.where(total > 0, total, 1.0)
-    at = row.to(tl.int64) * GROUP * DIM + member[:, None] * DIM + column[None, :]
-    tl.store(out + at, acc * scale[:, None], mask=inside)
-    tl.store(lse + row * GROUP + member, base + tl.log2(total), mask=member < GROUP)
+    column = tl.arange(0, DIM_BLOCK)
+    totals = tl.zeros([PARTS], tl.float32)
+    acc = tl.zeros([PARTS, DIM_BLOCK], tl.float32)
+    for at in range(first, end, PARTS):
+        part = at + tl.arange(0, PARTS)
+        weights = tl.exp2(_part_lse(part_lse, part, end, member, GROUP) - base)
+        rows = parts + (part.to(tl.int64) * GROUP + member)[:, None] * DIM + column[None, :]
+        inside = (part < end)[:, None] & (column < DIM)[None, :]
+        acc += weights[:, None] * tl.load(rows, mask=inside, other=0)
+        totals += weights
+    total = tl.sum(totals, 0)
+    merged = tl.sum(acc, 0) / tl.where(total > 0, total, 1.0)
+    tl.store(out + query.to(tl.int64) * DIM + column, merged, mask=column < DIM)
+    tl.store(lse + query, base + tl.log2(total))
 
 
 @triton.jit
-def _part_lse(lse, at, end, member, GROUP: tl.constexpr, PARTS: tl.constexpr):
-    part = at + tl.arange(0, PARTS)
-    mask = (part < end)[:, None] & (member < GROUP)[None, :]
-    return tl.load(lse + part[:, None] * GROUP + member[None, :], mask=mask, other=-float("inf"))
+def _part_lse(lse, part, end, member, GROUP: tl.constexpr):
+    return tl.load(lse + part * GROUP + member, mask=part < end, other=-float("inf"))
 
 
 @triton.jit(do_not_specialize=["rows"])

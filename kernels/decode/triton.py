@@ -20,6 +20,7 @@ BYTE_MASK = 0x00FF00FF
 _TOKENS = 64
 _PAGES = 32
 _REGISTERS = 168
+_MERGE_PARTS = 32
 _MERGE_ROWS = 16
 
 
@@ -109,15 +110,17 @@ def attend(
     )
     launch(
         merge_items,
-        (batch * kv_heads,),
+        (batch * q_heads,),
         parts=parts,
         part_lse=part_lse,
         row_start=plan.row_start,
         out=part.out,
         lse=part.lse,
-        PARTS=64,
+        GROUP=group,
+        DIM=dim,
+        DIM_BLOCK=blocks["DIM_BLOCK"],
+        PARTS=_MERGE_PARTS,
         num_warps=4,
-        **blocks,
     )
     return part
 

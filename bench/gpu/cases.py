@@ -140,6 +140,9 @@ def _decode_parts(s: Setting) -> None:
 def _extend_sealed(s: Setting) -> None:
     q, q_indptr, indptr = s.queries(QUERIES), ints(BATCH + 1), ints(BATCH + 1)
     extend_sealed(q, q_indptr, s.arena(), *s.tables(), indptr, ints(PAGES), s.layout, s.sm_scale)
+    # Few queries, whose pages are split.
+    few = s.queries(16), ints(2), s.arena(), *s.tables(), ints(2), ints(PAGES)
+    extend_sealed(*few, s.layout, s.sm_scale)
 
 
 def _extend_open(s: Setting) -> None:

@@ -28,12 +28,15 @@ def _rows(start, ahead, rows, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     return seen, query, query_head
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["sequences", "part_rows"], do_not_specialize_on_alignment=["frames", "heads"]
+)
 def sealed_kernel(
     q,
     q_stride,
     q_indptr,
     sequences,
+    part_rows,
     arena,
     frames,
     frames_stride,
@@ -60,17 +63,21 @@ def sealed_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Program (block of rows, KV head); arguments as in `sealed.extend_sealed`.
+    """Program (block of rows, KV head, split of the pages); arguments as in `extend_sealed`.
 
     The high tier comes first, then the low one: each wants the queries in its own order.
 
     Args:
+        part_rows: queries times query heads.
+        out, lse: fp32 [splits, part_rows, DIM] and [splits, part_rows].
         byte_mask: of `unpack_words`.
         DIM_BLOCK: the power of two that DIM is padded to.
         RAW: dtype of raw elements; COMPUTE, PRECISION: dtype and precision of their products.
         PAGES: pages of a group; BLOCK_M: rows; BLOCK_N: tokens of a tile.
     """
-    head = tl.program_id(1)
+    head, split = tl.program_id(1), tl.program_id(2)
+    out += split.to(tl.int64) * part_rows * DIM
+    lse += split.to(tl.int64) * part_rows
     b, start, first, rows = locate_rows(q_indptr, sequences, GROUP, BLOCK_M)
     if first >= rows:
         return
@@ -78,7 +85,10 @@ def sealed_kernel(
     heads += head * 2
     seen, query, query_head = _rows(q_indptr + b, ahead, rows, head, GROUP, BLOCK_M)
     q_rows = q + query * q_stride + query_head * DIM
-    first_page, end_page = tl.load(indptr + b), tl.load(indptr + b + 1)
+    first_page = tl.load(indptr + b)
+    share = tl.cdiv(tl.load(indptr + b + 1) - first_page, tl.num_programs(2))
+    first_page += split * share
+    end_page = tl.minimum(first_page + share, tl.load(indptr + b + 1))
     state = empty_state(BLOCK_M, DIM_BLOCK)
     state = attend_tier(
         state, q_rows, seen, arena, frames, frames_stride, heads, HEADS * 2, pages, first_page,

@@ -11,15 +11,21 @@ import triton.language as tl
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.extend.dense import LOG2_E
+from sglang_diffxkv.kernels.extend.merge_kernels import merge_splits
 from sglang_diffxkv.kernels.extend.open_kernel import open_kernel
 from sglang_diffxkv.kernels.extend.sealed_kernel import sealed_kernel
-from sglang_diffxkv.kernels.gpu.device import compute_capability
+from sglang_diffxkv.kernels.gpu.device import compute_capability, multiprocessors
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 BYTE_MASK = 0x00FF00FF
 GROUP_PAGES = 32
+SPLIT_PAGES = 16
+"""Fewest pages, on average, that are worth a program of their own."""
+WARPS_PER_MULTIPROCESSOR = 8
+"""What fits with `MAX_REGISTERS`."""
+MERGE_ROWS = 16
 MAX_REGISTERS = 255
 """All that there are: unasked, the assembler may rather spill, for a third block."""
 
@@ -83,21 +89,27 @@ def extend_sealed(
     group = q.shape[1] // kv_heads
     part = _unwritten_part(q)
     tile = sealed_tile(layout, q.dtype, q.device)
+    blocks = _blocks(q, q_indptr, group, tile.rows)
+    room = WARPS_PER_MULTIPROCESSOR // tile.num_warps * multiprocessors(q.device)
+    splits = _splits(blocks * kv_heads, room, len(pages))
+    split = part if splits == 1 else _unwritten_part(q.expand(splits, *q.shape))
+    rows = part.lse.numel()
     launch(
         sealed_kernel,
-        (_blocks(q, q_indptr, group, tile.rows), kv_heads),
+        (blocks, kv_heads, splits),
         q=q,
         q_stride=q.stride(0),
         q_indptr=q_indptr,
         sequences=len(q_indptr) - 1,
+        part_rows=rows,
         arena=arena,
         frames=frames,
         frames_stride=frames.stride(0),
         heads=heads,
         indptr=indptr,
         pages=pages,
-        out=part.out,
-        lse=part.lse,
+        out=split.out,
+        lse=split.lse,
         score_scale=sm_scale * LOG2_E,
         byte_mask=BYTE_MASK,
         HEADS=kv_heads,
@@ -118,7 +130,33 @@ def extend_sealed(
         num_warps=tile.num_warps,
         maxnreg=MAX_REGISTERS,
     )
+    if splits > 1:
+        launch(
+            merge_splits,
+            (triton.cdiv(rows, MERGE_ROWS),),
+            parts=split.out,
+            part_lse=split.lse,
+            splits=splits,
+            rows=rows,
+            out=part.out,
+            lse=part.lse,
+            DIM=dim,
+            DIM_BLOCK=triton.next_power_of_2(dim),
+            ROWS=MERGE_ROWS,
+            num_warps=4,
+        )
     return part
+
+
+def _splits(programs: int, room: int, pages: int) -> int:
+    """How many programs share a sequence's pages, so that few queries, too, fill the GPU.
+
+    Told by shapes alone: the pages of all sequences together stand for those of the longest.
+
+    Args:
+        programs: that there are without splits. room: programs that run at a time.
+    """
+    return max(1, min(room // max(programs, 1), pages // SPLIT_PAGES))
 
 
 def extend_open(
@@ -171,7 +209,7 @@ def extend_open(
 def _unwritten_part(q: torch.Tensor) -> AttentionPart:
     return AttentionPart(
         torch.empty(q.shape, dtype=torch.float32, device=q.device),
-        torch.empty(q.shape[:2], dtype=torch.float32, device=q.device),
+        torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
     )
 
 

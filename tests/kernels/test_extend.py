@@ -121,6 +121,52 @@ def test_sealed_in_many_blocks_and_groups(capability: int, monkeypatch: pytest.M
     assert_close(part, naive.extend_sealed(*args), 1e-3)
 
 
+def test_sealed_with_scores_far_below_zero_and_constant_values() -> None:
+    """Nothing that fills up a tile may count as a score of 0; scales of equal values are 0."""
+    torch.manual_seed(6)
+    layout = make_layout(
+        head_dim=64, num_kv_heads=1, raw_itemsize=2, high=FORMATS["K8V4"], low=FORMATS["K4V2"]
+    )
+    k = 3 + torch.rand(3, PAGE_TOKENS, 1, 64)
+    v = torch.randn(3, PAGE_TOKENS, 1, 64)
+    v[:, ::2] = 0.75
+    data = seal(layout, pages=3, dtype=torch.bfloat16, pack=pack, k=k, v=v)
+    q = (-30 + torch.randn(5, 3, 64)).to(torch.bfloat16)
+    args = (q, indptr(5), data.arena, data.frames, data.heads, indptr(3), torch.arange(3).int())
+    expected = naive.extend_sealed(*args, layout, 0.1)
+    assert (expected.lse < -100).all()
+    part = triton.extend_sealed(*on_device(triton, (*args, layout, 0.1)))
+    # Exponents of hundreds leave the weights fewer exact bits.
+    assert_close(part, expected, 5e-2)
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 9, 30])
+@pytest.mark.parametrize(("dim", "tiers"), [(64, ("K8V4", "K4V2")), (80, ("raw", "K8V8"))])
+def test_sealed_in_splits(
+    multiprocessors: int, dim: int, tiers: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many pages for few queries: as many programs as there is room for, some without pages."""
+    monkeypatch.setattr(triton, "multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(triton, "GROUP_PAGES", 4)
+    monkeypatch.setattr(triton, "SPLIT_PAGES", 1)
+    torch.manual_seed(multiprocessors)
+    layout = make_layout(
+        head_dim=dim, num_kv_heads=2, raw_itemsize=2, high=FORMATS[tiers[0]], low=FORMATS[tiers[1]]
+    )
+    data = seal(layout, pages=7, dtype=torch.bfloat16, pack=pack)
+    q = torch.randn(5, 6, dim).to(torch.bfloat16)
+    pages = torch.randint(0, 7, (23,), dtype=torch.int32)
+    args = (q, indptr(1, 0, 3, 1), data.arena, data.frames, data.heads, indptr(19, 1, 3, 0), pages)
+    args = (*args, layout, 0.1)
+    part = triton.extend_sealed(*on_device(triton, args))
+    assert_close(part, naive.extend_sealed(*args), 1e-3)
+
+
+def test_splits_fill_the_gpu_once() -> None:
+    cases = [(8, 264, 512), (8, 264, 40), (300, 264, 512), (8, 264, 0), (0, 264, 512)]
+    assert [triton._splits(*case) for case in cases] == [32, 2, 1, 1, 32]
+
+
 @pytest.mark.parametrize(
     ("name", "bound"),
     [

@@ -79,9 +79,9 @@ class DeviceDecode:
         Args:
             seq_lens: int64 [B] on the host, of the running sequences, this step's tokens included.
         """
-        left = (seq_lens >= self.window + PAGE_TOKENS) & (
-            (seq_lens - self.window) % PAGE_TOKENS == 0
-        )
+        # A page's last token is scored by the step after its own.
+        window = max(self.window, int(self.store.policy.needs_scores))
+        left = (seq_lens >= window + PAGE_TOKENS) & ((seq_lens - window) % PAGE_TOKENS == 0)
         self._full_pages += int(left.sum())
         if self._full_pages < max(1, SEAL_SHARE * len(seq_lens)):
             return False

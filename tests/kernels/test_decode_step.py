@@ -109,3 +109,11 @@ def test_when_decode_steps_seal() -> None:
     assert not decode.should_seal(again)
     decode.expect_full_pages()
     assert decode.should_seal(again)
+
+
+@pytest.mark.parametrize(("policy", "full"), [("uniform", 64), ("diffxkv", 65)])
+def test_without_a_window_pages_seal_once_full_and_scored(policy: str, full: int) -> None:
+    world = World(policy)
+    decode = DeviceDecode(world.store, world.req_to_token, window=0)
+    sealing = [n for n in range(1, 140) if decode.should_seal(torch.tensor([n]))]
+    assert sealing == [full, full + PAGE_TOKENS]

@@ -28,7 +28,7 @@ from sglang_diffxkv.kernels.gpu.payload import (
     section_starts,
     unpack_words,
 )
-from sglang_diffxkv.kernels.gpu.ranks import page_of_rank
+from sglang_diffxkv.kernels.gpu.ranks import page_of_rank, per_row
 
 OPEN: tl.constexpr = tl.constexpr(0)
 HIGH: tl.constexpr = tl.constexpr(1)
@@ -172,6 +172,7 @@ def _attend_tier(
     VALUE_BYTES: tl.constexpr = row_bytes(DIM, VALUE_BITS, ITEM)
     # Rows in 16 bits take twice the registers.
     TILE: tl.constexpr = BLOCK_N if KEY_BITS else BLOCK_N // 2
+    ROWS: tl.constexpr = (TILE + 31) // 32
     if KEY_BITS:
         query = load_query(q, KEY_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16)
         # Of the queries as rounded to fp16, or large zeros would not cancel.
@@ -208,20 +209,25 @@ def _attend_tier(
         key_start = base + (starts[0] if IS_HIGH else starts[2]) - skipped * KEY_BYTES
         value_start = base + (starts[1] if IS_HIGH else starts[3]) - skipped * VALUE_BYTES
         meta_start = base + (starts[4] if IS_HIGH else starts[5]) - skipped * 8
-        table = page * frames_stride
         n = tl.sum(counts, 0)
+        ends = per_row(ends, ROWS)
+        table = per_row(page * frames_stride, ROWS)
+        key_start, value_start = per_row(key_start, ROWS), per_row(value_start, ROWS)
+        meta_start = per_row(meta_start, ROWS)
         for first in range(0, n, TILE):
             rank = first + tl.arange(0, TILE)
             mask = rank < n
+            rank = tl.reshape(rank, [ROWS, TILE // ROWS])
+            seen = rank < n
             group = page_of_rank(ends, rank, PAGES)
-            entry = frames + tl.gather(table, group, 0)
-            key_at = tl.where(mask, tl.gather(key_start, group, 0) + rank * KEY_BYTES, 0)
-            key_at = arena_offset(entry, key_at, mask, FRAME_BYTES, KEY_BYTES & -KEY_BYTES)
-            value_at = tl.where(mask, tl.gather(value_start, group, 0) + rank * VALUE_BYTES, 0)
-            value_at = arena_offset(entry, value_at, mask, FRAME_BYTES, VALUE_BYTES & -VALUE_BYTES)
+            entry = frames + tl.gather(table, group, 1)
+            key_at = tl.where(seen, tl.gather(key_start, group, 1) + rank * KEY_BYTES, 0)
+            key_at = arena_offset(entry, key_at, seen, FRAME_BYTES, KEY_BYTES & -KEY_BYTES)
+            value_at = tl.where(seen, tl.gather(value_start, group, 1) + rank * VALUE_BYTES, 0)
+            value_at = arena_offset(entry, value_at, seen, FRAME_BYTES, VALUE_BYTES & -VALUE_BYTES)
             if KEY_BITS:
-                meta_at = tl.where(mask, tl.gather(meta_start, group, 0) + rank * 8, 0)
-                meta_at = arena_offset(entry, meta_at, mask, FRAME_BYTES, 8)
+                meta_at = tl.where(seen, tl.gather(meta_start, group, 1) + rank * 8, 0)
+                meta_at = arena_offset(entry, meta_at, seen, FRAME_BYTES, 8)
                 key_scale, key_zero, value_scale, value_zero = load_meta(arena, meta_at, mask)
                 key = load_words(arena, key_at, mask, KEY_BITS, DIM, DIM_BLOCK)
                 value = load_words(arena, value_at, mask, VALUE_BITS, DIM, DIM_BLOCK)
@@ -272,6 +278,7 @@ def _attend_open(
     Args:
         TOKEN: elements between two tokens of a raw page.
     """
+    ROWS: tl.constexpr = (BLOCK_N + 31) // 32
     query = load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
     top, total, zeros, acc = empty_state(GROUP_BLOCK, DIM_BLOCK)
     for at in range(page_at, page_end, PAGES):
@@ -282,12 +289,15 @@ def _attend_open(
         counts = tl.where(slot < 0, 0, tl.where(place == last_page, last, 64))
         ends = tl.cumsum(counts, 0)
         n = tl.sum(counts, 0)
+        skipped, ends = per_row(ends - counts, ROWS), per_row(ends, ROWS)
+        slot = per_row(slot, ROWS)
         for first in range(0, n, BLOCK_N):
             rank = first + tl.arange(0, BLOCK_N)
-            group = page_of_rank(ends, rank, PAGES)
-            token = rank - tl.gather(ends - counts, group, 0)
-            row = tl.gather(slot, group, 0).to(tl.int64) * raw_stride + token * TOKEN
-            row = tl.multiple_of(row, DIM & -DIM)
+            in_rows = tl.reshape(rank, [ROWS, BLOCK_N // ROWS])
+            group = page_of_rank(ends, in_rows, PAGES)
+            token = in_rows - tl.gather(skipped, group, 1)
+            row = tl.gather(slot, group, 1).to(tl.int64) * raw_stride + token * TOKEN
+            row = tl.multiple_of(tl.reshape(row, [BLOCK_N]), DIM & -DIM)
             top, total, zeros, acc = attend_rows(
                 top, total, zeros, acc, query, keys + row, values + row, rank < n, score_scale, DIM,
                 DIM_BLOCK, IN_FP32,

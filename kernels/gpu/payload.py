@@ -60,15 +60,16 @@ def section_starts(
 
 @triton.jit
 def arena_offset(frames, virtual, mask, FRAME_BYTES: tl.constexpr, ALIGN: tl.constexpr):
-    """Byte offsets in the arena, int64, of positions in the virtual space of (page, layer)s.
+    """Byte offsets in the arena, int64 [N], of positions in the virtual space of (page, layer)s.
 
     Args:
         frames: pointers to the first entry of each page's frame table row; of virtual's shape.
-        virtual: int32 byte positions, multiples of ALIGN (a power of two); 0 where masked.
+        virtual: int32 byte positions, N in any shape, multiples of ALIGN (a power of two); 0 where
+            masked.
     """
     frame = tl.load(frames + virtual // FRAME_BYTES, mask=mask, other=0)
     at = frame.to(tl.int64) * FRAME_BYTES + virtual % FRAME_BYTES
-    return tl.multiple_of(at, ALIGN)
+    return tl.multiple_of(tl.reshape(at, [at.numel]), ALIGN)
 
 
 @triton.constexpr_function

@@ -30,3 +30,13 @@ def page_of_rank(ends, rank, PAGES: tl.constexpr):
             last = tl.gather(ends, page + ((PAGES >> (step + 1)) - 1), len(rank.shape) - 1)
             page = tl.where(last <= rank, page + (PAGES >> (step + 1)), page)
     return page
+
+
+@triton.jit
+def per_row(x, ROWS: tl.constexpr):
+    """x [PAGES], once for each row of a tile's ranks: int32 [ROWS, PAGES].
+
+    A tile's ranks in rows of 32, one to a warp, find their pages by shuffles; in one long row they
+    would have to go through shared memory, with two barriers for each look-up.
+    """
+    return tl.broadcast_to(x[None, :], [ROWS, x.shape[0]])

@@ -26,7 +26,7 @@ from sglang_diffxkv.kernels.gpu.payload import (
     section_starts,
     unpack_words,
 )
-from sglang_diffxkv.kernels.gpu.ranks import page_of_rank
+from sglang_diffxkv.kernels.gpu.ranks import page_of_rank, per_row
 
 HEADROOM: tl.constexpr = tl.constexpr(8)
 """The largest weight of a row so far is 2**8: small ones stay clear of fp16's subnormals."""
@@ -64,16 +64,6 @@ def _alignment(NBYTES):
 
 
 @triton.jit
-def _settled(x):
-    """x [N], computed once and not again by every thread that needs it.
-
-    Triton recomputes what it deems cheap in the layout of its use, where a thread has many tokens:
-    here, the search for each token's page. A gather ends what it looks at.
-    """
-    return tl.gather(x, tl.arange(0, x.shape[0]), 0)
-
-
-@triton.jit
 def _everywhere(x):
     """x [N], computed once and not again by every thread that needs it.
 
@@ -81,12 +71,6 @@ def _everywhere(x):
     here, the search for each token's page. A gather ends what it looks at.
     """
     return tl.gather(x, tl.arange(0, x.shape[0]), 0)
-
-
-@triton.jit
-def _per_row(x, ROWS: tl.constexpr):
-    """x [PAGES], once for each of ROWS rows of 32 ranks."""
-    return tl.broadcast_to(x[None, :], [ROWS, x.shape[0]])
 
 
 @triton.jit
@@ -230,9 +214,9 @@ def attend_tier(
         value_start = offset + (starts[1] if IS_HIGH else starts[3]) - skipped * VALUE_BYTES
         meta_start = offset + (starts[4] if IS_HIGH else starts[5]) - skipped * 8
         n = tl.sum(counts, 0)
-        ends, page = _per_row(ends, RANK_ROWS), _per_row(page, RANK_ROWS)
-        key_start, value_start = _per_row(key_start, RANK_ROWS), _per_row(value_start, RANK_ROWS)
-        meta_start = _per_row(meta_start, RANK_ROWS)
+        ends, page = per_row(ends, RANK_ROWS), per_row(page, RANK_ROWS)
+        key_start, value_start = per_row(key_start, RANK_ROWS), per_row(value_start, RANK_ROWS)
+        meta_start = per_row(meta_start, RANK_ROWS)
         for first in tl.range(0, n, BLOCK_N, disable_licm=True):
             token = first + tl.arange(0, BLOCK_N)
             valid = token < n

@@ -32,6 +32,7 @@ def servers(make_model: Callable[..., Path]) -> Iterator[Pair]:
     options += ["--diffxkv-config", CONFIG]
     model = make_model(layers=2)
     with Server(model, *options, env=AS_GPU) as gpu, Server(model, *options) as host:
+        assert "as_gpu:" in gpu.log_text() and "as_gpu:" not in host.log_text()
         yield Pair(gpu, host)
         assert_healthy(gpu)
 

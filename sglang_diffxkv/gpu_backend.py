@@ -31,7 +31,10 @@ class DecodeBatch(NamedTuple):
 
 
 class GPUBackend(DiffXKVBackend):
-    """Prefills as everywhere; decode steps never wait for the device, but for those that seal."""
+    """Prefills as everywhere; few decode steps wait for the device.
+
+    Those that seal do, and those that open a page once any request has asked for a quality.
+    """
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)

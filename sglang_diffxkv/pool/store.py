@@ -115,8 +115,8 @@ class PageStore:
         d = self.directory
         slots, frames, demoted = d.raw_slot[pages], d.num_frames[pages], d.demotions[pages] > 0
         is_open, is_fresh = slots >= 0, d.sealed[pages] & ~demoted
-        counted = (is_open, is_open & ~self.may_seal(pages), is_fresh, demoted)
-        counted += (frames * is_fresh, frames * demoted)
+        counted = [is_open, is_open & ~self.may_seal(pages), is_fresh, demoted]
+        counted += [frames * is_fresh, frames * demoted]
         # Asked for in one: each answer is a wait for the device.
         num_open, raw_only, *shares = torch.stack([x.sum() for x in counted]).tolist()
         fresh, gone = Share(shares[0], shares[2]), Share(shares[1], shares[3])

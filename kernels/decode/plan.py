@@ -24,7 +24,8 @@ KINDS = 3
 """Open, high and low tokens; rows of the plan are ordered by sequence, head, then kind."""
 
 ITEMS_PER_SM = 12
-"""About as many items as run on a multiprocessor at a time: one wave, nearly full."""
+"""Twice as many items as run on a multiprocessor at a time: those that are left over at the end are
+then small beside the whole."""
 
 COST_UNIT = 32
 """Bytes; costs are counted in it."""

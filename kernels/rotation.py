@@ -7,7 +7,7 @@ inverse (QuaRot, arXiv 2404.00456, rotates keys and values likewise).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -22,7 +22,7 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     return (x.reshape(-1, len(block)) @ block).view(x.shape)
 
 
-@lru_cache(maxsize=8)
+@cache  # for good: CUDA graphs keep its address
 def hadamard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Sylvester's matrix [size, size] divided by sqrt(size); size is a power of two."""
     matrix = torch.ones(1, 1, dtype=torch.float64, device=device)

@@ -38,6 +38,7 @@ MODELS = (
     LLAMA_8B,
     Model("Qwen2.5-7B", 28, 4, 128),
     Model("Llama-3.1-70B TP8", 8, 1, 128),
+    Model("Qwen3-235B", 64, 4, 128),
     Model("Qwen2.5-0.5B", 14, 2, 64),
     Model("Phi-2", 32, 32, 80),
     Model("Phi-3-mini", 32, 32, 96),

@@ -56,7 +56,9 @@ def _decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     tokens, dim, itemsize = c["BLOCK_N"], c["DIM"], ITEMSIZE[signature["keys"]]
 
     def tier(key_bits: int, value_bits: int) -> Tile:
-        return _tier(tokens if key_bits else tokens // 2, dim, key_bits, value_bits, itemsize)
+        return _tier(
+            tokens if key_bits else max(16, tokens // 2), dim, key_bits, value_bits, itemsize
+        )
 
     tiles = []
     if c["HAS_OPEN"]:

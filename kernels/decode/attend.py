@@ -85,7 +85,7 @@ def attend_item(
         score_scale: sm_scale * log2(e).
         KEY_HIGH ... VALUE_LOW: bits per element of the two tiers, 0 for raw.
         GROUP_BLOCK, DIM_BLOCK: powers of two that the group and D are padded to.
-        BLOCK_N: tokens of a tile; half as many where they are raw.
+        BLOCK_N: tokens of a tile; half as many where they are raw, but at least 16.
         PAGES: pages that are addressed at a time.
         IN_FP32: whether raw tokens are multiplied in fp32, not in their own 16 bits.
     """
@@ -108,7 +108,7 @@ def attend_item(
         _attend_open(
             q + q_row, keys + head * DIM, values + head * DIM, pages, raw_slot, page_at, page_end,
             last_page, last, raw_stride, out, lse, score_scale, KV_HEADS * DIM, GROUP, GROUP_BLOCK,
-            DIM, DIM_BLOCK, BLOCK_N // 2, PAGES, IN_FP32,
+            DIM, DIM_BLOCK, max(16, BLOCK_N // 2), PAGES, IN_FP32,
         )  # fmt: skip
     if HAS_SEALED:
         heads += head * 2
@@ -171,7 +171,7 @@ def _attend_tier(
     KEY_BYTES: tl.constexpr = row_bytes(DIM, KEY_BITS, ITEM)
     VALUE_BYTES: tl.constexpr = row_bytes(DIM, VALUE_BITS, ITEM)
     # Rows in 16 bits take twice the registers.
-    TILE: tl.constexpr = BLOCK_N if KEY_BITS else BLOCK_N // 2
+    TILE: tl.constexpr = BLOCK_N if KEY_BITS else max(16, BLOCK_N // 2)
     ROWS: tl.constexpr = (TILE + 31) // 32
     if KEY_BITS:
         query = load_query(q, KEY_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16)

@@ -152,8 +152,8 @@ def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 
 def _tile_tokens(blocks: dict[str, int], itemsize: int) -> int:
     """Tokens of a tile: what leaves the registers of `_REGISTERS` unspilled."""
-    small = blocks["DIM_BLOCK"] <= 128 and blocks["GROUP_BLOCK"] <= 8 and itemsize == 2
-    return _TOKENS if small else _TOKENS // 2
+    size = blocks["DIM_BLOCK"] * blocks["GROUP_BLOCK"] * itemsize // 2
+    return _TOKENS if size <= 1024 else _TOKENS // 2 if size <= 2048 else _TOKENS // 4
 
 
 def decode_sealed(

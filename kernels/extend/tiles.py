@@ -28,8 +28,9 @@ from sglang_diffxkv.kernels.gpu.payload import (
 )
 from sglang_diffxkv.kernels.gpu.ranks import page_of_rank, per_row
 
-HEADROOM: tl.constexpr = tl.constexpr(8)
-"""The largest weight of a row so far is 2**8: small ones stay clear of fp16's subnormals."""
+HEADROOM: tl.constexpr = tl.constexpr(4)
+"""The largest weight of a row so far is 2**4: times value scales, which may be up to 4,000, it does
+not overflow fp16, and those of values around 0.001 stay clear of its subnormals."""
 SUMS: tl.constexpr = tl.constexpr(8)
 """Columns of sums of weights: the first is their own, the second that of weighted zeros."""
 

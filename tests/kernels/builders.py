@@ -137,11 +137,15 @@ def build_sealed(
     tiers: torch.Tensor,
     gen: torch.Generator,
     raw_dtype: torch.dtype = torch.float32,
+    value_size: float = 1.0,
 ) -> SealedArena:
-    """Seal random keys and values with these tiers, in shuffled frames of a poisoned arena."""
+    """Seal random keys and values with these tiers, in shuffled frames of a poisoned arena.
+
+    ``value_size`` is the standard deviation of values; that of keys is 1.
+    """
     pages, _, kv_heads = tiers.shape
     keys = torch.randn(pages, PAGE_TOKENS, kv_heads, layout.head_dim, generator=gen).double()
-    values = torch.randn(keys.shape, generator=gen).double()
+    values = torch.randn(keys.shape, generator=gen).double() * value_size
     heads = torch.zeros(pages, kv_heads, 2, dtype=torch.int32)
     frames = torch.full((pages, layout.max_frames), -1, dtype=torch.int32)
     pool = torch.randperm(pages * layout.max_frames + 1, generator=gen).to(torch.int32)

@@ -170,6 +170,14 @@ def test_lopsided_tiers(name: str, shares: tuple[float, float, float]) -> None:
     check_sealed(name, sealed(shares=shares, pages=4, kv_heads=5), [4, 1, 9], 4)
 
 
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_small_and_large_values(name: str, size: float) -> None:
+    """What 16-bit weights have to bear: fp16 ends at 65,504 and is coarse below 6e-5."""
+    gen = torch.Generator().manual_seed(4)
+    tiers = random_tiers(3, 2, SHARES, gen)
+    check_sealed(name, build_sealed(layout_of(), tiers, gen, value_size=size), [3, 2], 4)
+
+
 def test_everything_pruned(name: str) -> None:
     gen = torch.Generator().manual_seed(3)
     tiers = torch.full((2, PAGE_TOKENS, 2), PRUNED, dtype=torch.uint8)

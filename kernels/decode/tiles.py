@@ -9,8 +9,8 @@ import triton.language as tl
 from sglang_diffxkv.kernels.gpu.payload import CODE_UNIT, element
 
 WEIGHT_UNIT: tl.constexpr = tl.constexpr(2.0**4)
-"""Weights times value scales are this much larger in fp16: scales of 4,000 do not overflow, and those
-of values around 0.001 are clear of its subnormals."""
+"""Weights times value scales are this much larger in fp16: scales of 4,000 do not overflow, and
+those of values around 0.001 are clear of its subnormals."""
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from sglang_diffxkv.kernels.extend.rows import locate_rows, query_of_rows, softm
 from sglang_diffxkv.kernels.gpu.ragged import count_at_most
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences"])
 def open_kernel(
     q,
     q_stride,

@@ -202,6 +202,7 @@ def extend_open(
         BLOCK_M=tile.rows,
         BLOCK_N=tile.tokens,
         num_warps=tile.num_warps,
+        maxnreg=MAX_REGISTERS if dim <= 128 else None,
     )
     return part
 

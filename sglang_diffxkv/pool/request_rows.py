@@ -15,18 +15,27 @@ class RequestRows:
 
     Attributes:
         quality: uint8 [R], `Quality` of the request that has, or had last, each row.
-        asked: whether any request has asked for another quality than the server's, so far.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.quality = torch.zeros(num_rows, dtype=torch.uint8, device=device)
-        self.asked = False
+        self._levels = [Quality.BALANCED] * num_rows  # the same on the host
+        self._asked = 0
+
+    @property
+    def asked(self) -> bool:
+        """Whether any of these requests asked for another quality than the server's."""
+        return self._asked > 0
 
     def enter(self, rows: Sequence[int], quality: Sequence[Quality]) -> None:
         """Requests of these qualities have got these rows, or keep them for their next chunk."""
-        self.asked = self.asked or any(level != Quality.BALANCED for level in quality)
-        if not self.asked:
-            return
-        device = self.quality.device
-        values = torch.tensor([int(level) for level in quality], dtype=torch.uint8, device=device)
-        self.quality[torch.tensor(rows, dtype=torch.int64, device=device)] = values
+        wanted = zip(rows, quality, strict=True)
+        changed = [(row, level) for row, level in wanted if self._levels[row] != level]
+        for row, level in changed:
+            before, self._levels[row] = self._levels[row], level
+            self._asked += (level != Quality.BALANCED) - (before != Quality.BALANCED)
+        if changed:
+            device = self.quality.device
+            at, levels = zip(*changed, strict=True)
+            values = torch.tensor([int(level) for level in levels], dtype=torch.uint8)
+            self.quality[torch.tensor(at, device=device)] = values.to(device)

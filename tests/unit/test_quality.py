@@ -197,4 +197,8 @@ def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:
         assert rows.quality[given].tolist() == levels
         assert given is not None
         pool.free_rows(given)
+        assert rows.asked
     seam._enter_rows(None, pool, requests)  # there were no rows left
+    requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
+    seam._enter_rows(pool.alloc(requests), pool, requests)
+    assert not rows.asked and not rows.quality.any()

@@ -6,6 +6,7 @@ This is for programs that need a server for a while; it changes nothing about ho
 
 import argparse
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -152,6 +153,10 @@ def default_device() -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the kernel hands out: the server binds it many seconds from now, and by
+    then anything else on the machine could have been given one of those."""
+    for port in random.SystemRandom().sample(range(10000, 32000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise ServerError("no free port between 10000 and 32000")

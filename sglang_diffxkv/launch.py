@@ -153,8 +153,8 @@ def default_device() -> str:
 
 
 def _free_port() -> int:
-    """A port below those that the kernel hands out: the server binds it many seconds from now, and by
-    then anything else on the machine could have been given one of those."""
+    """A port below those that the kernel hands out: it is bound many seconds from now, and by then
+    anything else on the machine could have been given one of those."""
     for port in random.SystemRandom().sample(range(10000, 32000), 100):
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))

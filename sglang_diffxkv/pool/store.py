@@ -75,7 +75,7 @@ class PageStore:
             self.retention = RetentionMeter(policy, plan.num_layers, device)
         self.counters = Counters()
         self._sealable: dict[bool, torch.Tensor] = {}
-        """What `sealable` found since pages were last opened, used, sealed or freed."""
+        """What `sealable` found since pages were last used, sealed or freed."""
         self.checks_use = torch.device(device).type == "cpu"
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
         self.step = 0
@@ -102,7 +102,6 @@ class PageStore:
             raise PageStateError("open: page is in use")
         self.ledger.open(pages.numel())
         d.open(pages, self.raw.take(pages))
-        self._sealable.clear()
         self.counters.opened += pages.numel()
 
     def release(self, pages: torch.Tensor) -> None:

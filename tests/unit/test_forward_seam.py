@@ -5,10 +5,14 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import pytest
+import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_diffxkv.backend import DiffXKVBackend
 from sglang_diffxkv.patches.forward import _before_forward
+from sglang_diffxkv.pool.request_rows import RequestRows
+from tests.unit.test_batch import Batch
 
 
 def test_mixed_batches_are_told_apart() -> None:
@@ -18,3 +22,27 @@ def test_mixed_batches_are_told_apart() -> None:
     for mode in (ForwardMode.MIXED, ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.DECODE):
         _before_forward(runner, SimpleNamespace(forward_mode=mode))
         assert backend.is_mixed == (mode == ForwardMode.MIXED)
+
+
+@pytest.mark.parametrize("mode", [ForwardMode.MIXED, ForwardMode.EXTEND])
+def test_windows_age_in_mixed_batches(mode: ForwardMode) -> None:
+    """One is a decode step of every running request, too, though SGLang shows it as a prefill."""
+    batch = Batch([130, 64], sealed=[0, 0])
+    backend = object.__new__(DiffXKVBackend)
+    backend.store, backend.config = batch.store, batch.store.policy.config
+    backend.rows = RequestRows(len(batch.req_to_token), torch.device("cpu"))
+    backend.req_to_token_pool = SimpleNamespace(req_to_token=batch.req_to_token)
+    forward_batch = SimpleNamespace(
+        forward_mode=mode,
+        req_pool_indices=batch.rows,
+        seq_lens=batch.lens,
+        seq_lens_cpu=batch.lens,
+        extend_prefix_lens=batch.lens - 1,
+        extend_seq_lens_cpu=[1, 1],
+        out_cache_loc=batch.req_to_token[batch.rows, batch.lens - 1].long(),
+    )
+    before = batch.store.decode_step
+    _before_forward(SimpleNamespace(attn_backend=backend), forward_batch)
+    forward_batch.forward_mode = ForwardMode.EXTEND
+    backend.init_forward_metadata(forward_batch)
+    assert batch.store.decode_step - before == (mode == ForwardMode.MIXED)

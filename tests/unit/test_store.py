@@ -192,6 +192,12 @@ class StoreMachine(RuleBasedStateMachine):
         self.sealed.clear()
 
     @invariant()
+    def sealable_is_remembered_no_longer_than_it_holds(self) -> None:
+        for include_window in (True, False):
+            found = self.store.sealable(include_window)
+            assert torch.equal(found, self.store._find_sealable(include_window))
+
+    @invariant()
     def consistent(self) -> None:
         assert check_integrity(self.store) == []
         ledger = self.store.ledger

@@ -37,7 +37,7 @@ def run(device: torch.device, deadline: Deadline, red: Collection[str]) -> Itera
         return
     cuda = device.type == "cuda"
     size = PAGES * 8 if cuda else 5000
-    stack = torch.randperm(size, device=device).int()
+    stack = (torch.randperm(size, device=device) - torch.arange(size, device=device)).int()
     n_free = torch.tensor([size], dtype=torch.int32, device=device)
     for owners in OWNERS if cuda else (64,):
         if deadline.left() < 3:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taking frames from the arena's free stack and giving them back, by prefix sums.
 
-The free stack is an int32 [F] tensor whose entries ``[0, n_free)`` are the ids of the free frames;
-``n_free`` is an int32 [1] tensor on the same device, changed in place, so that neither operation
-waits for the device. Both are one fixed sequence of operations, whatever the counts.
+The free stack is an int32 [F] tensor whose entries ``[0, n_free)`` tell the free frames: entry i is
+the id less i, so that a stack of zeros is a full one, and a pool of any size starts without writing
+it. ``n_free`` is an int32 [1] tensor on the same device, changed in place, so that neither
+operation waits for the device. Both are one fixed sequence of operations, whatever the counts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from sglang_diffxkv.kernels.arena import torch_ops
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 
-__all__ = ["return_frames", "take_frames"]
+__all__ = ["return_frames", "stack_ids", "take_frames"]
 
 
 def take_frames(
@@ -24,7 +25,7 @@ def take_frames(
     """Pop frames for several owners at once.
 
     Args:
-        stack: int32 [F], free frame ids in ``[0, n_free)``.
+        stack: int32 [F], free frames in ``[0, n_free)``, each as its id less its place.
         n_free: int32 [1], lowered in place by ``counts.sum()``.
         counts: integer [N], frames wanted by each owner, each <= max_frames; their sum is at most
             ``n_free`` (the caller's accounting on the host guarantees it; it is not checked here,
@@ -46,6 +47,11 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
         frames: int32 of any shape; negative entries are skipped. Ids must be distinct and taken.
     """
     _implementation(stack).return_frames(stack, n_free, frames)
+
+
+def stack_ids(stack: torch.Tensor, count: int) -> torch.Tensor:
+    """Frame ids in the entries ``[0, count)`` of a stack: int64 [count]."""
+    return stack[:count] + torch.arange(count, device=stack.device)
 
 
 def _implementation(stack: torch.Tensor) -> ModuleType:

@@ -15,7 +15,7 @@ def take_frames(
     for i, count in enumerate(counts.tolist()):
         for j in range(count):
             top -= 1
-            frames[i, j] = stack[top]
+            frames[i, j] = stack[top] + top
     n_free[0] = top
     return frames
 
@@ -25,6 +25,6 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
     top = int(n_free)
     for frame in frames.reshape(-1).tolist():
         if frame >= 0:
-            stack[top] = frame
+            stack[top] = frame - top
             top += 1
     n_free[0] = top

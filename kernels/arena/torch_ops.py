@@ -15,7 +15,7 @@ def take_frames(
     first = counts.cumsum(0) - counts
     depth = first[:, None] + column  # how far below the top of the stack
     index = (n_free - 1 - depth).clamp_(min=0)
-    frames = torch.where(wanted, stack[index], -1)
+    frames = torch.where(wanted, stack[index] + index.to(stack.dtype), -1)
     n_free -= counts.sum().to(n_free.dtype)
     return frames
 
@@ -32,7 +32,7 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
     # the write of the last valid entry, or, where there is none, rewrite what is at the top.
     last = (valid * torch.arange(1, len(ids) + 1, device=ids.device)).argmax()
     top = (n_free + pushed - 1).clamp_(min=0)
-    filler = torch.where(pushed > 0, ids[last], stack[top])
+    filler = torch.where(pushed > 0, ids[last] - top, stack[top])
     target = torch.where(valid, n_free + rank - 1, top)
-    stack[target] = torch.where(valid, ids, filler)
+    stack[target] = torch.where(valid, ids - target, filler).to(stack.dtype)
     n_free += pushed.to(n_free.dtype)

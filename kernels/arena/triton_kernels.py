@@ -54,7 +54,8 @@ def take_kernel(
     first = top - 1 - (tl.cumsum(count) - count)
     column = tl.arange(0, COLUMNS)[None, :]
     wanted = column < count[:, None]
-    taken = tl.load(stack + (first[:, None] - column), mask=wanted, other=-1)
+    place = first[:, None] - column
+    taken = tl.where(wanted, tl.load(stack + place, mask=wanted, other=0) + place, -1)
     inside = (owner < owners)[:, None] & (column < max_frames)
     tl.store(frames + owner[:, None] * max_frames + column, taken, mask=inside)
     if block == tl.num_programs(0) - 1:
@@ -69,7 +70,8 @@ def return_kernel(stack, n_free, ids, before, entries, BLOCK: tl.constexpr, SUMS
     frame = tl.load(ids + index, mask=index < entries, other=-1)
     valid = (frame >= 0).to(tl.int32)
     base = _sum(before, block + 1, SUMS)
-    tl.store(stack + base + tl.cumsum(valid) - 1, frame, mask=frame >= 0)
+    place = base + tl.cumsum(valid) - 1
+    tl.store(stack + place, frame - place, mask=frame >= 0)
     if block == tl.num_programs(0) - 1:
         tl.store(n_free, base + tl.sum(valid))
 

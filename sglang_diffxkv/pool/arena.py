@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.kernels.arena import return_frames, take_frames
+from sglang_diffxkv.kernels.arena import return_frames, stack_ids, take_frames
 
 
 class FrameArena:
@@ -13,24 +13,27 @@ class FrameArena:
 
     Attributes:
         buffer: uint8 [F, frame_bytes].
-        stack: int32 [F], free frame ids in ``[0, num_free)``.
+        stack: int32 [F], free frames in ``[0, num_free)``, as `kernels.arena` keeps them.
         num_free: int32 [1], on the device so that taking frames needs no host sync.
     """
 
     def __init__(self, num_frames: int, frame_bytes: int, device: str) -> None:
         self.buffer = torch.zeros(num_frames, frame_bytes, dtype=torch.uint8, device=device)
-        self.stack = torch.empty(num_frames, dtype=torch.int32, device=device)
-        self.num_free = torch.empty(1, dtype=torch.int32, device=device)
-        self.clear()
+        self.stack = torch.zeros(num_frames, dtype=torch.int32, device=device)
+        self.num_free = torch.full((1,), num_frames, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
         return self.buffer.nbytes + self.stack.nbytes + self.num_free.nbytes
 
     def clear(self) -> None:
-        num_frames = self.stack.numel()
-        self.stack.copy_(torch.arange(num_frames, dtype=torch.int32, device=self.stack.device))
-        self.num_free.fill_(num_frames)
+        """Every frame is free again."""
+        self.stack.zero_()
+        self.num_free.fill_(self.stack.numel())
+
+    def free_ids(self) -> torch.Tensor:
+        """Ids of the free frames, int64; waits for the device."""
+        return stack_ids(self.stack, int(self.num_free))
 
     def take(self, counts: torch.Tensor, max_frames: int) -> torch.Tensor:
         """Take ``counts`` (int32 [N]) frames each; int32 [N, max_frames], -1 where unused."""

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.arena import naive, torch_ops, triton
+from sglang_diffxkv.kernels.arena import naive, stack_ids, torch_ops, triton
 from tests.kernels.device import DEVICE
 
 IMPLEMENTATIONS = [naive, torch_ops, triton]
@@ -19,13 +19,30 @@ def ints(*values: object) -> torch.Tensor:
     return torch.tensor(*values, dtype=torch.int32, device=DEVICE)
 
 
+def stack_of(ids: list[int]) -> torch.Tensor:
+    """A stack with these ids from its bottom."""
+    return ints([frame - place for place, frame in enumerate(ids)])
+
+
 def new_stack(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randperm(n).int().to(DEVICE), ints([n])
+    return stack_of(torch.randperm(n).tolist()), ints([n])
+
+
+def ids_in(stack: torch.Tensor, n_free: torch.Tensor) -> torch.Tensor:
+    return stack_ids(stack, int(n_free)).cpu()
+
+
+@pytest.mark.parametrize("arena", IMPLEMENTATIONS)
+def test_zeros_are_all_frames(arena: ModuleType) -> None:
+    stack, n_free = ints([0] * 5), ints([5])
+    assert ids_in(stack, n_free).tolist() == [0, 1, 2, 3, 4]
+    frames = arena.take_frames(stack, n_free, ints([2, 3]), 3)
+    assert frames.tolist() == [[4, 3, -1], [2, 1, 0]] and n_free.tolist() == [0]
 
 
 @pytest.mark.parametrize("arena", IMPLEMENTATIONS)
 def test_takes_from_the_top(arena: ModuleType) -> None:
-    stack, n_free = ints([4, 2, 0, 1, 3]), ints([4])
+    stack, n_free = stack_of([4, 2, 0, 1, 3]), ints([4])
     frames = arena.take_frames(stack, n_free, ints([2, 0, 1]), 3)
     assert frames.tolist() == [[1, 0, -1], [-1, -1, -1], [2, -1, -1]]
     assert frames.dtype == torch.int32
@@ -35,11 +52,11 @@ def test_takes_from_the_top(arena: ModuleType) -> None:
 @pytest.mark.parametrize("arena", IMPLEMENTATIONS)
 @pytest.mark.parametrize("given", [[], [-1, -1], [7], [[-1, 9, -1], [8, -1, -1]], [[[5]], [[-1]]]])
 def test_returns_valid_ids_of_any_shape(arena: ModuleType, given: list) -> None:
-    stack, n_free = ints([1, 2, 0, 0, 0]), ints([2])
+    stack, n_free = stack_of([1, 2, 0, 0, 0]), ints([2])
     frames = ints(given)
     arena.return_frames(stack, n_free, frames)
     ids = [i for i in frames.reshape(-1).tolist() if i >= 0]
-    assert stack[: int(n_free)].tolist() == [1, 2, *ids]
+    assert ids_in(stack, n_free).tolist() == [1, 2, *ids]
 
 
 @pytest.mark.parametrize("arena", IMPLEMENTATIONS)
@@ -51,8 +68,8 @@ def test_empties_and_fills_completely(arena: ModuleType) -> None:
     arena.return_frames(stack, n_free, ints([[-1, -1, -1]] * 2))
     assert n_free.tolist() == [0]
     arena.return_frames(stack, n_free, frames)
-    assert sorted(stack.tolist()) == list(range(10))
     assert n_free.tolist() == [10]
+    assert sorted(ids_in(stack, n_free).tolist()) == list(range(10))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -82,8 +99,8 @@ def test_random_use_conserves_frames(
             naive.return_frames(oracle_stack, oracle_free, held[leaving])
             held = held[~leaving]
         assert n_free.tolist() == oracle_free.tolist()
-        free = stack[: int(n_free)].cpu()
-        assert torch.equal(free, oracle_stack[: int(n_free)])
+        free = ids_in(stack, n_free)
+        assert torch.equal(free, ids_in(oracle_stack, oracle_free))
         everything = torch.cat([free, held[held >= 0]])
         assert sorted(everything.tolist()) == list(range(total))
 
@@ -93,12 +110,13 @@ def test_many_owners() -> None:
     counts = torch.randint(0, 34, (3 * triton.OWNERS + 1,))
     total = int(counts.sum()) + 5
     stack, n_free = new_stack(total)
-    before = stack.clone()
+    before, unchanged = ids_in(stack, n_free), stack.clone()
     frames = triton.take_frames(stack, n_free, counts.to(DEVICE), 33)
     assert frames.numel() > 2 * triton.IDS and n_free.tolist() == [5]
     wanted = torch.arange(33) < counts[:, None]
-    assert torch.equal(frames.cpu()[wanted], before.cpu().flip(0)[: total - 5])
-    assert (frames.cpu()[~wanted] == -1).all() and torch.equal(stack, before)
+    assert torch.equal(frames.cpu()[wanted], before.flip(0)[: total - 5].int())
+    assert (frames.cpu()[~wanted] == -1).all() and torch.equal(stack, unchanged)
     triton.return_frames(stack, n_free, frames)
     assert n_free.tolist() == [total]
-    assert torch.equal(stack[5:], before[5:].flip(0)) and torch.equal(stack[:5], before[:5])
+    after = ids_in(stack, n_free)
+    assert torch.equal(after[5:], before[5:].flip(0)) and torch.equal(after[:5], before[:5])

@@ -15,9 +15,11 @@ from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 
 
 def _before_forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
-    """SGLang runs mixed batches as prefills, and does not tell backends."""
+    """What SGLang does not tell backends: which requests run, and that it runs mixed batches as
+    prefills."""
     if isinstance(self.attn_backend, DiffXKVBackend):
         self.attn_backend.is_mixed = forward_batch.forward_mode.is_mixed()
+        self.attn_backend.rids = forward_batch.rids
 
 
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_diffxkv.metrics import PrometheusGauges, pool_stats
+from sglang_diffxkv.metrics import PrometheusGauges, pool_gauges, pool_stats
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 
@@ -17,7 +17,7 @@ SCHEDULER = "sglang.srt.managers.scheduler_components"
 STATE_KEY = "diffxkv"
 
 EXPORT_INTERVAL_S = 1.0
-"""Counting tiers walks the directory, and SGLang reports after every decode step."""
+"""SGLang reports after every decode step, which is more than anybody reads."""
 
 _gauges: PrometheusGauges | None = None
 _last_export = 0.0
@@ -48,7 +48,7 @@ def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     _last_export = time.monotonic()
     if _gauges is None:
         _gauges = PrometheusGauges(dict(self.metrics_collector.labels))
-    _gauges.update(pool_stats(allocator.store))
+    _gauges.update(pool_gauges(allocator.store))
 
 
 def _add_route(*args: Any, **kwargs: Any) -> None:

@@ -21,20 +21,21 @@ from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.policy.quality import Quality, QualityError, requested_quality
 from sglang_diffxkv.policy.registry import policy_class
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 _MARK = "|diffxkv:"
 _QUALITY = "diffxkv_quality"
-_ROWS = "diffxkv_rows"
+_ALLOCATOR = "diffxkv_allocator"
 _WAITS = "diffxkv_lossless_waits"
 
 
-def follow_rows(req_to_token_pool: Any, rows: RequestRows) -> None:
+def follow_rows(req_to_token_pool: Any, allocator: DiffXKVAllocator, rows: RequestRows) -> None:
     """Keep ``rows`` up to date with the requests that get rows of ``req_to_token_pool``."""
-    setattr(req_to_token_pool, _ROWS, rows)
+    allocator.rows = rows
+    setattr(req_to_token_pool, _ALLOCATOR, allocator)
 
 
 def _check(result: None, self: Any, vocab_size: int) -> None:
@@ -60,9 +61,25 @@ def _note(req: Req, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None
 
 
 def _enter_rows(result: list[int] | None, self: Any, reqs: list[Req]) -> None:
-    rows: RequestRows | None = getattr(self, _ROWS, None)
-    if rows is not None and result:
-        rows.enter(result, [_quality(req) for req in reqs])
+    allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
+    if allocator is not None and allocator.rows is not None and result:
+        step = allocator.store.step
+        running = [RunningRequest(req.rid, _quality(req), step) for req in reqs]
+        allocator.rows.enter(result, running)
+
+
+def _leave_rows(result: None, self: Any, indices: list[int]) -> None:
+    allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
+    if allocator is not None and allocator.rows is not None:
+        allocator.rows.leave(indices)
+
+
+def _use_prefix(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
+    """Pages that a request is about to be admitted with are not cold: nobody may demote them."""
+    allocator = self.token_to_kv_pool_allocator
+    if isinstance(allocator, DiffXKVAllocator) and req.prefix_len:
+        slots = self.tree_cache.prefix_device_indices(req)[::PAGE_TOKENS]
+        allocator.store.read(slots.to(allocator.device).long() // PAGE_TOKENS)
 
 
 def _quality(req: Req) -> Quality:
@@ -129,5 +146,7 @@ def install() -> None:
     hook(f"{scheduler}.init_req_max_new_tokens", _limit_length, HookType.BEFORE, ("req",))
     adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
     hook(f"{adder}.add_one_req", _admit, HookType.AROUND, ("req",))
+    hook(f"{adder}.add_one_req", _use_prefix, HookType.BEFORE, ("req",))
     rows = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
     hook(f"{rows}.alloc", _enter_rows, HookType.AFTER, ("reqs",))
+    hook(f"{rows}.free_rows", _leave_rows, HookType.AFTER, ("indices",))

@@ -22,6 +22,7 @@ from sglang_diffxkv.pool.batch import (
     decode_queries,
     extend_queries,
     gather_pages,
+    note_quality,
     note_use,
     pages_to_seal,
 )
@@ -66,6 +67,8 @@ class DiffXKVBackend(AttentionBackend):
     needs_cpu_seq_lens = True
     is_mixed = False
     """Whether this forward pass is a prefill with a token of every running request."""
+    rids: list[str] | None = None
+    """Of this forward pass's requests; SGLang's warm-up has none."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -108,8 +111,13 @@ class DiffXKVBackend(AttentionBackend):
                 prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries, policy.sample
             )
         store.begin_step(decodes=is_decode or self.is_mixed)
-        quality = self.rows.quality[fb.req_pool_indices] if self.rows.asked else None
-        note_use(store, pages, seq_lens, self.config.window, quality)
+        note_use(store, pages, seq_lens, self.config.window)
+        if self.rows.asked and self.rids:
+            ends = fb.seq_lens_cpu.tolist()
+            starts = [end - 1 for end in ends] if is_decode else fb.extend_prefix_lens_cpu
+            noted = self.rows.note_quality(self.rids, starts, ends)
+            quality = self.rows.quality[fb.req_pool_indices]
+            note_quality(store, pages, prefix_lens, quality, noted)
         lens = (seq_lens - prefix_lens).cumsum(0)
         q_indptr = torch.nn.functional.pad(lens, (1, 0)).to(torch.int32)
         prefill = None

@@ -31,10 +31,7 @@ class DecodeBatch(NamedTuple):
 
 
 class GPUBackend(DiffXKVBackend):
-    """Prefills as everywhere; few decode steps wait for the device.
-
-    Those that seal do, and those that open a page once any request has asked for a quality.
-    """
+    """Prefills as everywhere; of decode steps, only those that seal wait for the device."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
@@ -82,11 +79,13 @@ class GPUBackend(DiffXKVBackend):
 
     def _note_quality(self, batch: DecodeBatch, loc: torch.Tensor) -> None:
         """Note what the requests asked for whose next page was opened for this step."""
-        first = (batch.seq_lens_cpu % PAGE_TOKENS == 1).nonzero().flatten()
-        if self.rows.asked and len(first):
-            index = first.to(loc.device)
-            quality = self.rows.quality[batch.rows[index]]
-            self.store.set_quality(loc[index] // PAGE_TOKENS, quality)
+        if not (self.rows.asked and self.rids):
+            return
+        ends = batch.seq_lens_cpu.tolist()
+        noted = self.rows.note_quality(self.rids, [end - 1 for end in ends], ends)
+        index = (batch.seq_lens_cpu % PAGE_TOKENS == 1).nonzero().flatten().to(loc.device)
+        quality = self.rows.quality[batch.rows[index]]
+        self.store.set_quality(loc[index] // PAGE_TOKENS, quality, noted)
 
     def forward_decode(
         self,

@@ -38,7 +38,8 @@ def _install() -> None:
         check_applied()
         check_layers(model_runner.model)
         backend = _backend_class(model_runner)(model_runner)
-        quality.follow_rows(model_runner.req_to_token_pool, backend.rows)
+        allocator = model_runner.token_to_kv_pool_allocator
+        quality.follow_rows(model_runner.req_to_token_pool, allocator, backend.rows)
         return backend
 
 

@@ -11,23 +11,16 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.utils import get_num_new_pages
 
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.prefill_budget import MIN_CHUNK_PAGES, DiffXKVPrefillBudget
+from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.store import PageStore
 
-
-def _unheld_pages(tree_cache: Any, device: torch.device | str) -> torch.Tensor:
-    """Pages in the radix tree that no request holds; int64 [N] on ``device``.
-
-    A request locks the path of its prefix from the moment it is admitted until it finishes, also
-    while its prompt waits between chunks. Pages that it has written itself and not yet given to the
-    tree are not listed.
-    """
-    walk = tree_cache.tree_core.walk_for_kv_canary(unlocked_only=True, swa_resident_only=False)
-    return walk.slot_indices[::PAGE_TOKENS].long().to(device) // PAGE_TOKENS  # listed on the host
+SPARE_SHARE = 1 / 256
+"""Of the pages that the pool holds at worst, reclaimed beyond what is asked for: so memory pressure
+is met once for many pages. A small pool reclaims what it must."""
 
 
 class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
@@ -42,6 +35,11 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     """
 
     _kvcache: DiffXKVPool
+    free_pages: torch.Tensor
+    rows: RequestRows | None = None
+    """Of the running requests, once there is a backend to run them."""
+    parked_at: int | None = None
+    """The step that read the pages of a prompt which waits for room between two chunks."""
 
     @property
     def store(self) -> PageStore:
@@ -51,12 +49,18 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
 
     def clear(self) -> None:
         super().clear()
+        # Free pages stay at its end; the base class takes them from the front of a view of it.
+        self._page_list = self.free_pages
         self.store.clear()
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
-        if not self._secure(need_size // self.page_size):
+        pages = need_size // self.page_size
+        if not self._secure(pages):
             return None
-        return self._opening(lambda: super(DiffXKVAllocator, self).alloc(need_size))
+        out = self._opening(lambda: super(DiffXKVAllocator, self).alloc(need_size))
+        if out is not None:
+            self.store.ledger.hand_out(need_size, full=pages)
+        return out
 
     def alloc_extend(
         self,
@@ -74,7 +78,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
             )
         if not self._secure(num_new_pages):
             return None
-        return self._opening(
+        out = self._opening(
             lambda: super(DiffXKVAllocator, self).alloc_extend(
                 prefix_lens,
                 prefix_lens_cpu,
@@ -85,6 +89,10 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
                 num_new_pages,
             )
         )
+        if out is not None:
+            full = seq_lens_cpu // self.page_size - prefix_lens_cpu // self.page_size
+            self.store.ledger.hand_out(extend_num_tokens, full=int(full.sum()))
+        return out
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
@@ -92,13 +100,16 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         pages = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True)
         if not self._secure(pages):
             return None
-        return self._opening(
+        out = self._opening(
             lambda: super(DiffXKVAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc)
         )
+        if out is not None:
+            full = int((seq_lens_cpu % self.page_size == 0).sum())
+            self.store.ledger.hand_out(len(seq_lens_cpu), full)
+        return out
 
-    def _opening(self, alloc: Any) -> torch.Tensor | None:
+    def _opening(self, alloc: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
         """Run an allocation of the base class, which takes pages from the list's front."""
-        self.merge_and_sort_free()
         before = self.free_pages
         out = alloc()
         taken = len(before) - len(self.free_pages)
@@ -107,8 +118,12 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         return out
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
-        self.store.release(torch.cat(page_ids))
-        super()._release_page_ids(*page_ids)
+        """Put pages at the front of the list, in place: the base class would copy all of it."""
+        pages = torch.cat(page_ids)
+        self.store.release(pages)
+        end = len(self._page_list) - len(self.free_pages)
+        self._page_list[end - len(pages) : end] = pages
+        self.free_pages = self._page_list[end - len(pages) :]
 
     # -- capacity --
 
@@ -126,8 +141,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     @property
     def tokens_with_raw_page(self) -> int:
         """Tokens that there are raw pages for, once every page is sealed that may be."""
-        full = len(self.store.sealable(include_window=True))
-        return (self.store.ledger.raw_free + full) * self.page_size
+        ledger = self.store.ledger
+        return (ledger.raw_free + ledger.full_pages) * self.page_size
 
     def tokens_when_sealed(self, evictable_tokens: int) -> float:
         """Tokens that fit beside those held, if all get sealed and ``evictable_tokens`` go."""
@@ -141,7 +156,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def frames_reclaimable(self, evictable_tokens: int) -> float:
         """Frames that come free by sealing every full page and evicting ``evictable_tokens``."""
         ledger = self.store.ledger
-        full = len(self.store.sealable(include_window=True))
+        full = ledger.full_pages
         evicted = min(evictable_tokens / self.page_size, ledger.sealed_pages + full)
         freed = ledger.frames_of_evicted(evicted)
         return full * (ledger.worst_frames - ledger.fresh_mean) + freed
@@ -153,11 +168,14 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         return int(free / ledger.worst_frames + 1e-6) * self.page_size
 
     def usage(self, tree_cache: Any) -> float:
-        """Share of the scarcer of frames and raw pages that requests hold, from 0 to 1."""
+        """Share of the scarcer of frames and raw pages that requests hold, from 0 to 1.
+
+        From counters alone. A lossless page that two requests share counts for both here.
+        """
         ledger = self.store.ledger
         free = ledger.frames_free + self.frames_reclaimable(tree_cache.evictable_size())
-        raw = ledger.open_pages - len(self.store.sealable(include_window=True))
-        raw -= self._num_raw_only_unheld(tree_cache)
+        held = ledger.raw_only if self.rows is None else self.rows.lossless_pages
+        raw = ledger.open_pages - ledger.full_pages - max(0, ledger.raw_only - held)
         used = max(1 - free / ledger.frames_total, raw / ledger.raw_total)
         return min(1.0, max(0.0, used))
 
@@ -191,42 +209,55 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         return result
 
     def reclaim(self, tree_cache: Any, num_tokens: int) -> bool:
-        """Do everything short of retraction to have ``num_tokens``; whether they can be had now."""
+        """Do everything short of retraction to have ``num_tokens``; whether they can be had now.
+
+        Costs what it reclaims: candidates are found in the store, a window at a time, and where
+        there is pressure at all, more is reclaimed than is needed at once.
+        """
         self.evict_to_free_tokens(tree_cache, num_tokens)
         store, pages = self.store, -(-num_tokens // self.page_size)
-        if store.ledger.headroom < pages:
+        ledger = store.ledger
+        if ledger.headroom < pages:
             store.counters.reclaims += 1
             store.seal_cold(pages, include_window=False)
-            self._demote_for_frames(tree_cache, pages)
-            self._evict_until(tree_cache, lambda: store.ledger.frame_headroom >= pages)
+            if ledger.frame_headroom < pages:
+                goal = pages + int(ledger.largest_sequence * SPARE_SHARE)
+                self._demote_for_frames(tree_cache, goal)
+                self._evict_until(tree_cache, lambda: ledger.frame_headroom >= goal)
             self.evict_for_raw_pages(tree_cache, num_tokens)
         return self._secure(pages) and self.available_size() >= num_tokens
 
     def _demote_for_frames(self, tree_cache: Any, pages: int) -> None:
         policy = self.store.policy
-        if not (policy.can_demote and policy.config.demote):
-            return
-        if self.store.ledger.frame_headroom < pages and tree_cache.supports_prefix_sharing():
-            demote_cold(self.store, _unheld_pages(tree_cache, self.device), pages)
+        if policy.can_demote and policy.config.demote and tree_cache.supports_prefix_sharing():
+            demote_cold(self.store, self.held_since, pages)
+
+    @property
+    def held_since(self) -> int:
+        """A step since which all pages that requests hold have been used, by them or by others.
+
+        Whoever decodes reads its pages in every decode step, whoever does not yet in the prefill
+        that it entered with.
+        """
+        store = self.store
+        since = store.decoded_at
+        if self.rows is not None:
+            since = max(since, self.rows.entered_since(store.step))
+        return since if self.parked_at is None else min(since, self.parked_at)
 
     def evict_for_raw_pages(self, tree_cache: Any, num_tokens: int) -> None:
         """Evict until raw pages can hold ``num_tokens``, if that helps.
 
         Cached pages that may be sealed count as free already: only lossless ones have to go.
         """
+        ledger = self.store.ledger
+        if self.tokens_with_raw_page >= num_tokens or not ledger.raw_only:
+            return
+        held = ledger.raw_only - self.store.num_raw_only_unused(self.held_since)
         self._evict_until(
             tree_cache,
-            lambda: (
-                self.tokens_with_raw_page >= num_tokens
-                or self._num_raw_only_unheld(tree_cache) == 0
-            ),
+            lambda: self.tokens_with_raw_page >= num_tokens or ledger.raw_only <= held,
         )
-
-    def _num_raw_only_unheld(self, tree_cache: Any) -> int:
-        """Pages of lossless requests that are only cached."""
-        if self.store.ledger.raw_only == 0 or not tree_cache.supports_prefix_sharing():
-            return 0
-        return int((~self.store.may_seal(_unheld_pages(tree_cache, self.device))).sum())
 
     def _evict_until(self, tree_cache: Any, enough: Callable[[], bool]) -> None:
         if enough() or not tree_cache.supports_prefix_sharing():
@@ -273,12 +304,27 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         return self.store.ledger.raw_total - MIN_CHUNK_PAGES
 
     def verify_byte_accounting(self) -> list[str]:
-        """Violations of page, frame and raw-page conservation; empty when healthy."""
-        self.store.policy.on_idle()  # SGLang asks when nothing runs
-        problems = check_integrity(self.store)
+        """Violations that counters show; empty when healthy. `check` looks at every page.
+
+        SGLang asks after each request, and once a second when idle.
+        """
+        store = self.store
+        held = store.ledger.open_pages + store.ledger.sealed_pages
+        problems = store.problems()
+        if len(self.free_pages) + held != self.num_pages:
+            problems.append(
+                f"virtual pages: {len(self.free_pages)} free + {held} held are not the "
+                f"{self.num_pages} that there are"
+            )
+        return problems
+
+    def check(self) -> list[str]:
+        """Violations of page, frame and raw-page conservation, recomputed from all tables."""
+        problems = [*self.verify_byte_accounting(), *check_integrity(self.store)]
         directory = self.store.directory
-        free = self.get_all_free_pages()
         in_use = (directory.raw_slot >= 0) | directory.sealed
-        if bool(in_use[free].any()) or len(free) + int(in_use[1:].sum()) != self.num_pages:
+        if bool(in_use[self.free_pages].any()) or len(self.free_pages.unique()) != len(
+            self.free_pages
+        ):
             problems.append("virtual pages: the free list and the directory disagree")
         return problems

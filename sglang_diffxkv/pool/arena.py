@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.arena import return_frames, stack_ids, take_frames
+from sglang_diffxkv.pool.reserve import reserve
 
 
 class FrameArena:
@@ -18,18 +19,13 @@ class FrameArena:
     """
 
     def __init__(self, num_frames: int, frame_bytes: int, device: str) -> None:
-        self.buffer = torch.zeros(num_frames, frame_bytes, dtype=torch.uint8, device=device)
-        self.stack = torch.zeros(num_frames, dtype=torch.int32, device=device)
+        self.buffer = reserve(num_frames, frame_bytes, dtype=torch.uint8, device=device)
+        self.stack = reserve(num_frames, dtype=torch.int32, device=device)
         self.num_free = torch.full((1,), num_frames, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
         return self.buffer.nbytes + self.stack.nbytes + self.num_free.nbytes
-
-    def clear(self) -> None:
-        """Every frame is free again."""
-        self.stack.zero_()
-        self.num_free.fill_(self.stack.numel())
 
     def free_ids(self) -> torch.Tensor:
         """Ids of the free frames, int64; waits for the device."""

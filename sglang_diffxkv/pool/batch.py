@@ -9,7 +9,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.scoring import Sampler
-from sglang_diffxkv.pool.store import PageStateError, PageStore
+from sglang_diffxkv.pool.store import NotedQuality, PageStateError, PageStore
 
 
 class BatchPages(NamedTuple):
@@ -105,23 +105,31 @@ def per_page(batch: BatchPages, values: torch.Tensor) -> torch.Tensor:
     return torch.repeat_interleave(values, batch.open_indptr.diff())
 
 
-def note_use(
-    store: PageStore,
-    batch: BatchPages,
-    seq_lens: torch.Tensor,
-    window: int,
-    quality: torch.Tensor | None,
-) -> None:
+def note_use(store: PageStore, batch: BatchPages, seq_lens: torch.Tensor, window: int) -> None:
     """Note in the directory that the batch's pages, open and sealed, are about to be used.
 
     Args:
         seq_lens: int64 [B], including this step's tokens. window: recent tokens to keep raw.
-        quality: uint8 [B], `Quality` of each request; None where nobody asked for any.
     """
     store.touch(batch.pages, batch.position.long(), per_page(batch, seq_lens), window)
-    if quality is not None:
-        store.set_quality(batch.pages, per_page(batch, quality))
     store.read(batch.sealed)
+
+
+def note_quality(
+    store: PageStore,
+    batch: BatchPages,
+    prefix_lens: torch.Tensor,
+    quality: torch.Tensor,
+    noted: NotedQuality,
+) -> None:
+    """Note what was asked for, of the pages that were opened for this step.
+
+    Args:
+        prefix_lens: int64 [B], tokens that were there before. quality: uint8 [B], `Quality` of each
+            request. noted: the same pages in numbers.
+    """
+    opened = batch.position * PAGE_TOKENS >= per_page(batch, prefix_lens)
+    store.set_quality(batch.pages[opened], per_page(batch, quality)[opened], noted)
 
 
 def decode_queries(seq_lens: torch.Tensor) -> ScoringQueries:

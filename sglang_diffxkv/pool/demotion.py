@@ -21,33 +21,34 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.payload import GradedTokens, write_payload
 from sglang_diffxkv.pool.store import PageStore
 
-BATCH_PAGES = 16
-"""Pages demoted at once: their tokens of one layer are dequantised beside the pool."""
+WINDOWS = 4
+"""Of `store.DEMOTION_WINDOW` pages, searched until enough have been demoted."""
 
 
-def demote_cold(store: PageStore, unheld: torch.Tensor, headroom: int) -> None:
+def demote_cold(store: PageStore, held_since: int, headroom: int) -> None:
     """Demote cold pages, in batches, until frames allow ``headroom`` pages to be opened.
 
     Args:
-        unheld: int64 [N], pages that no request holds, distinct; those that are not sealed stay.
+        held_since: the step since which every page that a request holds has been used.
     """
-    for pages in _batches(store, cold_pages(store, unheld)):
-        if store.ledger.frame_headroom >= headroom:
-            return
-        demote(store, pages)
+    for window in store.demotion_hand.windows(WINDOWS):
+        for pages in _batches(store, cold_pages(store, window, held_since)):
+            if store.ledger.frame_headroom >= headroom:
+                return
+            demote(store, pages)
 
 
-def cold_pages(store: PageStore, unheld: torch.Tensor) -> torch.Tensor:
-    """The pages of ``unheld`` (int64 [N]) that may be demoted, coldest first; int64 [M].
+def cold_pages(store: PageStore, window: slice, held_since: int) -> torch.Tensor:
+    """The pages of a window of the directory that may be demoted, coldest first; int64 [N].
 
-    Only the half of the sealed ones that was read longest ago is cold: recently used prefixes keep
-    their tiers, however often memory runs short. Of pages last read in the same step, the later
-    ones of a sequence come first, as in eviction. Those of requests that asked for high quality are
-    left out.
+    Only the half of the sealed, unheld ones that was read longest ago is cold: recently used
+    prefixes keep their tiers, however often memory runs short. Of pages last read in the same step,
+    the later ones of a sequence come first, as in eviction. Those of requests that asked for high
+    quality are left out.
     """
     d = store.directory
-    # The radix tree lists them in an order of its own, which ranks need not have in common.
-    pages = unheld[d.sealed[unheld]].sort().values
+    unheld = d.sealed[1:][window] & (d.last_used[1:][window] < held_since)
+    pages = unheld.nonzero().flatten() + 1 + window.start
     pages = pages[d.position[pages].argsort(descending=True, stable=True)]
     pages = pages[d.last_used[pages].argsort(stable=True)]
     cold = pages[: pages.numel() // 2]
@@ -58,7 +59,7 @@ def _batches(store: PageStore, pages: torch.Tensor) -> Iterator[torch.Tensor]:
     """Those demoted least often first, each as often as it may be."""
     for demotions in range(MAX_DEMOTIONS):
         at_level = pages[store.directory.demotions[pages] == demotions]
-        yield from at_level.split(BATCH_PAGES)
+        yield from at_level.split(store.plan.workspace.demoted_pages)
 
 
 def demote(store: PageStore, pages: torch.Tensor) -> None:
@@ -101,6 +102,8 @@ def _demote_layer(store: PageStore, layer: int, pages: torch.Tensor) -> None:
     slots = torch.nonzero(counts < (d.frames[layer, pages] >= 0).sum(dim=1)).flatten()
     old = _copy_payload(store, layer, pages[slots], tokens.tiers[slots])
     arena.give_back(d.frames[layer, pages[slots]])
+    freed = (d.frames[layer, pages[slots]] >= 0).sum(1) - counts[slots]
+    store.totals.replace_payload(layer, d.heads[layer, pages[slots]], heads[slots], freed)
     frames = arena.take(counts[slots], layout.max_frames)
     new = Payload(arena.buffer, frames, heads[slots], tiers[slots])
     graded = tokens._replace(tiers=new.tiers, codes=tokens.codes[slots])

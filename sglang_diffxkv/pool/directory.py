@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.layout import PageLayout
+from sglang_diffxkv.pool.reserve import reserve
 
 NO_SLOT = -1
 
@@ -13,13 +14,16 @@ NO_SLOT = -1
 class PageDirectory:
     """Tables indexed by virtual page id; page 0 is SGLang's page for padded tokens.
 
-    A page is *free* (no raw slot, not sealed), *open* (``raw_slot >= 0``) or *sealed*.
+    A page is *free* (no raw slot, not sealed), *open* (``raw_slot >= 0``) or *sealed*. Tables are
+    reserved, not filled: what a page's state gives no meaning to is undefined.
 
     Attributes:
         raw_slot: int32 [V], raw page of an open page, else -1.
         sealed: bool [V].
-        frames: int32 [L, V, max_frames], frame ids of a sealed (page, layer), -1 where unused.
-        heads: int32 [L, V, H, 2], byte offset and ``n_high | n_low << 8`` of each head's payload.
+        frames: int32 [L, V, max_frames], frame ids of a sealed (page, layer), -1 where unused;
+            undefined for other pages.
+        heads: int32 [L, V, H, 2], byte offset and ``n_high | n_low << 8`` of each head's payload; 0
+            for pages that are not sealed.
         num_frames: int32 [V], frames that a sealed page is charged for over all layers: as many as
             it has here, or on the rank where it has most (`pool.ranks`).
         position: int32 [V], index of the page in its sequence.
@@ -36,12 +40,13 @@ class PageDirectory:
         v, heads = num_pages + 1, layout.num_kv_heads
         self.num_pages = num_pages
 
-        def table(*shape: int, dtype: torch.dtype = torch.int32, fill: int = 0) -> torch.Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=device)
+        def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return reserve(*shape, dtype=dtype, device=device)
 
-        self.raw_slot = table(v, fill=NO_SLOT)
+        self.raw_slot = table(v).fill_(NO_SLOT)
+        self.raw_slot[0] = 0  # padded tokens are written to raw page 0
         self.sealed = table(v, dtype=torch.bool)
-        self.frames = table(num_layers, v, layout.max_frames, fill=NO_SLOT)
+        self.frames = table(num_layers, v, layout.max_frames)
         self.heads = table(num_layers, v, heads, 2)
         self.num_frames = table(v)
         self.position = table(v)
@@ -52,7 +57,6 @@ class PageDirectory:
         self.demotions = table(v, dtype=torch.uint8)
         self.last_used = table(v, dtype=torch.int64)
         self.window_step = table(v, dtype=torch.int64)
-        self.clear()
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
@@ -66,13 +70,6 @@ class PageDirectory:
         """Bytes that one more virtual page costs, for sizing."""
         one = PageDirectory(1, num_layers, layout, "meta")
         return one.nbytes // 2
-
-    def clear(self) -> None:
-        for t in self.tensors():
-            t.zero_()
-        self.raw_slot.fill_(NO_SLOT)
-        self.frames.fill_(NO_SLOT)
-        self.raw_slot[0] = 0  # padded tokens are written to raw page 0
 
     def open(self, pages: torch.Tensor, slots: torch.Tensor) -> None:
         """Give free ``pages`` (int64 [N]) the raw ``slots`` (int32 [N])."""
@@ -109,14 +106,13 @@ class PageDirectory:
         self.heads[layer, pages] = heads
 
     def owned(self, pages: torch.Tensor) -> torch.Tensor:
-        """Frames that ``pages`` (int64 [N]) have on this rank, over all layers: int32 [N]."""
+        """Frames that sealed ``pages`` (int64 [N]) have on this rank: int32 [N]."""
         return (self.frames[:, pages] >= 0).sum(dim=(0, 2), dtype=torch.int32)
 
     def release(self, pages: torch.Tensor) -> None:
         """Forget ``pages`` (int64 [N])."""
         self.raw_slot[pages] = NO_SLOT
         self.sealed[pages] = False
-        self.frames[:, pages] = NO_SLOT
         self.heads[:, pages] = 0
         self.num_frames[pages] = 0
         self.plan[pages] = 0

@@ -3,43 +3,67 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import torch
 
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.ledger import OpenShare, Share
+from sglang_diffxkv.pool.page_states import PageStates
 from sglang_diffxkv.pool.ranks import alone
 from sglang_diffxkv.pool.store import PageStore
+from sglang_diffxkv.pool.totals import Totals
+
+SLICE = 4096
+"""Pages that are looked at at a time: some MiB, however large the directory."""
 
 
 def check_integrity(store: PageStore) -> list[str]:
-    """Recompute the state from the tables; returns violations, empty when healthy."""
-    return [*_check_frames(store), *_check_raw_pages(store), *_check_ledger(store)]
+    """Recompute the state from the tables; returns violations, empty when healthy.
+
+    Looks at every page and frame, and waits for the device.
+    """
+    problems = [*store.problems(), *_check_frames(store), *_check_raw_pages(store)]
+    return [*problems, *_check_sums(store)]
+
+
+def _slices(store: PageStore) -> Iterator[torch.Tensor]:
+    """All pages, a few at a time."""
+    device = store.directory.raw_slot.device
+    yield from torch.arange(1, store.directory.num_pages + 1, device=device).split(SLICE)
 
 
 def _check_frames(store: PageStore) -> list[str]:
     directory, arena = store.directory, store.arena
-    total = arena.stack.numel()
+    owners = torch.zeros(arena.stack.numel(), dtype=torch.uint8)
     num_free = int(arena.num_free)
-    owned = directory.frames[directory.frames >= 0].long()
-    everything = torch.cat([arena.stack[:num_free].long(), owned])
-    problems = []
-    if everything.numel() != total or torch.unique(everything).numel() != total:
-        problems.append(
-            f"frames: {num_free} free + {owned.numel()} owned are not the {total} frames, each once"
+    owners.index_add_(0, arena.free_ids().cpu(), torch.ones(num_free, dtype=torch.uint8))
+    owned, found = 0, set()
+    for pages in _slices(store):
+        sealed, charged = directory.sealed[pages], directory.num_frames[pages]
+        frames = directory.frames[:, pages[sealed]]
+        ids = frames[frames >= 0].long().cpu()
+        owned += len(ids)
+        owners.index_add_(0, ids, torch.ones(len(ids), dtype=torch.uint8))
+        unowned = charged[sealed] - directory.owned(pages[sealed])
+        if bool((unowned < 0).any()):
+            found.add("frames: a page has more than it is charged for")
+        if store.agree is alone and bool((unowned > 0).any()):
+            found.add("frames: a page is charged for more than it has")
+        if bool((charged[~sealed] != 0).any()):
+            found.add("frames: a page that is not sealed is charged for some")
+        if bool((charged > store.ledger.worst_frames).any()):
+            found.add("frames: a page is charged for more than it was promised")
+        if bool(directory.heads[:, pages[~sealed]].any()):
+            found.add("a page that is not sealed has a payload")
+    if not bool((owners == 1).all()):
+        found.add(
+            f"frames: {num_free} free + {owned} owned are not the {len(owners)} frames, each once"
         )
-    stray = directory.frames[:, ~directory.sealed]
-    if bool((stray >= 0).any()):
-        problems.append("frames: a page that is not sealed owns frames")
-    pages = torch.arange(directory.num_pages + 1, device=directory.frames.device)
-    unowned = directory.num_frames - directory.owned(pages)
-    if bool((unowned < 0).any()):
-        problems.append("frames: a page has more than it is charged for")
-    if store.agree is alone and bool((unowned > 0).any()):
-        problems.append("frames: a page is charged for more than it has")
-    if bool((directory.num_frames[~directory.sealed] != 0).any()):
-        problems.append("frames: a page that is not sealed is charged for some")
-    if int(directory.num_frames.max()) > store.ledger.worst_frames:
-        problems.append("frames: a page is charged for more than it was promised")
-    return problems
+    if num_free < store.ledger.frames_total - store.ledger.frames_used:
+        found.add("ledger: the arena has fewer frames free than are counted as free")
+    return sorted(found)
 
 
 def _check_raw_pages(store: PageStore) -> list[str]:
@@ -60,30 +84,46 @@ def _check_raw_pages(store: PageStore) -> list[str]:
         problems.append("a page is both open and sealed")
     if bool((directory.sealed & (directory.quality == Quality.LOSSLESS)).any()):
         problems.append("a page of a lossless request is sealed")
+    if bool(((directory.demotions > 0) & ~directory.sealed).any()):
+        problems.append("a page that is not sealed counts as demoted")
     return problems
 
 
-def _check_ledger(store: PageStore) -> list[str]:
-    directory, ledger = store.directory, store.ledger
-    is_open = directory.raw_slot[1:] >= 0
-    demoted = directory.demotions > 0
+def _check_sums(store: PageStore) -> list[str]:
+    """The ledger and the totals, against sums over all pages in use."""
+    opened, fresh, demoted = OpenShare(0, 0, 0, 0), Share(0, 0), Share(0, 0)
+    by_quality: Counter[Quality] = Counter()
+    by_plan: Counter[int] = Counter()
+    recount = Totals(store.num_layers, str(store.directory.heads.device))
+    d, ledger = store.directory, store.ledger
+    for pages in _slices(store):
+        in_use = pages[(d.raw_slot[pages] >= 0) | d.sealed[pages]]
+        states = PageStates(d, in_use)
+        opened = OpenShare(*map(sum, zip(opened, states.open_share(), strict=True)))
+        fresh = Share(*map(sum, zip(fresh, states.sealed_share(demoted=False), strict=True)))
+        demoted = Share(*map(sum, zip(demoted, states.sealed_share(demoted=True), strict=True)))
+        by_quality += states.by_quality()
+        by_plan += states.by_plan()
+        sealed = in_use[d.sealed[in_use]]
+        recount.add_payload(d.heads[:, sealed], (d.frames[:, sealed] >= 0).sum(2))
     real = {
-        "open_pages": int(is_open.sum()),
-        "sealed_pages": int(directory.sealed.sum()),
-        "frames_used": int(directory.num_frames.sum()),
-        "raw_only": int((is_open & (directory.quality[1:] == Quality.LOSSLESS)).sum()),
-        "demoted_pages": int(demoted.sum()),
-        "demoted_frames": int(directory.num_frames[demoted].sum()),
+        "open_pages": opened.pages,
+        "full_pages": opened.full,
+        "open_tokens": opened.tokens,
+        "raw_only": opened.raw_only,
+        "sealed_pages": fresh.pages + demoted.pages,
+        "frames_used": fresh.frames + demoted.frames,
+        "demoted_pages": demoted.pages,
+        "demoted_frames": demoted.frames,
     }
     problems = [
         f"ledger: {name} is {getattr(ledger, name)}, really {value}"
         for name, value in real.items()
         if getattr(ledger, name) != value
     ]
-    if bool((demoted & ~directory.sealed).any()):
-        problems.append("a page that is not sealed counts as demoted")
-    if ledger.frames_free < 0:
-        problems.append(f"ledger: {-ledger.frames_free} frames more promised than there are")
-    if int(store.arena.num_free) < ledger.frames_total - ledger.frames_used:
-        problems.append("ledger: the arena has fewer frames free than are counted as free")
+    totals = store.totals
+    if (+totals.by_quality, +totals.by_plan) != (by_quality, by_plan):
+        problems.append("totals: pages by quality or by plan are not what the pages say")
+    if totals.by_layer() != recount.by_layer():
+        problems.append("totals: tiers or frames by layer are not what the pages say")
     return problems

@@ -6,12 +6,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+
 
 class Share(NamedTuple):
     """Some sealed pages, and the frames that they are charged for."""
 
     pages: int
     frames: int
+
+
+class OpenShare(NamedTuple):
+    """Some open pages: how many, how many of them are full and may be sealed, how many are of
+    lossless requests, and the tokens in them."""
+
+    pages: int
+    full: int
+    raw_only: int
+    tokens: int
 
 
 @dataclass
@@ -30,6 +42,10 @@ class Ledger:
     frames_total: int
     worst_frames: int
     open_pages: int = 0
+    full_pages: int = 0
+    """Of the open pages, those that are full and may be sealed."""
+    open_tokens: int = 0
+    """Token slots handed out in open pages."""
     sealed_pages: int = 0
     frames_used: int = 0
     raw_only: int = 0
@@ -69,6 +85,11 @@ class Ledger:
         return self.frames_total // self.worst_frames
 
     @property
+    def tokens_held(self) -> int:
+        """Token slots of open and sealed pages that have been handed out."""
+        return self.open_tokens + self.sealed_pages * PAGE_TOKENS
+
+    @property
     def fresh_pages(self) -> int:
         """Sealed pages that were never demoted."""
         return self.sealed_pages - self.demoted_pages
@@ -93,10 +114,22 @@ class Ledger:
             raise RuntimeError(f"{pages} pages asked for, {self.headroom} can be promised")
         self.open_pages += pages
 
+    def hand_out(self, tokens: int, full: int) -> None:
+        """Token slots of open pages were given out, the last ones of ``full`` pages among them."""
+        self.open_tokens += tokens
+        self.full_pages += full
+
+    def keep_raw(self, pages: int, full: int) -> None:
+        """Open pages, ``full`` of them full, turn out to be lossless requests'."""
+        self.raw_only += pages
+        self.full_pages -= full
+
     def seal(self, pages: int, frames: int) -> None:
         if pages > self.unsealed_pages or frames > pages * self.worst_frames:
             raise RuntimeError(f"sealing {pages} pages into {frames} frames breaks a promise")
         self.open_pages -= pages
+        self.full_pages -= pages
+        self.open_tokens -= pages * PAGE_TOKENS
         self.sealed_pages += pages
         self.frames_used += frames
 
@@ -106,10 +139,31 @@ class Ledger:
         self.demoted_frames += fresh.frames - frames
         self.frames_used -= frames
 
-    def release(self, open_pages: int, fresh: Share, demoted: Share) -> None:
+    def release(self, opened: OpenShare, fresh: Share, demoted: Share) -> None:
         """Open pages, and fresh and demoted sealed ones, were freed."""
-        self.open_pages -= open_pages
+        self.open_pages -= opened.pages
+        self.full_pages -= opened.full
+        self.raw_only -= opened.raw_only
+        self.open_tokens -= opened.tokens
         self.sealed_pages -= fresh.pages + demoted.pages
         self.frames_used -= fresh.frames + demoted.frames
         self.demoted_pages -= demoted.pages
         self.demoted_frames -= demoted.frames
+
+    def problems(self) -> list[str]:
+        """What cannot be, whatever the pages are: in O(1), without the device."""
+        parts = {
+            "full pages": (self.full_pages, self.unsealed_pages),
+            "lossless pages": (self.raw_only, self.open_pages),
+            "open pages": (self.open_pages, self.raw_total),
+            "demoted pages": (self.demoted_pages, self.sealed_pages),
+            "demoted frames": (self.demoted_frames, self.frames_used),
+            "frames promised and used": (self.frames_total - self.frames_free, self.frames_total),
+            "tokens in full pages": (self.full_pages * PAGE_TOKENS, self.open_tokens),
+            "tokens in open pages": (self.open_tokens, self.open_pages * PAGE_TOKENS),
+        }
+        return [
+            f"ledger: {part} {name}, of {whole}"
+            for name, (part, whole) in parts.items()
+            if not 0 <= part <= whole
+        ]

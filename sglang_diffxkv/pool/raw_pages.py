@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.pool.reserve import reserve
 
 
 class RawPages:
@@ -30,14 +31,17 @@ class RawPages:
         device: str,
     ) -> None:
         shape = (num_slots, PAGE_TOKENS, num_kv_heads, head_dim)
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.scores = torch.zeros(num_layers, num_slots, num_kv_heads, PAGE_TOKENS, device=device)
-        self.counts = torch.zeros(num_slots, PAGE_TOKENS, device=device)
+        self.keys = [reserve(*shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [reserve(*shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        by_token = (num_slots, num_kv_heads, PAGE_TOKENS)
+        self.scores = reserve(num_layers, *by_token, dtype=torch.float32, device=device)
+        self.counts = reserve(num_slots, PAGE_TOKENS, dtype=torch.float32, device=device)
         self.page = torch.empty(num_slots, dtype=torch.int32, device=device)
         self.stack = torch.empty(num_slots, dtype=torch.int64, device=device)
-        self.num_free = 0
-        self.clear()
+        self.page.fill_(-1)
+        self.page[0] = 0
+        self.num_free = num_slots - 1
+        self.stack[: self.num_free] = torch.arange(self.num_free, 0, -1, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -49,13 +53,6 @@ class RawPages:
         """Bytes of one raw page, its scores and its bookkeeping, for sizing."""
         per_head = PAGE_TOKENS * (2 * head_dim * itemsize + 4)
         return num_layers * num_kv_heads * per_head + PAGE_TOKENS * 4 + 12
-
-    def clear(self) -> None:
-        self.page.fill_(-1)
-        self.page[0] = 0
-        slots = torch.arange(self.page.numel() - 1, 0, -1, device=self.stack.device)
-        self.stack[: slots.numel()] = slots
-        self.num_free = slots.numel()
 
     def take(self, pages: torch.Tensor) -> torch.Tensor:
         """Give each of ``pages`` (int64 [N]) a slot with clean scores; int32 [N]."""

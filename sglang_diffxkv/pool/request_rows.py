@@ -1,41 +1,99 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What requests asked for, by their rows of SGLang's ``ReqToTokenPool``."""
+"""What is known of running requests, by their rows of SGLang's ``ReqToTokenPool``."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.store import NotedQuality
+
+
+class RunningRequest(NamedTuple):
+    """A request that has a row.
+
+    Attributes:
+        step: the store's when it, or its last chunk, was admitted: no page that it holds was used
+            before that for the last time.
+    """
+
+    rid: str
+    quality: Quality
+    step: int
 
 
 class RequestRows:
-    """Written when rows are given out, read with the rows of a batch.
+    """Written when rows are given out and taken back, read with the rows of a batch.
 
     Attributes:
         quality: uint8 [R], `Quality` of the request that has, or had last, each row.
+        running: requests by row.
     """
 
     def __init__(self, num_rows: int, device: torch.device) -> None:
         self.quality = torch.zeros(num_rows, dtype=torch.uint8, device=device)
-        self._levels = [Quality.BALANCED] * num_rows  # the same on the host
-        self._asked = 0
+        self.running: dict[int, RunningRequest] = {}
+        self._levels = [Quality.BALANCED] * num_rows  # `quality` on the host
+        self._asking: dict[str, Quality] = {}
+        self._lossless_lengths: dict[str, int] = {}
 
     @property
     def asked(self) -> bool:
-        """Whether any of these requests asked for another quality than the server's."""
-        return self._asked > 0
+        """Whether any running request asked for another quality than the server's."""
+        return bool(self._asking)
 
-    def enter(self, rows: Sequence[int], quality: Sequence[Quality]) -> None:
-        """Requests of these qualities have got these rows, or keep them for their next chunk."""
-        wanted = zip(rows, quality, strict=True)
-        changed = [(row, level) for row, level in wanted if self._levels[row] != level]
-        for row, level in changed:
-            before, self._levels[row] = self._levels[row], level
-            self._asked += (level != Quality.BALANCED) - (before != Quality.BALANCED)
+    @property
+    def lossless_pages(self) -> int:
+        """Pages of running lossless requests, those that they share counted for each."""
+        return sum(-(-length // PAGE_TOKENS) for length in self._lossless_lengths.values())
+
+    def entered_since(self, step: int) -> int:
+        """The step when the first of those who run entered; ``step``, now, where nobody does."""
+        return min((request.step for request in self.running.values()), default=step)
+
+    def note_quality(
+        self, rids: Sequence[str], starts: Sequence[int], ends: Sequence[int]
+    ) -> NotedQuality:
+        """Count the pages of a step by what was asked for.
+
+        Args:
+            rids: of its B requests. starts, ends: their tokens before it and after it.
+        """
+        opened: Counter[Quality] = Counter()
+        lossless_full = 0
+        for rid, start, end in zip(rids, starts, ends, strict=True):
+            quality = self._asking.get(rid)
+            if quality is None:
+                continue
+            opened[quality] += -(-end // PAGE_TOKENS) - -(-start // PAGE_TOKENS)
+            if quality is Quality.LOSSLESS:
+                lossless_full += end // PAGE_TOKENS - start // PAGE_TOKENS
+                self._lossless_lengths[rid] = end
+        return NotedQuality(opened, lossless_full)
+
+    def enter(self, rows: Sequence[int], requests: Sequence[RunningRequest]) -> None:
+        """Requests have got these rows, or keep them for their next chunk."""
+        changed = {}
+        for row, request in zip(rows, requests, strict=True):
+            self.running[row] = request
+            if request.quality is not Quality.BALANCED:
+                self._asking[request.rid] = request.quality
+            if self._levels[row] != request.quality:
+                self._levels[row] = changed[row] = request.quality
         if changed:
-            device = self.quality.device
-            at, levels = zip(*changed, strict=True)
-            values = torch.tensor([int(level) for level in levels], dtype=torch.uint8)
-            self.quality[torch.tensor(at, device=device)] = values.to(device)
+            at = torch.tensor(list(changed), device=self.quality.device)
+            levels = torch.tensor([int(x) for x in changed.values()], dtype=torch.uint8)
+            self.quality[at] = levels.to(self.quality.device)
+
+    def leave(self, rows: Sequence[int]) -> None:
+        """These rows are free again."""
+        for row in rows:
+            request = self.running.pop(row, None)
+            if request is not None:
+                self._asking.pop(request.rid, None)
+                self._lossless_lengths.pop(request.rid, None)

@@ -44,9 +44,14 @@ def write_sealed(
         x.transpose(0, 1).contiguous() for x in (tiers, codes, frames, measured.heads)
     )
     for layer in range(num_layers):
-        keys, values, rows = rows_to_seal(store.raw, layout, layer, slots)
-        tokens = GradedTokens(keys, values, tiers[layer], codes[layer])
-        write_payload(tokens, rows, frames[layer], heads[layer], store.arena.buffer, layout)
+        for part in torch.arange(len(slots), device=slots.device).split(
+            store.plan.workspace.packed_pages
+        ):
+            keys, values, rows = rows_to_seal(store.raw, layout, layer, slots[part])
+            tokens = GradedTokens(keys, values, tiers[layer, part], codes[layer, part])
+            placed = frames[layer, part], heads[layer, part]
+            write_payload(tokens, rows, *placed, store.arena.buffer, layout)
+    store.totals.add_payload(heads, counts.T)
     # Tiers, and all that they follow from (scores, plans), are a rank's own; what the host goes
     # by from here on is the same on all ranks.
     charged = store.agree(counts.sum(dim=1, dtype=torch.int32))

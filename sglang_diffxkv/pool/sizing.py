@@ -8,6 +8,8 @@ from typing import NamedTuple
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.raw_pages import RawPages
+from sglang_diffxkv.pool.totals import Totals
+from sglang_diffxkv.pool.workspace import Workspace, plan_workspace
 
 MIN_RAW_PAGES = 4
 VIRTUAL_SLACK = 1.25
@@ -32,6 +34,7 @@ class PoolPlan(NamedTuple):
     worst_frames: int
     expected_frames: float
     dense_page_bytes: int
+    workspace: Workspace
 
     @property
     def virtual_tokens(self) -> int:
@@ -72,13 +75,15 @@ def plan_pool(
     worst = sum(-(-cap // layout.frame_bytes) for cap in caps)
     expected = max(1.0, worst * expected_fill)
 
+    workspace = plan_workspace(budget_bytes, layout, num_layers)
+    fixed = workspace.nbytes + Totals.bytes_for(num_layers)
     raw_pages = int(budget_bytes * raw_share) // raw_bytes - 1  # one more slot for padded tokens
-    rest = budget_bytes - (raw_pages + 1) * raw_bytes - (raw_pages + 1) * entry_bytes
+    rest = budget_bytes - fixed - (raw_pages + 1) * raw_bytes - (raw_pages + 1) * entry_bytes
     frames = int(rest / (frame_bytes + virtual_slack * entry_bytes / expected))
     if raw_pages < MIN_RAW_PAGES or frames < MIN_RAW_PAGES * worst:
         need = max(
             (MIN_RAW_PAGES + 2) * raw_bytes / raw_share,
-            (MIN_RAW_PAGES + 1) * worst * (frame_bytes + entry_bytes) / (1 - raw_share),
+            fixed + (MIN_RAW_PAGES + 1) * worst * (frame_bytes + entry_bytes) / (1 - raw_share),
         )
         raise ValueError(
             f"diffxkv: {budget_bytes / 2**20:.1f} MiB hold {max(raw_pages, 0)} raw pages and "
@@ -88,4 +93,4 @@ def plan_pool(
     pages = raw_pages + int(virtual_slack * frames / expected)
     limit = max(MAX_VIRTUAL_RATIO * budget_bytes // dense, raw_pages + frames // worst)
     pages = min(pages, limit, max_virtual_pages or pages)
-    return PoolPlan(num_layers, pages, raw_pages, frames, worst, expected, dense)
+    return PoolPlan(num_layers, pages, raw_pages, frames, worst, expected, dense, workspace)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -12,16 +13,42 @@ from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.pool.arena import FrameArena
+from sglang_diffxkv.pool.clock import ClockHand
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.ledger import Ledger, Share
+from sglang_diffxkv.pool.page_states import PageStates
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sealing import write_sealed
 from sglang_diffxkv.pool.sizing import PoolPlan
+from sglang_diffxkv.pool.totals import Totals
+
+RAW_WINDOW = 1024
+"""Raw pages that are searched at once for the coldest."""
+RAW_WINDOWS = 4
+"""How many times, until there is one that may be sealed."""
+SPARE_SHARE = 1 / 64
+"""Of the raw pages, sealed beyond what is asked for, so that it is not asked for each page."""
+DEMOTION_WINDOW = 4096
+"""Virtual pages that are searched at once for the coldest."""
+RELEASED_AT_ONCE = 256
+"""Pages whose frames are looked up at a time: a few MiB."""
 
 
 class PageStateError(RuntimeError):
     """A page was used in a way its state does not allow (double free, write when sealed ...)."""
+
+
+class NotedQuality(NamedTuple):
+    """Pages by what their requests asked for, as far as it is not the server's own quality.
+
+    Attributes:
+        opened: pages opened for this step. lossless_full: pages of lossless requests that its
+            tokens fill.
+    """
+
+    opened: dict[Quality, int]
+    lossless_full: int
 
 
 @dataclass
@@ -70,24 +97,25 @@ class PageStore:
             device,
         )
         self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
+        self.totals = Totals(plan.num_layers, device)
         self.retention: RetentionMeter | None = None
         if policy.needs_scores:
             self.retention = RetentionMeter(policy, plan.num_layers, device)
         self.counters = Counters()
-        self._sealable: dict[bool, torch.Tensor] = {}
-        """What `sealable` found since pages were last used, sealed or freed."""
+        self._raw_hand = ClockHand(plan.raw_pages, RAW_WINDOW)
+        self.demotion_hand = ClockHand(plan.virtual_pages, DEMOTION_WINDOW)
         self.checks_use = torch.device(device).type == "cpu"
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
         self.step = 0
         self.decode_step = 1  # 0 stands for never
+        self.decoded_at = self.prefilled_at = 0
+        """The latest steps with and without the next token of every running request."""
 
     def clear(self) -> None:
-        """Forget every page (SGLang's ``/flush_cache``)."""
-        self.directory.clear()
-        self.arena.clear()
-        self.raw.clear()
-        self.ledger = Ledger(self.plan.raw_pages, self.plan.frames, self.plan.worst_frames)
-        self._sealable.clear()
+        """Free every page (SGLang's ``/flush_cache``)."""
+        if self.ledger.open_pages + self.ledger.sealed_pages:
+            d = self.directory
+            self.release(torch.nonzero((d.raw_slot[1:] >= 0) | d.sealed[1:]).flatten() + 1)
 
     def open(self, pages: torch.Tensor) -> None:
         """Open free ``pages`` (int64 [N], distinct).
@@ -102,6 +130,7 @@ class PageStore:
             raise PageStateError("open: page is in use")
         self.ledger.open(pages.numel())
         d.open(pages, self.raw.take(pages))
+        self.totals.by_quality[Quality.BALANCED] += pages.numel()
         self.counters.opened += pages.numel()
 
     def release(self, pages: torch.Tensor) -> None:
@@ -111,24 +140,26 @@ class PageStore:
             PageStateError: a page is unknown or already free.
         """
         self._check_ids(pages)
+        for part in pages.split(RELEASED_AT_ONCE):
+            self._release(part)
+
+    def _release(self, pages: torch.Tensor) -> None:
         d = self.directory
-        slots, frames, demoted = d.raw_slot[pages], d.num_frames[pages], d.demotions[pages] > 0
-        is_open, is_fresh = slots >= 0, d.sealed[pages] & ~demoted
-        counted = [is_open, is_open & ~self.may_seal(pages), is_fresh, demoted]
-        counted += [frames * is_fresh, frames * demoted]
-        # Asked for in one: each answer is a wait for the device.
-        num_open, raw_only, *shares = torch.stack([x.sum() for x in counted]).tolist()
-        fresh, gone = Share(shares[0], shares[2]), Share(shares[1], shares[3])
-        if num_open + fresh.pages + gone.pages != pages.numel():
+        states = PageStates(d, pages)  # the one wait for the device
+        if not (states.is_open | states.sealed).all():
             raise PageStateError("release: page is already free")
-        self.ledger.raw_only -= raw_only
-        open_first = is_open.int().argsort(descending=True, stable=True)
-        self.raw.give_back(slots[open_first[:num_open]].long())
-        self.arena.give_back(d.frames[:, pages])
+        slots, frames = d.raw_slot[pages], d.frames[:, pages]
+        frames = frames.masked_fill(~d.sealed[pages][:, None], -1)
+        self.totals.add_payload(d.heads[:, pages], (frames >= 0).sum(2), sign=-1)
+        self.totals.by_quality.subtract(states.by_quality())
+        self.totals.by_plan.subtract(states.by_plan())
+        opened = torch.from_numpy(states.is_open.nonzero()[0]).to(pages.device)
+        self.raw.give_back(slots[opened].long())
+        self.arena.give_back(frames)
         d.release(pages)
-        self.ledger.release(num_open, fresh, gone)
+        share = states.sealed_share
+        self.ledger.release(states.open_share(), share(demoted=False), share(demoted=True))
         self.counters.released += pages.numel()
-        self._sealable.clear()
 
     def share(self, pages: torch.Tensor) -> Share:
         """What sealed ``pages`` (int64 [N]) are charged for."""
@@ -136,9 +167,12 @@ class PageStore:
 
     def begin_step(self, decodes: bool) -> None:
         """A forward pass begins; ``decodes``: with the next token of every running request."""
-        self._sealable.clear()
         self.step += 1
-        self.decode_step += decodes
+        if decodes:
+            self.decode_step += 1
+            self.decoded_at = self.step
+        else:
+            self.prefilled_at = self.step
 
     def touch(
         self,
@@ -162,24 +196,20 @@ class PageStore:
         d.filled[pages] = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS).to(torch.int32)
         d.window_step[pages[end > context - window]] = self.decode_step
         d.last_used[pages] = self.step
-        self._sealable.clear()
 
-    def set_quality(self, pages: torch.Tensor, quality: torch.Tensor) -> None:
-        """Note what the requests of open ``pages`` asked for, after `touch`.
+    def set_quality(self, pages: torch.Tensor, quality: torch.Tensor, noted: NotedQuality) -> None:
+        """Note what their requests asked for, of pages that were opened for this step.
 
         Args:
-            pages: int64 [N] open pages; may repeat, then with equal qualities.
-            quality: uint8 [N], `Quality`. Lossless pages are never sealed, so the frames promised
-                to them are free; there may be no going back, and a lossless page stays one.
+            pages: int64 [N], distinct. quality: uint8 [N], `Quality` of each. Lossless pages are
+                never sealed, so the frames promised to them are free.
+            noted: the same in numbers, with what has become of such pages since.
         """
-        before = self._num_raw_only(pages)
-        lossless = torch.full_like(quality, Quality.LOSSLESS)
-        self.directory.quality[pages] = torch.where(self.may_seal(pages), quality, lossless)
-        self.ledger.raw_only += self._num_raw_only(pages) - before
-        self._sealable.clear()
-
-    def _num_raw_only(self, pages: torch.Tensor) -> int:
-        return torch.unique(pages[~self.may_seal(pages)]).numel()
+        self.directory.quality[pages] = quality
+        by_quality = self.totals.by_quality
+        by_quality.update(noted.opened)
+        by_quality[Quality.BALANCED] -= sum(noted.opened.values())
+        self.ledger.keep_raw(noted.opened.get(Quality.LOSSLESS, 0), noted.lossless_full)
 
     def read(self, pages: torch.Tensor) -> None:
         """Note that sealed ``pages`` (int [N], may repeat) are about to be attended to."""
@@ -206,12 +236,19 @@ class PageStore:
             raise PageStateError("seal: page is of a lossless request")
         if sequence is None:
             sequence = torch.arange(pages.numel(), device=pages.device)
+        # Pages of one sequence stay together, as far as there is room to grade them together.
+        order = sequence.argsort(stable=True)
+        for part in order.tensor_split(-(-len(order) // self.plan.workspace.graded_pages)):
+            self._seal(pages[part], slots[part], sequence[part])
+
+    def _seal(self, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor) -> None:
         charged = write_sealed(self, pages, slots, sequence)
-        d.plan[pages] = self.policy.plan_number
+        number = self.policy.plan_number
+        self.directory.plan[pages] = number
+        self.totals.by_plan[number] += pages.numel()
         self.raw.give_back(slots)
         self.ledger.seal(pages.numel(), int(charged.sum()))
         self.counters.sealed += pages.numel()
-        self._sealable.clear()
 
     def in_window(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) lie in the recent window of a sequence that may still run.
@@ -225,42 +262,59 @@ class PageStore:
         """Which ``pages`` (int64 [N]) are of requests that put up with it: bool [N]."""
         return self.directory.quality[pages] != Quality.LOSSLESS
 
-    def sealable(self, include_window: bool) -> torch.Tensor:
-        """Full open pages that may be sealed, coldest first; int64 [N]."""
-        found = self._sealable.get(include_window)
-        if found is None:  # admission asks many times between two steps
-            found = self._sealable[include_window] = self._find_sealable(include_window)
-        return found
+    def seal_cold(self, headroom: int, include_window: bool) -> None:
+        """Seal the coldest full open pages until ``headroom`` pages may be opened, if that helps.
 
-    def _find_sealable(self, include_window: bool) -> torch.Tensor:
+        With ``include_window`` recent windows of running requests go too: it costs them accuracy,
+        so everything else is tried before, and no more of them is sealed than is needed.
+        """
+        ledger = self.ledger
+        if ledger.headroom >= headroom:
+            return
+        spare = 0 if include_window else int(self.plan.raw_pages * SPARE_SHARE)
+        for slots in self._raw_hand.windows(RAW_WINDOWS):
+            if not ledger.full_pages:
+                return
+            cold = self.sealable(slots, include_window)
+            while ledger.headroom < headroom and cold.numel():
+                frames_free, batch = ledger.frames_free, headroom - ledger.headroom + spare
+                self.seal(cold[:batch])
+                self.counters.sealed_under_pressure += len(cold[:batch])
+                cold = cold[batch:]
+                if ledger.raw_free >= headroom and ledger.frames_free == frames_free:
+                    return  # only frames lack, and these pages take all that they were promised
+
+    def sealable(self, slots: slice, include_window: bool) -> torch.Tensor:
+        """Full pages of some raw slots that may be sealed, coldest first; int64 [N]."""
         d = self.directory
-        pages = self.raw.page[1:].long()  # in the order of slots, which all ranks give out alike
-        pages = pages[pages > 0]
-        mask = (d.filled[pages] == PAGE_TOKENS) & self.may_seal(pages)
+        pages = self.raw.page[1:][slots].long()  # slots, which all ranks give out alike
+        mask = (pages > 0) & (d.filled[pages] == PAGE_TOKENS) & self.may_seal(pages)
         if not include_window:
             mask &= ~self.in_window(pages)
         pages = pages[mask]
         return pages[torch.argsort(d.last_used[pages], stable=True)]
 
-    def seal_cold(self, headroom: int, include_window: bool) -> None:
-        """Seal the coldest full open pages until ``headroom`` pages may be opened, if that helps.
+    def num_raw_only_unused(self, since: int) -> int:
+        """Lossless pages that no step since that one has used; looks at the raw pages, not more."""
+        d = self.directory
+        pages = self.raw.page[1:].long().clamp(min=0)
+        return int(((pages > 0) & ~self.may_seal(pages) & (d.last_used[pages] < since)).sum())
 
-        With ``include_window`` recent windows of running requests go too: it costs them accuracy,
-        so everything else is tried before.
-        """
-        ledger = self.ledger
-        short = headroom - ledger.headroom
-        if short <= 0:
-            return
-        cold = self.sealable(include_window)
-        while short > 0 and cold.numel():
-            frames_free = ledger.frames_free
-            batch, cold = cold[:short], cold[short:]
-            self.seal(batch)
-            self.counters.sealed_under_pressure += batch.numel()
-            short = headroom - ledger.headroom
-            if ledger.raw_free >= headroom and ledger.frames_free == frames_free:
-                return  # only frames lack, and these pages take all that they were promised
+    def problems(self) -> list[str]:
+        """What cannot be, by the counters alone: in O(1), without waiting for the device."""
+        ledger, totals = self.ledger, self.totals
+        held = ledger.open_pages + ledger.sealed_pages
+        sums = {
+            "raw pages in use": (self.plan.raw_pages - self.raw.num_free, ledger.open_pages),
+            "pages by quality": (totals.by_quality.total(), held),
+            "sealed pages by plan": (totals.by_plan.total(), ledger.sealed_pages),
+        }
+        found = [
+            f"{name}: {counted}, by the ledger {expected}"
+            for name, (counted, expected) in sums.items()
+            if counted != expected
+        ]
+        return [*ledger.problems(), *found]
 
     def _check_ids(self, pages: torch.Tensor) -> None:
         if pages.numel() == 0 or not self.checks_use:
@@ -284,6 +338,23 @@ class PageStore:
     @property
     def nbytes(self) -> int:
         """Every byte that the store has allocated."""
-        tables = self.directory.nbytes + self.arena.nbytes + self.raw.nbytes
+        tables = self.directory.nbytes + self.arena.nbytes + self.raw.nbytes + self.totals.nbytes
         meter = 0 if self.retention is None else self.retention.nbytes
-        return tables + meter + self.policy.nbytes
+        return tables + meter + self.policy.nbytes + self.plan.workspace.nbytes
+
+    def raw_bytes(self, pages: int) -> int:
+        """Bytes of so many raw pages, with all that belongs to them."""
+        return pages * self.raw.nbytes // (self.plan.raw_pages + 1)
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Every byte allocated but free frames and free raw pages, which can hold more tokens."""
+        frames = self.plan.frames - self.ledger.frames_used
+        raw = self.raw_bytes(self.ledger.raw_free)
+        return self.nbytes - frames * self.layout.frame_bytes - raw
+
+    @property
+    def physical_compression(self) -> float:
+        """What SGLang's own pool takes for the tokens held, over the bytes in use for them here."""
+        dense = self.ledger.tokens_held * (self.plan.dense_page_bytes // PAGE_TOKENS)
+        return dense / self.bytes_in_use

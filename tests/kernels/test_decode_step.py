@@ -43,6 +43,7 @@ class World:
             sealed.append(own[:n])
         self.store.open(torch.arange(3, next_page))
         first = torch.cat(sealed)
+        self.store.ledger.hand_out(len(first) * PAGE_TOKENS, full=len(first))
         self.store.directory.filled[first] = PAGE_TOKENS
         self.store.seal(first)
         self.store.begin_step(decodes=True)
@@ -53,7 +54,7 @@ class World:
         store, q = self.store, self.queries
         pages = gather_pages(store, self.req_to_token, self.rows, self.lens, max(LENGTHS))
         if layer == 0:
-            note_use(store, pages, self.lens, WINDOW, quality=None)
+            note_use(store, pages, self.lens, WINDOW)
         raw, d = store.raw, store.directory
         opened = (pages.open_indptr, pages.slots, pages.last_len)
         part = decode_open(q, raw.keys[layer], raw.values[layer], *opened, SCALE)

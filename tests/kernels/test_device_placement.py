@@ -20,8 +20,7 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.decode_step import DeviceDecode
-from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStore
 from tests.kernels.fake_device import DEVICE, fake_device
@@ -37,14 +36,6 @@ LAYERS, HEADS, DIM, WINDOW = 2, 1, 64, 64
 def device() -> Iterator[None]:
     with fake_device():
         yield
-
-
-class RadixTree(PrefixCache):
-    """Like SGLang's, it keeps slots on the device, and lists them on the host."""
-
-    def walk_for_kv_canary(self, unlocked_only: bool, swa_resident_only: bool) -> Any:
-        slots = [x for sequence in self.sequences for x in sequence.tolist()]
-        return SimpleNamespace(slot_indices=torch.tensor(slots, dtype=torch.int64))
 
 
 class Server:
@@ -64,12 +55,12 @@ class Server:
         self.allocator = DiffXKVAllocator(
             plan.virtual_tokens, PAGE_TOKENS, torch.bfloat16, DEVICE, pool, need_sort=False
         )
-        self.cache = RadixTree(self.allocator)
+        self.cache = PrefixCache(self.allocator)
         self.table = torch.zeros(4, 512, dtype=torch.int32, device=DEVICE)
         self.backend = backend = object.__new__(GPUBackend)
         backend.store, backend.config, backend.token_to_kv_pool = store, config, pool
         backend.req_to_token_pool = SimpleNamespace(req_to_token=self.table)
-        backend.rows = RequestRows(4, self.table.device)
+        backend.rows = self.allocator.rows = RequestRows(4, self.table.device)
         backend.decode = DeviceDecode(store, self.table, WINDOW)
         backend.decode_step = backend.decode_batch = backend.forward_metadata = None
         self.lens = [0, 0]
@@ -90,6 +81,7 @@ class Server:
         self._run(after, loc, SimpleNamespace(
             forward_mode=SimpleNamespace(is_decode=lambda: False, is_mixed=lambda: False),
             extend_prefix_lens=before.to(DEVICE).int(),
+            extend_prefix_lens_cpu=before.tolist(),
             extend_seq_lens_cpu=new,
         ))  # fmt: skip
 
@@ -133,6 +125,7 @@ class Server:
             seq_lens_cpu=lens,
             out_cache_loc=loc,
         )
+        self.backend.rids = ["a", "b"]
         self.backend.init_forward_metadata(batch)
         self._forward(len(loc), batch)
         self.backend.end_of_step()
@@ -157,7 +150,11 @@ class Server:
 def test_serving_stays_on_the_device(policy: str) -> None:
     server = Server(policy)
     store, allocator, cache = server.store, server.allocator, server.cache
-    server.backend.rows.enter([2, 1], [Quality.BALANCED, Quality.LOSSLESS])
+    requests = [
+        RunningRequest("a", Quality.BALANCED, step=0),
+        RunningRequest("b", Quality.LOSSLESS, step=0),
+    ]
+    server.backend.rows.enter([2, 1], requests)
     server.warm_up()
     server.extend([192, 70])
     server.extend([69, 57])
@@ -167,12 +164,14 @@ def test_serving_stays_on_the_device(policy: str) -> None:
     # The first sequence ends, and its prefix stays in the cache.
     cache.sequences.append(server.table[2, :256].long())
     allocator.free(server.table[2, 256:264].long())
+    server.backend.rows.leave([2])
+    store.begin_step(decodes=True)
     assert allocator.usage(cache) > 0
     budget = allocator.create_prefill_budget(cache)
     assert budget.remaining_total > 0
     allocator.reclaim(cache, allocator.available_size())
     assert store.policy.can_demote == (store.counters.demoted > 0)
     assert pool_stats(store)["open_pages"] == store.ledger.open_pages
-    assert check_integrity(store) == []
+    assert allocator.check() == []
     allocator.clear()
-    assert allocator.verify_byte_accounting() == []
+    assert allocator.check() == []

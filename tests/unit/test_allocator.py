@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SGLang's allocator interface over the page store, randomised, with a small prefix cache."""
 
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,8 +15,10 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
+from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStateError
+from tests.unit.pages import ask
 from tests.unit.policies import config_of
 
 LAYERS, HEADS, DIM = 2, 2, 64
@@ -58,14 +59,6 @@ class PrefixCache:
         self.allocator = allocator
         self.sequences: list[torch.Tensor] = []
 
-    @property
-    def tree_core(self) -> "PrefixCache":
-        return self
-
-    def walk_for_kv_canary(self, unlocked_only: bool, swa_resident_only: bool) -> Any:
-        assert unlocked_only and not swa_resident_only
-        return SimpleNamespace(slot_indices=torch.cat([lens(), *self.sequences]))
-
     def supports_prefix_sharing(self) -> bool:
         return True
 
@@ -93,11 +86,12 @@ def lens(*values: int) -> torch.Tensor:
 
 
 class Request(NamedTuple):
-    """A running request: its token slots, what it asked for, how long it may get."""
+    """A running request: its token slots, what it asked for, how long it may get, its row."""
 
     slots: torch.Tensor
     quality: Quality
     longest: int
+    row: int
 
     @property
     def raw_pages(self) -> int:
@@ -114,19 +108,24 @@ class AllocatorMachine(RuleBasedStateMachine):
         super().__init__()
         self.allocator = make_allocator(self.policy)
         self.cache = PrefixCache(self.allocator)
+        self.allocator.rows = self.rows = RequestRows(8192, torch.device("cpu"))
+        self.free_rows = list(range(8192))
         self.running: list[Request] = []
 
     def _touch(self, decodes: bool) -> None:
-        """What a forward pass over all running requests notes."""
+        """What a forward pass notes: over all running requests, or over the newest one."""
         store = self.allocator.store
         store.begin_step(decodes)
-        for slots, quality, _ in self.running:
+        for slots, quality, _, row in self.running if decodes else self.running[-1:]:
+            start = len(slots) - 1 if decodes else 0
+            noted = self.rows.note_quality([str(row)], [start], [len(slots)])
+            opened = slots[::PAGE_TOKENS][-(-start // PAGE_TOKENS) :] // PAGE_TOKENS
+            store.set_quality(opened, torch.full_like(opened, quality, dtype=torch.uint8), noted)
             pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
             position = torch.arange(len(pages))
             is_open = store.directory.raw_slot[pages] >= 0
             context = torch.full((int(is_open.sum()),), len(slots))
             store.touch(pages[is_open], position[is_open], context, window=64)
-            store.set_quality(pages[is_open], torch.full_like(context, quality, dtype=torch.uint8))
             store.read(pages[~is_open])
 
     @rule(
@@ -135,7 +134,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         quality=st.sampled_from([Quality.BALANCED, Quality.LOSSLESS]),
     )
     def prefill(self, tokens: int, answer: int, quality: Quality) -> None:
-        request = Request(lens(), quality, tokens + answer)
+        request = Request(lens(), quality, tokens + answer, self.free_rows[-1])
         held = sum(other.raw_pages for other in self.running)
         if request.raw_pages and held + request.raw_pages > self.allocator.lossless_pages:
             return
@@ -159,6 +158,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         )
         assert out is not None and len(torch.unique(out)) == tokens
         self.running.append(request._replace(slots=out))
+        entry = RunningRequest(str(self.free_rows[-1]), quality, self.allocator.store.step)
+        self.rows.enter([self.free_rows.pop()], [entry])
         self._touch(decodes=False)
 
     @precondition(lambda self: self.running)
@@ -177,6 +178,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             last = self.running.pop()
             assert self.running or not last.raw_pages, "a lossless request fits alone"
             self.allocator.free_segment(last.slots, start_pos=0)
+            self._leave(last)
         if not self.running:
             return
         self.allocator.evict_to_free_tokens(self.cache, len(self.running) * PAGE_TOKENS)
@@ -203,16 +205,23 @@ class AllocatorMachine(RuleBasedStateMachine):
         if full:
             self.cache.sequences.append(slots[:full])
         self.allocator.free_segment(slots[full:], start_pos=full)
+        self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        self.rows.leave([request.row])
+        self.free_rows.append(request.row)
 
     @rule()
     def flush(self) -> None:
         self.allocator.clear()
+        for request in self.running:
+            self._leave(request)
         self.running.clear()
         self.cache.sequences.clear()
 
     @invariant()
     def consistent(self) -> None:
-        assert self.allocator.verify_byte_accounting() == []
+        assert self.allocator.check() == []
         running = [r.slots for r in self.running]
         held = sum(-(-len(s) // PAGE_TOKENS) for s in [*running, *self.cache.sequences])
         free = self.allocator.available_size() // PAGE_TOKENS
@@ -270,7 +279,8 @@ def cached_sequence(cache: PrefixCache, pages: int, quality: Quality) -> None:
     ids, context = slots[::PAGE_TOKENS] // PAGE_TOKENS, torch.full((pages,), len(slots))
     allocator.store.begin_step(decodes=True)
     allocator.store.touch(ids, torch.arange(pages), context, window=64)
-    allocator.store.set_quality(ids, torch.full((pages,), quality, dtype=torch.uint8))
+    if quality is not Quality.BALANCED:
+        ask(allocator.store, ids, [quality] * pages)
     cache.sequences.append(slots)
 
 
@@ -356,4 +366,4 @@ def test_longest_request_is_admitted_alone(policy: str) -> None:
         position = torch.arange(done // PAGE_TOKENS, -(-end // PAGE_TOKENS))
         allocator.store.touch(pages, position, torch.full((len(pages),), end), window=64)
         done, last = end, out[-1:]
-        assert allocator.verify_byte_accounting() == []
+        assert allocator.check() == []

@@ -12,11 +12,13 @@ from sglang_diffxkv.pool.batch import (
     decode_queries,
     extend_queries,
     gather_pages,
+    note_quality,
     note_use,
     pages_to_seal,
 )
-from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
 from sglang_diffxkv.pool.store import PageStateError, PageStore
+from tests.unit.pages import EVERY_SLOT, hand_out
 from tests.unit.test_store import make_store
 
 WINDOW = 64
@@ -45,8 +47,16 @@ class Batch:
         everything = sorted({page for own in self.pages for page in own})
         self.store.open(torch.tensor(everything))
         first = sorted({p for own, n in zip(self.pages, sealed, strict=True) for p in own[:n]})
-        self.store.directory.filled[first] = PAGE_TOKENS
-        self.store.seal(torch.tensor(first, dtype=torch.int64))
+        self._hand_out()
+        ids = torch.tensor(first, dtype=torch.int64)
+        self.store.directory.filled[ids] = PAGE_TOKENS
+        self.store.seal(ids)
+
+    def _hand_out(self) -> None:
+        filled = {}
+        for own, length in zip(self.pages, self.lens.tolist(), strict=True):
+            filled |= {p: min(PAGE_TOKENS, length - i * PAGE_TOKENS) for i, p in enumerate(own)}
+        hand_out(self.store, torch.tensor(list(filled)), torch.tensor(list(filled.values())))
 
     def gather(self):  # type: ignore[no-untyped-def]
         return gather_pages(
@@ -55,7 +65,7 @@ class Batch:
 
     def touch(self, decodes: bool) -> None:
         self.store.begin_step(decodes)
-        note_use(self.store, self.gather(), self.lens, WINDOW, quality=None)
+        note_use(self.store, self.gather(), self.lens, WINDOW)
 
 
 def test_gather_lists_every_page_once_per_sequence() -> None:
@@ -129,15 +139,24 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     b.touch(decodes=False)
     batch = b.gather()
     rows = RequestRows(len(b.lens) + 3, torch.device("cpu"))
-    rows.enter(b.rows.tolist(), [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS])
-    note_use(b.store, batch, b.lens, WINDOW, rows.quality[b.rows])
+    asked = [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS]
+    requests = [RunningRequest(level.name, level, step=0) for level in asked]
+    rows.enter(b.rows.tolist(), requests)
+    before = torch.tensor([0, 0, 100])  # 2 pages of the last one were opened before
+    noted = rows.note_quality([x.rid for x in requests], before.tolist(), b.lens.tolist())
+    assert noted.opened == {Quality.SMALL: 11, Quality.LOSSLESS: 3} and noted.lossless_full == 3
+    note_quality(b.store, batch, before, rows.quality[b.rows], noted)
     first, second, third = b.pages
     quality = b.store.directory.quality
     assert set(quality[first].tolist()) == {Quality.SMALL}
-    assert set(quality[third].tolist()) == {Quality.LOSSLESS}
+    assert quality[third].tolist() == [Quality.BALANCED] * 2 + [Quality.LOSSLESS] * 3
+    third = third[2:]
     sealable = pages_to_seal(b.store, batch, b.lens).pages.tolist()
-    assert sealable == sorted(first[:9] + second[:1])
-    assert not set(third) & set(b.store.sealable(include_window=True).tolist())
+    assert set(third).isdisjoint(sealable) and set(first[:9] + second[:1]) < set(sealable)
+    assert not set(third) & set(b.store.sealable(EVERY_SLOT, include_window=True).tolist())
+    assert rows.lossless_pages == 5
+    rows.leave(b.rows.tolist())
+    assert rows.lossless_pages == 0 and not rows.asked
 
 
 def test_every_page_of_a_batch_counts_as_used() -> None:
@@ -158,7 +177,7 @@ def test_shared_page_waits_for_every_window() -> None:
     batch = b.gather()
     assert b.pages[0][1] not in pages_to_seal(b.store, batch, b.lens).pages.tolist()
     b.store.begin_step(decodes=True)  # the short one has finished, the long one goes on
-    assert b.pages[0][1] in b.store.sealable(include_window=False).tolist()
+    assert b.pages[0][1] in b.store.sealable(EVERY_SLOT, include_window=False).tolist()
 
 
 def test_shared_page_is_sealed_once_with_the_first_sequence_that_may() -> None:

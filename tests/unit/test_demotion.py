@@ -13,11 +13,12 @@ from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED
 from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.demotion import BATCH_PAGES, cold_pages, demote, demote_cold, read_tokens
+from sglang_diffxkv.pool.demotion import cold_pages, demote, demote_cold, read_tokens
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.payload import GradedTokens
 from sglang_diffxkv.pool.store import PageStore
 from tests.kernels.builders import error_bound
+from tests.unit.pages import write
 from tests.unit.test_allocator import (
     AllocatorMachine,
     DiffXKVAllocator,
@@ -39,8 +40,9 @@ def sealed_store(pages: int, **config: Any) -> tuple[PageStore, torch.Tensor, Co
     store = make_store("diffkv", 36 << 20, **config)
     ids = torch.arange(1, pages + 1)
     contents = fill(store, ids)
-    store.touch(ids, torch.arange(pages), torch.full((pages,), pages * PAGE_TOKENS + 70), window=64)
+    write(store, ids, torch.arange(pages), torch.full((pages,), pages * PAGE_TOKENS + 70))
     store.seal(ids)
+    store.begin_step(decodes=True)
     return store, ids, contents
 
 
@@ -115,7 +117,7 @@ def test_negligible_tokens_are_told_from_unscored_ones() -> None:
     slot = int(store.directory.raw_slot[1])
     store.raw.counts[slot] = 8
     store.raw.counts[slot, 60:] = 0
-    store.touch(pages, torch.tensor([2]), torch.tensor([500]), window=64)
+    write(store, pages, torch.tensor([2]), torch.tensor([500]))
     store.seal(pages)
     for tokens in tokens_of(store, pages):
         assert (tokens.codes[..., :60] == 1).all() and (tokens.codes[..., 60:] == 0).all()
@@ -177,9 +179,9 @@ def test_values_stay_close(high: str, low: str) -> None:
 def test_page_that_would_not_shrink_keeps_its_payload() -> None:
     """Where only sinks are high, the first demotion frees nothing."""
     store, pages, _ = sealed_store(3, alpha_high=1e9, alpha_low=1e-9)
-    frames = store.directory.frames.clone()
+    frames = store.directory.frames[:, pages].clone()
     demote(store, pages)
-    assert torch.equal(store.directory.frames, frames)
+    assert torch.equal(store.directory.frames[:, pages], frames)
     assert (store.counters.demoted, store.counters.frames_demoted) == (0, 0)
     demote(store, pages)
     assert store.counters.demoted == 3 and store.counters.frames_demoted > 0
@@ -196,38 +198,41 @@ def test_demotion_needs_no_free_frame() -> None:
 
 
 def test_colder_half_goes_coldest_first() -> None:
-    store, pages, _ = sealed_store(8)
+    store, _, _ = sealed_store(8)
     for page in (2, 7, 1, 5):  # and 3, 4, 6, 8 never again
         store.begin_step(decodes=True)
         store.read(torch.tensor([page]))
-    assert cold_pages(store, pages).tolist() == [8, 6, 4, 3]
-    held = torch.tensor([4, 6])
-    unheld = torch.tensor([1, 2, 3, 5, 7, 8])
-    assert cold_pages(store, unheld).tolist() == [8, 3, 2]
-    before = store.directory.frames[:, held].clone()
-    demote_cold(store, unheld, headroom=10**6)
-    assert torch.equal(store.directory.frames[:, held], before)
+    everything, now = slice(0, store.plan.virtual_pages), store.step + 1
+    assert cold_pages(store, everything, now).tolist() == [8, 6, 4, 3]
+    assert cold_pages(store, slice(3, 6), now).tolist() == [6], "4 to 6 are all that is searched"
+    held_since = store.step - 1  # 1 and 5 are held
+    assert cold_pages(store, everything, held_since).tolist() == [8, 6, 4]
+    before = store.directory.frames[:, [1, 2, 3, 5, 7]].clone()
+    demote_cold(store, held_since, headroom=10**6)
+    assert torch.equal(store.directory.frames[:, [1, 2, 3, 5, 7]], before)
     # As often as may be, and the warmer half not at all.
-    assert store.directory.demotions[1:9].tolist() == [0, 2, 2, 0, 0, 0, 0, 2]
-    assert cold_pages(store, unheld).tolist() == []
+    assert store.directory.demotions[1:9].tolist() == [0, 0, 0, 2, 0, 2, 0, 2]
+    assert cold_pages(store, everything, held_since).tolist() == []
 
 
 def test_each_page_once_before_any_twice_and_no_more_than_needed() -> None:
-    pages = 3 * BATCH_PAGES
-    store, ids, _ = sealed_store(pages)
-    worst = store.ledger.worst_frames
-    free = store.ledger.frames_free
-    demote_cold(store, ids, store.ledger.frame_headroom + 1)
-    assert free < store.ledger.frames_free <= free + BATCH_PAGES * worst
-    assert store.directory.demotions[ids].tolist() == [0] * 2 * BATCH_PAGES + [1] * BATCH_PAGES
-    demote_cold(store, ids, store.ledger.frame_headroom)
-    assert store.counters.demoted == BATCH_PAGES, "nothing was needed"
+    store, ids, _ = sealed_store(48)
+    batch = store.plan.workspace.demoted_pages
+    asked = store.ledger.frame_headroom + 1
+    demote_cold(store, store.step, asked)
+    demoted = store.counters.demoted
+    assert demoted % batch == 0 and store.ledger.frame_headroom >= asked
+    assert store.directory.demotions[ids].tolist() == [0] * (48 - demoted) + [1] * demoted
+    most = store.counters.frames_demoted / demoted * batch  # that the last batch has freed, about
+    assert store.ledger.frames_free - 1.2 * most < asked * store.ledger.worst_frames
+    demote_cold(store, store.step, store.ledger.frame_headroom)
+    assert store.counters.demoted == demoted, "nothing was needed"
 
 
 def test_who_asked_for_high_quality_keeps_it() -> None:
-    store, pages, _ = sealed_store(4)
+    store, _, _ = sealed_store(4)
     store.directory.quality[4] = Quality.HIGH
-    assert cold_pages(store, pages).tolist() == [3]
+    assert cold_pages(store, slice(0, 64), store.step).tolist() == [3]
 
 
 def test_a_page_that_is_used_again_starts_anew() -> None:
@@ -236,7 +241,7 @@ def test_a_page_that_is_used_again_starts_anew() -> None:
     store.release(pages[:2])
     assert check_integrity(store) == []
     fill(store, pages[:2])
-    store.directory.filled[pages[:2]] = PAGE_TOKENS
+    write(store, pages[:2], torch.arange(2), torch.full((2,), 300))
     store.seal(pages[:2])
     assert store.directory.demotions[pages].tolist() == [0, 0, 1, 1]
     assert check_integrity(store) == []
@@ -280,7 +285,7 @@ def test_prefixes_are_demoted_before_any_is_evicted(demotes: bool) -> None:
     assert len(cache.sequences) > held if demotes else len(cache.sequences) == held
     newest = cache.sequences[-2][::PAGE_TOKENS] // PAGE_TOKENS
     assert not bool(allocator.store.directory.demotions[newest].any())
-    assert allocator.verify_byte_accounting() == []
+    assert allocator.check() == []
 
 
 @pytest.mark.parametrize("policy", ["uniform", "lossless", "streaming", "snapkv"])

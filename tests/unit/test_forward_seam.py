@@ -20,7 +20,7 @@ def test_mixed_batches_are_told_apart() -> None:
     backend = object.__new__(DiffXKVBackend)
     runner = SimpleNamespace(attn_backend=backend)
     for mode in (ForwardMode.MIXED, ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.DECODE):
-        _before_forward(runner, SimpleNamespace(forward_mode=mode))
+        _before_forward(runner, SimpleNamespace(forward_mode=mode, rids=["a"]))
         assert backend.is_mixed == (mode == ForwardMode.MIXED)
 
 
@@ -34,6 +34,7 @@ def test_windows_age_in_mixed_batches(mode: ForwardMode) -> None:
     backend.req_to_token_pool = SimpleNamespace(req_to_token=batch.req_to_token)
     forward_batch = SimpleNamespace(
         forward_mode=mode,
+        rids=["a", "b"],
         req_pool_indices=batch.rows,
         seq_lens=batch.lens,
         seq_lens_cpu=batch.lens,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What requests may ask for, and how the scheduler treats lossless ones; no server."""
 
+import itertools
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -77,11 +78,15 @@ def test_lossless_is_the_normal_path_of_a_lossless_policy() -> None:
     assert requested_quality(ask("lossless"), LosslessPolicy) is Quality.BALANCED
 
 
+_NUMBERS = itertools.count()
+
+
 class FakeRequest(SimpleNamespace):
     """A `Req`, as far as the hooks go."""
 
     def __init__(self, prompt: int, max_new_tokens: int | None, params: object = None) -> None:
         super().__init__(
+            rid=str(next(_NUMBERS)),
             origin_input_ids=[0] * prompt,
             sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, custom_params=params),
             extra_key=None,
@@ -188,7 +193,7 @@ def test_lossless_requests_wait_for_each_other(scheduler: SimpleNamespace) -> No
 def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:
     pool = ReqToTokenPool(4, 64, "cpu", False)
     rows = RequestRows(pool.req_to_token.shape[0], torch.device("cpu"))
-    seam.follow_rows(pool, rows)
+    seam.follow_rows(pool, scheduler.token_to_kv_pool_allocator, rows)
     for first, second in (("lossless", "balanced"), ("balanced", "lossless")):
         requests: Any = [entered(scheduler, 5, 5, ask(level)) for level in (first, second)]
         given = pool.alloc(requests)
@@ -196,8 +201,10 @@ def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:
         levels = [Quality[level.upper()] for level in (first, second)]
         assert rows.quality[given].tolist() == levels
         assert given is not None
+        assert rows.asked and len(rows.running) == 2
         pool.free_rows(given)
-        assert rows.asked
+        seam._leave_rows(None, pool, given)
+        assert not rows.asked and not rows.running
     seam._enter_rows(None, pool, requests)  # there were no rows left
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
     seam._enter_rows(pool.alloc(requests), pool, requests)

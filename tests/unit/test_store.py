@@ -12,13 +12,14 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.metrics import pages_by_quality
+from sglang_diffxkv.metrics import pool_stats
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStateError, PageStore
+from tests.unit.pages import EVERY_SLOT, ask, write
 from tests.unit.policies import config_of
 
 LAYERS, HEADS, DIM = 3, 2, 64
@@ -64,6 +65,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.full: set[int] = set()
         """Those that may be sealed: of no lossless request."""
         self.lossless: set[int] = set()
+        self.asked: set[int] = set()
         self.sealed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.contents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.generator = torch.Generator().manual_seed(0)
@@ -96,22 +98,20 @@ class StoreMachine(RuleBasedStateMachine):
             self.contents[page] = (written[0], written[1])
         where = torch.full((len(pages),), position)
         context = torch.full((len(pages),), (position + 1) * PAGE_TOKENS + 70)
-        self.store.touch(ids(pages), where, context, window=64)
+        write(self.store, ids(pages), where, context)
         self.full |= set(pages) - self.lossless
 
-    @precondition(lambda self: self.open)
-    @rule(data=st.data(), repeated=st.booleans())
-    def ask_for_lossless(self, data: st.DataObject, repeated: bool) -> None:
-        """In a later step than other qualities, too: lossless pages stay what they are."""
-        pages = self._pick(data, self.open)
+    @precondition(lambda self: self.open - self.asked)
+    @rule(data=st.data())
+    def ask_for_quality(self, data: st.DataObject) -> None:
+        pages = self._pick(data, self.open - self.asked)
         levels = [data.draw(st.sampled_from(Quality)) for _ in pages]
         self.lossless |= {
             page for page, level in zip(pages, levels, strict=True) if level is Quality.LOSSLESS
         }
+        self.asked |= set(pages)
         self.full -= self.lossless
-        times = 2 if repeated else 1
-        quality = torch.tensor(levels * times, dtype=torch.uint8)
-        self.store.set_quality(torch.tensor(pages * times, dtype=torch.int64), quality)
+        ask(self.store, torch.tensor(pages, dtype=torch.int64), levels)
 
     @precondition(lambda self: self.full)
     @rule(data=st.data())
@@ -138,11 +138,14 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), headroom=st.integers(1, 200))
     def demote_pages(self, data: st.DataObject, headroom: int) -> None:
         directory = self.store.directory
-        unheld = self._pick(data, self.open | set(self.sealed), most=30)
+        held = self._pick(data, set(self.sealed), most=30)
+        self.store.step += 1
+        self.store.read(ids(held))
         demotions, frames = directory.demotions.clone(), directory.num_frames.clone()
-        demote_cold(self.store, ids(unheld), headroom)
-        changed = torch.nonzero(directory.demotions != demotions).flatten().tolist()
-        assert len(changed) <= len(unheld) // 2 and set(changed) <= set(unheld) & set(self.sealed)
+        demote_cold(self.store, self.store.step, headroom)
+        changed = set(torch.nonzero(directory.demotions != demotions).flatten().tolist())
+        unheld = set(self.sealed) - set(held)
+        assert len(changed) <= len(unheld) // 2 and changed <= unheld
         assert bool((directory.num_frames <= frames).all())
 
     @precondition(lambda self: self.open or self.sealed)
@@ -154,6 +157,7 @@ class StoreMachine(RuleBasedStateMachine):
             self.open.discard(page)
             self.full.discard(page)
             self.lossless.discard(page)
+            self.asked.discard(page)
             self.sealed.pop(page, None)
             self.free.add(page)
 
@@ -189,13 +193,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.open.clear()
         self.full.clear()
         self.lossless.clear()
+        self.asked.clear()
         self.sealed.clear()
 
     @invariant()
-    def sealable_is_remembered_no_longer_than_it_holds(self) -> None:
-        for include_window in (True, False):
-            found = self.store.sealable(include_window)
-            assert torch.equal(found, self.store._find_sealable(include_window))
+    def sealable_pages_are_counted(self) -> None:
+        found = self.store.sealable(EVERY_SLOT, include_window=True).tolist()
+        assert set(found) == self.full and self.store.ledger.full_pages == len(self.full)
 
     @invariant()
     def consistent(self) -> None:
@@ -310,29 +314,44 @@ def test_cold_pages_go_before_recent_ones() -> None:
     store.open(torch.arange(1, 4))
     # sequence of 192 tokens: page 2 (the last) lies in the window of 64
     pages, position = torch.arange(1, 4), torch.arange(3)
-    store.touch(pages, position, torch.full((3,), 192), window=64)
-    assert sorted(store.sealable(include_window=False).tolist()) == [1, 2]
+    write(store, pages, position, torch.full((3,), 192))
+    assert sorted(store.sealable(EVERY_SLOT, include_window=False).tolist()) == [1, 2]
     store.step += 1
-    store.touch(torch.tensor([1]), torch.tensor([0]), torch.tensor([192]), window=64)
-    assert store.sealable(include_window=False).tolist() == [2, 1]
-    assert store.sealable(include_window=True).tolist()[-1] == 1
+    write(store, torch.tensor([1]), torch.tensor([0]), torch.tensor([192]))
+    assert store.sealable(EVERY_SLOT, include_window=False).tolist() == [2, 1]
+    assert store.sealable(EVERY_SLOT, include_window=True).tolist()[-1] == 1
 
 
 def test_pages_keep_their_quality() -> None:
     store = make_store("diffkv")
     pages = torch.arange(1, 7)
     store.open(pages)
-    store.touch(pages, torch.arange(6), torch.full((6,), 6 * PAGE_TOKENS), window=0)
+    write(store, pages, torch.arange(6), torch.full((6,), 6 * PAGE_TOKENS), window=0)
     asked = [Quality.HIGH, Quality.SMALL, Quality.SMALL, Quality.LOSSLESS, Quality.LOSSLESS]
-    store.set_quality(pages[:5], torch.tensor(asked, dtype=torch.uint8))
-    assert sorted(store.sealable(include_window=True).tolist()) == [1, 2, 3, 6]
+    ask(store, pages[:5], asked)
+    assert sorted(store.sealable(EVERY_SLOT, include_window=True).tolist()) == [1, 2, 3, 6]
     store.seal(torch.tensor([1, 2, 6]))
-    assert pages_by_quality(store) == {"balanced": 1, "lossless": 2, "high": 1, "small": 2}
+    assert pool_stats(store)["pages_by_quality"] == {
+        "balanced": 1,
+        "lossless": 2,
+        "high": 1,
+        "small": 2,
+    }
     assert check_integrity(store) == []
     store.release(torch.tensor([4, 1]))
-    assert pages_by_quality(store) == {"balanced": 1, "lossless": 1, "high": 0, "small": 2}
+    assert pool_stats(store)["pages_by_quality"] == {
+        "balanced": 1,
+        "lossless": 1,
+        "high": 0,
+        "small": 2,
+    }
     store.open(torch.tensor([4, 1]))  # as a fresh page, whoever had it before
-    assert pages_by_quality(store) == {"balanced": 3, "lossless": 1, "high": 0, "small": 2}
+    assert pool_stats(store)["pages_by_quality"] == {
+        "balanced": 3,
+        "lossless": 1,
+        "high": 0,
+        "small": 2,
+    }
 
 
 def test_lossless_pages_give_promised_frames_back() -> None:
@@ -340,7 +359,7 @@ def test_lossless_pages_give_promised_frames_back() -> None:
     free = store.ledger.frames_free
     pages = torch.arange(1, 4)
     store.open(pages)
-    store.set_quality(pages, torch.full((3,), Quality.LOSSLESS, dtype=torch.uint8))
+    ask(store, pages, [Quality.LOSSLESS] * 3)
     assert store.ledger.frames_free == free
     store.release(pages)
     assert store.ledger.frames_free == free and store.ledger.raw_only == 0

@@ -21,6 +21,7 @@ from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.store import PageStore
+from tests.unit.pages import EVERY_SLOT, write
 from tests.unit.test_allocator import AllocatorMachine
 from tests.unit.test_store import make_store
 
@@ -92,9 +93,9 @@ def assert_alike(first: PageStore, second: PageStore) -> None:
         tables = [getattr(store.directory, name) for store in (first, second)]
         assert torch.equal(*tables), name
     assert torch.equal(first.raw.page, second.raw.page)
-    everything = torch.arange(first.directory.num_pages + 1)
-    owned = [store.directory.owned(everything) for store in (first, second)]
-    assert torch.equal(torch.maximum(*owned), first.directory.num_frames)
+    sealed = first.directory.sealed.nonzero().flatten()
+    owned = [store.directory.owned(sealed) for store in (first, second)]
+    assert torch.equal(torch.maximum(*owned), first.directory.num_frames[sealed])
     for store in (first, second):
         assert check_integrity(store) == []
 
@@ -128,7 +129,7 @@ def test_stores_stay_alike(policy: str) -> None:
                 fill(store, rank, pages, generators[rank])
                 # Pages of two sequences at each position.
                 context = torch.full((number,), number * PAGE_TOKENS + 70)
-                store.touch(pages, torch.arange(number) // 2, context, window=64)
+                write(store, pages, torch.arange(number) // 2, context)
 
             ranks.run(work)
 
@@ -140,22 +141,17 @@ def test_stores_stay_alike(policy: str) -> None:
             free.update(pages.tolist())
 
         def seal_some() -> None:
-            pages = stores[0].sealable(include_window=True)[: rng.randint(0, 9)]
+            pages = stores[0].sealable(EVERY_SLOT, include_window=True)[: rng.randint(0, 9)]
             sequence = torch.arange(len(pages)) // 5
             on_both(lambda store: store.seal(pages, sequence))
 
         def demote_some() -> None:
-            pages, more = sorted(held), rng.randint(1, 3)
-            # Radix trees of several processes need not list pages in the same order.
-            orders = [
-                torch.tensor(rng.sample(pages, len(pages)), dtype=torch.int64) for _ in (0, 1)
-            ]
+            more = rng.randint(1, 3)
 
-            def work(rank: int) -> None:
-                headroom = stores[rank].ledger.frame_headroom + more
-                demote_cold(stores[rank], orders[rank], headroom)
+            def work(store: PageStore) -> None:
+                demote_cold(store, store.step + 1, store.ledger.frame_headroom + more)
 
-            ranks.run(work)
+            on_both(work)
 
         def seal_cold() -> None:
             more = rng.randint(1, 6)

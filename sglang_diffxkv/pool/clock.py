@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The hand of a clock: where the search for cold entries of a table goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+class ClockHand:
+    """Walks round a table in windows, as CLOCK page replacement does.
+
+    What is coldest in a window stands for what is coldest at all: the search costs as much as it
+    finds, however large the table. A table of one window is searched whole.
+    """
+
+    def __init__(self, entries: int, window: int) -> None:
+        self._entries, self._window, self._at = entries, window, 0
+
+    def windows(self, most: int) -> Iterator[slice]:
+        """Up to ``most`` windows, none twice; the hand moves as they are taken."""
+        for _ in range(min(most, -(-self._entries // self._window))):
+            start, end = self._at, min(self._at + self._window, self._entries)
+            self._at = end % self._entries
+            yield slice(start, end)

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""States of some pages as the host sees them, read from the directory in one go."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.directory import PageDirectory
+from sglang_diffxkv.pool.ledger import OpenShare, Share
+
+Bools = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+
+class PageStates:
+    """Of N pages.
+
+    Attributes:
+        is_open, sealed: bool [N].
+    """
+
+    def __init__(self, directory: PageDirectory, pages: torch.Tensor) -> None:
+        """``pages``: int64 [N] on the directory's device, which this waits for, once."""
+        d = directory
+        columns = (d.raw_slot, d.sealed, d.demotions, d.num_frames, d.quality, d.plan, d.filled)
+        table = torch.stack([column[pages].int() for column in columns]).cpu().numpy()
+        slot, sealed, demotions, self._frames, self._quality, self._plan, self._filled = table
+        self.is_open: Bools = slot >= 0
+        self.sealed: Bools = sealed != 0
+        self._demoted: Bools = demotions != 0
+
+    def open_share(self) -> OpenShare:
+        lossless = self._quality == Quality.LOSSLESS
+        full = self._filled == PAGE_TOKENS
+        return OpenShare(
+            pages=int(self.is_open.sum()),
+            full=int((self.is_open & full & ~lossless).sum()),
+            raw_only=int((self.is_open & lossless).sum()),
+            tokens=int(self._filled[self.is_open].sum()),
+        )
+
+    def sealed_share(self, demoted: bool) -> Share:
+        """Of sealed pages that have been demoted, or of those that have not."""
+        chosen = self.sealed & (self._demoted == demoted)
+        return Share(int(chosen.sum()), int(self._frames[chosen].sum()))
+
+    def by_quality(self) -> Counter[Quality]:
+        return Counter(map(Quality, self._quality.tolist()))
+
+    def by_plan(self) -> Counter[int]:
+        """Sealed pages by the number of their plan."""
+        return Counter(self._plan[self.sealed].tolist())

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What allocator and backend tell a store of its open pages, for tests that have neither."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.store import NotedQuality, PageStore
+
+EVERY_SLOT = slice(None)
+
+
+def hand_out(store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+    """Token slots of ``pages`` (int64 [N], distinct) are given out, up to ``filled`` of each."""
+    before = store.directory.filled[pages]
+    full = (filled == PAGE_TOKENS) & (before < PAGE_TOKENS) & store.may_seal(pages)
+    store.ledger.hand_out(int((filled - before).sum()), int(full.sum()))
+
+
+def write(
+    store: PageStore,
+    pages: torch.Tensor,
+    position: torch.Tensor,
+    context: torch.Tensor,
+    window: int = 64,
+) -> None:
+    """Hand out what a step writes, and note it; arguments as for `PageStore.touch`."""
+    own, place = torch.unique(pages, return_inverse=True)
+    filled = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS)
+    most = torch.zeros_like(own).scatter_reduce_(0, place, filled, "amax")
+    hand_out(store, own, most)
+    store.touch(pages, position, context, window)
+
+
+def ask(store: PageStore, pages: torch.Tensor, levels: Sequence[Quality]) -> None:
+    """Open ``pages`` (int64 [N], distinct) are of requests that asked for these qualities."""
+    lossless = torch.tensor([level is Quality.LOSSLESS for level in levels], dtype=torch.bool)
+    full = int((store.directory.filled[pages][lossless] == PAGE_TOKENS).sum())
+    quality = torch.tensor(levels, dtype=torch.uint8)
+    opened = Counter(level for level in levels if level is not Quality.BALANCED)
+    store.set_quality(pages, quality, NotedQuality(opened, full))

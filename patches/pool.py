@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -13,12 +14,20 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.seam import hook
-from sglang_diffxkv.patches.server_args import get_config, is_active
+from sglang_diffxkv.patches.server_args import (
+    fraction_is_given,
+    get_config,
+    is_active,
+    ranks_per_host,
+)
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.host_memory import available_memory, default_budget, on_each, too_much
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
+
+logger = logging.getLogger(__name__)
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
@@ -82,6 +91,36 @@ def make_agreement(group: Any) -> Agree:
     return agree
 
 
+def host_budget(memory_bytes: int | None, budget_bytes: int) -> int:
+    """What this rank may take of the host's memory, from what SGLang would give its own pool.
+
+    SGLang would leave next to nothing to the host, and does not know how many ranks share it.
+
+    Raises:
+        ValueError: the ranks' ``memory_bytes`` are more than is left now that the model is loaded.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel, available = get_parallel(), available_memory()
+    ranks = ranks_per_host(parallel)
+    if memory_bytes is not None:
+        problem = too_much(memory_bytes, available, ranks)
+        if problem is not None:
+            raise ValueError(f"diffxkv: {problem}")
+    if memory_bytes is not None or fraction_is_given():
+        return budget_bytes
+    chosen = default_budget(budget_bytes, available, ranks)
+    if parallel.tp_rank == 0:
+        logger.info(
+            "diffxkv: the pool takes %.2f GiB%s of the %.1f GiB that this host has available; "
+            "memory_bytes or --mem-fraction-static changes that",
+            chosen / 2**30,
+            on_each(ranks),
+            available / 2**30,
+        )
+    return chosen
+
+
 def _check_chunk(raw_pages: int) -> None:
     """Without the radix cache SGLang takes whole chunks only: one must fit into the raw pages.
 
@@ -111,8 +150,11 @@ def _config_from_budget(
     from sglang.srt.runtime_context import get_schedule
 
     caps = [c for c in (cap_tokens, get_schedule().max_total_tokens) if c is not None]
+    config = get_config()
+    if self.device == "cpu":
+        budget_bytes = host_budget(config.memory_bytes, budget_bytes)
     global _setup
-    _setup = make_setup(get_config(), self, budget_bytes, min(caps, default=None))
+    _setup = make_setup(config, self, budget_bytes, min(caps, default=None))
     return dataclasses.replace(stock, max_total_num_tokens=_setup.plan.virtual_tokens)
 
 

@@ -31,9 +31,11 @@ from sglang_diffxkv.patches.validation import (
     is_requested,
 )
 from sglang_diffxkv.policy.registry import policy_class
+from sglang_diffxkv.pool.host_memory import available_memory, too_much
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _FROM_CLI = "_diffxkv_from_cli"
+_FRACTION_GIVEN = "_diffxkv_fraction_given"
 
 
 def install() -> None:
@@ -60,6 +62,16 @@ def get_config() -> DiffXKVConfig:
     return config
 
 
+def fraction_is_given() -> bool:
+    """Whether the user chose `--mem-fraction-static`, which SGLang gives a default."""
+    return bool(getattr(get_server_args(), _FRACTION_GIVEN))
+
+
+def ranks_per_host(sizes: Any) -> int:
+    """Scheduler processes on each host; `sizes` are server arguments, or `get_parallel()`."""
+    return int(max(1, sizes.tp_size * sizes.dp_size // sizes.nnodes))
+
+
 def _add_flag(result: None, parser: ArgumentParser) -> None:
     parser.add_argument(
         "--diffxkv-config",
@@ -83,6 +95,8 @@ def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     if is_requested(server_args):
         if not hasattr(server_args, "_diffxkv"):  # sgl.Engine, which parses no command line
             _load(server_args, None)
+        given = resolving_view(server_args).mem_fraction_static is not None
+        setattr(server_args, _FRACTION_GIVEN, given)
         with _refusing(server_args):
             check_server_args(server_args)
         if resolving_view(server_args).page_size is None:
@@ -110,6 +124,16 @@ def _check_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_resolution(server_args)
             check_server_args(server_args)
             check_capabilities(server_args, policy_class(server_args._diffxkv.policy))
+            _check_memory(server_args)
+
+
+def _check_memory(server_args: Any) -> None:
+    view, memory = resolving_view(server_args), server_args._diffxkv.memory_bytes
+    if view.device != "cpu" or memory is None:
+        return
+    problem = too_much(memory, available_memory(), ranks_per_host(view))
+    if problem is not None:
+        raise ValueError(problem)
 
 
 def _load(server_args: Any, text: str | None) -> None:

@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stock SGLang (its own pool and torch_native attention) on our CPU platform, over HTTP."""
+"""Our CPU platform over HTTP: stock SGLang (its own pool and torch_native attention), and hosts
+that servers share."""
 
 import json
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
@@ -85,3 +89,23 @@ def test_bfloat16_and_single_token_pages(make_model: Callable[..., Path]) -> Non
         first, second = (server.generate(prompt) for _ in range(2))
         assert first["output_ids"] == second["output_ids"]
         assert second["meta_info"]["cached_tokens"] == len(prompt) - 1
+
+
+def test_servers_that_are_told_nothing_leave_memory_to_others(model: Path) -> None:
+    """Two that start at once, each with all of the host to itself as far as SGLang knows."""
+    servers = [Server(model, "--attention-backend", "diffxkv") for _ in range(2)]
+    with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
+        for server in servers:
+            stack.callback(server.stop)
+        list(pool.map(Server.__enter__, servers))
+        for server in servers:
+            (told,) = re.findall(
+                r"the pool takes ([\d.]+) GiB of the ([\d.]+) GiB that this host has available; "
+                "memory_bytes or --mem-fraction-static",
+                server.log_text(),
+            )
+            taken, available = map(float, told)
+            assert 0.1 * available < taken < 0.26 * available
+            assert server.stats()["bytes_total"] <= (taken + 0.01) * 2**30
+        first, second = (server.generate(TEXT * 9)["output_ids"] for server in servers)
+        assert len(first) == 16 and first == second

@@ -21,7 +21,7 @@ from torch import nn
 from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig
 from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.patches.model_validation import check_layers
-from sglang_diffxkv.patches.server_args import get_config, is_active
+from sglang_diffxkv.patches.server_args import fraction_is_given, get_config, is_active
 
 OURS = ("--attention-backend", "diffxkv")
 GPU = ("--device", "cuda")
@@ -291,6 +291,29 @@ def test_config_reaches_the_scheduler_process(model: str) -> None:
     publish(pickle.loads(pickle.dumps(server_args)), role="scheduler")
     assert is_active()
     assert get_config() == DiffXKVConfig(policy="lossless", window=128)
+
+
+@pytest.mark.usefixtures("own_context")
+@pytest.mark.parametrize("given", [None, 0.4])
+def test_whether_the_user_gave_a_fraction_reaches_the_scheduler(
+    model: str, given: float | None
+) -> None:
+    flags = () if given is None else ("--mem-fraction-static", str(given))
+    engine = ServerArgs(
+        model_path=model, device="cpu", attention_backend="diffxkv", mem_fraction_static=given
+    )
+    engine.resolve_once()
+    for server_args in (resolve(model, *OURS, *flags), engine):
+        publish(pickle.loads(pickle.dumps(server_args)), role="scheduler")
+        assert fraction_is_given() is (given is not None)
+
+
+def test_more_than_the_host_has_is_refused(model: str) -> None:
+    config = ("--diffxkv-config", '{"memory_bytes": "900TiB"}')
+    message = refusal(model, *OURS, *config, "--tp-size", "2")
+    assert "memory_bytes of 921600.0 GiB on each of 2 ranks" in message
+    assert "lower memory_bytes" in message
+    resolve(model, *OURS, *config, *GPU)
 
 
 @pytest.mark.usefixtures("own_context")

@@ -33,8 +33,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
     payload = high * rows(layout.high) + low * rows(layout.low)
     meta = high * metadata(layout.high) + low * metadata(layout.low)
     frame_bytes = ledger.frames_used * layout.frame_bytes
-    raw_bytes = store.raw_bytes(ledger.open_pages)
-    directory = store.directory.nbytes
+    raw_bytes = ledger.open_pages * store.raw.page_bytes
     sealed_tokens = max(1, ledger.sealed_pages * PAGE_TOKENS)
     return {
         "policy": store.policy.name,
@@ -49,9 +48,8 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
             "payload": payload,
             "metadata": meta,
             "slack": frame_bytes - payload - meta,
-            "directory": directory,
             "raw_pages": raw_bytes,
-            "overhead": store.bytes_in_use - frame_bytes - directory - raw_bytes,
+            "overhead": store.bytes_in_use - frame_bytes - raw_bytes,
         },
         "sealed_bytes_per_token_by_layer": [
             frames * layout.frame_bytes / sealed_tokens for frames in sums.frames

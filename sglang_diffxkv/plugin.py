@@ -25,9 +25,17 @@ def register() -> None:
 def _install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    from sglang_diffxkv.patches import forward, observability, pool, quality, server_args
+    from sglang_diffxkv.patches import (
+        check,
+        forward,
+        idle,
+        observability,
+        pool,
+        quality,
+        server_args,
+    )
 
-    for seam in (server_args, pool, forward, observability, quality):
+    for seam in (server_args, pool, forward, observability, check, idle, quality):
         seam.install()
 
     @register_attention_backend(server_args.BACKEND)
@@ -40,6 +48,7 @@ def _install() -> None:
         backend = _backend_class(model_runner)(model_runner)
         allocator = model_runner.token_to_kv_pool_allocator
         quality.follow_rows(model_runner.req_to_token_pool, allocator, backend.rows)
+        _prepare_kernels(backend)
         return backend
 
 
@@ -53,3 +62,12 @@ def _backend_class(model_runner: Any) -> Any:
     from sglang_diffxkv.backend import DiffXKVBackend
 
     return DiffXKVBackend
+
+
+def _prepare_kernels(backend: Any) -> None:
+    """Compile what runs on a CPU now: the first request would wait for it otherwise."""
+    from sglang_diffxkv.kernels.cpu.prebuild import load_all
+    from sglang_diffxkv.kernels.gpu.device import on_gpu
+
+    if not on_gpu(backend.req_to_token_pool.req_to_token):
+        load_all(scores=backend.store.policy.needs_scores)

@@ -176,9 +176,11 @@ def _pool(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         tier: sum(stat["tier_tokens"][tier] for stat in stats) for tier in ("high", "low", "pruned")
     }
     entries = max(1, sum(tiers.values()))
+    in_use = [stat["bytes_in_use"] for stat in stats]
+    dense = [stat["physical_compression"] * n for stat, n in zip(stats, in_use, strict=True)]
     sealed = sum(stat["sealed_pages"] for stat in stats) * PAGE_TOKENS
     return {
-        "physical_compression": sum(map(_dense, stats)) / sum(map(_taken, stats)),
+        "physical_compression": sum(dense) / sum(in_use),
         "kept_high": tiers["high"] / entries,
         "kept_low": tiers["low"] / entries,
         "pruned": tiers["pruned"] / entries,
@@ -186,21 +188,3 @@ def _pool(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
         # Counted since the server's start: any is too many.
         "under_pressure": stats[-1]["counters"]["sealed_under_pressure"],
     }
-
-
-def _dense(stat: dict[str, Any]) -> float:
-    """Bytes that SGLang's own pool takes for the tokens held."""
-    dense: float = stat["physical_compression"] * stat["bytes_in_use"]
-    return dense
-
-
-def _taken(stat: dict[str, Any]) -> float:
-    """Every byte that the pages held take.
-
-    An evaluation's pool is made far larger than what it holds, so that nothing is sealed early; of
-    the directory, which is as large as the pool, this counts the entries of the pages held.
-    """
-    directory = stat["bytes"]["directory"]
-    pages = stat["sealed_pages"] + stat["open_pages"]
-    taken: float = stat["bytes_in_use"] - directory * (1 - pages / stat["virtual_pages"])
-    return taken

@@ -138,7 +138,10 @@ class TierPolicy(ABC):
         """Learn from pages that are about to be sealed."""
 
     def on_idle(self) -> None:  # noqa: B027
-        """Nothing runs: do what has waited for that."""
+        """Nothing runs: begin what has waited for that, in a thread of its own where it takes long.
+
+        The next request may be here already.
+        """
 
     @property
     def expected_fill(self) -> float:

@@ -49,6 +49,8 @@ class PlanLearner:
         self._thread: ThreadPoolExecutor | None = None
         self.unsaved_pages = 0
         """Sketched since the plan was written to `save_plan`."""
+        self._saving = 0
+        """Of these, those that are being written."""
         self.plan: Plan | None = None
         if config.plan is not None:
             number, found = load_sketch(Path(config.plan), Shape.of(layout, num_layers))
@@ -84,6 +86,8 @@ class PlanLearner:
         if self._solving is None or not self._solving.done():
             return
         solved, self._solving = self._solving, None
+        self.unsaved_pages -= self._saving
+        self._saving = 0
         try:
             plan = solved.result()
         except Exception:
@@ -93,18 +97,10 @@ class PlanLearner:
             self.plan = plan
 
     def on_idle(self) -> None:
-        """Where plans are saved, a server at rest saves what it knows."""
+        """Where plans are saved, a server at rest begins to save what it knows."""
         self.take_over()
-        if self._config.save_plan is None or not self.unsaved_pages or self._sketch is None:
-            return
-        sketch = self._sketch.copy()
-        self.plan = self._next_plan(sketch, self.plan)
-        path = Path(self._config.save_plan).expanduser()
-        try:
-            self._solve(self.plan.number, sketch).save(path)
-        except OSError as error:
-            log.error("diffxkv: the plan cannot be written to %s: %s", path, error)
-        self.unsaved_pages = 0
+        if self._config.save_plan is not None and self.unsaved_pages and self._start(saves=True):
+            self._saving = self.unsaved_pages
 
     def wait(self) -> None:
         """Until the plan that is being solved is there, and used."""
@@ -112,13 +108,26 @@ class PlanLearner:
             self._solving.exception()
         self.take_over()
 
-    def _start(self) -> bool:
+    def _start(self, *, saves: bool = False) -> bool:
+        """Begin to solve the next plan, and to save it, unless one is being solved."""
         if self._sketch is None or self._solving is not None:
             return False
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffxkv-plan")
-        self._solving = self._thread.submit(self._next_plan, self._sketch.copy(), self.plan)
+        work = self._next_and_save if saves else self._next_plan
+        self._solving = self._thread.submit(work, self._sketch.copy(), self.plan)
         return True
+
+    def _next_and_save(self, sketch: ImportanceSketch, plan: Plan | None) -> Plan:
+        assert self._config.save_plan is not None
+        plan = self._next_plan(sketch, plan)
+        path = Path(self._config.save_plan).expanduser()
+        try:
+            # Of all that is known, also where that is no reason for another plan.
+            self._solve(plan.number, sketch).save(path)
+        except OSError as error:
+            log.error("diffxkv: the plan cannot be written to %s: %s", path, error)
+        return plan
 
     def _next_plan(self, sketch: ImportanceSketch, plan: Plan | None) -> Plan:
         """A new plan if traffic has drifted, else the old one."""

@@ -48,6 +48,11 @@ class RawPages:
         tensors = [*self.keys, *self.values, self.scores, self.counts, self.page, self.stack]
         return sum(t.nbytes for t in tensors)
 
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one raw page, with all that belongs to it."""
+        return self.nbytes // self.page.numel()
+
     @staticmethod
     def bytes_per_slot(num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of one raw page, its scores and its bookkeeping, for sizing."""

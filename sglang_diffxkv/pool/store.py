@@ -342,19 +342,24 @@ class PageStore:
         meter = 0 if self.retention is None else self.retention.nbytes
         return tables + meter + self.policy.nbytes + self.plan.workspace.nbytes
 
-    def raw_bytes(self, pages: int) -> int:
-        """Bytes of so many raw pages, with all that belongs to them."""
-        return pages * self.raw.nbytes // (self.plan.raw_pages + 1)
+    def page_bytes(self, frames: int, raw_pages: int) -> int:
+        """Bytes of so many frames and raw pages, with the latter's scores."""
+        return frames * self.layout.frame_bytes + raw_pages * self.raw.page_bytes
 
     @property
     def bytes_in_use(self) -> int:
-        """Every byte allocated but free frames and free raw pages, which can hold more tokens."""
-        frames = self.plan.frames - self.ledger.frames_used
-        raw = self.raw_bytes(self.ledger.raw_free)
-        return self.nbytes - frames * self.layout.frame_bytes - raw
+        """Of all bytes allocated, those that serve what is held.
+
+        Frames and raw pages in use, and of everything else (directory, free lists, workspace, what
+        policies keep) the same share as of all frames and raw pages: so nothing that is allocated
+        goes uncounted, and a pool that is larger than its content says the same of it.
+        """
+        ledger, plan = self.ledger, self.plan
+        used = self.page_bytes(ledger.frames_used, ledger.open_pages)
+        return round(used * self.nbytes / self.page_bytes(plan.frames, plan.raw_pages))
 
     @property
     def physical_compression(self) -> float:
         """What SGLang's own pool takes for the tokens held, over the bytes in use for them here."""
         dense = self.ledger.tokens_held * (self.plan.dense_page_bytes // PAGE_TOKENS)
-        return dense / self.bytes_in_use
+        return dense / max(1, self.bytes_in_use)

@@ -89,6 +89,11 @@ class Server(ServerProcess):
         """GET /diffxkv/stats."""
         return self.get("/diffxkv/stats").json()
 
+    def violations(self) -> list[str]:
+        """POST /diffxkv/check: what is wrong with the pool, by all of its tables."""
+        found: list[str] = self.post("/diffxkv/check", {}).json()["violations"]
+        return found
+
     def server_info(self) -> Json:
         return self.get("/server_info").json()
 

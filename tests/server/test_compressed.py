@@ -6,6 +6,7 @@ import random
 import socket
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,9 +93,11 @@ def test_stats_everywhere_agree(server: Server) -> None:
     server.generate_many([{"prompt": p, "max_new_tokens": 4} for p in mixed_prompts(13, 24, 900)])
     stats = server.stats()
     assert server.server_info()["internal_states"][0]["diffxkv"] == stats
-    parts = stats["bytes"]
-    assert sum(parts.values()) == stats["bytes_in_use"] <= stats["bytes_total"] <= 24 << 20
-    assert min(parts.values()) >= 0
+    parts, tiers = stats["bytes"], stats["tier_tokens"]
+    assert parts["payload"] == 192 * tiers["high"] + 96 * tiers["low"]  # K8V4, K4V2 of 128
+    assert parts["metadata"] == 10 * (tiers["high"] + tiers["low"])
+    assert stats["bytes_in_use"] <= stats["bytes_total"] <= 24 << 20
+    assert 0 < parts["overhead"] < 0.2 * stats["bytes_in_use"]
     assert parts["slack"] <= 0.05 * (parts["payload"] + parts["metadata"] + parts["slack"])
     entries = stats["sealed_pages"] * PAGE * 3 * 2  # layers, KV heads
     assert sum(stats["tier_tokens"].values()) == entries
@@ -121,9 +124,9 @@ def test_token_usage_is_of_bytes(server: Server) -> None:
     begin = len(server.log_text())
     server.generate_many(items, workers=24)
     lines = [line for line in server.log_text()[begin:].splitlines() if "token usage: " in line]
-    assert max(float(line.split("token usage: ")[1][:4]) for line in lines) > 0.8
+    assert max(float(line.split("token usage: ")[1][:4]) for line in lines) > 0.7
     stats = server.stats()
-    assert stats["tokens_held"] / (stats["virtual_pages"] * PAGE) < 0.8
+    assert stats["tokens_held"] / (stats["virtual_pages"] * PAGE) < 0.7
 
 
 def test_chat_schema_stream_and_samples(server: Server) -> None:
@@ -170,7 +173,15 @@ def test_pressure_with_compression(server: Server) -> None:
     items = [
         {"prompt": p, "max_new_tokens": rng.randint(1, 150)} for p in mixed_prompts(15, 100, 1500)
     ]
-    answers = server.generate_many(items, workers=32)
+    with ThreadPoolExecutor(1) as pool:
+        answering = pool.submit(server.generate_many, items, workers=32)
+        checks = 0
+        while not answering.done():  # the pool's state adds up between any two steps
+            assert server.violations() == []
+            checks += 1
+            time.sleep(0.5)
+        answers = answering.result()
+    assert checks > 3
     for item, answer in zip(items, answers, strict=True):
         assert len(answer["output_ids"]) == item["max_new_tokens"]
     assert server.stats()["counters"]["sealed_under_pressure"] > 0

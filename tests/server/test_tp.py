@@ -122,8 +122,8 @@ def test_statistics_are_of_the_first_rank(compressed: Server) -> None:
     stats = compressed.stats()
     assert isinstance(stats, dict)
     parts = stats["bytes"]
-    assert sum(parts.values()) == stats["bytes_in_use"] <= stats["bytes_total"] <= 9 << 20
-    assert min(parts.values()) >= 0
+    assert stats["bytes_in_use"] <= stats["bytes_total"] <= 9 << 20
+    assert parts["overhead"] < 0.2 * stats["bytes_in_use"]
     entries = stats["sealed_pages"] * PAGE * 3  # layers, of one KV head each
     assert sum(stats["tier_tokens"].values()) == entries
     # Pages are charged for what the rank takes that has most of them, and each has most of some.

@@ -60,9 +60,10 @@ def assert_same_outputs(
 
 
 def assert_healthy(server: Server) -> None:
-    """Alive, and neither SGLang's leak checks nor our byte accounting complained."""
+    """Alive, the pool's tables add up, and neither leak checks nor byte accounting complained."""
     assert server.is_alive()
     log = server.log_text()
     # byte accounting is reported as a leak of the pool "pool-bytes"
     for complaint in ("leak detected", "Mem Check", "hit an exception"):
         assert complaint not in log, f"{complaint!r} in {server.log}"
+    assert server.violations() == []

@@ -87,29 +87,25 @@ def test_score():
     cell = Cell("vt", 100, prompts)
     full = CellAnswers([answer("a is b", 1)] * 4, [])
     texts = ["a is b", " a  is b\n", "b then a", "no"]
+    stats = {
+        "physical_compression": 2.0,
+        "bytes_in_use": 1000,
+        "sealed_pages": 3,
+        "open_pages": 1,
+        "tokens_held": 250,
+        "tier_tokens": {"high": 5, "low": 3, "pruned": 2},
+        "counters": {"sealed_under_pressure": 0},
+    }
     given = CellAnswers(
         [answer(text, first, 2) for text, first in zip(texts, (1, 1, 2, 2), strict=True)],
-        [
-            {
-                "physical_compression": 2.0,
-                "bytes_in_use": 1000,
-                "bytes": {"directory": 400},
-                "virtual_pages": 100,
-                "sealed_pages": 3,
-                "open_pages": 1,
-                "tokens_held": 250,
-                "tier_tokens": {"high": 5, "low": 3, "pruned": 2},
-                "counters": {"sealed_under_pressure": 0},
-            }
-        ]
-        * 2,
+        [stats, stats | {"physical_compression": 4.0, "bytes_in_use": 500}],
     )
     full = full._replace(
         answers=[a._replace(distributions=a.distributions * 2) for a in full.answers]
     )
     row = score(Variant("diffkv", VARIANTS["diffkv"]), cell, given, full)
     assert (row.exact_match, row.recall, row.agreement) == (0.5, 0.75, 0.5)
-    assert row.physical_compression == pytest.approx(2000 / (600 + 400 * 4 / 100))
+    assert row.physical_compression == pytest.approx((2000 + 2000) / (1000 + 500))
     assert (row.kept_high, row.kept_low, row.pruned) == (0.5, 0.3, 0.2)
     assert row.sealed == pytest.approx(3 * PAGE_TOKENS / 250)
     assert row.cached == 0.64

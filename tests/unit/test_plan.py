@@ -223,10 +223,12 @@ def test_saves_at_rest(tmp_path: Path) -> None:
     assert load_sketch(path, Shape.of(LAYOUT, LAYERS))[0] == 1
     path.unlink()
     found.on_idle()  # nothing new
+    found.wait()
     assert not path.exists()
     first = found.plan
     found.observe(*traffic(5, seed=1))
     found.on_idle()
+    found.wait()
     assert found.plan is first  # the same traffic, but all of it in the file
     number, sketch = load_sketch(path, Shape.of(LAYOUT, LAYERS))
     assert number == 1 and float(sketch.tokens[0, 0].sum()) > 1.8 * float(
@@ -240,6 +242,8 @@ def test_a_plan_that_cannot_be_saved_is_used_all_the_same(
     found = learner(LAYOUT, save_plan=str(tmp_path / "nowhere" / "plan.json"), learn_share=1.0)
     found.observe(*traffic(5))
     found.on_idle()
+    assert found.plan is None, "nobody waits for it"
+    found.wait()
     assert found.plan is not None
     assert "the plan cannot be written" in caplog.text
 

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam: a server at rest lets its policy do what has waited for that."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+
+
+def _rest(result: Any, self: Any) -> None:
+    allocator = self.scheduler.token_to_kv_pool_allocator
+    if isinstance(allocator, DiffXKVAllocator):
+        allocator.store.policy.on_idle()
+
+
+def install() -> None:
+    reporter = "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter"
+    hook(f"{reporter}._maybe_log_idle_metrics", _rest, HookType.AFTER, ())

@@ -97,9 +97,7 @@ def _compiler() -> tuple[str, str] | None:
 
 def _cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(base) / "sglang-diffxkv"
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return path
+    return Path(base) / "sglang-diffxkv"
 
 
 def _flags(isa: str) -> list[str]:
@@ -150,25 +148,35 @@ def _share_torch_openmp() -> None:
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
+def _library_path(name: str, sources: Sequence[Path], isa: str, version: str) -> Path:
+    return _cache_dir() / f"{name}-{isa}-{_digest(sources, _flags(isa), version)}.so"
+
+
 @functools.cache
 def _load(name: str, sources: tuple[Path, ...], isa: str) -> ctypes.CDLL | None:
     compiler = _compiler()
     if compiler is None:
         return None
     path, version = compiler
-    flags = _flags(isa)
     try:
-        cache = _cache_dir()
-        library = cache / f"{name}-{isa}-{_digest(sources, flags, version)}.so"
+        library = _library_path(name, sources, isa, version)
+        library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not library.exists():
-            with _locked(cache / f"{name}-{isa}.lock"):
+            with _locked(library.with_name(f"{name}-{isa}.lock")):
                 if not library.exists():
-                    _compile(path, flags, sources, library)
+                    _compile(path, _flags(isa), sources, library)
         _share_torch_openmp()
         return ctypes.CDLL(str(library))
     except (OSError, RuntimeError) as error:
         logger.warning("CPU kernel %s (%s) falls back to torch: %s", name, isa, error)
         return None
+
+
+def is_built(name: str, sources: Sequence[Path]) -> bool:
+    """Whether `load_library` has nothing to compile: it is in the cache, or cannot be compiled."""
+    isa = cpu_isa()
+    compiler = None if isa == "none" else _compiler()
+    return compiler is None or _library_path(name, sources, isa, compiler[1]).exists()
 
 
 def load_library(name: str, sources: Sequence[Path]) -> ctypes.CDLL | None:

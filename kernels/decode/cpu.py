@@ -16,7 +16,8 @@ from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.layout import PageLayout
 
 LOG2_E = math.log2(math.e)
-_SOURCES = (Path(__file__).parent / "cpu.cpp",)
+LIBRARY = "decode", (Path(__file__).with_name("cpu.cpp"),)
+"""Its name and sources."""
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _SEALED = (_P, _I, _I, _P, _P, _I, _P, _I, _P, _P, _P, _I, _P, _P, _I)
@@ -111,5 +112,5 @@ def _bind(library: ctypes.CDLL) -> DecodeKernels:
 
 def kernels() -> DecodeKernels | None:
     """The compiled kernels for the instruction set in use; None without a compiler."""
-    library = load_library("decode", _SOURCES)
+    library = load_library(*LIBRARY)
     return None if library is None else _bind(library)

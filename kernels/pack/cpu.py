@@ -12,12 +12,13 @@ from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, layout_words, pointer, t
 from sglang_diffxkv.kernels.cpu.build import load_library
 from sglang_diffxkv.kernels.layout import PageLayout
 
-_SOURCES = (Path(__file__).with_name("cpu.cpp"),)
+LIBRARY = "pack", (Path(__file__).with_name("cpu.cpp"),)
+"""Its name and sources."""
 
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where there is no compiler (see `cpu.build`)."""
-    return load_library("pack", _SOURCES)
+    return load_library(*LIBRARY)
 
 
 def pack(

@@ -14,7 +14,8 @@ from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, pointer, threads
 from sglang_diffxkv.kernels.cpu.build import load_library
 
 LOG2_E = math.log2(math.e)
-_SOURCES = (Path(__file__).parent / "cpu.cpp",)
+LIBRARY = "score", (Path(__file__).with_name("cpu.cpp"),)
+"""Its name and sources."""
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _SCORE = (_P, _P, _P, _P, _I, _I, _I, _I, _P, _I, _I, _P, _P, _P, _P, _I, _I)
@@ -70,5 +71,5 @@ def _bind(library: ctypes.CDLL) -> ScoreKernel:
 
 def kernel() -> ScoreKernel | None:
     """The compiled kernel for the instruction set in use; None without a compiler."""
-    library = load_library("score", _SOURCES)
+    library = load_library(*LIBRARY)
     return None if library is None else _bind(library)

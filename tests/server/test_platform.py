@@ -91,9 +91,13 @@ def test_bfloat16_and_single_token_pages(make_model: Callable[..., Path]) -> Non
         assert second["meta_info"]["cached_tokens"] == len(prompt) - 1
 
 
-def test_servers_that_are_told_nothing_leave_memory_to_others(model: Path) -> None:
-    """Two that start at once, each with all of the host to itself as far as SGLang knows."""
-    servers = [Server(model, "--attention-backend", "diffxkv") for _ in range(2)]
+def test_servers_that_are_told_nothing_leave_memory_to_others(model: Path, tmp_path: Path) -> None:
+    """Two that start at once, each with all of the host to itself as far as SGLang knows.
+
+    They find no compiled kernels, and have them before they say that they are ready.
+    """
+    env = {"XDG_CACHE_HOME": str(tmp_path)}
+    servers = [Server(model, "--attention-backend", "diffxkv", env=env) for _ in range(2)]
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         for server in servers:
             stack.callback(server.stop)
@@ -107,5 +111,9 @@ def test_servers_that_are_told_nothing_leave_memory_to_others(model: Path) -> No
             taken, available = map(float, told)
             assert 0.1 * available < taken < 0.26 * available
             assert server.stats()["bytes_total"] <= (taken + 0.01) * 2**30
+        logs = [x.log_text() for x in servers if "diffxkv: compiled C++ kernels" in x.log_text()]
+        assert logs and all(x.index(" C++ kernels (") < x.index("ready to roll") for x in logs)
+        built = sorted(tmp_path.rglob("*.so"))
         first, second = (server.generate(TEXT * 9)["output_ids"] for server in servers)
+        assert len(built) == 3 and sorted(tmp_path.rglob("*.so")) == built
         assert len(first) == 16 and first == second

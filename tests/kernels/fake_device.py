@@ -8,8 +8,10 @@ the one device that torch lets anybody make tensors of.
 from __future__ import annotations
 
 import importlib
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,10 @@ _LAUNCHING += ["sglang_diffxkv.kernels.extend.triton"]
 _CACHES = (hadamard, caps._size_table)
 """Of tensors by device."""
 _MOVES = ("aten::copy_", "aten::_to_copy")
+_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+"""Operations whose result, or its shape, is for the host; and all whose name has `_UNIQUE` in it."""
+_UNIQUE = "unique"
+_waits: list[str] = []
 _INDEXES = ("aten::index", "aten::index_put_", "aten::index_put")
 
 
@@ -51,6 +57,7 @@ class OnDevice(torch.Tensor):
         return made
 
     def tolist(self) -> Any:
+        _note_wait("tolist")
         return self.host.tolist()
 
     def __repr__(self) -> str:
@@ -83,11 +90,14 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     _check(name, args, kwargs)
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     target = kwargs.get("device")
+    waits_for = _makes_the_host_wait(name, args, kwargs)
     if target is None:
         on_device = any(isinstance(x, OnDevice) for x in given)
     else:
         on_device = torch.device(target).type == DEVICE
-        kwargs = {**kwargs, "device": "cpu"}
+        kwargs = {**kwargs, "device": torch.device("cpu")}
+    if waits_for and any(isinstance(x, OnDevice) for x in given):
+        _note_wait(name)
     out = func(*tree_map(_host, args), **tree_map(_host, kwargs))
     if func._schema.is_mutable:
         return args[0]
@@ -105,6 +115,32 @@ def _check(name: str, args: Any, kwargs: dict[str, Any]) -> None:
     hosts = [x for x in given if not isinstance(x, OnDevice) and x.dim()]
     if hosts and any(isinstance(x, OnDevice) for x in given):
         raise RuntimeError(f"{name}: a tensor of the host, {tuple(hosts[0].shape)}, and the device")
+
+
+def _makes_the_host_wait(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+    """As CUDA has it: values are asked for, or a shape depends on some."""
+    if name in _MOVES:
+        if name == "aten::copy_":
+            return not isinstance(args[0], OnDevice)
+        return torch.device(kwargs.get("device") or DEVICE).type == "cpu"
+    if name in _INDEXES:
+        indices = [x for x in args[1] if isinstance(x, torch.Tensor)]
+        return any(x.dtype == torch.bool for x in indices)
+    return name in _WAITS or _UNIQUE in name
+
+
+def _note_wait(name: str) -> None:
+    """With the line that it happens in, torch's own left out."""
+    stack = [x for x in traceback.extract_stack() if "/torch/" not in x.filename]
+    callers = [x for x in stack if x.filename != __file__]
+    _waits.append(f"{name} in {Path(callers[-1].filename).name}:{callers[-1].lineno}")
+
+
+@contextmanager
+def waits() -> Iterator[list[str]]:
+    """Within this context: the operations that would wait for a GPU, in order."""
+    _waits.clear()
+    yield _waits
 
 
 def _host(x: Any) -> Any:

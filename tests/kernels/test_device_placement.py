@@ -64,6 +64,7 @@ class Server:
         backend.decode = DeviceDecode(store, self.table, WINDOW)
         backend.decode_step = backend.decode_batch = backend.forward_metadata = None
         self.lens = [0, 0]
+        self._checks = True
         self.rows = torch.tensor([2, 1], device=DEVICE)
 
     def _write(self, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -98,7 +99,9 @@ class Server:
         self.backend.init_forward_metadata(batch)
         self._forward(3, batch)
 
-    def decode(self) -> None:
+    def decode(self, checks: bool = True) -> None:
+        """One token for both; ``checks``: look at the output, which is to wait for it."""
+        self._checks = checks
         before = torch.tensor(self.lens)
         assert self.allocator.check_decode_capacity(num_tokens=128, tree_cache=self.cache)
         loc = self.allocator.alloc_decode((before + 1).to(DEVICE), before + 1, self._last(before))
@@ -114,7 +117,7 @@ class Server:
         """A forward pass over new tokens, at the virtual slots ``loc``."""
         begin = 0
         for i, (row, old, length) in enumerate(
-            zip(self.rows.tolist(), self.lens, lens.tolist(), strict=True)
+            zip(self.rows.host.tolist(), self.lens, lens.tolist(), strict=True)
         ):
             self.table[row, old:length] = loc[begin : begin + length - old].int()
             begin, self.lens[i] = begin + length - old, length
@@ -142,7 +145,8 @@ class Server:
             qkv = torch.randn(tokens, 4 * HEADS * DIM, device=DEVICE).bfloat16()
             q, k, v = qkv.split([2 * HEADS * DIM, HEADS * DIM, HEADS * DIM], dim=1)
             out = attend(q, k, v, layer, batch)
-            assert out.shape == q.shape and bool(out.isfinite().all())
+            assert out.shape == q.shape
+            assert not self._checks or bool(out.isfinite().all())
 
 
 @pytest.mark.usefixtures("device")

@@ -20,8 +20,9 @@ Servers = dict[str, Server]
 Samples = dict[str, list[float]]
 Prompts = list[list[int]]
 
-PAUSE_S = 1.2
-"""An idle scheduler sleeps for a second at a time, and checks its pool in between."""
+PAUSES_S = (1.2, 2.2)
+"""An idle scheduler sleeps for a second at a time, and checks its pool in between. Pauses differ by
+as much, so that requests come at any moment of that."""
 BUSY, BATCH = 4, 8
 BUSY_TOKENS = 768
 """More than any load waits for: what is left is aborted."""
@@ -44,10 +45,11 @@ def lone(servers: Servers, rng: random.Random, samples: int) -> Samples:
 
 
 def after_idle(servers: Servers, rng: random.Random, samples: int) -> Samples:
-    """One-token requests to a server that has had none for `PAUSE_S`."""
+    """One-token requests to a server that has had none for one of `PAUSES_S`."""
     found: Samples = {name: [] for name in servers}
     for prompt in short_prompts(rng, samples):
-        time.sleep(PAUSE_S)  # for all of them: each then waits for the others' answers too
+        # For all of them: each then waits for the others' answers too.
+        time.sleep(rng.uniform(*PAUSES_S))
         for name, server in servers.items():
             found[name] += _answer_times(server, [prompt])
     return found
@@ -90,7 +92,7 @@ def state(servers: Servers, rng: random.Random, samples: int) -> Samples:
 
 LOADS = {
     "lone": Load("one token, back to back", 40, lone),
-    "after_idle": Load(f"one token, after {PAUSE_S} s of idleness", 7, after_idle),
+    "after_idle": Load("one token, after {} to {} s of idleness".format(*PAUSES_S), 7, after_idle),
     "under_load": Load(f"one token, while {BUSY} others generate", 24, under_load),
     "decode": Load(f"decode step, {BATCH} requests", 120, decode),
     "state": Load("`/server_info` of stock, `/diffxkv/stats` of diffxkv", 16, state),

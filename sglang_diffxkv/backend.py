@@ -11,7 +11,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, merge
 from sglang_diffxkv.kernels.extend import OpenPrefill, extend_sealed
-from sglang_diffxkv.kernels.layout import PageLayout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import score_open
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
@@ -50,6 +50,7 @@ class StepMetadata(NamedTuple):
         seq_lens, prefix_lens: int64 [B], with and without this step's tokens.
         q_indptr: int32 [B + 1], new tokens of each sequence.
         prefill: attention over the open pages of a prefill; None in a decode step.
+        nothing_to_seal: whether no sequence has a full page that has been scored.
     """
 
     pages: BatchPages
@@ -59,6 +60,7 @@ class StepMetadata(NamedTuple):
     prefix_lens: torch.Tensor
     q_indptr: torch.Tensor
     prefill: OpenPrefill | None
+    nothing_to_seal: bool
 
 
 class DiffXKVBackend(AttentionBackend):
@@ -94,12 +96,9 @@ class DiffXKVBackend(AttentionBackend):
         fb, store = forward_batch, self.store
         seq_lens = fb.seq_lens.long()
         is_decode = fb.forward_mode.is_decode()
+        longest = int(fb.seq_lens_cpu.max())
         pages = gather_pages(
-            store,
-            self.req_to_token_pool.req_to_token,
-            fb.req_pool_indices,
-            seq_lens,
-            int(fb.seq_lens_cpu.max()),
+            store, self.req_to_token_pool.req_to_token, fb.req_pool_indices, seq_lens, longest
         )
         prefix_lens = seq_lens - 1 if is_decode else fb.extend_prefix_lens.long()
         queries = None
@@ -110,6 +109,9 @@ class DiffXKVBackend(AttentionBackend):
             queries = extend_queries(
                 prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries, policy.sample
             )
+        scored = longest
+        if policy.needs_scores:
+            scored = longest - 1 if is_decode else max(fb.extend_prefix_lens_cpu)
         store.begin_step(decodes=is_decode or self.is_mixed)
         note_use(store, pages, seq_lens, self.config.window)
         if self.rows.asked and self.rids:
@@ -138,6 +140,7 @@ class DiffXKVBackend(AttentionBackend):
             prefix_lens=prefix_lens,
             q_indptr=q_indptr,
             prefill=prefill,
+            nothing_to_seal=scored < PAGE_TOKENS,
         )
 
     def forward_extend(
@@ -256,4 +259,6 @@ class DiffXKVBackend(AttentionBackend):
         if step.queries is not None:
             count_scores(self.store, step.pages, step.queries)
             scored_lens = step.prefix_lens
+        if step.nothing_to_seal:
+            return
         self.store.seal(*pages_to_seal(self.store, step.pages, scored_lens))

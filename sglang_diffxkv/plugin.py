@@ -29,13 +29,15 @@ def _install() -> None:
         check,
         forward,
         idle,
+        input_buffers,
         observability,
         pool,
         quality,
         server_args,
     )
 
-    for seam in (server_args, pool, forward, observability, check, idle, quality):
+    seams = (server_args, pool, input_buffers, forward, observability, check, idle, quality)
+    for seam in seams:
         seam.install()
 
     @register_attention_backend(server_args.BACKEND)

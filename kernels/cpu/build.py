@@ -63,9 +63,10 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(flags.split())
 
 
-def available_isas() -> list[str]:
+@functools.cache
+def available_isas() -> tuple[str, ...]:
     """Members of ISAS that this CPU can run, best first."""
-    return [isa for isa in ISAS if _NEEDS[isa] <= _cpu_flags()]
+    return tuple(isa for isa in ISAS if _NEEDS[isa] <= _cpu_flags())
 
 
 def cpu_isa() -> str:
@@ -78,7 +79,9 @@ def cpu_isa() -> str:
     if not forced:
         return available_isas()[0]
     if forced != "none" and forced not in available_isas():
-        raise ValueError(f"{ISA_VARIABLE}={forced}: this CPU offers {available_isas()} or none")
+        raise ValueError(
+            f"{ISA_VARIABLE}={forced}: this CPU offers {list(available_isas())} or none"
+        )
     return forced
 
 

@@ -9,6 +9,7 @@ it in one pass; `prefill` prefers FlashInfer.
 from __future__ import annotations
 
 from bisect import bisect_left
+from typing import NamedTuple
 
 import torch
 
@@ -58,22 +59,63 @@ def extend_open(
         return triton.extend_open(
             q, q_indptr, q_position, k_raw, v_raw, indptr, slots, page_position, sm_scale
         )
+    sequences = list_sequences(q_indptr, q_position, indptr, slots, page_position)
+    return attend_sequences(q, k_raw, v_raw, sequences, sm_scale)
+
+
+class OpenSequence(NamedTuple):
+    """New tokens of one sequence, and the open pages that they attend to.
+
+    Attributes:
+        rows: of the batch's queries. prior: tokens in ``slots`` before the first new one.
+        slots: int64 [n], raw pages up to that of the last new token.
+    """
+
+    rows: slice
+    prior: int
+    slots: torch.Tensor
+
+
+def list_sequences(
+    q_indptr: torch.Tensor,
+    q_position: torch.Tensor,
+    indptr: torch.Tensor,
+    slots: torch.Tensor,
+    page_position: torch.Tensor,
+) -> list[OpenSequence]:
+    """What all layers of a step share, on the host; arguments as in `extend_open`.
+
+    Raises:
+        ValueError: a page of new tokens is not listed.
+    """
+    sequences = []
+    queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()
+    positions, slots = page_position.tolist(), slots.long()
+    for b, start in enumerate(starts):
+        rows = slice(queries[b], queries[b + 1])
+        if rows.start == rows.stop:
+            continue
+        new = rows.stop - rows.start
+        prior = _tokens_before(positions[bounds[b] : bounds[b + 1]], start, new)
+        used = slots[bounds[b] : bounds[b] + -(-(prior + new) // PAGE_TOKENS)]
+        sequences.append(OpenSequence(rows, prior, used))
+    return sequences
+
+
+def attend_sequences(
+    q: torch.Tensor,
+    k_raw: torch.Tensor,
+    v_raw: torch.Tensor,
+    sequences: list[OpenSequence],
+    sm_scale: float,
+) -> AttentionPart:
+    """Attention of one layer on the CPU; arguments as in `extend_open`."""
     parts = []
     dtype = compute_dtype(q.dtype)
-    queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()
-    positions = page_position.tolist()
-    for b, start in enumerate(starts):
-        mine = slice(queries[b], queries[b + 1])
-        if mine.start == mine.stop:
-            continue
-        new = mine.stop - mine.start
-        listed = positions[bounds[b] : bounds[b + 1]]
-        prior = _tokens_before(listed, start, new)
-        used = slots[bounds[b] : bounds[b] + -(-(prior + new) // PAGE_TOKENS)]
-        k, v = (
-            heads_first(raw[used].flatten(0, 1)[: prior + new], dtype) for raw in (k_raw, v_raw)
-        )
-        parts.append(_attend(q[mine], k, v, prior, sm_scale))
+    for rows, prior, slots in sequences:
+        tokens = prior + rows.stop - rows.start
+        k, v = (heads_first(raw[slots].flatten(0, 1)[:tokens], dtype) for raw in (k_raw, v_raw))
+        parts.append(_attend(q[rows], k, v, prior, sm_scale))
     return concat_parts(parts) if parts else empty_part(q)
 
 

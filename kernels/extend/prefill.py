@@ -9,7 +9,12 @@ import torch
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.extend import flashinfer
-from sglang_diffxkv.kernels.extend.open import extend_open
+from sglang_diffxkv.kernels.extend.open import (
+    OpenSequence,
+    attend_sequences,
+    extend_open,
+    list_sequences,
+)
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -40,6 +45,7 @@ class OpenPrefill:
         self._q_indptr, self._q_position = q_indptr, q_position
         self._indptr, self._slots, self._page_position = indptr, slots, page_position
         self._last_len = last_len
+        self._sequences: list[OpenSequence] | None = None
         self._planned: tuple[BatchPrefillWithPagedKVCacheWrapper, float] | None = None
 
     def run(
@@ -49,6 +55,16 @@ class OpenPrefill:
 
         The first layer plans for all. So does one whose scale differs from the last one's.
         """
+        if q.is_cpu:
+            if self._sequences is None:
+                self._sequences = list_sequences(
+                    self._q_indptr,
+                    self._q_position,
+                    self._indptr,
+                    self._slots,
+                    self._page_position,
+                )
+            return attend_sequences(q, k_raw, v_raw, self._sequences, sm_scale)
         if not flashinfer.supports(q):
             return extend_open(
                 q,

@@ -13,7 +13,10 @@ them from the end of the chunk. The baselines `snapkv` and `xkv` take the last o
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+
+Longs = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class SampledQueries(NamedTuple):
@@ -31,36 +34,33 @@ Sampler = Callable[[list[int], int], SampledQueries]
 """Takes the new tokens of each chunk and the most queries to sample of one."""
 
 
-def sample_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> SampledQueries:
+def sample_queries(extend_lens: Sequence[int], n: int) -> SampledQueries:
     """Sample up to `n` queries of each chunk: all of a shorter one, else one of every ``len / n``.
 
     Args:
-        extend_lens: [B] new tokens of each chunk; a tensor's device is the results' device, and
-            on an accelerator costs one synchronisation (S must be known): prefer the host's list.
+        extend_lens: [B] new tokens of each chunk.
         n: samples per chunk, at least 1.
     """
-    lens = torch.as_tensor(extend_lens, dtype=torch.int64)
-    taken = lens.clamp(max=n)
+    lens = np.asarray(extend_lens, dtype=np.int64)
+    taken = np.minimum(lens, n)
     chunk, nth = _members(taken)
     # Rounded down, so that the sample at nth = taken - 1 is the chunk's last query.
-    offsets = (nth + 1) * lens[chunk] // taken[chunk] - 1
-    return SampledQueries(_starts(lens)[chunk] + offsets, _starts(taken).to(torch.int32), offsets)
+    return _sampled(lens, taken, chunk, (nth + 1) * lens[chunk] // taken[chunk] - 1)
 
 
-def last_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> SampledQueries:
+def last_queries(extend_lens: Sequence[int], n: int) -> SampledQueries:
     """The last `n` queries of each chunk, all of a shorter one: SnapKV's observation window.
 
     Args:
         extend_lens, n: as for `sample_queries`.
     """
-    lens = torch.as_tensor(extend_lens, dtype=torch.int64)
-    taken = lens.clamp(max=n)
+    lens = np.asarray(extend_lens, dtype=np.int64)
+    taken = np.minimum(lens, n)
     chunk, nth = _members(taken)
-    offsets = (lens - taken)[chunk] + nth
-    return SampledQueries(_starts(lens)[chunk] + offsets, _starts(taken).to(torch.int32), offsets)
+    return _sampled(lens, taken, chunk, (lens - taken)[chunk] + nth)
 
 
-def spread_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> SampledQueries:
+def spread_queries(extend_lens: Sequence[int], n: int) -> SampledQueries:
     """Half of up to `n` queries from the end of each chunk, half evenly from before those.
 
     The end of a prompt is where its question is, which tells best what the answer will need; the
@@ -69,27 +69,29 @@ def spread_queries(extend_lens: Sequence[int] | torch.Tensor, n: int) -> Sampled
     Args:
         extend_lens, n: as for `sample_queries`; all of a chunk that is shorter.
     """
-    lens = torch.as_tensor(extend_lens, dtype=torch.int64)
-    late = lens.clamp(max=n // 2)
-    early = (lens - late).clamp(max=n - n // 2)
+    lens = np.asarray(extend_lens, dtype=np.int64)
+    late = np.minimum(lens, n // 2)
+    early = np.minimum(lens - late, n - n // 2)
     chunk, nth = _members(early + late)
-    early, late, lens = early[chunk], late[chunk], lens[chunk]
-    offsets = torch.where(
-        nth < early,
-        (nth + 1) * (lens - late) // early.clamp(min=1) - 1,
-        lens - late + nth - early,
-    )
-    starts = _starts(torch.as_tensor(extend_lens, dtype=torch.int64))
-    taken = torch.bincount(chunk, minlength=len(starts) - 1)
-    return SampledQueries(starts[chunk] + offsets, _starts(taken).to(torch.int32), offsets)
+    spread = (nth + 1) * (lens - late)[chunk] // np.maximum(early, 1)[chunk] - 1
+    offsets = np.where(nth < early[chunk], spread, (lens - late - early)[chunk] + nth)
+    return _sampled(lens, early + late, chunk, offsets)
 
 
-def _members(counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _members(counts: Longs) -> tuple[Longs, Longs]:
     """[B] to int64 [sum] twice: which chunk each sample is of, and its rank among that one's."""
-    chunk = torch.repeat_interleave(counts)
-    return chunk, torch.arange(len(chunk), device=counts.device) - _starts(counts)[chunk]
+    chunk = np.repeat(np.arange(len(counts)), counts)
+    return chunk, np.arange(len(chunk)) - _starts(counts)[chunk]
 
 
-def _starts(lens: torch.Tensor) -> torch.Tensor:
+def _starts(lens: Longs) -> Longs:
     """[B] to [B + 1]: exclusive cumulative sums and the total."""
-    return torch.nn.functional.pad(lens.cumsum(0), (1, 0))
+    return np.concatenate(([0], np.cumsum(lens)))
+
+
+def _sampled(lens: Longs, taken: Longs, chunk: Longs, offsets: Longs) -> SampledQueries:
+    return SampledQueries(
+        torch.from_numpy(_starts(lens)[chunk] + offsets),
+        torch.from_numpy(_starts(taken).astype(np.int32)),
+        torch.from_numpy(offsets),
+    )

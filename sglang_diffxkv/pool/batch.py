@@ -146,7 +146,9 @@ def extend_queries(
     indptr = sampled.indptr.to(prefix_lens.device)
     start = torch.repeat_interleave(prefix_lens, indptr.diff())
     position = sampled.offsets.to(prefix_lens.device) + start
-    return ScoringQueries.at(sampled.rows.to(prefix_lens.device), indptr, position)
+    every = len(sampled.rows) == sum(extend_lens)
+    rows = None if every else sampled.rows.to(prefix_lens.device)
+    return ScoringQueries.at(rows, indptr, position)
 
 
 def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -> None:

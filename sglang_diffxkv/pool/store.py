@@ -148,14 +148,15 @@ class PageStore:
         states = PageStates(d, pages)  # the one wait for the device
         if not (states.is_open | states.sealed).all():
             raise PageStateError("release: page is already free")
-        slots, frames = d.raw_slot[pages], d.frames[:, pages]
-        frames = frames.masked_fill(~d.sealed[pages][:, None], -1)
-        self.totals.add_payload(d.heads[:, pages], (frames >= 0).sum(2), sign=-1)
+        slots = d.raw_slot[pages]
+        if states.sealed.any():
+            frames = d.frames[:, pages].masked_fill(~d.sealed[pages][:, None], -1)
+            self.totals.add_payload(d.heads[:, pages], (frames >= 0).sum(2), sign=-1)
+            self.arena.give_back(frames)
         self.totals.by_quality.subtract(states.by_quality())
         self.totals.by_plan.subtract(states.by_plan())
         opened = torch.from_numpy(states.is_open.nonzero()[0]).to(pages.device)
         self.raw.give_back(slots[opened].long())
-        self.arena.give_back(frames)
         d.release(pages)
         share = states.sealed_share
         self.ledger.release(states.open_share(), share(demoted=False), share(demoted=True))
@@ -321,7 +322,7 @@ class PageStore:
             return
         if int(pages.min()) < 1 or int(pages.max()) > self.directory.num_pages:
             raise PageStateError("unknown page id")
-        if torch.unique(pages).numel() != pages.numel():
+        if pages.numel() > 1 and torch.unique(pages).numel() != pages.numel():
             raise PageStateError("page listed twice")
 
     def write_rows(self, loc: torch.Tensor) -> torch.Tensor:

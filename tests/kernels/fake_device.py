@@ -32,7 +32,7 @@ _CACHES = (hadamard, caps._size_table)
 """Of tensors by device."""
 _MOVES = ("aten::copy_", "aten::_to_copy")
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
-"""Operations whose result, or its shape, is for the host; and all whose name has `_UNIQUE` in it."""
+"""Their results, or the shapes of these, are for the host; so are those of all unique ones."""
 _UNIQUE = "unique"
 _waits: list[str] = []
 _INDEXES = ("aten::index", "aten::index_put_", "aten::index_put")

@@ -39,6 +39,7 @@ def test_windows_age_in_mixed_batches(mode: ForwardMode) -> None:
         seq_lens=batch.lens,
         seq_lens_cpu=batch.lens,
         extend_prefix_lens=batch.lens - 1,
+        extend_prefix_lens_cpu=(batch.lens - 1).tolist(),
         extend_seq_lens_cpu=[1, 1],
         out_cache_loc=batch.req_to_token[batch.rows, batch.lens - 1].long(),
     )

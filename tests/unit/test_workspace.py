@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sealing and demotion take no more memory beside the pool than is set aside for them."""
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.registry import POLICIES, make_policy
+from sglang_diffxkv.pool.demotion import demote
+from sglang_diffxkv.pool.integrity import check_integrity
+from sglang_diffxkv.pool.sizing import plan_pool
+from sglang_diffxkv.pool.store import PageStore
+from sglang_diffxkv.pool.workspace import MOST_BYTES, plan_workspace
+from tests.unit.memory import peak_bytes
+from tests.unit.pages import write
+from tests.unit.policies import config_of
+
+LAYERS, HEADS, DIM, PAGES = 6, 4, 128, 210
+SLACK = 64 << 10
+"""Tables of page ids and the like, which no workspace counts."""
+
+
+def full_store(policy: str, budget: int = 400 << 20, sequences: int = 3) -> PageStore:
+    """A store with `PAGES` open pages of random tokens, all full and scored."""
+    graded = make_policy(
+        config_of(policy), head_dim=DIM, num_kv_heads=HEADS, raw_itemsize=2, num_layers=LAYERS
+    )
+    plan = plan_pool(
+        budget - graded.nbytes,
+        graded.layout,
+        LAYERS,
+        graded.caps,
+        graded.expected_fill,
+        0.5,
+        virtual_slack=2.0,
+    )
+    store = PageStore(plan, graded.layout, graded, torch.bfloat16)
+    pages = torch.arange(1, PAGES + 1)
+    gen = torch.Generator().manual_seed(3)
+    store.open(pages)
+    slots = store.directory.raw_slot[pages].long()
+    for raw in (*store.raw.keys, *store.raw.values):
+        raw[slots] = torch.randn(raw[slots].shape, generator=gen).to(raw.dtype)
+    scores = torch.rand(LAYERS, PAGES, HEADS, PAGE_TOKENS, generator=gen)
+    store.raw.scores[:, slots] = 8 * scores**8
+    store.raw.counts[slots] = 8
+    position = torch.arange(PAGES) // sequences
+    write(store, pages, position, torch.full((PAGES,), (PAGES // sequences + 2) * PAGE_TOKENS))
+    return store
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sealing_many_pages_at_once_stays_in_the_workspace(policy: str) -> None:
+    store = full_store(policy)
+    pages, workspace = torch.arange(1, PAGES + 1), store.plan.workspace
+    assert workspace.graded_pages < PAGES / 2, "the test would show nothing"
+    peak = peak_bytes(lambda: store.seal(pages, torch.arange(PAGES) % 3))
+    assert peak <= workspace.nbytes + SLACK
+    if policy == "diffxkv":  # what it takes most for: the figures are not idle
+        assert peak > 0.7 * workspace.nbytes
+    assert store.ledger.sealed_pages == PAGES and check_integrity(store) == []
+    # Freeing them all looks at a bounded number at a time.
+    assert peak_bytes(lambda: store.release(pages)) < workspace.nbytes
+
+
+@pytest.mark.parametrize("policy", ["diffkv", "diffxkv"])
+def test_demotion_stays_in_the_workspace(policy: str) -> None:
+    store = full_store(policy)
+    pages = torch.arange(1, PAGES + 1)
+    store.seal(pages, torch.arange(PAGES) % 3)
+    batch = pages[: store.plan.workspace.demoted_pages]
+    for _ in (1, 2):
+        peak = peak_bytes(lambda: demote(store, batch))
+        assert 0 < peak <= store.plan.workspace.nbytes + SLACK
+    assert store.counters.demoted > 0
+
+
+def test_the_budget_holds_the_workspace() -> None:
+    store = full_store("diffxkv", budget=400 << 20)
+    assert store.nbytes <= 400 << 20
+    assert store.nbytes - store.plan.workspace.nbytes < 392 << 20
+
+
+def test_workspaces_stop_growing() -> None:
+    """32 layers of 8 KV heads of 128: a chunk of 2,048 tokens is graded together."""
+    layout = make_policy(
+        config_of("diffxkv"), head_dim=128, num_kv_heads=8, raw_itemsize=2, num_layers=32
+    ).layout
+    for budget in (100 << 30, 1 << 40):
+        workspace = plan_workspace(budget, layout, 32)
+        assert workspace.nbytes == MOST_BYTES <= 64 << 20
+        assert workspace.graded_pages >= 32
+    assert plan_workspace(64 << 20, layout, 32).graded_pages == 1

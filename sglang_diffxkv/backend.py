@@ -28,6 +28,7 @@ from sglang_diffxkv.pool.batch import (
 )
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.store import NotedQuality
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -114,10 +115,9 @@ class DiffXKVBackend(AttentionBackend):
             scored = longest - 1 if is_decode else max(fb.extend_prefix_lens_cpu)
         store.begin_step(decodes=is_decode or self.is_mixed)
         note_use(store, pages, seq_lens, self.config.window)
-        if self.rows.asked and self.rids:
-            ends = fb.seq_lens_cpu.tolist()
-            starts = [end - 1 for end in ends] if is_decode else fb.extend_prefix_lens_cpu
-            noted = self.rows.note_quality(self.rids, starts, ends)
+        starts = fb.seq_lens_cpu - 1 if is_decode else torch.tensor(fb.extend_prefix_lens_cpu)
+        noted = self._count_tokens(starts, fb.seq_lens_cpu)
+        if noted is not None:
             quality = self.rows.quality[fb.req_pool_indices]
             note_quality(store, pages, prefix_lens, quality, noted)
         lens = (seq_lens - prefix_lens).cumsum(0)
@@ -142,6 +142,23 @@ class DiffXKVBackend(AttentionBackend):
             prefill=prefill,
             nothing_to_seal=scored < PAGE_TOKENS,
         )
+
+    def _count_tokens(self, starts: torch.Tensor, ends: torch.Tensor) -> NotedQuality | None:
+        """Tell the ledger what this step writes.
+
+        Args:
+            starts, ends: int64 [B] on the host, tokens of each sequence before and after it.
+
+        Returns:
+            The pages opened for it by what was asked for; None where nobody asks for anything.
+        """
+        if not self.rids:
+            return None
+        full = ends // PAGE_TOKENS - starts // PAGE_TOKENS
+        self.store.ledger.write(int((ends - starts).sum()), full=int(full.sum()))
+        if not self.rows.asked:
+            return None
+        return self.rows.note_quality(self.rids, starts.tolist(), ends.tolist())
 
     def forward_extend(
         self,

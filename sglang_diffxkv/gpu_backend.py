@@ -69,7 +69,7 @@ class GPUBackend(DiffXKVBackend):
         real = fb.batch_size - getattr(fb, "num_padding", 0)
         batch = DecodeBatch(fb.req_pool_indices[:real], fb.seq_lens[:real], fb.seq_lens_cpu[:real])
         self.store.begin_step(decodes=True)
-        self._note_quality(batch, fb.out_cache_loc)
+        self._note_tokens(batch, fb.out_cache_loc)
         self.decode.tick(real)
         self.decode_batch = batch
 
@@ -77,12 +77,11 @@ class GPUBackend(DiffXKVBackend):
         fb = forward_batch
         self.decode_step = self.decode.begin(fb.req_pool_indices, fb.seq_lens, fb.out_cache_loc)
 
-    def _note_quality(self, batch: DecodeBatch, loc: torch.Tensor) -> None:
-        """Note what the requests asked for whose next page was opened for this step."""
-        if not (self.rows.asked and self.rids):
+    def _note_tokens(self, batch: DecodeBatch, loc: torch.Tensor) -> None:
+        """Count the step's tokens; note what they asked for whose next page was opened for it."""
+        noted = self._count_tokens(batch.seq_lens_cpu - 1, batch.seq_lens_cpu)
+        if noted is None:
             return
-        ends = batch.seq_lens_cpu.tolist()
-        noted = self.rows.note_quality(self.rids, [end - 1 for end in ends], ends)
         index = (batch.seq_lens_cpu % PAGE_TOKENS == 1).nonzero().flatten().to(loc.device)
         quality = self.rows.quality[batch.rows[index]]
         self.store.set_quality(loc[index] // PAGE_TOKENS, quality, noted)

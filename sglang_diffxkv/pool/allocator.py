@@ -54,13 +54,9 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         self.store.clear()
 
     def alloc(self, need_size: int) -> torch.Tensor | None:
-        pages = need_size // self.page_size
-        if not self._secure(pages):
+        if not self._secure(need_size // self.page_size):
             return None
-        out = self._opening(lambda: super(DiffXKVAllocator, self).alloc(need_size))
-        if out is not None:
-            self.store.ledger.hand_out(need_size, full=pages)
-        return out
+        return self._opening(lambda: super(DiffXKVAllocator, self).alloc(need_size))
 
     def alloc_extend(
         self,
@@ -78,7 +74,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
             )
         if not self._secure(num_new_pages):
             return None
-        out = self._opening(
+        return self._opening(
             lambda: super(DiffXKVAllocator, self).alloc_extend(
                 prefix_lens,
                 prefix_lens_cpu,
@@ -89,10 +85,6 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
                 num_new_pages,
             )
         )
-        if out is not None:
-            full = seq_lens_cpu // self.page_size - prefix_lens_cpu // self.page_size
-            self.store.ledger.hand_out(extend_num_tokens, full=int(full.sum()))
-        return out
 
     def alloc_decode(
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
@@ -100,13 +92,9 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         pages = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True)
         if not self._secure(pages):
             return None
-        out = self._opening(
+        return self._opening(
             lambda: super(DiffXKVAllocator, self).alloc_decode(seq_lens, seq_lens_cpu, last_loc)
         )
-        if out is not None:
-            full = int((seq_lens_cpu % self.page_size == 0).sum())
-            self.store.ledger.hand_out(len(seq_lens_cpu), full)
-        return out
 
     def _opening(self, alloc: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
         """Run an allocation of the base class, which takes pages from the list's front."""

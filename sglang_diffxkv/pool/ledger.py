@@ -45,7 +45,7 @@ class Ledger:
     full_pages: int = 0
     """Of the open pages, those that are full and may be sealed."""
     open_tokens: int = 0
-    """Token slots handed out in open pages."""
+    """Tokens written to open pages."""
     sealed_pages: int = 0
     frames_used: int = 0
     raw_only: int = 0
@@ -86,7 +86,7 @@ class Ledger:
 
     @property
     def tokens_held(self) -> int:
-        """Token slots of open and sealed pages that have been handed out."""
+        """Tokens of open and sealed pages."""
         return self.open_tokens + self.sealed_pages * PAGE_TOKENS
 
     @property
@@ -114,8 +114,8 @@ class Ledger:
             raise RuntimeError(f"{pages} pages asked for, {self.headroom} can be promised")
         self.open_pages += pages
 
-    def hand_out(self, tokens: int, full: int) -> None:
-        """Token slots of open pages were given out, the last ones of ``full`` pages among them."""
+    def write(self, tokens: int, full: int) -> None:
+        """A step writes tokens to open pages, of which it fills ``full``."""
         self.open_tokens += tokens
         self.full_pages += full
 

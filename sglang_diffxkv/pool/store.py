@@ -26,7 +26,7 @@ from sglang_diffxkv.pool.totals import Totals
 RAW_WINDOW = 1024
 """Raw pages that are searched at once for the coldest."""
 RAW_WINDOWS = 4
-"""How many times, until there is one that may be sealed."""
+"""How many times, before recent windows of running requests are sealed, too."""
 SPARE_SHARE = 1 / 64
 """Of the raw pages, sealed beyond what is asked for, so that it is not asked for each page."""
 DEMOTION_WINDOW = 4096
@@ -102,7 +102,7 @@ class PageStore:
         if policy.needs_scores:
             self.retention = RetentionMeter(policy, plan.num_layers, device)
         self.counters = Counters()
-        self._raw_hand = ClockHand(plan.raw_pages, RAW_WINDOW)
+        self.raw_hand = ClockHand(plan.raw_pages, RAW_WINDOW)
         self.demotion_hand = ClockHand(plan.virtual_pages, DEMOTION_WINDOW)
         self.checks_use = torch.device(device).type == "cpu"
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
@@ -273,8 +273,9 @@ class PageStore:
         if ledger.headroom >= headroom:
             return
         spare = 0 if include_window else int(self.plan.raw_pages * SPARE_SHARE)
-        for slots in self._raw_hand.windows(RAW_WINDOWS):
-            if not ledger.full_pages:
+        # The last resort goes on until it has found them: each that there is makes room.
+        for slots in self.raw_hand.windows(None if include_window else RAW_WINDOWS):
+            if not ledger.full_pages or ledger.headroom >= headroom:
                 return
             cold = self.sealable(slots, include_window)
             while ledger.headroom < headroom and cold.numel():

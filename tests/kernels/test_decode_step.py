@@ -43,7 +43,7 @@ class World:
             sealed.append(own[:n])
         self.store.open(torch.arange(3, next_page))
         first = torch.cat(sealed)
-        self.store.ledger.hand_out(len(first) * PAGE_TOKENS, full=len(first))
+        self.store.ledger.write(len(first) * PAGE_TOKENS, full=len(first))
         self.store.directory.filled[first] = PAGE_TOKENS
         self.store.seal(first)
         self.store.begin_step(decodes=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What allocator and backend tell a store of its open pages, for tests that have neither."""
+"""What a backend tells a store of its open pages, for tests that have none."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,11 +13,11 @@ from sglang_diffxkv.pool.store import NotedQuality, PageStore
 EVERY_SLOT = slice(None)
 
 
-def hand_out(store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
-    """Token slots of ``pages`` (int64 [N], distinct) are given out, up to ``filled`` of each."""
+def count(store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+    """Tokens are written to ``pages`` (int64 [N], distinct), up to ``filled`` [N] of each."""
     before = store.directory.filled[pages]
     full = (filled == PAGE_TOKENS) & (before < PAGE_TOKENS) & store.may_seal(pages)
-    store.ledger.hand_out(int((filled - before).sum()), int(full.sum()))
+    store.ledger.write(int((filled - before).sum()), int(full.sum()))
 
 
 def write(
@@ -27,11 +27,11 @@ def write(
     context: torch.Tensor,
     window: int = 64,
 ) -> None:
-    """Hand out what a step writes, and note it; arguments as for `PageStore.touch`."""
+    """Count what a step writes, and note it; arguments as for `PageStore.touch`."""
     own, place = torch.unique(pages, return_inverse=True)
     filled = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS)
     most = torch.zeros_like(own).scatter_reduce_(0, place, filled, "amax")
-    hand_out(store, own, most)
+    count(store, own, most)
     store.touch(pages, position, context, window)
 
 

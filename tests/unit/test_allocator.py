@@ -18,7 +18,7 @@ from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
 from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStateError
-from tests.unit.pages import ask
+from tests.unit.pages import ask, write
 from tests.unit.policies import config_of
 
 LAYERS, HEADS, DIM = 2, 2, 64
@@ -117,7 +117,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         store = self.allocator.store
         store.begin_step(decodes)
         for slots, quality, _, row in self.running if decodes else self.running[-1:]:
-            start = len(slots) - 1 if decodes else 0
+            start, end = len(slots) - 1 if decodes else 0, len(slots)
+            full = end // PAGE_TOKENS - start // PAGE_TOKENS
+            store.ledger.write(end - start, full)
             noted = self.rows.note_quality([str(row)], [start], [len(slots)])
             opened = slots[::PAGE_TOKENS][-(-start // PAGE_TOKENS) :] // PAGE_TOKENS
             store.set_quality(opened, torch.full_like(opened, quality, dtype=torch.uint8), noted)
@@ -278,7 +280,7 @@ def cached_sequence(cache: PrefixCache, pages: int, quality: Quality) -> None:
     assert slots is not None
     ids, context = slots[::PAGE_TOKENS] // PAGE_TOKENS, torch.full((pages,), len(slots))
     allocator.store.begin_step(decodes=True)
-    allocator.store.touch(ids, torch.arange(pages), context, window=64)
+    write(allocator.store, ids, torch.arange(pages), context)
     if quality is not Quality.BALANCED:
         ask(allocator.store, ids, [quality] * pages)
     cache.sequences.append(slots)
@@ -364,6 +366,6 @@ def test_longest_request_is_admitted_alone(policy: str) -> None:
         pages = torch.unique(out // PAGE_TOKENS)
         allocator.store.begin_step(decodes=False)
         position = torch.arange(done // PAGE_TOKENS, -(-end // PAGE_TOKENS))
-        allocator.store.touch(pages, position, torch.full((len(pages),), end), window=64)
+        write(allocator.store, pages, position, torch.full((len(pages),), end))
         done, last = end, out[-1:]
         assert allocator.check() == []

@@ -18,7 +18,7 @@ from sglang_diffxkv.pool.batch import (
 )
 from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
 from sglang_diffxkv.pool.store import PageStateError, PageStore
-from tests.unit.pages import EVERY_SLOT, hand_out
+from tests.unit.pages import EVERY_SLOT, count
 from tests.unit.test_store import make_store
 
 WINDOW = 64
@@ -47,16 +47,16 @@ class Batch:
         everything = sorted({page for own in self.pages for page in own})
         self.store.open(torch.tensor(everything))
         first = sorted({p for own, n in zip(self.pages, sealed, strict=True) for p in own[:n]})
-        self._hand_out()
+        self._count()
         ids = torch.tensor(first, dtype=torch.int64)
         self.store.directory.filled[ids] = PAGE_TOKENS
         self.store.seal(ids)
 
-    def _hand_out(self) -> None:
+    def _count(self) -> None:
         filled = {}
         for own, length in zip(self.pages, self.lens.tolist(), strict=True):
             filled |= {p: min(PAGE_TOKENS, length - i * PAGE_TOKENS) for i, p in enumerate(own)}
-        hand_out(self.store, torch.tensor(list(filled)), torch.tensor(list(filled.values())))
+        count(self.store, torch.tensor(list(filled)), torch.tensor(list(filled.values())))
 
     def gather(self):  # type: ignore[no-untyped-def]
         return gather_pages(

@@ -264,7 +264,7 @@ def serve(allocator: DiffXKVAllocator, cache: PrefixCache, tokens: int) -> None:
     store.begin_step(decodes=False)
     store.raw.scores[:, store.directory.raw_slot[pages].long()] = 8
     store.raw.counts[store.directory.raw_slot[pages].long()] = 1
-    store.touch(pages, torch.arange(len(pages)), torch.full((len(pages),), tokens), window=64)
+    write(store, pages, torch.arange(len(pages)), torch.full((len(pages),), tokens))
     store.begin_step(decodes=True)
     cache.sequences.append(out)
 

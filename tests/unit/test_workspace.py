@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+from bench.peak import peak_bytes
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.demotion import demote
@@ -11,7 +12,6 @@ from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.workspace import MOST_BYTES, plan_workspace
-from tests.unit.memory import peak_bytes
 from tests.unit.pages import write
 from tests.unit.policies import config_of
 

@@ -12,7 +12,7 @@ import torch
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.patches.server_args import (
     fraction_is_given,
@@ -30,6 +30,9 @@ from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
 logger = logging.getLogger(__name__)
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+
+MOST_RUNNING = 256
+"""Requests at once where neither flags nor CUDA graphs say how many."""
 
 _setup: PoolSetup | None = None
 """Made when memory is sized, used when the pool is built moments later in the same process."""
@@ -68,9 +71,30 @@ def make_setup(
         config.raw_share,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
         virtual_slack=DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK,
+        attention_bytes=_attention_bytes(configurator, policy.layout, num_layers),
     )
     _check_chunk(plan.raw_pages)
     return PoolSetup(config, policy.layout, policy, plan, agree)
+
+
+def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> int:
+    """What attention keeps beside the pages; nothing to speak of on a CPU."""
+    if configurator.device != "cuda":
+        return 0
+    from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
+
+    from sglang_diffxkv.kernels.gpu.workspace import attention_bytes
+
+    model, graphs = configurator.model_config, get_exec().graph.cuda_graph_config
+    batch = get_schedule().max_running_requests or graphs.decode.max_bs or MOST_RUNNING
+    return attention_bytes(
+        layout,
+        num_layers,
+        model.num_attention_heads // get_parallel().attn_tp_size,
+        batch,
+        -(-model.context_len // PAGE_TOKENS),
+        torch.device(configurator.device),
+    )
 
 
 def make_agreement(group: Any) -> Agree:

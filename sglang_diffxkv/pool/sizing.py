@@ -25,7 +25,10 @@ FREE_LIST_BYTES = 8
 
 
 class PoolPlan(NamedTuple):
-    """How many of what; ``worst_frames`` is the most a page can need when it is sealed."""
+    """How many of what; ``worst_frames`` is the most a page can need when it is sealed.
+
+    ``workspace`` and ``attention_bytes`` are memory that is taken when it is needed.
+    """
 
     num_layers: int
     virtual_pages: int
@@ -35,6 +38,7 @@ class PoolPlan(NamedTuple):
     expected_frames: float
     dense_page_bytes: int
     workspace: Workspace
+    attention_bytes: int
 
     @property
     def virtual_tokens(self) -> int:
@@ -50,6 +54,7 @@ def plan_pool(
     raw_share: float,
     max_virtual_pages: int | None = None,
     virtual_slack: float = VIRTUAL_SLACK,
+    attention_bytes: int = 0,
 ) -> PoolPlan:
     """Size everything so that its sum is at most ``budget_bytes``.
 
@@ -60,13 +65,14 @@ def plan_pool(
         max_virtual_pages: user's bound (``--max-total-tokens``); memory beyond what so many
             uncompressed pages would take is then not allocated.
         virtual_slack: virtual pages per page that is expected to fit, raw pages aside.
+        attention_bytes: what attention keeps beside the pages, on a GPU.
 
     Raises:
         ValueError: the budget is too small to serve anything.
     """
     dense = 2 * num_layers * PAGE_TOKENS * layout.num_kv_heads * layout.row_bytes(0)
     if max_virtual_pages is not None:
-        budget_bytes = min(budget_bytes, max_virtual_pages * dense)
+        budget_bytes = min(budget_bytes, max_virtual_pages * dense + attention_bytes)
     raw_bytes = RawPages.bytes_per_slot(
         num_layers, layout.num_kv_heads, layout.head_dim, layout.raw_itemsize
     )
@@ -76,13 +82,15 @@ def plan_pool(
     expected = max(1.0, worst * expected_fill)
 
     workspace = plan_workspace(budget_bytes, layout, num_layers)
-    fixed = workspace.nbytes + Totals.bytes_for(num_layers)
-    raw_pages = int(budget_bytes * raw_share) // raw_bytes - 1  # one more slot for padded tokens
+    fixed = workspace.nbytes + attention_bytes + Totals.bytes_for(num_layers)
+    raw_pages = (
+        int((budget_bytes - attention_bytes) * raw_share) // raw_bytes - 1
+    )  # one more slot for padded tokens
     rest = budget_bytes - fixed - (raw_pages + 1) * raw_bytes - (raw_pages + 1) * entry_bytes
     frames = int(rest / (frame_bytes + virtual_slack * entry_bytes / expected))
     if raw_pages < MIN_RAW_PAGES or frames < MIN_RAW_PAGES * worst:
         need = max(
-            (MIN_RAW_PAGES + 2) * raw_bytes / raw_share,
+            attention_bytes + (MIN_RAW_PAGES + 2) * raw_bytes / raw_share,
             fixed + (MIN_RAW_PAGES + 1) * worst * (frame_bytes + entry_bytes) / (1 - raw_share),
         )
         raise ValueError(
@@ -93,4 +101,14 @@ def plan_pool(
     pages = raw_pages + int(virtual_slack * frames / expected)
     limit = max(MAX_VIRTUAL_RATIO * budget_bytes // dense, raw_pages + frames // worst)
     pages = min(pages, limit, max_virtual_pages or pages)
-    return PoolPlan(num_layers, pages, raw_pages, frames, worst, expected, dense, workspace)
+    return PoolPlan(
+        num_layers,
+        pages,
+        raw_pages,
+        frames,
+        worst,
+        expected,
+        dense,
+        workspace,
+        attention_bytes,
+    )

@@ -339,10 +339,11 @@ class PageStore:
 
     @property
     def nbytes(self) -> int:
-        """Every byte that the store has allocated."""
+        """Every byte that the store has allocated, or will take when it works."""
         tables = self.directory.nbytes + self.arena.nbytes + self.raw.nbytes + self.totals.nbytes
         meter = 0 if self.retention is None else self.retention.nbytes
-        return tables + meter + self.policy.nbytes + self.plan.workspace.nbytes
+        beside = self.plan.workspace.nbytes + self.plan.attention_bytes
+        return tables + meter + self.policy.nbytes + beside
 
     def page_bytes(self, frames: int, raw_pages: int) -> int:
         """Bytes of so many frames and raw pages, with the latter's scores."""

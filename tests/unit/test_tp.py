@@ -234,6 +234,7 @@ def test_sizes_follow_from_what_ranks_agree_on(
         model_config=SimpleNamespace(head_dim=64, get_num_kv_heads=lambda ranks: 2 // ranks),
         layer_info=SimpleNamespace(num_effective_layers=3),
         kv_cache_dtype=torch.bfloat16,
+        device="cpu",
     )
     current = threading.local()
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: current.parallel)

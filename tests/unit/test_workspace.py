@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sealing and demotion take no more memory beside the pool than is set aside for them."""
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 
 from bench.peak import peak_bytes
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.caps import full_bytes
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.demotion import demote
 from sglang_diffxkv.pool.integrity import check_integrity
@@ -91,3 +94,33 @@ def test_workspaces_stop_growing() -> None:
         assert workspace.nbytes == MOST_BYTES <= 64 << 20
         assert workspace.graded_pages >= 32
     assert plan_workspace(64 << 20, layout, 32).graded_pages == 1
+
+
+def test_attention_on_a_gpu_has_its_share() -> None:
+    """As many bytes as a decode step of Llama-3.1-8B's shape takes, and no more than a few MiB."""
+    pytest.importorskip("triton")
+    from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
+    from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
+    from sglang_diffxkv.kernels.gpu.launch import recorded
+    from sglang_diffxkv.kernels.gpu.workspace import attention_bytes
+
+    layout = make_policy(
+        config_of("diffxkv"), head_dim=128, num_kv_heads=8, raw_itemsize=2, num_layers=32
+    ).layout
+    batch, width, meta = 200, 2048, torch.device("meta")
+    table = torch.empty(batch * width, dtype=torch.int32, device=meta)
+    of_sequence = torch.empty(batch, dtype=torch.int32, device=meta)
+    heads = torch.empty(32, 1000, 8, 2, dtype=torch.int32, device=meta)
+    with recorded():
+        sequences = SequencePages(table, of_sequence, of_sequence, of_sequence, of_sequence)
+        plan = plan_decode(sequences, heads, layout)
+    parts = plan.items.shape[1] * (32 // 8) * (128 + 1) * 4
+    taken = plan.items.nbytes + 2 * plan.row_start.nbytes + table.nbytes + parts
+    counted = attention_bytes(layout, 32, 32, batch, width, meta)
+    counted -= WORKSPACE_BYTES if find_spec("flashinfer") else 0
+    assert taken <= counted <= taken + (8 << 20)
+    plan = plan_pool(10 << 30, layout, 32, [full_bytes(layout)] * 32, 0.5, 0.2)
+    smaller = plan_pool(10 << 30, layout, 32, [full_bytes(layout)] * 32, 0.5, 0.2,
+                        attention_bytes=1 << 30)  # fmt: skip
+    per_frame = layout.frame_bytes + 4
+    assert (plan.frames - smaller.frames) * per_frame == pytest.approx(0.8 * 2**30, rel=0.1)

@@ -21,7 +21,7 @@ _NOTE = (
     "reference in them. `agreement`, `KL`: at the tokens of full KV's answers, share with the same "
     "likeliest token, and mean KL(full || policy) in nats, with intervals; the row of `lossless` "
     "shows what rounding alone does. `compression`: bytes that SGLang's own pool takes for the "
-    "tokens held, over all bytes they take here, raw pages and directory included. "
+    "tokens held, over the bytes in use for them here, of everything that is allocated. "
     "`high / low / pruned`: of the (token, head, layer) entries in sealed pages; `sealed`: share "
     "of tokens in them. Every question is asked when the pages before it have been sealed."
 )

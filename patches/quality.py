@@ -63,7 +63,7 @@ def _note(req: Req, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None
 def _enter_rows(result: list[int] | None, self: Any, reqs: list[Req]) -> None:
     allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
     if allocator is not None and allocator.rows is not None and result:
-        step = allocator.store.step
+        step = allocator.store.next_step
         running = [RunningRequest(req.rid, _quality(req), step) for req in reqs]
         allocator.rows.enter(result, running)
 
@@ -72,14 +72,6 @@ def _leave_rows(result: None, self: Any, indices: list[int]) -> None:
     allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
     if allocator is not None and allocator.rows is not None:
         allocator.rows.leave(indices)
-
-
-def _use_prefix(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
-    """Pages that a request is about to be admitted with are not cold: nobody may demote them."""
-    allocator = self.token_to_kv_pool_allocator
-    if isinstance(allocator, DiffXKVAllocator) and req.prefix_len:
-        slots = self.tree_cache.prefix_device_indices(req)[::PAGE_TOKENS]
-        allocator.store.read(slots.to(allocator.device).long() // PAGE_TOKENS)
 
 
 def _quality(req: Req) -> Quality:
@@ -146,7 +138,6 @@ def install() -> None:
     hook(f"{scheduler}.init_req_max_new_tokens", _limit_length, HookType.BEFORE, ("req",))
     adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
     hook(f"{adder}.add_one_req", _admit, HookType.AROUND, ("req",))
-    hook(f"{adder}.add_one_req", _use_prefix, HookType.BEFORE, ("req",))
     rows = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
     hook(f"{rows}.alloc", _enter_rows, HookType.AFTER, ("reqs",))
     hook(f"{rows}.free_rows", _leave_rows, HookType.AFTER, ("indices",))

@@ -255,7 +255,7 @@ class DiffXKVBackend(AttentionBackend):
             score_open(
                 q if rows is None else q[rows],
                 # scores in units of uniform attention: a query that sees n tokens gives each n * p
-                lse - step.queries.log2_seen,
+                (lse - step.queries.log2_seen).contiguous(),
                 step.queries.indptr,
                 step.queries.position,
                 self.store.raw.keys[index],

@@ -26,6 +26,7 @@ def _install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     from sglang_diffxkv.patches import (
+        admission,
         check,
         forward,
         idle,
@@ -36,8 +37,8 @@ def _install() -> None:
         server_args,
     )
 
-    seams = (server_args, pool, input_buffers, forward, observability, check, idle, quality)
-    for seam in seams:
+    seams = (server_args, pool, input_buffers, forward, observability, check, idle)
+    for seam in (*seams, admission, quality):
         seam.install()
 
     @register_attention_backend(server_args.BACKEND)

@@ -55,28 +55,14 @@ class OpenPrefill:
 
         The first layer plans for all. So does one whose scale differs from the last one's.
         """
-        if q.is_cpu:
-            if self._sequences is None:
-                self._sequences = list_sequences(
-                    self._q_indptr,
-                    self._q_position,
-                    self._indptr,
-                    self._slots,
-                    self._page_position,
-                )
-            return attend_sequences(q, k_raw, v_raw, self._sequences, sm_scale)
+        where = (self._indptr, self._slots, self._page_position)
         if not flashinfer.supports(q):
-            return extend_open(
-                q,
-                self._q_indptr,
-                self._q_position,
-                k_raw,
-                v_raw,
-                self._indptr,
-                self._slots,
-                self._page_position,
-                sm_scale,
-            )
+            if not q.is_cpu:
+                new = self._q_indptr, self._q_position
+                return extend_open(q, *new, k_raw, v_raw, *where, sm_scale)
+            if self._sequences is None:
+                self._sequences = list_sequences(self._q_indptr, self._q_position, *where)
+            return attend_sequences(q, k_raw, v_raw, self._sequences, sm_scale)
         if self._planned is None or self._planned[1] != sm_scale:
             wrapper = flashinfer.plan(
                 q, self._q_indptr, k_raw, self._indptr, self._slots, self._last_len, sm_scale

@@ -38,8 +38,6 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     free_pages: torch.Tensor
     rows: RequestRows | None = None
     """Of the running requests, once there is a backend to run them."""
-    parked_at: int | None = None
-    """The step that read the pages of a prompt which waits for room between two chunks."""
 
     @property
     def store(self) -> PageStore:
@@ -224,14 +222,12 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def held_since(self) -> int:
         """A step since which all pages that requests hold have been used, by them or by others.
 
-        Whoever decodes reads its pages in every decode step, whoever does not yet in the prefill
-        that it entered with.
+        Whoever decodes reads its pages in every decode step, and whoever does not yet in the step
+        that it entered in, the next one perhaps (`patches.admission`).
         """
         store = self.store
-        since = store.decoded_at
-        if self.rows is not None:
-            since = max(since, self.rows.entered_since(store.step))
-        return since if self.parked_at is None else min(since, self.parked_at)
+        entered = 0 if self.rows is None else self.rows.entered_since(store.next_step)
+        return max(store.decoded_at, entered)
 
     def evict_for_raw_pages(self, tree_cache: Any, num_tokens: int) -> None:
         """Evict until raw pages can hold ``num_tokens``, if that helps.

@@ -32,7 +32,6 @@ class DiffXKVPrefillBudget(PrefillBudget):
         # SGLang keeps track of one unfinished prompt: after one that we shortened or put off,
         # nobody else may be admitted in this pass.
         self._closed = False
-        self.allocator.parked_at = None
 
     @property
     def remaining_total(self) -> float:
@@ -128,7 +127,6 @@ class DiffXKVPrefillBudget(PrefillBudget):
         if room > 0:
             return min(chunk_limit, room)
         self._closed = True
-        self.allocator.parked_at = self.allocator.store.prefilled_at
         return None
 
     def fit_chunk(

@@ -18,8 +18,8 @@ class RunningRequest(NamedTuple):
     """A request that has a row.
 
     Attributes:
-        step: the store's when it, or its last chunk, was admitted: no page that it holds was used
-            before that for the last time.
+        step: the store's that its prompt, or the last chunk of it, ran in: all pages that it holds
+            have been used in that or later.
     """
 
     rid: str
@@ -53,8 +53,12 @@ class RequestRows:
         return sum(-(-length // PAGE_TOKENS) for length in self._lossless_lengths.values())
 
     def entered_since(self, step: int) -> int:
-        """The step when the first of those who run entered; ``step``, now, where nobody does."""
+        """The first step that somebody who runs entered in; else ``step``, the next one."""
         return min((request.step for request in self.running.values()), default=step)
+
+    def stay(self, row: int, step: int) -> None:
+        """The prompt in this row waits for its next chunk; its pages are as used in ``step``."""
+        self.running[row] = self.running[row]._replace(step=step)
 
     def note_quality(
         self, rids: Sequence[str], starts: Sequence[int], ends: Sequence[int]

@@ -108,8 +108,8 @@ class PageStore:
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
         self.step = 0
         self.decode_step = 1  # 0 stands for never
-        self.decoded_at = self.prefilled_at = 0
-        """The latest steps with and without the next token of every running request."""
+        self.decoded_at = 0
+        """The latest step that had the next token of every running request."""
 
     def clear(self) -> None:
         """Free every page (SGLang's ``/flush_cache``)."""
@@ -172,8 +172,6 @@ class PageStore:
         if decodes:
             self.decode_step += 1
             self.decoded_at = self.step
-        else:
-            self.prefilled_at = self.step
 
     def touch(
         self,
@@ -215,6 +213,14 @@ class PageStore:
     def read(self, pages: torch.Tensor) -> None:
         """Note that sealed ``pages`` (int [N], may repeat) are about to be attended to."""
         self.directory.last_used[pages] = self.step
+
+    @property
+    def next_step(self) -> int:
+        return self.step + 1
+
+    def expect(self, pages: torch.Tensor) -> None:
+        """Note that ``pages`` (int64 [N]) will be attended to in the next step."""
+        self.directory.last_used[pages] = self.next_step
 
     def seal(self, pages: torch.Tensor, sequence: torch.Tensor | None = None) -> None:
         """Seal full open ``pages`` (int64 [N], distinct).

@@ -160,7 +160,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         )
         assert out is not None and len(torch.unique(out)) == tokens
         self.running.append(request._replace(slots=out))
-        entry = RunningRequest(str(self.free_rows[-1]), quality, self.allocator.store.step)
+        entry = RunningRequest(str(self.free_rows[-1]), quality, self.allocator.store.next_step)
         self.rows.enter([self.free_rows.pop()], [entry])
         self._touch(decodes=False)
 
@@ -318,6 +318,25 @@ def test_held_lossless_pages_cost_no_prefix() -> None:
     assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [3]
     assert allocator.usage(cache) == pytest.approx(1 - 3 / ledger.raw_total)
     assert allocator.reclaim(cache, 3 * PAGE_TOKENS)
+
+
+def test_nobody_holds_what_the_last_step_used() -> None:
+    """Where nobody runs no step follows: a prompt must not wait for one."""
+    allocator = make_allocator()
+    allocator.rows = RequestRows(4, torch.device("cpu"))
+    cache, raw = PrefixCache(allocator), allocator.store.ledger.raw_total
+    cached_sequence(cache, raw - 1, Quality.LOSSLESS)
+    # nor where the only one who runs is a prompt between two chunks, whose pages stay
+    own = allocator.alloc(PAGE_TOKENS)
+    assert own is not None
+    write(allocator.store, own[:1] // PAGE_TOKENS, torch.tensor([0]), torch.tensor([PAGE_TOKENS]))
+    ask(allocator.store, own[:1] // PAGE_TOKENS, [Quality.LOSSLESS])
+    allocator.rows.enter([2], [RunningRequest("a", Quality.LOSSLESS, allocator.store.step)])
+    allocator.store.expect(own[:1] // PAGE_TOKENS)
+    allocator.rows.stay(2, allocator.store.next_step)
+    assert allocator.reclaim(cache, 3 * PAGE_TOKENS)
+    assert not cache.sequences and allocator.store.ledger.raw_only == 1
+    assert not allocator.reclaim(cache, raw * PAGE_TOKENS)
 
 
 def test_double_free_raises() -> None:

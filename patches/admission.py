@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam: what a prompt is about to read counts as used before others are admitted beside it.
+
+To make room for one, cold pages are demoted and lossless ones evicted. A request's own are not cold,
+though no forward pass has read them lately: those of the prefix that it will find in the cache, and
+those that it has while its prompt waits between two chunks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+
+if TYPE_CHECKING:
+    import torch
+    from sglang.srt.managers.schedule_batch import Req
+
+
+def _use_prefix(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
+    if req.prefix_len and isinstance(self.token_to_kv_pool_allocator, DiffXKVAllocator):
+        _use(self.token_to_kv_pool_allocator, self.tree_cache.prefix_device_indices(req))
+
+
+def _use_chunks(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
+    allocator = self.token_to_kv_pool_allocator
+    if not isinstance(allocator, DiffXKVAllocator) or allocator.rows is None:
+        return
+    row = req.kv.req_pool_idx
+    table = self.tree_cache.req_to_token_pool.req_to_token
+    _use(allocator, table[row, : req.kv.kv_allocated_len])
+    allocator.rows.stay(row, allocator.store.next_step)
+
+
+def _use(allocator: DiffXKVAllocator, slots: torch.Tensor) -> None:
+    pages = slots[::PAGE_TOKENS].to(allocator.device).long() // PAGE_TOKENS
+    allocator.store.expect(pages)
+
+
+def install() -> None:
+    adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
+    hook(f"{adder}.add_one_req", _use_prefix, HookType.BEFORE, ("req",))
+    hook(f"{adder}.add_chunked_req", _use_chunks, HookType.BEFORE, ("req",))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Seam: what a prompt is about to read counts as used before others are admitted beside it.
 
-To make room for one, cold pages are demoted and lossless ones evicted. A request's own are not cold,
+To make room for one, cold pages are demoted, lossless ones evicted. A request's own are not cold,
 though no forward pass has read them lately: those of the prefix that it will find in the cache, and
 those that it has while its prompt waits between two chunks.
 """

@@ -13,13 +13,20 @@ from sglang_diffxkv.backend import DiffXKVBackend
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 
+_ROWS = "diffxkv_rows"
+
+
+def _note_rows(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Whose tokens they are: on the host, and not by ids, which clients may give twice."""
+    setattr(result, _ROWS, [req.kv.req_pool_idx for req in batch.reqs])
+
 
 def _before_forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     """What SGLang does not tell backends: which requests run, and that it runs mixed batches as
     prefills."""
     if isinstance(self.attn_backend, DiffXKVBackend):
         self.attn_backend.is_mixed = forward_batch.forward_mode.is_mixed()
-        self.attn_backend.rids = forward_batch.rids
+        self.attn_backend.batch_rows = getattr(forward_batch, _ROWS, None)
 
 
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -45,5 +52,7 @@ def install() -> None:
         ("forward_batch",),
     )
     forward = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
+    batch = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
+    hook(batch, _note_rows, HookType.AFTER, ("batch",))
     hook(forward, _before_forward, HookType.BEFORE, ("forward_batch",))
     hook(forward, _after_forward, HookType.AFTER, ("forward_batch",))

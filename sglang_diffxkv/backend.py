@@ -70,8 +70,8 @@ class DiffXKVBackend(AttentionBackend):
     needs_cpu_seq_lens = True
     is_mixed = False
     """Whether this forward pass is a prefill with a token of every running request."""
-    rids: list[str] | None = None
-    """Of this forward pass's requests; SGLang's warm-up has none."""
+    batch_rows: list[int] | None = None
+    """Rows of this forward pass's requests, on the host; SGLang's warm-up has none."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -152,13 +152,13 @@ class DiffXKVBackend(AttentionBackend):
         Returns:
             The pages opened for it by what was asked for; None where nobody asks for anything.
         """
-        if not self.rids:
+        if not self.batch_rows:
             return None
         full = ends // PAGE_TOKENS - starts // PAGE_TOKENS
         self.store.ledger.write(int((ends - starts).sum()), full=int(full.sum()))
         if not self.rows.asked:
             return None
-        return self.rows.note_quality(self.rids, starts.tolist(), ends.tolist())
+        return self.rows.note_quality(self.batch_rows, starts.tolist(), ends.tolist())
 
     def forward_extend(
         self,

@@ -22,7 +22,6 @@ class RunningRequest(NamedTuple):
             have been used in that or later.
     """
 
-    rid: str
     quality: Quality
     step: int
 
@@ -39,8 +38,8 @@ class RequestRows:
         self.quality = torch.zeros(num_rows, dtype=torch.uint8, device=device)
         self.running: dict[int, RunningRequest] = {}
         self._levels = [Quality.BALANCED] * num_rows  # `quality` on the host
-        self._asking: dict[str, Quality] = {}
-        self._lossless_lengths: dict[str, int] = {}
+        self._asking: dict[int, Quality] = {}
+        self._lossless_lengths: dict[int, int] = {}
 
     @property
     def asked(self) -> bool:
@@ -61,23 +60,23 @@ class RequestRows:
         self.running[row] = self.running[row]._replace(step=step)
 
     def note_quality(
-        self, rids: Sequence[str], starts: Sequence[int], ends: Sequence[int]
+        self, rows: Sequence[int], starts: Sequence[int], ends: Sequence[int]
     ) -> NotedQuality:
         """Count the pages of a step by what was asked for.
 
         Args:
-            rids: of its B requests. starts, ends: their tokens before it and after it.
+            rows: of its B requests. starts, ends: their tokens before it and after it.
         """
         opened: Counter[Quality] = Counter()
         lossless_full = 0
-        for rid, start, end in zip(rids, starts, ends, strict=True):
-            quality = self._asking.get(rid)
+        for row, start, end in zip(rows, starts, ends, strict=True):
+            quality = self._asking.get(row)
             if quality is None:
                 continue
             opened[quality] += -(-end // PAGE_TOKENS) - -(-start // PAGE_TOKENS)
             if quality is Quality.LOSSLESS:
                 lossless_full += end // PAGE_TOKENS - start // PAGE_TOKENS
-                self._lossless_lengths[rid] = end
+                self._lossless_lengths[row] = end
         return NotedQuality(opened, lossless_full)
 
     def enter(self, rows: Sequence[int], requests: Sequence[RunningRequest]) -> None:
@@ -86,7 +85,7 @@ class RequestRows:
         for row, request in zip(rows, requests, strict=True):
             self.running[row] = request
             if request.quality is not Quality.BALANCED:
-                self._asking[request.rid] = request.quality
+                self._asking[row] = request.quality
             if self._levels[row] != request.quality:
                 self._levels[row] = changed[row] = request.quality
         if changed:
@@ -97,7 +96,6 @@ class RequestRows:
     def leave(self, rows: Sequence[int]) -> None:
         """These rows are free again."""
         for row in rows:
-            request = self.running.pop(row, None)
-            if request is not None:
-                self._asking.pop(request.rid, None)
-                self._lossless_lengths.pop(request.rid, None)
+            self.running.pop(row, None)
+            self._asking.pop(row, None)
+            self._lossless_lengths.pop(row, None)

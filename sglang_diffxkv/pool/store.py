@@ -23,7 +23,7 @@ from sglang_diffxkv.pool.sealing import write_sealed
 from sglang_diffxkv.pool.sizing import PoolPlan
 from sglang_diffxkv.pool.totals import Totals
 
-RAW_WINDOW = 1024
+RAW_WINDOW = 4096
 """Raw pages that are searched at once for the coldest."""
 RAW_WINDOWS = 4
 """How many times, before recent windows of running requests are sealed, too."""

@@ -128,7 +128,7 @@ class Server:
             seq_lens_cpu=lens,
             out_cache_loc=loc,
         )
-        self.backend.rids = ["a", "b"]
+        self.backend.batch_rows = [2, 1]
         self.backend.init_forward_metadata(batch)
         self._forward(len(loc), batch)
         self.backend.end_of_step()
@@ -155,8 +155,8 @@ def test_serving_stays_on_the_device(policy: str) -> None:
     server = Server(policy)
     store, allocator, cache = server.store, server.allocator, server.cache
     requests = [
-        RunningRequest("a", Quality.BALANCED, step=0),
-        RunningRequest("b", Quality.LOSSLESS, step=0),
+        RunningRequest(Quality.BALANCED, step=0),
+        RunningRequest(Quality.LOSSLESS, step=0),
     ]
     server.backend.rows.enter([2, 1], requests)
     server.warm_up()

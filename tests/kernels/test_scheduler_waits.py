@@ -30,7 +30,7 @@ def device() -> Iterator[None]:
 def started(policy: str, second: Quality) -> Server:
     """Two requests that decode; the second one may have asked for a quality."""
     server = Server(policy)
-    requests = [RunningRequest("a", Quality.BALANCED, 0), RunningRequest("b", second, 0)]
+    requests = [RunningRequest(Quality.BALANCED, 0), RunningRequest(second, 0)]
     server.backend.rows.enter([2, 1], requests)
     server.extend([130, 62])
     server.backend.decode._full_pages = 0  # as after the decode step that seals what they left

@@ -89,6 +89,17 @@ def test_sealed_prefix_is_read_not_recomputed(server: Server) -> None:
     assert after["sealed_pages"] >= before["sealed_pages"]
 
 
+@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 100, 128, 190])
+def test_repeated_prompts(server: Server, length: int) -> None:
+    """A few new tokens after pages that are cached and open."""
+    prompt = random_tokens(random.Random(f"again {length}"), length)
+    answers = [server.generate(prompt, max_new_tokens=1) for _ in range(3)]
+    answers.append(server.generate(prompt + [7, 8, 9], max_new_tokens=1))
+    cached = [answer["meta_info"]["cached_tokens"] for answer in answers]
+    full = length // PAGE * PAGE
+    assert cached == [0, *[(length - 1) // PAGE * PAGE] * 2, full]
+
+
 def test_stats_everywhere_agree(server: Server) -> None:
     server.generate_many([{"prompt": p, "max_new_tokens": 4} for p in mixed_prompts(13, 24, 900)])
     stats = server.stats()

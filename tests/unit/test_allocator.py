@@ -120,7 +120,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             start, end = len(slots) - 1 if decodes else 0, len(slots)
             full = end // PAGE_TOKENS - start // PAGE_TOKENS
             store.ledger.write(end - start, full)
-            noted = self.rows.note_quality([str(row)], [start], [len(slots)])
+            noted = self.rows.note_quality([row], [start], [len(slots)])
             opened = slots[::PAGE_TOKENS][-(-start // PAGE_TOKENS) :] // PAGE_TOKENS
             store.set_quality(opened, torch.full_like(opened, quality, dtype=torch.uint8), noted)
             pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
@@ -160,7 +160,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         )
         assert out is not None and len(torch.unique(out)) == tokens
         self.running.append(request._replace(slots=out))
-        entry = RunningRequest(str(self.free_rows[-1]), quality, self.allocator.store.next_step)
+        entry = RunningRequest(quality, self.allocator.store.next_step)
         self.rows.enter([self.free_rows.pop()], [entry])
         self._touch(decodes=False)
 
@@ -331,7 +331,7 @@ def test_nobody_holds_what_the_last_step_used() -> None:
     assert own is not None
     write(allocator.store, own[:1] // PAGE_TOKENS, torch.tensor([0]), torch.tensor([PAGE_TOKENS]))
     ask(allocator.store, own[:1] // PAGE_TOKENS, [Quality.LOSSLESS])
-    allocator.rows.enter([2], [RunningRequest("a", Quality.LOSSLESS, allocator.store.step)])
+    allocator.rows.enter([2], [RunningRequest(Quality.LOSSLESS, allocator.store.step)])
     allocator.store.expect(own[:1] // PAGE_TOKENS)
     allocator.rows.stay(2, allocator.store.next_step)
     assert allocator.reclaim(cache, 3 * PAGE_TOKENS)

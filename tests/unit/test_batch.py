@@ -140,10 +140,10 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     batch = b.gather()
     rows = RequestRows(len(b.lens) + 3, torch.device("cpu"))
     asked = [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS]
-    requests = [RunningRequest(level.name, level, step=0) for level in asked]
+    requests = [RunningRequest(level, step=0) for level in asked]
     rows.enter(b.rows.tolist(), requests)
     before = torch.tensor([0, 0, 100])  # 2 pages of the last one were opened before
-    noted = rows.note_quality([x.rid for x in requests], before.tolist(), b.lens.tolist())
+    noted = rows.note_quality(b.rows.tolist(), before.tolist(), b.lens.tolist())
     assert noted.opened == {Quality.SMALL: 11, Quality.LOSSLESS: 3} and noted.lossless_full == 3
     note_quality(b.store, batch, before, rows.quality[b.rows], noted)
     first, second, third = b.pages

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_diffxkv.backend import DiffXKVBackend
-from sglang_diffxkv.patches.forward import _before_forward
+from sglang_diffxkv.patches.forward import _before_forward, _note_rows
 from sglang_diffxkv.pool.request_rows import RequestRows
 from tests.unit.test_batch import Batch
 
@@ -20,7 +20,7 @@ def test_mixed_batches_are_told_apart() -> None:
     backend = object.__new__(DiffXKVBackend)
     runner = SimpleNamespace(attn_backend=backend)
     for mode in (ForwardMode.MIXED, ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.DECODE):
-        _before_forward(runner, SimpleNamespace(forward_mode=mode, rids=["a"]))
+        _before_forward(runner, SimpleNamespace(forward_mode=mode))
         assert backend.is_mixed == (mode == ForwardMode.MIXED)
 
 
@@ -34,7 +34,6 @@ def test_windows_age_in_mixed_batches(mode: ForwardMode) -> None:
     backend.req_to_token_pool = SimpleNamespace(req_to_token=batch.req_to_token)
     forward_batch = SimpleNamespace(
         forward_mode=mode,
-        rids=["a", "b"],
         req_pool_indices=batch.rows,
         seq_lens=batch.lens,
         seq_lens_cpu=batch.lens,
@@ -44,7 +43,10 @@ def test_windows_age_in_mixed_batches(mode: ForwardMode) -> None:
         out_cache_loc=batch.req_to_token[batch.rows, batch.lens - 1].long(),
     )
     before = batch.store.decode_step
+    requests = [SimpleNamespace(kv=SimpleNamespace(req_pool_idx=row)) for row in (2, 3)]
+    _note_rows(forward_batch, None, SimpleNamespace(reqs=requests))
     _before_forward(SimpleNamespace(attn_backend=backend), forward_batch)
     forward_batch.forward_mode = ForwardMode.EXTEND
     backend.init_forward_metadata(forward_batch)
+    assert backend.batch_rows == [2, 3]
     assert batch.store.decode_step - before == (mode == ForwardMode.MIXED)

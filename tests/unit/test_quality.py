@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What requests may ask for, and how the scheduler treats lossless ones; no server."""
 
-import itertools
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -78,15 +77,11 @@ def test_lossless_is_the_normal_path_of_a_lossless_policy() -> None:
     assert requested_quality(ask("lossless"), LosslessPolicy) is Quality.BALANCED
 
 
-_NUMBERS = itertools.count()
-
-
 class FakeRequest(SimpleNamespace):
     """A `Req`, as far as the hooks go."""
 
     def __init__(self, prompt: int, max_new_tokens: int | None, params: object = None) -> None:
         super().__init__(
-            rid=str(next(_NUMBERS)),
             origin_input_ids=[0] * prompt,
             sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, custom_params=params),
             extra_key=None,

@@ -94,7 +94,7 @@ def test_repeated_prompts(server: Server, length: int) -> None:
     """A few new tokens after pages that are cached and open."""
     prompt = random_tokens(random.Random(f"again {length}"), length)
     answers = [server.generate(prompt, max_new_tokens=1) for _ in range(3)]
-    answers.append(server.generate(prompt + [7, 8, 9], max_new_tokens=1))
+    answers.append(server.generate([*prompt, 7, 8, 9], max_new_tokens=1))
     cached = [answer["meta_info"]["cached_tokens"] for answer in answers]
     full = length // PAGE * PAGE
     assert cached == [0, *[(length - 1) // PAGE * PAGE] * 2, full]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
@@ -35,7 +34,8 @@ def _get_token_info(result: Any, self: Any) -> Any:
     if not isinstance(allocator, DiffXKVAllocator):
         return None
     usage = allocator.usage(self.tree_cache)
-    return dataclasses.replace(result, full_token_usage=max(usage, result.full_token_usage))
+    result.full_token_usage = max(usage, result.full_token_usage)
+    return result
 
 
 def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:

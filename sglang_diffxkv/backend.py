@@ -102,13 +102,20 @@ class DiffXKVBackend(AttentionBackend):
             store, self.req_to_token_pool.req_to_token, fb.req_pool_indices, seq_lens, longest
         )
         prefix_lens = seq_lens - 1 if is_decode else fb.extend_prefix_lens.long()
+        lens = (seq_lens - prefix_lens).cumsum(0)
+        q_indptr = torch.nn.functional.pad(lens, (1, 0)).to(torch.int32)
         queries = None
         policy = store.policy
         if policy.needs_scores and is_decode:
             queries = decode_queries(seq_lens)
         elif policy.needs_scores:
             queries = extend_queries(
-                prefix_lens, fb.extend_seq_lens_cpu, self.config.score_queries, policy.sample
+                fb.positions,
+                q_indptr,
+                prefix_lens,
+                fb.extend_seq_lens_cpu,
+                self.config.score_queries,
+                policy.sample,
             )
         scored = longest
         if policy.needs_scores:
@@ -120,8 +127,6 @@ class DiffXKVBackend(AttentionBackend):
         if noted is not None:
             quality = self.rows.quality[fb.req_pool_indices]
             note_quality(store, pages, prefix_lens, quality, noted)
-        lens = (seq_lens - prefix_lens).cumsum(0)
-        q_indptr = torch.nn.functional.pad(lens, (1, 0)).to(torch.int32)
         prefill = None
         if not is_decode:
             prefill = OpenPrefill(

@@ -68,12 +68,13 @@ class OpenSequence(NamedTuple):
 
     Attributes:
         rows: of the batch's queries. prior: tokens in ``slots`` before the first new one.
-        slots: int64 [n], raw pages up to that of the last new token.
+        slots: raw pages up to that of the last new token: int64 [n], or a slice where they follow
+            each other, which needs no copy of them.
     """
 
     rows: slice
     prior: int
-    slots: torch.Tensor
+    slots: torch.Tensor | slice
 
 
 def list_sequences(
@@ -90,16 +91,23 @@ def list_sequences(
     """
     sequences = []
     queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()
-    positions, slots = page_position.tolist(), slots.long()
+    positions, every_slot = page_position.tolist(), slots.tolist()
     for b, start in enumerate(starts):
         rows = slice(queries[b], queries[b + 1])
         if rows.start == rows.stop:
             continue
         new = rows.stop - rows.start
         prior = _tokens_before(positions[bounds[b] : bounds[b + 1]], start, new)
-        used = slots[bounds[b] : bounds[b] + -(-(prior + new) // PAGE_TOKENS)]
-        sequences.append(OpenSequence(rows, prior, used))
+        used = every_slot[bounds[b] : bounds[b] + -(-(prior + new) // PAGE_TOKENS)]
+        sequences.append(OpenSequence(rows, prior, _index(used)))
     return sequences
+
+
+def _index(slots: list[int]) -> torch.Tensor | slice:
+    first = slots[0]
+    if slots == list(range(first, first + len(slots))):
+        return slice(first, first + len(slots))
+    return torch.tensor(slots)
 
 
 def attend_sequences(

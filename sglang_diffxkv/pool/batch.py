@@ -139,29 +139,44 @@ def decode_queries(seq_lens: torch.Tensor) -> ScoringQueries:
 
 
 def extend_queries(
-    prefix_lens: torch.Tensor, extend_lens: list[int], num_queries: int, sampler: Sampler
+    positions: torch.Tensor,
+    q_indptr: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    extend_lens: list[int],
+    num_queries: int,
+    sampler: Sampler,
 ) -> ScoringQueries:
-    """Sampled queries of a prefill batch; prefix_lens int64 [B], extend_lens on the host."""
+    """Sampled queries of a prefill batch.
+
+    Args:
+        positions: int64 [T], of all new tokens. q_indptr: int32 [B + 1]. prefix_lens: int64 [B].
+        extend_lens: on the host.
+    """
+    if max(extend_lens) <= num_queries:  # every sampler takes all of such chunks
+        return ScoringQueries.at(None, q_indptr, positions[: sum(extend_lens)])
     sampled = sampler(extend_lens, num_queries)
     indptr = sampled.indptr.to(prefix_lens.device)
     start = torch.repeat_interleave(prefix_lens, indptr.diff())
     position = sampled.offsets.to(prefix_lens.device) + start
-    every = len(sampled.rows) == sum(extend_lens)
-    rows = None if every else sampled.rows.to(prefix_lens.device)
-    return ScoringQueries.at(rows, indptr, position)
+    return ScoringQueries.at(sampled.rows.to(prefix_lens.device), indptr, position)
 
 
 def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -> None:
     """Add to each open token's count the sampled queries that come after it (once per step)."""
     sequence = per_page(batch, torch.arange(queries.indptr.numel() - 1, device=batch.pages.device))
-    stride = 2**32  # keys order by sequence, then position
-    query_sequence = torch.repeat_interleave(queries.indptr.diff().long())
-    query_keys = query_sequence * stride + queries.position
     offsets = torch.arange(PAGE_TOKENS, device=batch.pages.device)
     tokens = batch.position.long()[:, None] * PAGE_TOKENS + offsets
-    token_keys = sequence[:, None] * stride + tokens
-    not_later = torch.searchsorted(query_keys, token_keys, right=True)
-    later = queries.indptr[1:].long()[sequence][:, None] - not_later
+    if queries.rows is None:  # all new tokens ask, so their numbers tell
+        last = queries.position[queries.indptr[1:].long() - 1][sequence]
+        asked = queries.indptr.diff()[sequence]
+        later = (last[:, None] - tokens).clamp(min=0).minimum(asked[:, None])
+    else:
+        stride = 2**32  # keys order by sequence, then position
+        query_sequence = torch.repeat_interleave(queries.indptr.diff().long())
+        query_keys = query_sequence * stride + queries.position
+        token_keys = sequence[:, None] * stride + tokens
+        not_later = torch.searchsorted(query_keys, token_keys, right=True)
+        later = queries.indptr[1:].long()[sequence][:, None] - not_later
     store.raw.counts.index_add_(0, batch.slots.long(), later.to(torch.float32))
 
 

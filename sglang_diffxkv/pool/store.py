@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
@@ -327,9 +328,10 @@ class PageStore:
     def _check_ids(self, pages: torch.Tensor) -> None:
         if pages.numel() == 0 or not self.checks_use:
             return
-        if int(pages.min()) < 1 or int(pages.max()) > self.directory.num_pages:
+        ids = pages.numpy()
+        if ids.min() < 1 or ids.max() > self.directory.num_pages:
             raise PageStateError("unknown page id")
-        if pages.numel() > 1 and torch.unique(pages).numel() != pages.numel():
+        if len(ids) > 1 and len(np.unique(ids)) != len(ids):
             raise PageStateError("page listed twice")
 
     def write_rows(self, loc: torch.Tensor) -> torch.Tensor:

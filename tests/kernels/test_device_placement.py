@@ -81,6 +81,9 @@ class Server:
         )
         self._run(after, loc, SimpleNamespace(
             forward_mode=SimpleNamespace(is_decode=lambda: False, is_mixed=lambda: False),
+            positions=torch.cat(
+                [torch.arange(a, b) for a, b in zip(before, after, strict=True)]
+            ).to(DEVICE),
             extend_prefix_lens=before.to(DEVICE).int(),
             extend_prefix_lens_cpu=before.tolist(),
             extend_seq_lens_cpu=new,

@@ -91,8 +91,9 @@ def test_gather_refuses_a_free_page() -> None:
         b.gather()
 
 
+@pytest.mark.parametrize("most", [16, 1000])
 @pytest.mark.parametrize("sampler", [None, sample_queries, last_queries])
-def test_counts_are_of_later_queries(sampler: Sampler | None) -> None:
+def test_counts_are_of_later_queries(sampler: Sampler | None, most: int) -> None:
     """Queries of a decode step where there is no sampler."""
     b = Batch([130, 64, 300], sealed=[0, 0, 2], shared=1)
     prefix = b.lens - 1 if sampler is None else torch.tensor([70, 0, 128])
@@ -100,13 +101,17 @@ def test_counts_are_of_later_queries(sampler: Sampler | None) -> None:
     if sampler is None:
         queries = decode_queries(b.lens)
     else:
-        queries = extend_queries(prefix, extend, 16, sampler)
+        lens = torch.tensor(extend)
+        indptr = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
+        spans = zip(prefix.tolist(), b.lens.tolist(), strict=True)
+        new = torch.cat([torch.arange(start, end) for start, end in spans])
+        queries = extend_queries(new, indptr, prefix, extend, most, sampler)
     positions = [
         queries.position[queries.indptr[i] : queries.indptr[i + 1]].tolist() for i in range(3)
     ]
     for i, asked in enumerate(positions):
         assert asked[-1] == b.lens[i] - 1 and min(asked) >= prefix[i]
-        assert len(asked) == min(16, extend[i])
+        assert len(asked) == min(most, extend[i])
     batch = b.gather()
     count_scores(b.store, batch, queries)
     expected = torch.zeros_like(b.store.raw.counts)

@@ -37,6 +37,7 @@ def test_windows_age_in_mixed_batches(mode: ForwardMode) -> None:
         req_pool_indices=batch.rows,
         seq_lens=batch.lens,
         seq_lens_cpu=batch.lens,
+        positions=batch.lens - 1,
         extend_prefix_lens=batch.lens - 1,
         extend_prefix_lens_cpu=(batch.lens - 1).tolist(),
         extend_seq_lens_cpu=[1, 1],

@@ -11,6 +11,7 @@ from sglang.srt.utils.rank_consensus_checker import assert_same
 
 from sglang_diffxkv.backend import DiffXKVBackend
 from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.server_args import is_active
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 
 _ROWS = "diffxkv_rows"
@@ -18,7 +19,8 @@ _ROWS = "diffxkv_rows"
 
 def _note_rows(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """Whose tokens they are: on the host, and not by ids, which clients may give twice."""
-    setattr(result, _ROWS, [req.kv.req_pool_idx for req in batch.reqs])
+    if is_active():
+        setattr(result, _ROWS, [req.kv.req_pool_idx for req in batch.reqs])
 
 
 def _before_forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:

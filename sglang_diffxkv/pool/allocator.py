@@ -209,7 +209,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
             if ledger.frame_headroom < pages:
                 goal = pages + int(ledger.largest_sequence * SPARE_SHARE)
                 self._demote_for_frames(tree_cache, goal)
-                self._evict_until(tree_cache, lambda: ledger.frame_headroom >= goal)
+                if ledger.frame_headroom < pages:
+                    self._evict_until(tree_cache, lambda: ledger.frame_headroom >= goal)
             self.evict_for_raw_pages(tree_cache, num_tokens)
         return self._secure(pages) and self.available_size() >= num_tokens
 
@@ -305,10 +306,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def check(self) -> list[str]:
         """Violations of page, frame and raw-page conservation, recomputed from all tables."""
         problems = [*self.verify_byte_accounting(), *check_integrity(self.store)]
-        directory = self.store.directory
-        in_use = (directory.raw_slot >= 0) | directory.sealed
-        if bool(in_use[self.free_pages].any()) or len(self.free_pages.unique()) != len(
-            self.free_pages
-        ):
+        directory, free = self.store.directory, self.free_pages.cpu()
+        in_use = ((directory.raw_slot >= 0) | directory.sealed).cpu()
+        if bool(in_use[free].any()) or len(free.unique()) != len(free):
             problems.append("virtual pages: the free list and the directory disagree")
         return problems

@@ -320,6 +320,31 @@ def test_held_lossless_pages_cost_no_prefix() -> None:
     assert allocator.reclaim(cache, 3 * PAGE_TOKENS)
 
 
+def test_pressure_is_met_once_for_many_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raw pages run out: sealing makes room beyond the page that is asked for; so does eviction."""
+    monkeypatch.setattr("sglang_diffxkv.pool.store.SPARE_SHARE", 1 / 4)
+    allocator = make_allocator("uniform", mib=6)
+    cache, store = PrefixCache(allocator), allocator.store
+    raw = store.ledger.raw_total
+    cached_sequence(cache, raw, Quality.BALANCED)
+    store.begin_step(decodes=True)  # so that its window is nobody's
+    assert store.ledger.raw_free == 0 and allocator.reclaim(cache, PAGE_TOKENS)
+    assert store.ledger.raw_free == 1 + raw // 4 and store.counters.evicted == 0
+    monkeypatch.setattr("sglang_diffxkv.pool.allocator.SPARE_SHARE", 1 / 8)
+    while store.ledger.frame_headroom > 0:
+        cached_sequence(cache, 1, Quality.BALANCED)
+        store.begin_step(decodes=True)
+        store.seal_cold(store.ledger.raw_total, include_window=True)
+    cache.sequences = [page for slots in cache.sequences for page in slots.split(PAGE_TOKENS)]
+    assert allocator.reclaim(cache, PAGE_TOKENS)
+    assert store.ledger.frame_headroom >= 1 + store.ledger.largest_sequence // 8
+    reclaims = store.counters.reclaims
+    for _ in range(store.ledger.largest_sequence // 8):
+        assert allocator.reclaim(cache, PAGE_TOKENS)
+        assert allocator.alloc(PAGE_TOKENS) is not None
+    assert store.counters.reclaims == reclaims, "there was room"
+
+
 def test_nobody_holds_what_the_last_step_used() -> None:
     """Where nobody runs no step follows: a prompt must not wait for one."""
     allocator = make_allocator()

@@ -25,7 +25,7 @@ def test_mixed_batches_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("mode", [ForwardMode.MIXED, ForwardMode.EXTEND])
-def test_windows_age_in_mixed_batches(mode: ForwardMode) -> None:
+def test_windows_age_in_mixed_batches(mode: ForwardMode, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is a decode step of every running request, too, though SGLang shows it as a prefill."""
     batch = Batch([130, 64], sealed=[0, 0])
     backend = object.__new__(DiffXKVBackend)
@@ -44,6 +44,7 @@ def test_windows_age_in_mixed_batches(mode: ForwardMode) -> None:
         out_cache_loc=batch.req_to_token[batch.rows, batch.lens - 1].long(),
     )
     before = batch.store.decode_step
+    monkeypatch.setattr("sglang_diffxkv.patches.forward.is_active", lambda: True)
     requests = [SimpleNamespace(kv=SimpleNamespace(req_pool_idx=row)) for row in (2, 3)]
     _note_rows(forward_batch, None, SimpleNamespace(reqs=requests))
     _before_forward(SimpleNamespace(attn_backend=backend), forward_batch)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: a server at rest lets its policy do what has waited for that."""
+"""Seam: a server at rest does what has waited for that."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 def _rest(result: Any, self: Any) -> None:
     allocator = self.scheduler.token_to_kv_pool_allocator
     if isinstance(allocator, DiffXKVAllocator):
+        allocator.store.settle()
         allocator.store.policy.on_idle()
 
 

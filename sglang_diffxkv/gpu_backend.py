@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sglang_diffxkv.backend import DiffXKVBackend
+from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.batch import gather_pages, pages_to_seal
 from sglang_diffxkv.pool.decode_step import DecodeStep, DeviceDecode
@@ -75,14 +76,15 @@ class GPUBackend(DiffXKVBackend):
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         fb = forward_batch
-        self.decode_step = self.decode.begin(fb.req_pool_indices, fb.seq_lens, fb.out_cache_loc)
+        self.decode_step = self.decode.begin(fb.req_pool_indices, fb.seq_lens)
 
     def _note_tokens(self, batch: DecodeBatch, loc: torch.Tensor) -> None:
         """Count the step's tokens; note what they asked for whose next page was opened for it."""
         noted = self._count_tokens(batch.seq_lens_cpu - 1, batch.seq_lens_cpu)
         if noted is None:
             return
-        index = (batch.seq_lens_cpu % PAGE_TOKENS == 1).nonzero().flatten().to(loc.device)
+        opened = (batch.seq_lens_cpu % PAGE_TOKENS == 1).nonzero().flatten()
+        index = upload(opened, loc.device)
         quality = self.rows.quality[batch.rows[index]]
         self.store.set_quality(loc[index] // PAGE_TOKENS, quality, noted)
 
@@ -97,15 +99,10 @@ class GPUBackend(DiffXKVBackend):
     ) -> torch.Tensor:
         """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
         step = self.decode_step
-        assert step is not None
-        heads, dim = layer.tp_k_head_num, layer.qk_head_dim
-        if save_kv_cache and k is not None:
-            k, v = k.view(-1, heads, dim), v.view(-1, heads, dim)
-            self.token_to_kv_pool.write(layer.layer_id, step.rows, k, v)
+        assert step is not None and save_kv_cache  # models that write it themselves are hooked
         index = layer.layer_id - self.token_to_kv_pool.start_layer
-        q = q.reshape(-1, layer.tp_q_head_num, dim)
-        part = self.decode.attend(step, index, q, layer.scaling)
-        return part.out.to(q.dtype).flatten(1)
+        q, k, v = (x.view(len(x), -1, layer.qk_head_dim) for x in (q, k, v))
+        return self.decode.attend(step, index, q, k, v, layer.scaling).out.flatten(1)
 
     def end_of_step(self) -> None:
         batch, self.decode_batch = self.decode_batch, None

@@ -24,7 +24,8 @@ def merge_items(
     Args:
         parts, part_lse: fp32 [N, GROUP, DIM] and [N, GROUP].
         row_start: int32 [B * H * 3 + 1].
-        out, lse: fp32 [B * Hq, DIM] and [B * Hq]; 0 and -inf where nothing was attended.
+        out: [B * Hq, DIM], of any float type; lse: fp32 [B * Hq]. 0 and -inf where nothing was
+            attended.
         PARTS: items that are read at a time: a lone long sequence has hundreds.
     """
     query = tl.program_id(0)
@@ -50,6 +51,7 @@ def merge_items(
         totals += weights
     total = tl.sum(totals, 0)
     merged = tl.sum(acc, 0) / tl.where(total > 0, total, 1.0)
+    merged = merged.to(out.dtype.element_ty)
     tl.store(out + query.to(tl.int64) * DIM + column, merged, mask=column < DIM)
     tl.store(lse + query, base + tl.log2(total))
 

@@ -37,6 +37,7 @@ def attend(
     sm_scale: float,
     *,
     has_sealed: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> AttentionPart:
     """Attention of every sequence's query over all its pages, of one layer.
 
@@ -48,6 +49,7 @@ def attend(
         k_raw, v_raw: as `decode.decode_open` takes them.
         plan: this layer's, from `plan_decode`.
         has_sealed: whether any page may be sealed; the arena is not read if not.
+        dtype: of the output, to which it is rounded at the end.
     """
     batch, q_heads, dim = q.shape
     kv_heads = layout.num_kv_heads
@@ -105,7 +107,7 @@ def attend(
         **blocks,
     )
     part = AttentionPart(
-        torch.empty(q.shape, dtype=torch.float32, device=q.device),
+        torch.empty(q.shape, dtype=dtype, device=q.device),
         torch.empty(q.shape[:2], dtype=torch.float32, device=q.device),
     )
     launch(

@@ -82,10 +82,13 @@ def score_decode(
 ) -> None:
     """`score_open` for one query per sequence, its last token, without lists of open pages.
 
-    For CUDA graphs: what is launched depends on the shapes alone. On GPUs only.
+    What tokens receive is in units of uniform attention: a query that sees n tokens gives each
+    n times its probability. For CUDA graphs: what is launched depends on the shapes alone. On GPUs
+    only.
 
     Args:
-        q, lse, k_raw, accum, sm_scale: as for `score_open`, with one query per sequence [B, Hq, D].
+        q, lse, k_raw, accum, sm_scale: as for `score_open`, with one query per sequence [B, Hq, D];
+            queries may be strided.
         seq_lens: int32 or int64 [B], tokens of each sequence, its query's included.
         table: int32 [B, P], the page at each index of a sequence; read up to its length only.
         raw_slot: int32 [V], raw page of each open page, negative for all others.

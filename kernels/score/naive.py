@@ -56,7 +56,7 @@ def score_decode(
         is_open = [slot >= 0 for slot in slots]
         score_open(
             q[b : b + 1],
-            lse[b : b + 1],
+            lse[b : b + 1] - torch.tensor(max(length, 1)).log2(),
             torch.tensor([0, 1]),
             torch.tensor([length - 1]),
             k_raw,

@@ -132,6 +132,7 @@ def decode_kernel(
     query_head = head * GROUP + member
     queries = _load_rows(q + b * q_stride + query_head * DIM, mask, DIM, BLOCK)
     query_lse = tl.load(lse + b * (HEADS * GROUP) + query_head, mask=mask, other=0)
+    query_lse -= tl.log2((last + 1).to(tl.float32))
     token = tl.arange(0, PAGE_TOKENS)
     for i in range(1, tl.sum(is_open, 0) + 1):
         slot = tl.sum(tl.where(rank == i, slots, 0), 0).to(tl.int64)

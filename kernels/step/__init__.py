@@ -41,12 +41,14 @@ class StepPages(NamedTuple):
         lengths: int32 [B], tokens of each sequence, the new one included.
         count: int32 [B], pages.
         last_len: int32 [B], tokens of the last page.
+        rows: int64 [B], raw-page row that the new token is written to; 0 for padding.
     """
 
     table: torch.Tensor
     lengths: torch.Tensor
     count: torch.Tensor
     last_len: torch.Tensor
+    rows: torch.Tensor
 
 
 def begin_decode(

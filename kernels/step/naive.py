@@ -28,6 +28,7 @@ def begin_decode(
     batch, width = len(rows), -(-req_to_token.shape[1] // PAGE_TOKENS)
     table = torch.zeros(batch, width, dtype=torch.int32)
     lengths, count, last_len = torch.zeros(3, batch, dtype=torch.int32)
+    new_rows = torch.zeros(batch, dtype=torch.int64)
     step, decode_step = clock.tolist()
     for b in range(int(num_real)):
         length = int(seq_lens[b])
@@ -40,6 +41,8 @@ def begin_decode(
             slot = int(notes.raw_slot[page])
             if slot < 0:
                 continue
+            if place == pages - 1:
+                new_rows[b] = slot * PAGE_TOKENS + (length - 1) % PAGE_TOKENS
             notes.position[page] = place
             notes.context[page] = length
             notes.filled[page] = min(PAGE_TOKENS, length - place * PAGE_TOKENS)
@@ -48,4 +51,4 @@ def begin_decode(
             if notes.counts is not None:
                 earlier = min(PAGE_TOKENS, length - 1 - place * PAGE_TOKENS)
                 notes.counts[slot, :earlier] += 1
-    return StepPages(table, lengths, count, last_len)
+    return StepPages(table, lengths, count, last_len, new_rows)

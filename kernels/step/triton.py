@@ -28,7 +28,10 @@ def begin_decode(
     pages = StepPages(
         rows.new_empty(batch, width, dtype=torch.int32),
         *(rows.new_empty(batch, dtype=torch.int32) for _ in range(3)),
+        rows.new_empty(batch, dtype=torch.int64),
     )
+    outputs = pages._asdict()
+    new_rows = outputs.pop("rows")
     tables = notes._asdict()
     counts = tables.pop("counts")
     launch(
@@ -43,7 +46,8 @@ def begin_decode(
         counts=notes.raw_slot if counts is None else counts,
         window=window,
         **{f"page_{name}": table for name, table in tables.items()},
-        **pages._asdict(),
+        new_rows=new_rows,
+        **outputs,
         width=width,
         HAS_COUNTS=counts is not None,
         PAGE_TOKENS=PAGE_TOKENS,

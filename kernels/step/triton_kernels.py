@@ -27,6 +27,7 @@ def look_up_pages(
     lengths,
     count,
     last_len,
+    new_rows,
     width,
     HAS_COUNTS: tl.constexpr,
     PAGE_TOKENS: tl.constexpr,
@@ -41,6 +42,8 @@ def look_up_pages(
         tl.store(lengths + b, length)
         tl.store(count + b, pages)
         tl.store(last_len + b, length - tl.maximum(pages - 1, 0) * PAGE_TOKENS)
+        if pages == 0:
+            tl.store(new_rows + b, tl.zeros([], tl.int64))
     if block * PAGES >= pages:
         return
     place = block * PAGES + tl.arange(0, PAGES)
@@ -51,6 +54,8 @@ def look_up_pages(
     tl.store(page_last_used + page, tl.load(clock) + tl.zeros_like(page), mask=valid)
     slot = tl.load(page_raw_slot + page, mask=valid, other=-1)
     is_open = slot >= 0
+    written = tl.where(is_open, slot.to(tl.int64) * PAGE_TOKENS + (length - 1) % PAGE_TOKENS, 0)
+    tl.store(new_rows + b + tl.zeros_like(place), written, mask=place == pages - 1)
     tl.store(page_position + page, place, mask=is_open)
     tl.store(page_context + page, length + tl.zeros_like(page), mask=is_open)
     filled = tl.minimum(length - place * PAGE_TOKENS, PAGE_TOKENS)

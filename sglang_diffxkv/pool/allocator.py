@@ -115,6 +115,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
 
     def _secure(self, pages: int) -> bool:
         """Make ``pages`` openable without the tree's help; the gates before saw to the rest."""
+        if self.store.ledger.headroom < pages:
+            self.store.settle()
         self.store.seal_cold(pages, include_window=False)
         self.store.seal_cold(pages, include_window=True)
         return self.store.ledger.headroom >= pages
@@ -168,6 +170,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def create_prefill_budget(
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
     ) -> DiffXKVPrefillBudget:
+        if self.rows is None or not self.rows.running:
+            self.store.settle()  # no step will come that does
         return DiffXKVPrefillBudget(
             self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens
         )
@@ -204,6 +208,8 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         store, pages = self.store, -(-num_tokens // self.page_size)
         ledger = store.ledger
         if ledger.headroom < pages:
+            store.settle()
+        if ledger.headroom < pages:
             store.counters.reclaims += 1
             store.seal_cold(pages, include_window=False)
             if ledger.frame_headroom < pages:
@@ -238,6 +244,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         ledger = self.store.ledger
         if self.tokens_with_raw_page >= num_tokens or not ledger.raw_only:
             return
+        self.store.settle()
         held = ledger.raw_only - self.store.num_raw_only_unused(self.held_since)
         self._evict_until(
             tree_cache,
@@ -249,9 +256,14 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
             return
         counters = self.store.counters
         released = counters.released
+
+        def satisfied() -> bool:
+            self.store.settle()
+            return enough()
+
         tree_cache.evict_for_alloc(
             EvictParams(num_tokens=tree_cache.evictable_size()),
-            allocation_reclaim_satisfied=enough,
+            allocation_reclaim_satisfied=satisfied,
         )
         counters.evicted += counters.released - released
 
@@ -294,7 +306,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         SGLang asks after each request, and once a second when idle.
         """
         store = self.store
-        held = store.ledger.open_pages + store.ledger.sealed_pages
+        held = store.pages_held
         problems = store.problems()
         if len(self.free_pages) + held != self.num_pages:
             problems.append(

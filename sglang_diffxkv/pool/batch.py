@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.scoring import Sampler
 from sglang_diffxkv.pool.store import NotedQuality, PageStateError, PageStore
@@ -155,10 +156,9 @@ def extend_queries(
     if max(extend_lens) <= num_queries:  # every sampler takes all of such chunks
         return ScoringQueries.at(None, q_indptr, positions[: sum(extend_lens)])
     sampled = sampler(extend_lens, num_queries)
-    indptr = sampled.indptr.to(prefix_lens.device)
-    start = torch.repeat_interleave(prefix_lens, indptr.diff())
-    position = sampled.offsets.to(prefix_lens.device) + start
-    return ScoringQueries.at(sampled.rows.to(prefix_lens.device), indptr, position)
+    rows, indptr, offsets = (upload(x, prefix_lens.device) for x in sampled)
+    start = torch.repeat_interleave(prefix_lens, indptr.diff(), output_size=len(rows))
+    return ScoringQueries.at(rows, indptr, offsets + start)
 
 
 def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -> None:

@@ -15,9 +15,9 @@ from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import score_decode
 from sglang_diffxkv.kernels.step import PageNotes, StepPages, begin_decode
+from sglang_diffxkv.kernels.write import write_tokens
 from sglang_diffxkv.pool.store import PageStore
 
 SEAL_SHARE = 1 / 8
@@ -31,14 +31,10 @@ class DecodeStep(NamedTuple):
     Attributes:
         pages: the batch's pages.
         plan: of all layers.
-        rows: int64 [B], raw-page rows that the new tokens are written to.
-        log2_seen: fp32 [B, 1], base-2 logarithm of how many tokens each query sees.
     """
 
     pages: StepPages
     plan: DecodePlan
-    rows: torch.Tensor
-    log2_seen: torch.Tensor
 
 
 class DeviceDecode:
@@ -61,12 +57,11 @@ class DeviceDecode:
         self._notes = PageNotes(
             d.raw_slot, d.position, d.context, d.filled, d.window_step, d.last_used, counts
         )
-        if store.layout.rotates:  # its matrix must not be made while a graph is captured
-            rotate(torch.zeros(1, store.layout.head_dim, device=device))
 
     def tick(self, num_real: int) -> None:
         """Tell the device the time, and how many sequences of the batch are no padding."""
-        self._clock[0], self._clock[1] = self.store.step, self.store.decode_step
+        self._clock[:1].fill_(self.store.step)  # assigned, a number waits for the device
+        self._clock[1:].fill_(self.store.decode_step)
         self._num_real.fill_(num_real)
 
     def expect_full_pages(self) -> None:
@@ -88,12 +83,11 @@ class DeviceDecode:
         self._full_pages = 0
         return True
 
-    def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor, loc: torch.Tensor) -> DecodeStep:
+    def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> DecodeStep:
         """Look up the batch's pages, note their use, and divide the work.
 
         Args:
-            rows, seq_lens: int64 [B], with padding at the end. loc: int64 [B], virtual slots of the
-                new tokens.
+            rows, seq_lens: int64 [B], with padding at the end.
         """
         store = self.store
         pages = begin_decode(
@@ -111,23 +105,33 @@ class DeviceDecode:
         sequences = SequencePages(
             pages.table.flatten(), first, pages.count, raw_slot, pages.last_len
         )
-        slot = raw_slot[loc // PAGE_TOKENS].long()
-        return DecodeStep(
-            pages,
-            plan_decode(sequences, store.directory.heads, store.layout),
-            slot * PAGE_TOKENS + loc % PAGE_TOKENS,
-            torch.log2(pages.lengths.clamp(min=1).float())[:, None],
-        )
+        return DecodeStep(pages, plan_decode(sequences, store.directory.heads, store.layout))
 
     def attend(
-        self, step: DecodeStep, layer: int, q: torch.Tensor, sm_scale: float
+        self,
+        step: DecodeStep,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sm_scale: float,
     ) -> AttentionPart:
-        """Attention of the new tokens' queries [B, Hq, D] over all that is kept of one layer."""
+        """Attention of the new tokens over all that is kept of one layer, themselves included.
+
+        Four launches, or three where nothing is scored.
+
+        Args:
+            q: [B, Hq, D]. k, v: [B, H, D], which are written to raw pages first.
+
+        Returns:
+            Its output is of q's dtype.
+        """
         store = self.store
         d, raw = store.directory, store.raw
+        rotated = write_tokens(q, k, v, step.pages.rows, raw.keys[layer], raw.values[layer])
         part = attend(
             q,
-            rotate(q.float()) if store.layout.rotates else q,
+            rotated if store.layout.rotates else q,
             store.arena.buffer,
             d.frames[layer],
             d.heads[layer],
@@ -136,12 +140,12 @@ class DeviceDecode:
             step.plan.layer(layer),
             store.layout,
             sm_scale,
+            dtype=q.dtype,
         )
         if store.policy.needs_scores:
             score_decode(
                 q,
-                # in units of uniform attention: a query that sees n tokens gives each n * p
-                part.lse - step.log2_seen,
+                part.lse,
                 step.pages.lengths,
                 raw.keys[layer],
                 step.pages.table,

@@ -17,6 +17,9 @@ class PageDirectory:
     A page is *free* (no raw slot, not sealed), *open* (``raw_slot >= 0``) or *sealed*. Tables are
     reserved, not filled: what a page's state gives no meaning to is undefined.
 
+    Scalars are written by `index_fill_`: assigned to an index, a number is copied to the device
+    first, which waits for it.
+
     Attributes:
         raw_slot: int32 [V], raw page of an open page, else -1.
         sealed: bool [V].
@@ -44,7 +47,7 @@ class PageDirectory:
             return reserve(*shape, dtype=dtype, device=device)
 
         self.raw_slot = table(v).fill_(NO_SLOT)
-        self.raw_slot[0] = 0  # padded tokens are written to raw page 0
+        self.raw_slot[:1].fill_(0)  # padded tokens are written to raw page 0
         self.sealed = table(v, dtype=torch.bool)
         self.frames = table(num_layers, v, layout.max_frames)
         self.heads = table(num_layers, v, heads, 2)
@@ -76,7 +79,7 @@ class PageDirectory:
         self.raw_slot[pages] = slots
         d = self
         for t in (d.position, d.context, d.filled, d.quality, d.last_used, d.window_step):
-            t[pages] = 0
+            t.index_fill_(0, pages, 0)
 
     def seal(
         self, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor, charged: torch.Tensor
@@ -90,9 +93,9 @@ class PageDirectory:
         self.frames[:, pages] = frames
         self.heads[:, pages] = heads
         self.num_frames[pages] = charged
-        self.raw_slot[pages] = NO_SLOT
-        self.sealed[pages] = True
-        self.demotions[pages] = 0
+        self.raw_slot.index_fill_(0, pages, NO_SLOT)
+        self.sealed.index_fill_(0, pages, True)
+        self.demotions.index_fill_(0, pages, 0)
 
     def replace(
         self, layer: int, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor
@@ -111,9 +114,7 @@ class PageDirectory:
 
     def release(self, pages: torch.Tensor) -> None:
         """Forget ``pages`` (int64 [N])."""
-        self.raw_slot[pages] = NO_SLOT
-        self.sealed[pages] = False
-        self.heads[:, pages] = 0
-        self.num_frames[pages] = 0
-        self.plan[pages] = 0
-        self.demotions[pages] = 0
+        self.heads.index_fill_(1, pages, 0)
+        self.raw_slot.index_fill_(0, pages, NO_SLOT)
+        for t in (self.sealed, self.num_frames, self.plan, self.demotions):
+            t.index_fill_(0, pages, 0)

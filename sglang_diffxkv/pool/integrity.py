@@ -10,7 +10,7 @@ import torch
 
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.ledger import OpenShare, Share
-from sglang_diffxkv.pool.page_states import PageStates
+from sglang_diffxkv.pool.page_states import PageStates, read_states
 from sglang_diffxkv.pool.ranks import alone
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.totals import Totals
@@ -24,6 +24,7 @@ def check_integrity(store: PageStore) -> list[str]:
 
     Looks at every page and frame, and waits for the device.
     """
+    store.settle()
     problems = [*store.problems(), *_check_frames(store), *_check_raw_pages(store)]
     return [*problems, *_check_sums(store)]
 
@@ -74,11 +75,11 @@ def _check_raw_pages(store: PageStore) -> list[str]:
     slots = directory.raw_slot[pages].long()
     if not torch.equal(raw.page[slots].long(), pages):
         problems.append("raw pages: directory and slots disagree about owners")
-    everything = torch.cat([raw.stack[: raw.num_free], slots])
-    total = raw.page.numel()
+    free, total = raw.free_slots(), raw.page.numel()
+    everything = torch.cat([free, slots])
     if everything.numel() != total or torch.unique(everything).numel() != total:
         problems.append(
-            f"raw pages: {raw.num_free} free + {slots.numel()} owned are not the {total} slots"
+            f"raw pages: {free.numel()} free + {slots.numel()} owned are not the {total} slots"
         )
     if bool((is_open & directory.sealed).any()):
         problems.append("a page is both open and sealed")
@@ -98,7 +99,7 @@ def _check_sums(store: PageStore) -> list[str]:
     d, ledger = store.directory, store.ledger
     for pages in _slices(store):
         in_use = pages[(d.raw_slot[pages] >= 0) | d.sealed[pages]]
-        states = PageStates(d, in_use)
+        states = PageStates(read_states(d, in_use))
         opened = OpenShare(*map(sum, zip(opened, states.open_share(), strict=True)))
         fresh = Share(*map(sum, zip(fresh, states.sealed_share(demoted=False), strict=True)))
         demoted = Share(*map(sum, zip(demoted, states.sealed_share(demoted=True), strict=True)))

@@ -8,12 +8,20 @@ from collections import Counter
 import numpy as np
 import torch
 
+from sglang_diffxkv.kernels.gpu.transfer import Download
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.ledger import OpenShare, Share
 
 Bools = np.ndarray[tuple[int], np.dtype[np.bool_]]
+
+
+def read_states(directory: PageDirectory, pages: torch.Tensor) -> Download:
+    """What `PageStates` takes, of ``pages`` (int64 [N]) as they are at this point of the stream."""
+    d = directory
+    columns = (d.raw_slot, d.sealed, d.demotions, d.num_frames, d.quality, d.plan, d.filled)
+    return Download(torch.stack([column[pages].int() for column in columns]))
 
 
 class PageStates:
@@ -23,11 +31,9 @@ class PageStates:
         is_open, sealed: bool [N].
     """
 
-    def __init__(self, directory: PageDirectory, pages: torch.Tensor) -> None:
-        """``pages``: int64 [N] on the directory's device, which this waits for, once."""
-        d = directory
-        columns = (d.raw_slot, d.sealed, d.demotions, d.num_frames, d.quality, d.plan, d.filled)
-        table = torch.stack([column[pages].int() for column in columns]).cpu().numpy()
+    def __init__(self, read: Download) -> None:
+        """``read``: from `read_states`; waited for, if it is not here yet."""
+        table = read.values().numpy()
         slot, sealed, demotions, self._frames, self._quality, self._plan, self._filled = table
         self.is_open: Bools = slot >= 0
         self.sealed: Bools = sealed != 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from sglang_diffxkv.kernels.arena import return_frames, stack_ids, take_frames
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.reserve import reserve
 
@@ -18,7 +19,8 @@ class RawPages:
             received, in units of uniform attention (1 / tokens that the query sees).
         counts: float32 [R, 64], how many sampled queries could have attended to each token.
         page: int32 [R], the virtual page that owns a slot, -1 if free.
-        stack: int64 [R], free slots in ``[0, num_free)``.
+        stack, num_free: free slots, as `kernels.arena` keeps frames: int32 [R - 1] and [1]. Slot s
+            has id ``R - 1 - s`` there, so that slots of an empty pool are given out in order.
     """
 
     def __init__(
@@ -36,17 +38,15 @@ class RawPages:
         by_token = (num_slots, num_kv_heads, PAGE_TOKENS)
         self.scores = reserve(num_layers, *by_token, dtype=torch.float32, device=device)
         self.counts = reserve(num_slots, PAGE_TOKENS, dtype=torch.float32, device=device)
-        self.page = torch.empty(num_slots, dtype=torch.int32, device=device)
-        self.stack = torch.empty(num_slots, dtype=torch.int64, device=device)
-        self.page.fill_(-1)
-        self.page[0] = 0
-        self.num_free = num_slots - 1
-        self.stack[: self.num_free] = torch.arange(self.num_free, 0, -1, device=device)
+        self.page = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
+        self.page[:1].fill_(0)
+        self.stack = reserve(num_slots - 1, dtype=torch.int32, device=device)
+        self.num_free = torch.full((1,), num_slots - 1, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
-        tensors = [*self.keys, *self.values, self.scores, self.counts, self.page, self.stack]
-        return sum(t.nbytes for t in tensors)
+        tables = [self.scores, self.counts, self.page, self.stack, self.num_free]
+        return sum(t.nbytes for t in [*self.keys, *self.values, *tables])
 
     @property
     def page_bytes(self) -> int:
@@ -57,21 +57,30 @@ class RawPages:
     def bytes_per_slot(num_layers: int, num_kv_heads: int, head_dim: int, itemsize: int) -> int:
         """Bytes of one raw page, its scores and its bookkeeping, for sizing."""
         per_head = PAGE_TOKENS * (2 * head_dim * itemsize + 4)
-        return num_layers * num_kv_heads * per_head + PAGE_TOKENS * 4 + 12
+        return num_layers * num_kv_heads * per_head + PAGE_TOKENS * 4 + 8
+
+    def free_slots(self) -> torch.Tensor:
+        """Int64; waits for the device."""
+        return self.page.numel() - 1 - stack_ids(self.stack, int(self.num_free))
 
     def take(self, pages: torch.Tensor) -> torch.Tensor:
-        """Give each of ``pages`` (int64 [N]) a slot with clean scores; int32 [N]."""
-        n = pages.numel()
-        self.num_free -= n
-        slots = self.stack[self.num_free : self.num_free + n]
+        """Give each of ``pages`` (int64 [N]) a slot with clean scores; int32 [N].
+
+        That there are as many is the ledger's business, here as in `FrameArena.take`.
+        """
+        one_each = torch.ones_like(pages, dtype=torch.int32)
+        ids = take_frames(self.stack, self.num_free, one_each, 1).flatten()
+        taken = self.page.numel() - 1 - ids
+        slots = taken.long()
         self.page[slots] = pages.to(torch.int32)
-        self.scores[:, slots] = 0
-        self.counts[slots] = 0
-        return slots.to(torch.int32)
+        self.scores.index_fill_(1, slots, 0)
+        self.counts.index_fill_(0, slots, 0)
+        return taken
 
     def give_back(self, slots: torch.Tensor) -> None:
-        """Free ``slots`` (int64 [N])."""
-        n = slots.numel()
-        self.page[slots] = -1
-        self.stack[self.num_free : self.num_free + n] = slots
-        self.num_free += n
+        """Free ``slots`` (int [N]); those below 1 stand for none."""
+        slots = slots.flip(0).long()  # to be taken in this order again
+        self.page.index_fill_(0, slots.clamp(min=0), -1)
+        self.page[:1].fill_(0)
+        ids = torch.where(slots > 0, self.page.numel() - 1 - slots, -1)
+        return_frames(self.stack, self.num_free, ids.to(torch.int32))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import NotedQuality
@@ -89,9 +90,9 @@ class RequestRows:
             if self._levels[row] != request.quality:
                 self._levels[row] = changed[row] = request.quality
         if changed:
-            at = torch.tensor(list(changed), device=self.quality.device)
+            device = self.quality.device
             levels = torch.tensor([int(x) for x in changed.values()], dtype=torch.uint8)
-            self.quality[at] = levels.to(self.quality.device)
+            self.quality[upload(torch.tensor(list(changed)), device)] = upload(levels, device)
 
     def leave(self, rows: Sequence[int]) -> None:
         """These rows are free again."""

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from sglang_diffxkv.kernels.gpu.transfer import Download
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.quality import Quality
@@ -17,7 +19,7 @@ from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.clock import ClockHand
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.ledger import Ledger, Share
-from sglang_diffxkv.pool.page_states import PageStates
+from sglang_diffxkv.pool.page_states import PageStates, read_states
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sealing import write_sealed
@@ -34,6 +36,9 @@ DEMOTION_WINDOW = 4096
 """Virtual pages that are searched at once for the coldest."""
 RELEASED_AT_ONCE = 256
 """Pages whose frames are looked up at a time: a few MiB."""
+STEPS_TO_ARRIVE = 2
+"""Steps after which the host knows what it released: whoever begins that one has seen the results
+of the step that ran when the pages were released."""
 
 
 class PageStateError(RuntimeError):
@@ -50,6 +55,14 @@ class NotedQuality(NamedTuple):
 
     opened: dict[Quality, int]
     lossless_full: int
+
+
+class Released(NamedTuple):
+    """Freed pages that the ledger still counts: what they held is on its way to the host."""
+
+    step: int
+    pages: int
+    states: Download
 
 
 @dataclass
@@ -103,6 +116,7 @@ class PageStore:
         if policy.needs_scores:
             self.retention = RetentionMeter(policy, plan.num_layers, device)
         self.counters = Counters()
+        self._released: deque[Released] = deque()
         self.raw_hand = ClockHand(plan.raw_pages, RAW_WINDOW)
         self.demotion_hand = ClockHand(plan.virtual_pages, DEMOTION_WINDOW)
         self.checks_use = torch.device(device).type == "cpu"
@@ -114,9 +128,14 @@ class PageStore:
 
     def clear(self) -> None:
         """Free every page (SGLang's ``/flush_cache``)."""
-        if self.ledger.open_pages + self.ledger.sealed_pages:
-            d = self.directory
-            self.release(torch.nonzero((d.raw_slot[1:] >= 0) | d.sealed[1:]).flatten() + 1)
+        self.settle()
+        if not self.pages_held:
+            return
+        d = self.directory
+        pages = torch.nonzero((d.raw_slot[1:] >= 0) | d.sealed[1:]).flatten() + 1
+        for part in pages.split(RELEASED_AT_ONCE):
+            self.release(part)
+            self.settle()
 
     def open(self, pages: torch.Tensor) -> None:
         """Open free ``pages`` (int64 [N], distinct).
@@ -135,33 +154,57 @@ class PageStore:
         self.counters.opened += pages.numel()
 
     def release(self, pages: torch.Tensor) -> None:
-        """Free open or sealed ``pages`` (int64 [N], distinct).
+        """Free open or sealed ``pages`` (int64 [N], distinct), without waiting for the device.
+
+        What they held is the ledger's to promise again after `settle`: at once on a CPU.
 
         Raises:
-            PageStateError: a page is unknown or already free.
+            PageStateError: a page is unknown or already free; on a GPU from `settle`.
         """
         self._check_ids(pages)
         for part in pages.split(RELEASED_AT_ONCE):
             self._release(part)
+        if self.checks_use:
+            self.settle()
 
     def _release(self, pages: torch.Tensor) -> None:
         d = self.directory
-        states = PageStates(d, pages)  # the one wait for the device
-        if not (states.is_open | states.sealed).all():
-            raise PageStateError("release: page is already free")
-        slots = d.raw_slot[pages]
-        if states.sealed.any():
+        states = read_states(d, pages)
+        if not self.checks_use or PageStates(states).sealed.any():
             frames = d.frames[:, pages].masked_fill(~d.sealed[pages][:, None], -1)
             self.totals.add_payload(d.heads[:, pages], (frames >= 0).sum(2), sign=-1)
             self.arena.give_back(frames)
-        self.totals.by_quality.subtract(states.by_quality())
-        self.totals.by_plan.subtract(states.by_plan())
-        opened = torch.from_numpy(states.is_open.nonzero()[0]).to(pages.device)
-        self.raw.give_back(slots[opened].long())
+        self.raw.give_back(d.raw_slot[pages])
         d.release(pages)
-        share = states.sealed_share
-        self.ledger.release(states.open_share(), share(demoted=False), share(demoted=True))
+        self._released.append(Released(self.step, pages.numel(), states))
         self.counters.released += pages.numel()
+
+    @property
+    def pages_held(self) -> int:
+        """Open and sealed pages."""
+        leaving = sum(released.pages for released in self._released)
+        return self.ledger.open_pages + self.ledger.sealed_pages - leaving
+
+    def settle(self, before: int | None = None) -> None:
+        """Have the ledger know of what was released, waiting for the device where it must.
+
+        All ranks have to know the same when they decide what fits: so this goes by steps, and not
+        by what has arrived.
+
+        Args:
+            before: only of what was released before that step; None: of all.
+
+        Raises:
+            PageStateError: a page was already free.
+        """
+        while self._released and (before is None or self._released[0].step < before):
+            states = PageStates(self._released.popleft().states)
+            if not (states.is_open | states.sealed).all():
+                raise PageStateError("release: page is already free")
+            self.totals.by_quality.subtract(states.by_quality())
+            self.totals.by_plan.subtract(states.by_plan())
+            share = states.sealed_share
+            self.ledger.release(states.open_share(), share(demoted=False), share(demoted=True))
 
     def share(self, pages: torch.Tensor) -> Share:
         """What sealed ``pages`` (int64 [N]) are charged for."""
@@ -170,6 +213,7 @@ class PageStore:
     def begin_step(self, decodes: bool) -> None:
         """A forward pass begins; ``decodes``: with the next token of every running request."""
         self.step += 1
+        self.settle(before=self.step - STEPS_TO_ARRIVE + 1)
         if decodes:
             self.decode_step += 1
             self.decoded_at = self.step
@@ -195,7 +239,7 @@ class PageStore:
         d.context[pages] = context.to(torch.int32)
         d.filled[pages] = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS).to(torch.int32)
         d.window_step[pages[end > context - window]] = self.decode_step
-        d.last_used[pages] = self.step
+        d.last_used.index_fill_(0, pages, self.step)
 
     def set_quality(self, pages: torch.Tensor, quality: torch.Tensor, noted: NotedQuality) -> None:
         """Note what their requests asked for, of pages that were opened for this step.
@@ -213,7 +257,7 @@ class PageStore:
 
     def read(self, pages: torch.Tensor) -> None:
         """Note that sealed ``pages`` (int [N], may repeat) are about to be attended to."""
-        self.directory.last_used[pages] = self.step
+        self.directory.last_used.index_fill_(0, pages.long(), self.step)
 
     @property
     def next_step(self) -> int:
@@ -221,7 +265,7 @@ class PageStore:
 
     def expect(self, pages: torch.Tensor) -> None:
         """Note that ``pages`` (int64 [N]) will be attended to in the next step."""
-        self.directory.last_used[pages] = self.next_step
+        self.directory.last_used.index_fill_(0, pages, self.next_step)
 
     def seal(self, pages: torch.Tensor, sequence: torch.Tensor | None = None) -> None:
         """Seal full open ``pages`` (int64 [N], distinct).
@@ -252,7 +296,7 @@ class PageStore:
     def _seal(self, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor) -> None:
         charged = write_sealed(self, pages, slots, sequence)
         number = self.policy.plan_number
-        self.directory.plan[pages] = number
+        self.directory.plan.index_fill_(0, pages, number)
         self.totals.by_plan[number] += pages.numel()
         self.raw.give_back(slots)
         self.ledger.seal(pages.numel(), int(charged.sum()))
@@ -314,7 +358,6 @@ class PageStore:
         ledger, totals = self.ledger, self.totals
         held = ledger.open_pages + ledger.sealed_pages
         sums = {
-            "raw pages in use": (self.plan.raw_pages - self.raw.num_free, ledger.open_pages),
             "pages by quality": (totals.by_quality.total(), held),
             "sealed pages by plan": (totals.by_plan.total(), ledger.sealed_pages),
         }

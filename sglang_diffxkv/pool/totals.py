@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.gpu.transfer import Download
 from sglang_diffxkv.kernels.pack import head_counts
 from sglang_diffxkv.policy.quality import Quality
 
@@ -84,21 +85,17 @@ class _Readback:
 
     def __init__(self, source: torch.Tensor) -> None:
         self._source = source
-        self._on_gpu = source.device.type == "cuda"
-        self._landing = torch.zeros(source.shape, dtype=source.dtype, pin_memory=self._on_gpu)
-        self._values = self._landing.clone()
-        self._copied: torch.cuda.Event | None = None
+        self._values = torch.zeros(source.shape, dtype=source.dtype)
+        self._coming: Download | None = None
 
     def latest(self) -> torch.Tensor:
         """On the host: the newest values that have arrived. Asks for newer ones."""
         if self._source.is_cpu:
             return self._source
-        if not self._on_gpu:  # a meta tensor, which has none
+        if self._source.is_meta:  # which has none
             return self._values
-        if self._copied is None or self._copied.query():
-            if self._copied is not None:
-                self._values.copy_(self._landing)
-            self._landing.copy_(self._source, non_blocking=True)
-            self._copied = torch.cuda.Event()
-            self._copied.record()
+        if self._coming is None or self._coming.is_here:
+            if self._coming is not None:
+                self._values = self._coming.values()
+            self._coming = Download(self._source)
         return self._values

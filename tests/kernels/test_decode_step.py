@@ -79,11 +79,15 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
     padding = torch.zeros(2, dtype=torch.int64)  # as SGLang pads batches for CUDA graphs
     rows, lens = torch.cat([device.rows, padding]), torch.cat([device.lens, padding + 1])
     last = device.req_to_token[device.rows, device.lens - 1].long()
-    step = decode.begin(rows, lens, torch.cat([last, padding]))
-    assert torch.equal(step.rows[:4], device.store.write_rows(last))
+    step = decode.begin(rows, lens)
+    assert torch.equal(step.pages.rows, torch.cat([device.store.write_rows(last), padding]))
     for layer in range(LAYERS):
         q = torch.cat([device.queries, torch.full((2, HEADS * GROUP, DIM), 9.0)])
-        part = decode.attend(step, layer, q, SCALE)
+        raw = (pages[layer].flatten(0, 1) for pages in (host.store.raw.keys, host.store.raw.values))
+        new = [x[step.pages.rows] for x in raw]
+        for pages in (device.store.raw.keys, device.store.raw.values):
+            pages[layer].flatten(0, 1)[step.pages.rows] = torch.nan
+        part = decode.attend(step, layer, q, *new, SCALE)
         out, lse = host.on_host(layer)
         assert error_norm(part.out[:4], out) < 1e-3
         assert (part.lse[:4] - lse).abs().max() < 1e-3

@@ -49,7 +49,7 @@ def test_begin_decode(window: int, scores: bool) -> None:
     expected = naive.begin_decode(*args, clock, expected_notes, window)
     on_device = (x.to(DEVICE) for x in args)
     actual = triton.begin_decode(*on_device, clock.to(DEVICE), actual_notes, window)
-    for name in ("lengths", "count", "last_len"):
+    for name in ("lengths", "count", "last_len", "rows"):
         assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
     assert actual.count[6:].tolist() == [0, 0]
     used = torch.arange(expected.table.shape[1]) < expected.count[:, None]

@@ -19,6 +19,7 @@ from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make
 from sglang_diffxkv.kernels.pack import Payload, copy_rows, pack, unpack
 from sglang_diffxkv.kernels.score import score_decode, score_open
 from sglang_diffxkv.kernels.step import PageNotes, begin_decode
+from sglang_diffxkv.kernels.write import write_tokens
 
 BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
 """Sequences; sealed pages listed and in the tables; raw pages; new tokens; frames of the arena."""
@@ -126,7 +127,8 @@ def _decode(s: Setting) -> None:
     for layer in range(layers if s is SETTINGS[0] else 1):
         mine = plan.layer(layer)
         q, raw, frames = s.queries(BATCH), s.raw_pages(), s.tables()[0]
-        attend(q, q, s.arena(), frames, heads[layer], raw, raw, mine, s.layout, s.sm_scale)
+        arguments = (q, q, s.arena(), frames, heads[layer], raw, raw, mine, s.layout, s.sm_scale)
+        attend(*arguments, dtype=s.dtype)
 
 
 def _decode_parts(s: Setting) -> None:
@@ -211,8 +213,16 @@ def _begin_decode(s: Setting) -> None:
         )
 
 
+def _write_tokens(s: Setting) -> None:
+    kv_shape = (BATCH, s.model.kv_heads, s.model.head_dim)
+    k, v = s.of_model(*kv_shape), s.of_model(*kv_shape)
+    rows = torch.empty(BATCH, dtype=torch.int64, device="meta")
+    write_tokens(s.queries(BATCH), k, v, rows, s.raw_pages(), s.raw_pages())
+
+
 OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "begin_decode": _begin_decode,
+    "write_tokens": _write_tokens,
     "decode": _decode,
     "decode_parts": _decode_parts,
     "merge": _merge,

@@ -119,7 +119,8 @@ def check_decode(case: Decode, device: torch.device) -> Found:
     listed_indptr = indptr(tuple(len(x) for x in slots), device)
     every_query = torch.arange(batch + 1, dtype=torch.int32)
     args = (listed_indptr, torch.cat(slots), torch.cat(positions), expected, dim**-0.5)
-    queries = q, lse, every_query, lengths.int() - 1, k_raw
+    seen = lengths.float().log2()[:, None]
+    queries = q, lse - seen, every_query, lengths.int() - 1, k_raw
     naive.score_open(*to(torch.device("cpu"), *queries, *args))
     return Found(relative_error(accum.cpu() - before, expected - before))
 

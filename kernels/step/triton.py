@@ -26,9 +26,11 @@ def begin_decode(
     """See :func:`sglang_diffxkv.kernels.step.begin_decode`."""
     batch, width = len(rows), triton.cdiv(req_to_token.shape[1], PAGE_TOKENS)
     pages = StepPages(
-        rows.new_empty(batch, width, dtype=torch.int32),
-        *(rows.new_empty(batch, dtype=torch.int32) for _ in range(3)),
-        rows.new_empty(batch, dtype=torch.int64),
+        table=rows.new_empty(batch, width, dtype=torch.int32),
+        lengths=rows.new_empty(batch, dtype=torch.int32),
+        count=rows.new_empty(batch, dtype=torch.int32),
+        last_len=rows.new_empty(batch, dtype=torch.int32),
+        rows=rows.new_empty(batch, dtype=torch.int64),
     )
     outputs = pages._asdict()
     new_rows = outputs.pop("rows")

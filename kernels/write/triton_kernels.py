@@ -58,11 +58,9 @@ def _hadamard(x):
     Each turn sums and subtracts neighbours, and puts all sums before all differences: after
     log2(SIZE) turns every element has met every other one, and all are back in their places.
     """
-    N: tl.constexpr = x.shape[0]
-    SIZE: tl.constexpr = x.shape[1]
-    for _ in tl.static_range(_log2(SIZE)):
-        even, odd = tl.split(tl.reshape(x, [N, SIZE // 2, 2]))
-        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), [N, SIZE])
+    for _ in tl.static_range(_log2(x.shape[1])):
+        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
+        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), x.shape)
     return x
 
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
+from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, PageLayout, TierFormat
 from sglang_diffxkv.policy.caps import fit, full_bytes, never_exceeds
 from sglang_diffxkv.policy.scoring import SampledQueries, sample_queries
@@ -163,7 +164,7 @@ class TierPolicy(ABC):
         tiers = self.grade(ctx)
         if all(never_exceeds(self.layout, cap) for cap in self.caps):
             return tiers
-        caps = torch.tensor(self.caps, device=tiers.device)
+        caps = upload(torch.tensor(self.caps), tiers.device)
         return fit(tiers, self._worth(ctx), caps, self.layout)
 
     def demote(self, ctx: DemotionContext) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, PageLayout
 
 _COUNTS = PAGE_TOKENS + 1
@@ -103,4 +104,4 @@ def _size_list(layout: PageLayout) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _size_table(layout: PageLayout, device: torch.device) -> torch.Tensor:
-    return torch.tensor(_size_list(layout), dtype=torch.int64, device=device)
+    return upload(torch.tensor(_size_list(layout)), device)

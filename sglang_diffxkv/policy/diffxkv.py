@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PageLayout
 from sglang_diffxkv.kernels.pack import measure
 from sglang_diffxkv.policy.base import DemotionContext, SealContext, TierPolicy
@@ -137,7 +138,8 @@ class DiffXKVPolicy(TierPolicy):
         importance = ctx.importance * ctx.context[:, None, None, None]
         forced = ~importance.isfinite()
         forced |= (self.is_sink(ctx) | (ctx.count == 0))[:, None, None]
-        forced[:, self._high_layers] = True
+        for layer in self._high_layers:
+            forced[:, layer].fill_(True)
         return importance.masked_fill(~importance.isfinite(), 0), forced
 
     def _personal(
@@ -191,8 +193,9 @@ class DiffXKVPolicy(TierPolicy):
         nbytes = nbytes + (tiers == LOW).sum((0, 2, 3)) * self._prices.low_bytes
         overhead = page_overhead(self.layout)
         caps = [pages * (CAP_OVER_PLAN * budget - overhead) for budget in planned.page_bytes]
-        over = nbytes > torch.tensor(caps, device=tiers.device)
-        over[self._high_layers] = False
+        over = nbytes > upload(torch.tensor(caps), tiers.device)
+        for layer in self._high_layers:
+            over[layer].fill_(False)
         for layer in over.nonzero().flatten().tolist():
             choice = _Choice(importance[:, layer : layer + 1], forced[:, layer : layer + 1])
             split = most_retained(choice.ranking, self._prices, caps[layer], choice.forced_tokens)
@@ -226,7 +229,7 @@ class _Choice:
 def _by_thresholds(importance: torch.Tensor, planned: LayerPlans) -> torch.Tensor:
     """Tiers of pages by the plan's alphas: uint8 [P, L, H, 64]."""
     high, low = (
-        torch.tensor(alphas, device=importance.device)[:, None, None]
+        upload(torch.tensor(alphas), importance.device)[:, None, None]
         for alphas in (planned.alpha_high, planned.alpha_low)
     )
     return (importance >= high).to(torch.uint8) + (importance >= low)

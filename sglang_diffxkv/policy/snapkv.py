@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
+from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.policy.caps import full_bytes
 from sglang_diffxkv.policy.prompt import PromptPolicy
@@ -39,4 +40,4 @@ class SnapKVPolicy(PromptPolicy):
     def budgets(self, scores: torch.Tensor, certain: int) -> torch.Tensor:
         tokens = scores.shape[-1]
         counts = [max(round(share * tokens), certain) for share in self.shares]
-        return torch.tensor(counts, device=scores.device)
+        return upload(torch.tensor(counts), scores.device)

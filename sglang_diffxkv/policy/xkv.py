@@ -45,7 +45,7 @@ class XKVPolicy(PromptPolicy):
         # One more token for a layer is one more for each of its heads: R_i(n), XKV's gains.
         known = scores.masked_fill(scores.isinf(), 0).double()
         gains = (known / known.sum((1, 2), keepdim=True).clamp(min=1e-30)).sum(1) / layers
-        gains[:, :certain] = torch.inf
+        gains[:, :certain].fill_(torch.inf)
         flat, places = gains.flatten().sort(descending=True, stable=True)
         ranking = rank_tokens(flat.masked_fill(flat.isinf(), 0))
         price = heads * self.layout.token_bytes(self.layout.high)

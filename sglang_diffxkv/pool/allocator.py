@@ -105,7 +105,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
 
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         """Put pages at the front of the list, in place: the base class would copy all of it."""
-        pages = torch.cat(page_ids)
+        pages = torch.cat(page_ids).long()
         self.store.release(pages)
         end = len(self._page_list) - len(self.free_pages)
         self._page_list[end - len(pages) : end] = pages

@@ -238,7 +238,8 @@ class PageStore:
         d.position[pages] = position.to(torch.int32)
         d.context[pages] = context.to(torch.int32)
         d.filled[pages] = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS).to(torch.int32)
-        d.window_step[pages[end > context - window]] = self.decode_step
+        recent = pages[end > context - window]
+        d.window_step.index_fill_(0, recent, self.decode_step)
         d.last_used.index_fill_(0, pages, self.step)
 
     def set_quality(self, pages: torch.Tensor, quality: torch.Tensor, noted: NotedQuality) -> None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device that is none: its tensors lie on the host, but whatever mixes the two raises.
+"""A GPU that is none: its tensors lie on the host, but torch takes them for CUDA's.
 
-What runs on it is what runs on a GPU, with kernels in Triton's interpreter. It calls itself "meta",
-the one device that torch lets anybody make tensors of.
+What runs on it is what runs on a GPU, with kernels in Triton's interpreter, and Python's bindings
+do what they do for CUDA tensors. An operation that mixes host and device raises, and so does a copy
+to the device that our own code waits for, if only of a number that is assigned to an element. What
+else a GPU would make the host wait for is noted.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,22 +23,25 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-from sglang_diffxkv.kernels.gpu import device, launch
+from sglang_diffxkv.kernels.extend import flashinfer
+from sglang_diffxkv.kernels.gpu import launch
 from sglang_diffxkv.kernels.rotation import hadamard
 from sglang_diffxkv.policy import caps
 
-DEVICE = "meta"
-_LAUNCHING = [f"sglang_diffxkv.kernels.{x}.triton" for x in ("arena", "pack", "score", "step")]
-_LAUNCHING += [f"sglang_diffxkv.kernels.{x}" for x in ("decode.plan", "decode.triton")]
-_LAUNCHING += ["sglang_diffxkv.kernels.extend.triton"]
+DEVICE = "cuda"
+_OPERATIONS = ("arena", "decode", "extend", "pack", "score", "step", "write")
+_LAUNCHING = [f"sglang_diffxkv.kernels.{x}.triton" for x in _OPERATIONS]
+_LAUNCHING += ["sglang_diffxkv.kernels.decode.plan"]
 _CACHES = (hadamard, caps._size_table)
 """Of tensors by device."""
-_MOVES = ("aten::copy_", "aten::_to_copy")
+_COPY, _MOVE = "aten::copy_", "aten::_to_copy"
 _WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
 """Their results, or the shapes of these, are for the host; so are those of all unique ones."""
 _UNIQUE = "unique"
-_waits: list[str] = []
 _INDEXES = ("aten::index", "aten::index_put_", "aten::index_put")
+_waits: list[str] = []
+_pinned: list[torch.Tensor] = []
+"""Kept, so that no other memory comes to lie there."""
 
 
 class OnDevice(torch.Tensor):
@@ -73,67 +79,120 @@ class _Operations(TorchDispatchMode):
         return _run(func, args, kwargs or {})
 
 
-class _Lists(TorchFunctionMode):
-    """`torch.tensor` leaves tensors of "meta" without elements, before any operation is seen."""
+class _Calls(TorchFunctionMode):
+    """Those that would ask the driver before any operation is seen."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if func is torch.Tensor.pin_memory:
+            return _pin(args[0].clone())
+        if kwargs.pop("pin_memory", False):
+            return _pin(func(*args, **kwargs))
         if func is torch.tensor and kwargs.get("device") is not None:
             target = kwargs.pop("device")
             return torch.tensor(*args, **kwargs).to(target)
         return func(*args, **kwargs)
 
 
+class Event:
+    """`torch.cuda.Event`: done once the host has the results of the forward pass before it."""
+
+    launched = 0
+    """Forward passes so far."""
+    seen = 0
+    """Of those, whose results the host has."""
+
+    def record(self) -> None:
+        self._pass = Event.launched
+
+    def query(self) -> bool:
+        return self._pass <= Event.seen
+
+    def synchronize(self) -> None:
+        if not self.query():
+            _note_wait("synchronize")
+
+
+def _pin(host: torch.Tensor) -> torch.Tensor:
+    _pinned.append(host)
+    return host
+
+
+def _is_pinned(host: torch.Tensor) -> bool:
+    return any(host.data_ptr() == other.data_ptr() for other in _pinned)
+
+
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operation, on the host, after a look at where its tensors are said to be."""
     name = func._schema.name
-    _check(name, args, kwargs)
     given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
     target = kwargs.get("device")
-    waits_for = _makes_the_host_wait(name, args, kwargs)
     if target is None:
         on_device = any(isinstance(x, OnDevice) for x in given)
     else:
         on_device = torch.device(target).type == DEVICE
+    if name == _COPY:
+        blocking = not (len(args) > 2 and args[2]) and not kwargs.get("non_blocking")
+        _check_copy(args[1], isinstance(args[0], OnDevice), args[0], blocking)
+    elif name == _MOVE:
+        _check_copy(args[0], on_device, None, not kwargs.get("non_blocking"))
+    else:
+        _check_operands(name, given)
+        if isinstance(next(iter(given), None), OnDevice) and _makes_the_host_wait(name, args):
+            _note_wait(name)
+    if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if waits_for and any(isinstance(x, OnDevice) for x in given):
-        _note_wait(name)
     out = func(*tree_map(_host, args), **tree_map(_host, kwargs))
     if func._schema.is_mutable:
         return args[0]
     return tree_map(_on_device, out) if on_device else out
 
 
-def _check(name: str, args: Any, kwargs: dict[str, Any]) -> None:
-    if name in _MOVES:
+def _check_copy(
+    source: torch.Tensor, to_device: bool, target: torch.Tensor | None, blocking: bool
+) -> None:
+    if isinstance(source, OnDevice) == to_device:
         return
-    if name in _INDEXES and isinstance(args[0], OnDevice):
-        args = (args[0], *args[2:])  # indices may be the host's
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    assert all(isinstance(x, OnDevice) or not x.is_meta for x in given), f"{name}: no elements"
-    # Single elements of the host may meet any device.
-    hosts = [x for x in given if not isinstance(x, OnDevice) and x.dim()]
-    if hosts and any(isinstance(x, OnDevice) for x in given):
+    host = source if to_device else target
+    if not blocking and host is not None and _is_pinned(host):
+        return
+    if not to_device:
+        _note_wait("download")
+    elif _is_ours(_caller()):
+        raise RuntimeError("a copy to the device that waits for it: see kernels.gpu.transfer")
+
+
+def _check_operands(name: str, given: list[torch.Tensor]) -> None:
+    hosts = [x for x in given if not isinstance(x, OnDevice)]
+    if hosts and len(hosts) < len(given) and _is_ours(_caller()):
         raise RuntimeError(f"{name}: a tensor of the host, {tuple(hosts[0].shape)}, and the device")
 
 
-def _makes_the_host_wait(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
+def _makes_the_host_wait(name: str, args: Any) -> bool:
     """As CUDA has it: values are asked for, or a shape depends on some."""
-    if name in _MOVES:
-        if name == "aten::copy_":
-            return not isinstance(args[0], OnDevice)
-        return torch.device(kwargs.get("device") or DEVICE).type == "cpu"
     if name in _INDEXES:
         indices = [x for x in args[1] if isinstance(x, torch.Tensor)]
         return any(x.dtype == torch.bool for x in indices)
     return name in _WAITS or _UNIQUE in name
 
 
-def _note_wait(name: str) -> None:
-    """With the line that it happens in, torch's own left out."""
+def _caller() -> traceback.FrameSummary:
+    """Who called torch."""
     stack = [x for x in traceback.extract_stack() if "/torch/" not in x.filename]
-    callers = [x for x in stack if x.filename != __file__]
-    _waits.append(f"{name} in {Path(callers[-1].filename).name}:{callers[-1].lineno}")
+    return next(x for x in reversed(stack) if x.filename != __file__)
+
+
+def _is_ours(caller: traceback.FrameSummary) -> bool:
+    parts = Path(caller.filename).parts
+    others = {"tests", "site-packages"}
+    return not others.intersection(parts) and bool(
+        {"sglang_diffxkv", "kernels", "patches"}.intersection(parts)
+    )
+
+
+def _note_wait(name: str) -> None:
+    caller = _caller()
+    _waits.append(f"{name} in {Path(caller.filename).name}:{caller.lineno}")
 
 
 @contextmanager
@@ -163,15 +222,23 @@ def _launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 @contextmanager
 def fake_device() -> Iterator[None]:
     """Within this context tensors may be made on `DEVICE`, and kernels run on them."""
-    with pytest.MonkeyPatch.context() as patch, _Lists(), _Operations():
-        patch.setitem(device.MULTIPROCESSORS, DEVICE, 1)
+    torch._C._ensureCUDADeviceGuardSet()  # as torch does for its own fake tensors
+    properties = SimpleNamespace(multi_processor_count=1)
+    with pytest.MonkeyPatch.context() as patch, _Calls(), _Operations():
+        patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        patch.setattr(flashinfer, "supports", lambda q: False)
         for name in _LAUNCHING:
             patch.setattr(importlib.import_module(name), "launch", _launch)
-        _clear_caches()
+        _reset()
         yield
-        _clear_caches()
+        _reset()
 
 
-def _clear_caches() -> None:
+def _reset() -> None:
+    Event.launched = Event.seen = 0
+    _pinned.clear()
     for cache in _CACHES:
         cache.cache_clear()

@@ -23,7 +23,7 @@ from sglang_diffxkv.pool.decode_step import DeviceDecode
 from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStore
-from tests.kernels.fake_device import DEVICE, fake_device
+from tests.kernels.fake_device import DEVICE, Event, fake_device
 from tests.unit.policies import config_of
 from tests.unit.test_allocator import PrefixCache
 
@@ -135,6 +135,8 @@ class Server:
         self.backend.init_forward_metadata(batch)
         self._forward(len(loc), batch)
         self.backend.end_of_step()
+        Event.launched += 1
+        Event.seen = Event.launched - 1  # the results of the one before are processed now
         assert self.backend.forward_metadata is None and self.backend.decode_batch is None
 
     def _forward(self, tokens: int, batch: Any) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 import torch
 from sglang.srt.managers.scheduler_components.pool_stats_observer import SchedulerPoolStatsObserver
 
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
 from sglang_diffxkv.patches.observability import _get_token_info
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.request_rows import RunningRequest
+from sglang_diffxkv.pool.store import PageStateError
 from tests.kernels.fake_device import fake_device, waits
 from tests.kernels.test_device_placement import Server
 
@@ -73,6 +76,82 @@ def test_decode_steps_with_statistics_do_not_wait(policy: str, second: Quality) 
     assert server.store.counters.opened == opened + 1
     assert 0 < stats.full_token_usage < 1
     assert server.allocator.check() == []
+
+
+def cached(server: Server) -> torch.Tensor:
+    """Slots of two pages that no one runs with, the first of them sealed."""
+    store = server.store
+    slots = server.allocator.alloc(2 * PAGE_TOKENS)
+    assert slots is not None
+    first = slots[:1] // PAGE_TOKENS
+    store.ledger.write(PAGE_TOKENS, full=1)
+    store.directory.filled.index_fill_(0, first, PAGE_TOKENS)
+    store.seal(first)
+    return slots
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("policy", ["diffxkv", "uniform"])
+def test_who_finishes_and_who_enters_does_not_wait(policy: str) -> None:
+    """The ledger counts freed pages until two steps later, and says so wherever it is asked."""
+    server = started(policy, Quality.LOSSLESS)
+    slots, ledger = cached(server), server.store.ledger
+    server.decode(checks=False)
+    with waits() as found:
+        before = replace(ledger)
+        server.allocator.free_segment(slots, start_pos=0)
+        server.backend.rows.enter([3], [RunningRequest(Quality.LOSSLESS, server.store.next_step)])
+        load_snapshot(server)
+        assert ledger == before
+        budget = server.allocator.create_prefill_budget(server.cache)
+        assert budget.has_capacity()
+        server.decode(checks=False)
+        server.backend.rows.leave([3])
+        assert ledger == replace(before, open_tokens=before.open_tokens + 2)
+        server.decode(checks=False)
+        load_snapshot(server)
+        assert found == []
+    # One of the two that were freed was sealed; the step that knows of them opened a page.
+    assert ledger.sealed_pages == before.sealed_pages - 1
+    assert ledger.open_pages == before.open_pages - 1 + 1
+    assert server.allocator.check() == []
+
+
+@pytest.mark.usefixtures("device")
+def test_who_runs_short_waits_for_what_was_freed() -> None:
+    server = started("uniform", Quality.BALANCED)
+    slots, ledger = cached(server), server.store.ledger
+    server.decode(checks=False)
+    taken = server.allocator.alloc(ledger.headroom * PAGE_TOKENS)
+    assert taken is not None and ledger.headroom == 0
+    server.allocator.free_segment(slots, start_pos=0)
+    assert ledger.headroom == 0
+    with waits() as found:
+        assert server.allocator.check_decode_capacity(num_tokens=64, tree_cache=server.cache)
+        assert ledger.headroom >= 1 and len(found) == 1 and "transfer.py" in found[0]
+    assert server.store.counters.reclaims == 0
+    assert server.allocator.check() == []
+
+
+@pytest.mark.usefixtures("device")
+def test_freed_pages_are_known_at_once_when_nobody_runs() -> None:
+    server = started("uniform", Quality.BALANCED)
+    slots, ledger = cached(server), server.store.ledger
+    server.backend.rows.leave([2, 1])
+    open_pages = ledger.open_pages
+    server.allocator.free_segment(slots, start_pos=0)
+    server.allocator.create_prefill_budget(server.cache)
+    assert ledger.open_pages == open_pages - 1
+
+
+@pytest.mark.usefixtures("device")
+def test_pages_freed_twice_are_noticed() -> None:
+    server = started("uniform", Quality.BALANCED)
+    pages = cached(server)[::PAGE_TOKENS] // PAGE_TOKENS
+    server.store.release(pages[:1])
+    server.store.release(pages[:1])
+    with pytest.raises(PageStateError, match="already free"):
+        server.store.settle()
 
 
 @pytest.mark.usefixtures("device")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from sglang_diffxkv.backend import DiffXKVBackend
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.pool.batch import gather_pages, pages_to_seal
+from sglang_diffxkv.pool.batch import gather_pages, pages_to_seal, ready_pages
 from sglang_diffxkv.pool.decode_step import DecodeStep, DeviceDecode
 
 if TYPE_CHECKING:
@@ -32,7 +33,8 @@ class DecodeBatch(NamedTuple):
 
 
 class GPUBackend(DiffXKVBackend):
-    """Prefills as everywhere; of decode steps, only those that seal wait for the device."""
+    """Prefills as everywhere; of decode steps only the first one after a prefill may wait for the
+    device."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
@@ -109,18 +111,20 @@ class GPUBackend(DiffXKVBackend):
         if batch is None:
             super().end_of_step()
             self.decode.expect_full_pages()
-        elif self.decode.should_seal(batch.seq_lens_cpu):
-            self._seal(batch)
+        elif due := self.decode.pages_due(batch.seq_lens_cpu):
+            self._seal(batch, due)
 
-    def _seal(self, batch: DecodeBatch) -> None:
-        """Seal what is full, scored and not recent: to list it is to wait for the device."""
-        seq_lens = batch.seq_lens.long()
-        pages = gather_pages(
-            self.store,
-            self.req_to_token_pool.req_to_token,
-            batch.rows,
-            seq_lens,
-            int(batch.seq_lens_cpu.max()),
-        )
-        scored = seq_lens - 1 if self.store.policy.needs_scores else seq_lens
-        self.store.seal(*pages_to_seal(self.store, pages, scored))
+    def _seal(self, batch: DecodeBatch, due: float) -> None:
+        """Seal what is full, scored and not recent.
+
+        After a prefill that may be any number of pages, and many of one sequence, which are judged
+        together: to list them is to wait for the device, as prefills do.
+        """
+        store, table = self.store, self.req_to_token_pool.req_to_token
+        seq_lens, longest = batch.seq_lens.long(), int(batch.seq_lens_cpu.max())
+        scored = seq_lens - 1 if store.policy.needs_scores else seq_lens
+        if math.isinf(due):
+            pages = gather_pages(store, table, batch.rows, seq_lens, longest)
+            store.seal(*pages_to_seal(store, pages, scored))
+        else:
+            store.seal_ready(*ready_pages(store, table, batch.rows, scored, longest, int(due)))

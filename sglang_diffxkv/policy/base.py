@@ -26,8 +26,9 @@ class SealContext(NamedTuple):
     """int64 [S]: index of the page in its sequence, so token j is number ``position * 64 + j``."""
     context: torch.Tensor
     """int64 [S]: length in tokens of the sequence when the page was last scored."""
-    sequence: torch.Tensor
-    """int64 [S]: pages with equal numbers are of one sequence, and may be judged together."""
+    sequence: torch.Tensor | None
+    """int64 [S]: pages with equal numbers are of one sequence, and may be judged together. None:
+    each by itself."""
     quality: torch.Tensor
     """int64 [S]: `Quality` that the page's request asked for."""
 

@@ -121,12 +121,11 @@ class DiffXKVPolicy(TierPolicy):
             asked = (ctx.quality == quality)[:, None, None, None]
             tiers = torch.where(asked, _by_thresholds(importance, planned), tiers)
         tiers.masked_fill_(forced, HIGH)
-        for pages in sequences(ctx):
-            if plan is None or len(pages) >= PERSONAL_PAGES:
-                quality = Quality(int(ctx.quality[pages[0]]))
-                layers = None if plan is None else plan.qualities[quality]
-                target = Target.of(self.target).at(quality)
-                tiers[pages] = self._personal(importance[pages], forced[pages], target, layers)
+        for pages in sequences(ctx, least=1 if plan is None else PERSONAL_PAGES):
+            quality = Quality(int(ctx.quality[pages[0]]))
+            layers = None if plan is None else plan.qualities[quality]
+            target = Target.of(self.target).at(quality)
+            tiers[pages] = self._personal(importance[pages], forced[pages], target, layers)
         return tiers
 
     def _weigh(self, ctx: SealContext) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,6 +12,9 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.scoring import Sampler
 from sglang_diffxkv.pool.store import NotedQuality, PageStateError, PageStore
 
+READY_PAGES = 8
+"""Places for pages that decode steps seal come in multiples of this."""
+
 
 class BatchPages(NamedTuple):
     """Ragged page lists of the B sequences of a batch, shared by all layers.
@@ -205,3 +208,42 @@ def pages_to_seal(store: PageStore, batch: BatchPages, scored_lens: torch.Tensor
     owner = per_page(batch, torch.arange(scored_lens.numel(), device=batch.pages.device))[ready]
     sequence = torch.empty_like(pages).scatter_reduce_(0, place, owner, "amin", include_self=False)
     return SealBatch(pages, sequence)
+
+
+class ReadyPages(NamedTuple):
+    """Pages that may be sealed, found without waiting for the device.
+
+    Attributes:
+        pages: int64 [N]. ready: bool [N], which of them are any.
+    """
+
+    pages: torch.Tensor
+    ready: torch.Tensor
+
+
+def ready_pages(
+    store: PageStore,
+    req_to_token: torch.Tensor,
+    rows: torch.Tensor,
+    scored_lens: torch.Tensor,
+    max_len: int,
+    due: int,
+) -> ReadyPages:
+    """`pages_to_seal` where the host knows about how many there are: the first of them.
+
+    Args:
+        req_to_token, rows, max_len: as in `gather_pages`. scored_lens: as in `pages_to_seal`.
+        due: how many are expected.
+    """
+    index = torch.arange(-(-max_len // PAGE_TOKENS), device=rows.device)
+    pages = req_to_token[rows[:, None], index * PAGE_TOKENS].long() // PAGE_TOKENS
+    scored = (index + 1) * PAGE_TOKENS <= scored_lens[:, None]
+    is_open = store.directory.raw_slot[pages] >= 0
+    ready = (scored & is_open & ~store.in_window(pages) & store.may_seal(pages)).flatten()
+    most = -(-due // READY_PAGES) * READY_PAGES
+    place = ready.cumsum(0) - 1
+    place = torch.where(ready & (place < most), place, most)
+    found = pages.new_zeros(most + 1).scatter_(0, place, pages.flatten())[:most]
+    again = (found[:, None] == found).tril(-1).any(1)  # two sequences may share one
+    count = ready.sum()
+    return ReadyPages(found, (torch.arange(most, device=rows.device) < count) & ~again)

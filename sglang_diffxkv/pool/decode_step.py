@@ -21,8 +21,8 @@ from sglang_diffxkv.kernels.write import write_tokens
 from sglang_diffxkv.pool.store import PageStore
 
 SEAL_SHARE = 1 / 8
-"""Pages per running sequence that wait to be sealed until a decode step seals: each time costs a
-wait for the device, each page that waits a raw page."""
+"""Pages per running sequence that wait to be sealed until a decode step seals: each time costs some
+launches a layer, each page that waits a raw page."""
 
 
 class DecodeStep(NamedTuple):
@@ -68,20 +68,23 @@ class DeviceDecode:
         """There may be any number of full pages, as after a prefill: the next step is to seal."""
         self._full_pages = math.inf
 
-    def should_seal(self, seq_lens: torch.Tensor) -> bool:
-        """Whether enough pages have left the recent windows since the last time.
+    def pages_due(self, seq_lens: torch.Tensor) -> float:
+        """How many pages have left the recent windows since the last time, if it is to seal now.
 
         Args:
             seq_lens: int64 [B] on the host, of the running sequences, this step's tokens included.
+
+        Returns:
+            0 as long as they are too few, infinity where their number is not known.
         """
         # A page's last token is scored by the step after its own.
         window = max(self.window, int(self.store.policy.needs_scores))
         left = (seq_lens >= window + PAGE_TOKENS) & ((seq_lens - window) % PAGE_TOKENS == 0)
         self._full_pages += int(left.sum())
         if self._full_pages < max(1, SEAL_SHARE * len(seq_lens)):
-            return False
-        self._full_pages = 0
-        return True
+            return 0
+        due, self._full_pages = self._full_pages, 0.0
+        return due
 
     def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> DecodeStep:
         """Look up the batch's pages, note their use, and divide the work.

@@ -12,7 +12,8 @@ NO_SLOT = -1
 
 
 class PageDirectory:
-    """Tables indexed by virtual page id; page 0 is SGLang's page for padded tokens.
+    """Tables indexed by virtual page id; page 0 is SGLang's page for padded tokens, the last one,
+    ``nowhere``, stands for pages that are not there, and takes what is written of them.
 
     A page is *free* (no raw slot, not sealed), *open* (``raw_slot >= 0``) or *sealed*. Tables are
     reserved, not filled: what a page's state gives no meaning to is undefined.
@@ -40,8 +41,8 @@ class PageDirectory:
     """
 
     def __init__(self, num_pages: int, num_layers: int, layout: PageLayout, device: str) -> None:
-        v, heads = num_pages + 1, layout.num_kv_heads
-        self.num_pages = num_pages
+        v, heads = num_pages + 2, layout.num_kv_heads
+        self.num_pages, self.nowhere = num_pages, num_pages + 1
 
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return reserve(*shape, dtype=dtype, device=device)
@@ -72,7 +73,7 @@ class PageDirectory:
     def bytes_per_page(num_layers: int, layout: PageLayout) -> int:
         """Bytes that one more virtual page costs, for sizing."""
         one = PageDirectory(1, num_layers, layout, "meta")
-        return one.nbytes // 2
+        return one.nbytes // 3
 
     def open(self, pages: torch.Tensor, slots: torch.Tensor) -> None:
         """Give free ``pages`` (int64 [N]) the raw ``slots`` (int32 [N])."""
@@ -95,6 +96,7 @@ class PageDirectory:
         self.num_frames[pages] = charged
         self.raw_slot.index_fill_(0, pages, NO_SLOT)
         self.sealed.index_fill_(0, pages, True)
+        self.sealed[self.nowhere :].fill_(False)
         self.demotions.index_fill_(0, pages, 0)
 
     def replace(

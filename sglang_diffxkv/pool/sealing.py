@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_diffxkv.kernels.layout import PRUNED
 from sglang_diffxkv.kernels.pack import encode_importance, measure
 from sglang_diffxkv.policy.base import SealContext
 from sglang_diffxkv.pool.payload import GradedTokens, rows_to_seal, write_payload
@@ -16,20 +17,32 @@ if TYPE_CHECKING:
 
 
 def write_sealed(
-    store: PageStore, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor
+    store: PageStore,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    sequence: torch.Tensor | None,
+    ready: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Grade and pack full open ``pages`` (int64 [S]), and point the directory at their payload.
 
     Args:
         slots: int64 [S], their raw pages. sequence: int64 [S], as `PageStore.seal` takes it.
+        ready: bool [S], which of them really to seal; the others take no frames. None: all.
 
     Returns:
         int32 [S], the frames that each page is charged for.
     """
     layout, num_layers = store.layout, store.num_layers
     context = seal_context(store, pages, slots, sequence)
+    if ready is not None:  # nothing is known of the others
+        context = context._replace(
+            importance=context.importance.masked_fill(~ready[:, None, None, None], 0),
+            count=context.count * ready[:, None],
+        )
     store.policy.observe(context)
     tiers = store.policy.assign(context)  # [S, L, H, 64]
+    if ready is not None:
+        tiers = tiers.masked_fill(~ready[:, None, None, None], PRUNED)
     if store.retention is not None:
         store.retention.add(context, tiers)
     # Code 0 stays with tokens that no query has scored, however little others got.
@@ -56,11 +69,12 @@ def write_sealed(
     # by from here on is the same on all ranks.
     charged = store.agree(counts.sum(dim=1, dtype=torch.int32))
     store.directory.seal(pages, frames, heads, charged)
+    store.directory.plan.index_fill_(0, pages, store.policy.plan_number)
     return charged
 
 
 def seal_context(
-    store: PageStore, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor
+    store: PageStore, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor | None
 ) -> SealContext:
     """What is known about open ``pages``; arguments as in `write_sealed`."""
     d = store.directory

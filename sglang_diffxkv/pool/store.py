@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -25,6 +24,7 @@ from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.sealing import write_sealed
 from sglang_diffxkv.pool.sizing import PoolPlan
 from sglang_diffxkv.pool.totals import Totals
+from sglang_diffxkv.pool.unsettled import PageStateError, Released, Sealed, Unsettled
 
 RAW_WINDOW = 4096
 """Raw pages that are searched at once for the coldest."""
@@ -37,12 +37,8 @@ DEMOTION_WINDOW = 4096
 RELEASED_AT_ONCE = 256
 """Pages whose frames are looked up at a time: a few MiB."""
 STEPS_TO_ARRIVE = 2
-"""Steps after which the host knows what it released: whoever begins that one has seen the results
-of the step that ran when the pages were released."""
-
-
-class PageStateError(RuntimeError):
-    """A page was used in a way its state does not allow (double free, write when sealed ...)."""
+"""Steps after which the host knows what was freed or sealed: whoever begins that one has seen the
+results of the step that ran then."""
 
 
 class NotedQuality(NamedTuple):
@@ -55,14 +51,6 @@ class NotedQuality(NamedTuple):
 
     opened: dict[Quality, int]
     lossless_full: int
-
-
-class Released(NamedTuple):
-    """Freed pages that the ledger still counts: what they held is on its way to the host."""
-
-    step: int
-    pages: int
-    states: Download
 
 
 @dataclass
@@ -116,7 +104,7 @@ class PageStore:
         if policy.needs_scores:
             self.retention = RetentionMeter(policy, plan.num_layers, device)
         self.counters = Counters()
-        self._released: deque[Released] = deque()
+        self.unsettled = Unsettled(self.ledger, self.totals)
         self.raw_hand = ClockHand(plan.raw_pages, RAW_WINDOW)
         self.demotion_hand = ClockHand(plan.virtual_pages, DEMOTION_WINDOW)
         self.checks_use = torch.device(device).type == "cpu"
@@ -176,35 +164,28 @@ class PageStore:
             self.arena.give_back(frames)
         self.raw.give_back(d.raw_slot[pages])
         d.release(pages)
-        self._released.append(Released(self.step, pages.numel(), states))
+        self.unsettled.add(Released(self.step, pages.numel(), states))
         self.counters.released += pages.numel()
 
     @property
     def pages_held(self) -> int:
         """Open and sealed pages."""
-        leaving = sum(released.pages for released in self._released)
-        return self.ledger.open_pages + self.ledger.sealed_pages - leaving
+        counted = self.ledger.open_pages + self.ledger.sealed_pages
+        return counted - self.unsettled.released_pages
 
     def settle(self, before: int | None = None) -> None:
-        """Have the ledger know of what was released, waiting for the device where it must.
+        """Have the ledger know what was freed and sealed, waiting for the device where it must.
 
         All ranks have to know the same when they decide what fits: so this goes by steps, and not
         by what has arrived.
 
         Args:
-            before: only of what was released before that step; None: of all.
+            before: only in steps before that one; None: in all.
 
         Raises:
-            PageStateError: a page was already free.
+            PageStateError: a page was freed that was free.
         """
-        while self._released and (before is None or self._released[0].step < before):
-            states = PageStates(self._released.popleft().states)
-            if not (states.is_open | states.sealed).all():
-                raise PageStateError("release: page is already free")
-            self.totals.by_quality.subtract(states.by_quality())
-            self.totals.by_plan.subtract(states.by_plan())
-            share = states.sealed_share
-            self.ledger.release(states.open_share(), share(demoted=False), share(demoted=True))
+        self.counters.sealed += self.unsettled.settle(before)
 
     def share(self, pages: torch.Tensor) -> Share:
         """What sealed ``pages`` (int64 [N]) are charged for."""
@@ -288,20 +269,39 @@ class PageStore:
         if not bool(self.may_seal(pages).all()):
             raise PageStateError("seal: page is of a lossless request")
         if sequence is None:
-            sequence = torch.arange(pages.numel(), device=pages.device)
-        # Pages of one sequence stay together, as far as there is room to grade them together.
-        order = sequence.argsort(stable=True)
-        for part in order.tensor_split(-(-len(order) // self.plan.workspace.graded_pages)):
-            self._seal(pages[part], slots[part], sequence[part])
+            order = torch.arange(pages.numel(), device=pages.device)
+        else:  # its pages stay together, as far as there is room to grade them together
+            order = sequence.argsort(stable=True)
+        for part in self._batches(order):
+            charged = write_sealed(
+                self, pages[part], slots[part], None if sequence is None else sequence[part]
+            )
+            number = self.policy.plan_number
+            self.totals.by_plan[number] += len(part)
+            self.raw.give_back(slots[part])
+            self.ledger.seal(len(part), int(charged.sum()))
+            self.counters.sealed += len(part)
 
-    def _seal(self, pages: torch.Tensor, slots: torch.Tensor, sequence: torch.Tensor) -> None:
-        charged = write_sealed(self, pages, slots, sequence)
-        number = self.policy.plan_number
-        self.directory.plan.index_fill_(0, pages, number)
-        self.totals.by_plan[number] += pages.numel()
-        self.raw.give_back(slots)
-        self.ledger.seal(pages.numel(), int(charged.sum()))
-        self.counters.sealed += pages.numel()
+    def seal_ready(self, pages: torch.Tensor, ready: torch.Tensor) -> None:
+        """`seal` where ``ready``, each page by itself, without waiting for the device.
+
+        Args:
+            pages: int64 [N]; those that are ready are open, full, distinct and no lossless ones.
+            ready: bool [N].
+        """
+        pages = torch.where(ready, pages, self.directory.nowhere)
+        slots = self.directory.raw_slot[pages].long().clamp(min=0)
+        for part in self._batches(torch.arange(pages.numel(), device=pages.device)):
+            charged = write_sealed(self, pages[part], slots[part], None, ready[part])
+            self.raw.give_back(slots[part])
+            sums = Download(torch.stack([ready[part].sum(), charged.sum()]))
+            self.unsettled.add(Sealed(self.step, self.policy.plan_number, sums))
+        if self.checks_use:
+            self.settle()
+
+    def _batches(self, order: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Parts of ``order`` (int64 [N]) that there is room to grade at a time."""
+        return order.tensor_split(max(1, -(-len(order) // self.plan.workspace.graded_pages)))
 
     def in_window(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) lie in the recent window of a sequence that may still run.

@@ -104,21 +104,21 @@ def test_when_decode_steps_seal() -> None:
     world = World("uniform")
     decode = DeviceDecode(world.store, world.req_to_token, WINDOW)
     inside, leaving, again = torch.tensor([100] * 16), torch.tensor([128] * 16), torch.tensor([191])
-    assert not decode.should_seal(inside)
-    assert decode.should_seal(leaving)
-    assert not decode.should_seal(inside)
+    assert not decode.pages_due(inside)
+    assert decode.pages_due(leaving)
+    assert not decode.pages_due(inside)
     one = inside.clone()
     one[3] = 192
-    assert not decode.should_seal(one)  # two of 16 are worth the wait, one is not
-    assert decode.should_seal(one)
-    assert not decode.should_seal(again)
+    assert not decode.pages_due(one)  # two of 16 are worth the wait, one is not
+    assert decode.pages_due(one)
+    assert not decode.pages_due(again)
     decode.expect_full_pages()
-    assert decode.should_seal(again)
+    assert decode.pages_due(again)
 
 
 @pytest.mark.parametrize(("policy", "full"), [("uniform", 64), ("diffxkv", 65)])
 def test_without_a_window_pages_seal_once_full_and_scored(policy: str, full: int) -> None:
     world = World(policy)
     decode = DeviceDecode(world.store, world.req_to_token, window=0)
-    sealing = [n for n in range(1, 140) if decode.should_seal(torch.tensor([n]))]
+    sealing = [n for n in range(1, 140) if decode.pages_due(torch.tensor([n]))]
     assert sealing == [full, full + PAGE_TOKENS]

@@ -15,11 +15,14 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import Schedul
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
 from sglang_diffxkv.patches.observability import _get_token_info
+from sglang_diffxkv.policy.diffxkv import DiffXKVPolicy
+from sglang_diffxkv.policy.plan import Plan, solve_plan
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.policy.sketch import ImportanceSketch
 from sglang_diffxkv.pool.request_rows import RunningRequest
-from sglang_diffxkv.pool.store import PageStateError
+from sglang_diffxkv.pool.store import PageStateError, PageStore
 from tests.kernels.fake_device import fake_device, waits
-from tests.kernels.test_device_placement import Server
+from tests.kernels.test_device_placement import HEADS, LAYERS, Server
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has its own tools")
 
@@ -30,12 +33,12 @@ def device() -> Iterator[None]:
         yield
 
 
-def started(policy: str, second: Quality) -> Server:
+def started(policy: str, second: Quality, lengths: tuple[int, int] = (130, 62)) -> Server:
     """Two requests that decode; the second one may have asked for a quality."""
     server = Server(policy)
     requests = [RunningRequest(Quality.BALANCED, 0), RunningRequest(second, 0)]
     server.backend.rows.enter([2, 1], requests)
-    server.extend([130, 62])
+    server.extend(list(lengths))
     server.backend.decode._full_pages = 0  # as after the decode step that seals what they left
     return server
 
@@ -115,6 +118,36 @@ def test_who_finishes_and_who_enters_does_not_wait(policy: str) -> None:
     assert ledger.sealed_pages == before.sealed_pages - 1
     assert ledger.open_pages == before.open_pages - 1 + 1
     assert server.allocator.check() == []
+
+
+@pytest.mark.usefixtures("device")
+@pytest.mark.parametrize("policy", ["diffxkv", "diffkv", "uniform", "streaming"])
+def test_decode_steps_that_seal_do_not_wait(policy: str) -> None:
+    server = started(policy, Quality.BALANCED, lengths=(190, 62))
+    store, ledger = server.store, server.store.ledger
+    if isinstance(store.policy, DiffXKVPolicy):  # without a plan each page is solved for by itself
+        store.policy.learner.plan = some_plan(store)
+    with waits() as found:
+        for _ in range(3):  # to lengths of 193 and 65
+            server.decode(checks=False)
+        before = replace(ledger)
+        load_snapshot(server)
+        for _ in range(3):
+            server.decode(checks=False)
+            load_snapshot(server)
+        assert found == []
+    # Where nothing is scored, the prefill has sealed one of the two.
+    assert before.sealed_pages < store.counters.sealed == ledger.sealed_pages == 2
+    assert ledger.open_pages == before.open_pages + before.sealed_pages - 2
+    assert ledger.frames_used == int(store.directory.num_frames.sum())
+    assert server.allocator.check() == []
+
+
+def some_plan(store: PageStore) -> Plan:
+    sketch = ImportanceSketch.empty(LAYERS, HEADS, "cpu")
+    importance = torch.rand(20, LAYERS, HEADS, PAGE_TOKENS) ** 4
+    sketch.update(importance, torch.ones(20, PAGE_TOKENS, dtype=torch.bool))
+    return solve_plan(1, 0.9, sketch, store.layout)
 
 
 @pytest.mark.usefixtures("device")

@@ -122,6 +122,18 @@ class StoreMachine(RuleBasedStateMachine):
         self.store.seal(ids(pages), sequence)
         self._sealed(set(pages))
 
+    @precondition(lambda self: self.full)
+    @rule(data=st.data())
+    def seal_ready_pages(self, data: st.DataObject) -> None:
+        """Whatever stands where no page is ready is left as it is."""
+        everything = set(range(self.store.plan.virtual_pages + 1))
+        others = [*self._pick(data, everything), 0, 0]
+        pages = self._pick(data, self.full)
+        ready = torch.tensor([True] * len(pages) + [False] * len(others))
+        order = torch.tensor(data.draw(st.permutations(range(len(ready)))))
+        self.store.seal_ready(torch.tensor(pages + others)[order], ready[order])
+        self._sealed(set(pages))
+
     @rule(headroom=st.integers(1, 8), include_window=st.booleans())
     def seal_cold(self, headroom: int, include_window: bool) -> None:
         self.store.seal_cold(headroom, include_window)

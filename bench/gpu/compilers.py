@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The versions of Triton that kernels are compiled with; all but the first lie beside the others.
 
-    python -m bench.gpu.compilers    # installs what is missing
+python -m bench.gpu.compilers    # installs what is missing
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).resolve().parents[2]
 
 VERSIONS = ("3.8.0", "3.6.0")
 """The environment's (constraints.txt), and the one that GPU machines with torch 2.11 have."""
@@ -31,7 +31,7 @@ def environment(version: str) -> dict[str, str]:
     """Variables of a process that imports this version."""
     found = dict(os.environ)
     found.pop("TRITON_INTERPRET", None)
-    path = [str(ROOT), *filter(None, [found.get("PYTHONPATH")])]
+    path = [*filter(None, [found.get("PYTHONPATH")]), str(ROOT)]
     if place := folder(version):
         path.insert(0, str(place))
     return found | {"PYTHONPATH": os.pathsep.join(path)}

@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 from triton import knobs
 
-from bench.gpu.stalls import Stalls, of_loop, of_pass
+from bench.gpu.code import KEPT, Code, Loop
+from bench.gpu.stalls import of_loop, of_pass
 
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
@@ -27,9 +28,6 @@ WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 ENDS = {"EXIT", "RET", "BRX", "JMX"}
 NO_CONTROL = 1 | 7 << 5 | 7 << 8
 """One cycle, no scoreboards."""
-
-COUNTED = ("BAR", "LDGSTS", "LDG", "STS", "LDS", "LDSM", "SHFL")
-"""What is told of a loop beside its number of instructions."""
 
 
 class Instruction(NamedTuple):
@@ -73,63 +71,6 @@ class Instruction(NamedTuple):
 
 def _scoreboard(bits: int) -> int | None:
     return bits & 7 if bits & 7 < 6 else None
-
-
-class Loop(NamedTuple):
-    """A natural loop: what one warp issues per iteration if it takes every branch in it.
-
-    Attributes:
-        start: index of its first instruction.
-        instructions: static count, inner loops included once.
-        inner: where the loops in it start; some wait for a barrier, and that is all.
-        tensor: number of its tensor core instructions.
-        tensor_flops: how many fp16 multiplications and additions would take them as long, of one
-            warp, where their names tell.
-        load_bytes: what its loads from global memory ask for, of one warp without predicates.
-        stalls: of one warp that is alone; of all the code, of one pass.
-        mix: count by opcode.
-    """
-
-    start: int
-    instructions: int
-    inner: list[int]
-    tensor: int
-    tensor_flops: int
-    load_bytes: int
-    stalls: Stalls
-    mix: dict[str, int]
-
-
-class Code(NamedTuple):
-    """Registers per thread, bytes of stack, counts of instructions; ``whole`` is all the code."""
-
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    whole: Loop
-    loops: list[Loop]
-
-    @property
-    def instructions(self) -> int:
-        return self.whole.instructions
-
-    @property
-    def main_loops(self) -> list[Loop]:
-        """Innermost of the loops that use tensor cores; where none does, the largest innermost."""
-        using = {x.start for x in self.loops if x.tensor}
-        found = [x for x in self.loops if x.tensor and not using.intersection(x.inner)]
-        leaves = [x for x in self.loops if not x.inner]
-        return found or sorted(leaves, key=lambda x: x.instructions)[-1:]
-
-    def around(self, loop: Loop) -> Loop | None:
-        """The smallest loop that ``loop`` is in."""
-        outer = [x for x in self.loops if loop.start in x.inner]
-        return min(outer, key=lambda x: x.instructions, default=None)
-
-    @property
-    def spills(self) -> bool:
-        return self.stack + self.spill_stores + self.spill_loads > 0
 
 
 def read_cubin(cubin: bytes) -> Code:
@@ -233,7 +174,9 @@ def _summary(program: list[Instruction], head: int, indices: set[int], inner: li
         tensor_flops=sum(_tensor_flops(x.opcode) for x in body),
         load_bytes=sum(32 * _load_bytes(x) for x in body),
         stalls=of_pass(body) if len(body) == len(program) else of_loop(body),
-        mix=dict(Counter(x.base for x in body).most_common()),
+        mix=dict(
+            sorted(Counter(x.base for x in body if x.base in KEPT or "MMA" in x.base).items())
+        ),
     )
 
 

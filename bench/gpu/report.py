@@ -23,8 +23,8 @@ LOOPS = """## Main loops on sm_90
 What one warp issues per iteration of the innermost loops that use tensor cores, or of the largest
 one; all branches count. "Products" are instructions of tensor cores; "alone" the cycles of an
 iteration if no other warp interferes, and "exposed" those of them that are spent waiting for loads
-(assumptions: kernels_predicted.md). "Per element" is thread instructions per element of keys and values, where
-the tile is known.
+(assumptions: kernels_predicted.md). "Per element" is thread instructions per element of keys and
+values, where the tile is known.
 
 """
 

@@ -15,7 +15,7 @@ SCORE_QUERIES = 64
 """Sampled queries of a prefill chunk: the default of ``score_queries``."""
 
 
-KEPT = {"open": 1.0, "high": 0.25, "low": 0.5}
+SHARES = {"open": 1.0, "high": 0.25, "low": 0.5}
 """Shares of a page's tokens."""
 
 
@@ -28,8 +28,8 @@ class Tile(NamedTuple):
         elements: of keys and values, together.
         bytes: of payload read or written.
         iterations: how many.
-        per_turn: tiles to an iteration of the loop around, with `KEPT` tokens; 0 where it does not
-            matter.
+        per_turn: tiles to an iteration of the loop around, with `SHARES` of tokens kept; 0 where
+            that loop does not matter.
     """
 
     name: str
@@ -65,7 +65,7 @@ def _decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     def tier(kind: str, key_bits: int, value_bits: int) -> Tile:
         size = tokens if key_bits else max(16, tokens // 2)
         tile = _tier(size, dim, key_bits, value_bits, itemsize)
-        return tile._replace(per_turn=c["PAGES"] * PAGE_TOKENS * KEPT[kind] / size)
+        return tile._replace(per_turn=c["PAGES"] * PAGE_TOKENS * SHARES[kind] / size)
 
     tiles = []
     if c["HAS_OPEN"]:

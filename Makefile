@@ -47,7 +47,8 @@ bench: env
 	$(BIN)/sglang-diffxkv eval --policies k8v4,int4,snapkv,diffkv,diffxkv --lengths 1024 --samples 203 \
 		--tasks shared_prefix,recomputed_prefix --output bench/results/shared_prefix.json
 
-# No GPU needed: the Triton kernels, compiled for four architectures.
+# No GPU needed: the Triton kernels, compiled for four architectures with two versions of Triton.
+# ARGS=--check compiles only what is not on record, and a sample of what is.
 compile-kernels: env
 	env -u TRITON_INTERPRET PYTHONSAFEPATH= $(BIN)/python -m bench.gpu.compile $(ARGS)
 
@@ -90,4 +91,4 @@ $(DEV_STAMP): $(STAMP)
 	touch $@
 
 clean:
-	rm -rf .venv .uv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .uv .triton build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -3,51 +3,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, NamedTuple
 
 import triton
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
 
-from bench.gpu.occupancy import ARCHITECTURES, Occupancy, occupancy
-from bench.gpu.sass import Code, read_cubin
-from bench.gpu.specialise import Configuration, specialise
+from bench.gpu.built import Built
+from bench.gpu.occupancy import ARCHITECTURES, occupancy
+from bench.gpu.sass import read_cubin
+from bench.gpu.specialise import Configuration, Specialisation, specialise
 
-
-class Built(NamedTuple):
-    """One configuration for one architecture.
-
-    Attributes:
-        kernel: folder and name, such as "extend.open_kernel".
-        cases: those that use it so.
-        signature: Triton's type by name.
-        constants: value by name, as text where it is no number.
-        shared: bytes of shared memory per block.
-        code, occupancy: None where it did not compile.
-        seconds: of compiling and disassembling; little where Triton's cache had it.
-        problems: one line each; empty if it may ship.
-    """
-
-    kernel: str
-    cases: list[str]
-    arch: str
-    signature: dict[str, str]
-    constants: dict[str, Any]
-    num_warps: int
-    num_stages: int
-    shared: int
-    code: Code | None
-    occupancy: Occupancy | None
-    seconds: float
-    problems: list[str]
-
-    @property
-    def name(self) -> str:
-        return f"{self.kernel} ({self.cases[0]}, {self.num_warps} warps) on {self.arch}"
+FINGERPRINT_DIGITS = 20
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -55,12 +29,38 @@ def target_of(arch: str) -> GPUTarget:
     return GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
 
 
-def build(configuration: Configuration, arch: str) -> Built:
-    """Compile and inspect; whatever goes wrong is among the problems."""
+def fingerprint(made: Specialisation, target: GPUTarget) -> str:
+    """Of all that the machine code depends on: Triton, its input as it is parsed, and options.
+
+    Neither comments nor line numbers are in it, nor code that the constants leave out.
+
+    Raises:
+        Exception: one of Triton's, where the source is wrong.
+    """
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(made.options)
+    functions = backend.get_codegen_implementation(options), backend.get_module_map()
+    parsed = made.source.make_ir(target, options, *functions, context).str_nodebug()
+    names = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+    chosen = [made.options.get(name) for name in names]
+    text = f"{triton.__version__} {target} {chosen}\n{parsed}"
+    return hashlib.sha256(text.encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+def build(configuration: Configuration, arch: str, skip: Collection[str] = ()) -> Built | str:
+    """Compile and inspect; whatever goes wrong is among the problems.
+
+    Args:
+        skip: fingerprints of what is not to be compiled: it is returned instead.
+    """
     begin = time.monotonic()
     launch, limits = configuration.launch, ARCHITECTURES[arch]
     made = specialise(launch, target_of(arch))
     result = Built(
+        triton=triton.__version__,
+        fingerprint="",
         kernel=f"{launch.kernel.module.split('.')[-2]}.{launch.kernel.__name__}",
         cases=configuration.cases,
         arch=arch,
@@ -75,6 +75,9 @@ def build(configuration: Configuration, arch: str) -> Built:
         problems=[],
     )
     try:
+        result = result._replace(fingerprint=fingerprint(made, target_of(arch)))
+        if result.fingerprint in skip:
+            return result.fingerprint
         compiled = triton.compile(made.source, target=target_of(arch), options=made.options)
     except Exception as error:  # of Triton, LLVM and ptxas, which share no base class
         return result._replace(problems=[_root(error)], seconds=time.monotonic() - begin)
@@ -121,29 +124,32 @@ class Job(NamedTuple):
     arch: str
 
 
-def build_all(jobs: Sequence[Job], processes: int | None = None) -> Iterator[Built]:
-    """Do every job; results come in order.
+def build_all(
+    jobs: Sequence[Job], processes: int | None = None, skip: Collection[str] = ()
+) -> Iterator[Built | str]:
+    """Do every job, as `build` does; results come in order.
 
     The processes are forked before anything is compiled here: they inherit the kernels, which
     cannot be pickled, and no thread of a compiler.
     """
     pool = ProcessPoolExecutor(
         processes or len(os.sched_getaffinity(0)), multiprocessing.get_context("fork"), _inherit,
-        (jobs,),
+        (jobs, skip),
     )  # fmt: skip
     with pool:
-        futures: list[Future[Built]] = [pool.submit(_build, i) for i in range(len(jobs))]
+        futures: list[Future[Built | str]] = [pool.submit(_build, i) for i in range(len(jobs))]
         for future in futures:
             yield future.result()
 
 
 _jobs: Sequence[Job] = ()
+_skip: Collection[str] = ()
 
 
-def _inherit(jobs: Sequence[Job]) -> None:
-    global _jobs
-    _jobs = jobs
+def _inherit(jobs: Sequence[Job], skip: Collection[str]) -> None:
+    global _jobs, _skip
+    _jobs, _skip = jobs, skip
 
 
-def _build(index: int) -> Built:
-    return build(*_jobs[index])
+def _build(index: int) -> Built | str:
+    return build(*_jobs[index], _skip)

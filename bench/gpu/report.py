@@ -3,15 +3,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from bench.gpu.build import Built
-from bench.gpu.sass import Loop
+from bench.gpu.built import Built
+from bench.gpu.code import COUNTED
+from bench.gpu.tiles import tiles_of
+
+INTRODUCTION = """# Compiled kernels
+
+`make compile-kernels`: {count} kernels, over all architectures, by {versions}, read from the
+machine code. Nothing here was run. "For" is the first case that uses a configuration, and how many
+others do. Blocks and warps are what fits on a multiprocessor; spills are instructions.
+
+"""
+
+LOOPS = """## Main loops on sm_90
+
+What one warp issues per iteration of the innermost loops that use tensor cores, or of the largest
+one; all branches count. "Products" are instructions of tensor cores; "alone" the cycles of an
+iteration if no other warp interferes, and "exposed" those of them that are spent waiting for loads
+(assumptions: kernels_predicted.md). "Per element" is thread instructions per element of keys and
+values, where the tile is known.
+
+"""
 
 COLUMNS = (
     "kernel", "for", "warps", "stages", "registers", "spills", "shared bytes", "instructions",
     "main loops", "blocks/SM", "warps/SM", "limited by",
+)  # fmt: skip
+
+LOOP_COLUMNS = (
+    "Triton", "kernel", "for", "tokens", "instructions", "per element", *COUNTED, "products",
+    "exposed", "alone",
 )  # fmt: skip
 
 
@@ -41,34 +65,40 @@ def row(built: Built) -> list[Any]:
 
 
 def tables(results: Sequence[Built]) -> str:
-    """One table per architecture."""
+    """One table per architecture and compiler."""
     text = ""
-    for arch in dict.fromkeys(r.arch for r in results):
-        text += f"\n## {arch}\n\n"
-        text += markdown_table(COLUMNS, (row(r) for r in results if r.arch == arch))
+    for arch, version in dict.fromkeys((r.arch, r.triton) for r in results):
+        mine = [row(r) for r in results if (r.arch, r.triton) == (arch, version)]
+        text += f"\n## {arch}, Triton {version}\n\n" + markdown_table(COLUMNS, mine)
     return text
+
+
+def loop_rows(built: Built) -> Iterator[list[Any]]:
+    """Rows of `LOOP_COLUMNS`."""
+    loops = built.code.main_loops if built.code else []
+    tiles = tiles_of(built)
+    matched = len(tiles) == len(loops) and any(x.tensor for x in loops)
+    for i, loop in enumerate(loops):
+        name, element = "–", "–"
+        if matched:
+            issued = loop.instructions * built.num_warps * tiles[i].iterations
+            name, element = tiles[i].name, f"{issued * 32 / tiles[i].elements:.1f}"
+        yield [
+            built.triton, built.kernel, shortened(built.cases), name, loop.instructions, element,
+            *(loop.mix.get(x, 0) for x in COUNTED), loop.tensor, round(loop.stalls.exposed),
+            round(loop.stalls.cycles),
+        ]  # fmt: skip
+
+
+def page(results: Sequence[Built]) -> str:
+    """All tables."""
+    versions = " and ".join(f"Triton {x}" for x in dict.fromkeys(r.triton for r in results))
+    hopper = [r for r in results if r.arch == "sm_90"]
+    lines = dict.fromkeys(tuple(line) for r in hopper for line in loop_rows(r))
+    head = INTRODUCTION.format(count=len(results), versions=versions)
+    return head + LOOPS + markdown_table(LOOP_COLUMNS, lines) + tables(results)
 
 
 def problems(results: Iterable[Built]) -> list[str]:
     """One line per problem."""
     return [f"{r.name}: {problem}" for r in results for problem in r.problems]
-
-
-def as_json(results: Iterable[Built]) -> list[dict[str, Any]]:
-    """What is known of each result, but for the time it took, which is this machine's."""
-    rows = []
-    for r in results:
-        entry = r._asdict()
-        del entry["seconds"]
-        if r.code is not None and r.occupancy is not None:
-            loops = [_without_mix(x) for x in r.code.main_loops]
-            entry["code"] = r.code._asdict() | {"whole": _without_mix(r.code.whole), "loops": loops}
-            entry["occupancy"] = r.occupancy._asdict()
-        rows.append(entry)
-    return rows
-
-
-def _without_mix(loop: Loop) -> dict[str, Any]:
-    entry = loop._asdict()
-    del entry["mix"]
-    return entry

@@ -16,74 +16,61 @@ from typing import NamedTuple
 
 from triton import knobs
 
+from bench.gpu.code import KEPT, Code, Loop
+from bench.gpu.stalls import of_loop, of_pass
+
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+SECOND = re.compile(r"^\s*/\* 0x([0-9a-f]{16}) \*/\s*$")
 TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 TILE = re.compile(r"MMA\.(?:(\d+)x(\d+)x(\d+)|(16)(8)(8|16|32|64|128)(?=\.|$))")
 WIDTH = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
 ENDS = {"EXIT", "RET", "BRX", "JMX"}
+NO_CONTROL = 1 | 7 << 5 | 7 << 8
+"""One cycle, no scoreboards."""
 
 
 class Instruction(NamedTuple):
-    """One instruction; ``target`` is the index that a branch goes to."""
+    """One instruction.
+
+    Attributes:
+        target: the index that a branch goes to.
+        control: how it is scheduled: the bits above 41 of its second word.
+    """
 
     opcode: str
     conditional: bool
     target: int | None
+    operands: str = ""
+    control: int = NO_CONTROL
 
     @property
     def base(self) -> str:
         return self.opcode.split(".", 1)[0]
 
-
-class Loop(NamedTuple):
-    """A natural loop: what one warp issues per iteration if it takes every branch in it.
-
-    Attributes:
-        start: index of its first instruction.
-        instructions: static count, inner loops included once.
-        inner: where the loops in it start; some wait for a barrier, and that is all.
-        tensor: number of its tensor core instructions.
-        tensor_flops: how many fp16 multiplications and additions would take them as long, of one
-            warp, where their names tell.
-        load_bytes: what its loads from global memory ask for, of one warp without predicates.
-        mix: count by opcode.
-    """
-
-    start: int
-    instructions: int
-    inner: list[int]
-    tensor: int
-    tensor_flops: int
-    load_bytes: int
-    mix: dict[str, int]
-
-
-class Code(NamedTuple):
-    """Registers per thread, bytes of stack, counts of instructions; ``whole`` is all the code."""
-
-    registers: int
-    stack: int
-    spill_stores: int
-    spill_loads: int
-    whole: Loop
-    loops: list[Loop]
+    @property
+    def stall(self) -> int:
+        """Cycles until the warp's next one."""
+        return self.control & 15
 
     @property
-    def instructions(self) -> int:
-        return self.whole.instructions
+    def releases(self) -> int | None:
+        """The scoreboard that says that the result is there."""
+        return _scoreboard(self.control >> 5)
 
     @property
-    def main_loops(self) -> list[Loop]:
-        """Innermost of the loops that use tensor cores; where none does, the largest innermost."""
-        using = {x.start for x in self.loops if x.tensor}
-        found = [x for x in self.loops if x.tensor and not using.intersection(x.inner)]
-        leaves = [x for x in self.loops if not x.inner]
-        return found or sorted(leaves, key=lambda x: x.instructions)[-1:]
+    def frees(self) -> int | None:
+        """The scoreboard that says that the operands were read."""
+        return _scoreboard(self.control >> 8)
 
     @property
-    def spills(self) -> bool:
-        return self.stack + self.spill_stores + self.spill_loads > 0
+    def waits(self) -> list[int]:
+        """Scoreboards that must have been released."""
+        return [i for i in range(6) if self.control >> (11 + i) & 1]
+
+
+def _scoreboard(bits: int) -> int | None:
+    return bits & 7 if bits & 7 < 6 else None
 
 
 def read_cubin(cubin: bytes) -> Code:
@@ -110,10 +97,16 @@ def read_cubin(cubin: bytes) -> Code:
 
 def parse(listing: str) -> list[Instruction]:
     """The instructions of a listing of one function, without the padding after its end."""
-    rows = [m.groups() for line in listing.splitlines() if (m := LINE.match(line))]
+    rows: list[tuple[str, ...]] = []
+    controls: dict[int, int] = {}
+    for line in listing.splitlines():
+        if found := LINE.match(line):
+            rows.append(found.groups())
+        elif found := SECOND.match(line):
+            controls[len(rows) - 1] = int(found.group(1), 16) >> 41
     index = {int(address, 16): i for i, (address, *_) in enumerate(rows)}
     program = []
-    for _, predicate, opcode, operands in rows:
+    for i, (_, predicate, opcode, operands) in enumerate(rows):
         goal = TARGET.search(operands) if opcode.split(".")[0] == "BRA" else None
         # The slow path of a warp that has diverged where the compiler expects that none does.
         taken = goal is not None and ".DIV" not in opcode
@@ -122,6 +115,8 @@ def parse(listing: str) -> list[Instruction]:
                 opcode,
                 predicate is not None or (goal is not None and goal.start() > 0),
                 index.get(int(goal.group(1), 16)) if goal and taken else None,
+                operands,
+                controls.get(i, NO_CONTROL),
             )
         )
     traps = (i for i, x in enumerate(program) if x.target == i)
@@ -170,7 +165,7 @@ def _reach(edges: list[list[int]], start: int, barrier: int) -> set[int]:
 
 
 def _summary(program: list[Instruction], head: int, indices: set[int], inner: list[int]) -> Loop:
-    body = [program[i] for i in indices]
+    body = [program[i] for i in sorted(indices)]
     return Loop(
         start=head,
         instructions=len(body),
@@ -178,7 +173,10 @@ def _summary(program: list[Instruction], head: int, indices: set[int], inner: li
         tensor=sum("MMA" in x.base for x in body),
         tensor_flops=sum(_tensor_flops(x.opcode) for x in body),
         load_bytes=sum(32 * _load_bytes(x) for x in body),
-        mix=dict(Counter(x.base for x in body).most_common()),
+        stalls=of_pass(body) if len(body) == len(program) else of_loop(body),
+        mix=dict(
+            sorted(Counter(x.base for x in body if x.base in KEPT or "MMA" in x.base).items())
+        ),
     )
 
 

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Predicted times of whole steps, put together from the floors of `predict`."""
+"""Predicted times of whole steps, put together from the bounds of `predict`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from bench.gpu.build import Built
-from bench.gpu.predict import BANDWIDTH, Prediction, parts, predict
+from bench.gpu.built import Built
+from bench.gpu.predict import BANDWIDTH, Prediction
+from bench.gpu.predict import predictions as of_kernel
 from bench.gpu.report import markdown_table
-
-ISSUE_EFFICIENCY = 0.65
-"""Share of issue slots that a real kernel fills, assumed for "at 65%"."""
 
 PREFILL_FLOPS = 600e12
 """What a good prefill reaches on an H200, in bf16 flops per second; assumed."""
@@ -47,15 +45,15 @@ INTRODUCTION = f"""
 
 Attention of one decode step, all layers, {BATCH} sequences of {LENGTH:,} tokens, in milliseconds,
 without the model's weights: {WINDOW} tokens of a sequence are open, the others sealed in K8V4/K4V2
-with the shares given. "Floor" takes bytes and instructions at their limits; "at 65%" lets only that
-share of the issue slots be filled. The baselines are what bf16 and fp8 caches of the same tokens
-take to be read at the bandwidth of a copy, which no kernel beats.
+with the shares given. "Floor" counts bytes only, "predicted" all bounds, and the loop around. The
+baselines are what bf16 and fp8 caches of the same tokens take to be read at the bandwidth of a
+copy, which no kernel beats.
 
 """
 
 PREFILL = f"""
 
-Scoring (64 queries) and packing of a chunk of {CHUNK:,} new tokens, all layers, as floors in
+Scoring (64 queries) and packing of a chunk of {CHUNK:,} new tokens, all layers, in
 milliseconds, against its products with the weights at {PREFILL_FLOPS / 1e12:.0f} TFLOP/s, attention
 left out:
 
@@ -65,59 +63,58 @@ left out:
 def predictions(results: Iterable[Built], kernel: str, case: str) -> dict[str, Prediction]:
     """By tile, of one kernel in one case on sm_90."""
     return {
-        tile.name: predict(tile, loop, built.num_warps)
+        tile.name: prediction
         for built in results
         if built.arch == "sm_90" and built.kernel == kernel and case in built.cases
-        for tile, loop in parts(built)
+        for tile, _, prediction in of_kernel(built)
     }
 
 
-def seconds(p: Prediction, efficiency: float = 1.0) -> float:
-    """Per head-token."""
-    return max(p.bytes, p.issue / efficiency, p.tensor) * 1e-12
-
-
 def decode_rows(results: Sequence[Built]) -> Iterator[list[Any]]:
-    """One row per model and mix."""
+    """One row per model and mix, of one compiler."""
     for shape in SHAPES:
         tiles = predictions(results, "decode.attend_item", f"decode {shape.case}")
         if not tiles:
             continue
-        per_token = BATCH * shape.kv_heads * shape.layers
-        bf16 = per_token * LENGTH * 512 / BANDWIDTH
+        per_token = BATCH * shape.kv_heads * shape.layers * 1e-12
+        bf16 = per_token * LENGTH * 512 / BANDWIDTH * 1e12
         for high, low in MIXES:
             times = []
-            for efficiency in (1.0, ISSUE_EFFICIENCY):
-                sealed = high * seconds(tiles["K8V4"], efficiency)
-                sealed += low * seconds(tiles["K4V2"], efficiency)
-                opened = WINDOW * seconds(tiles["open"], efficiency)
-                times.append(per_token * ((LENGTH - WINDOW) * sealed + opened))
+            for of in (lambda p: p.bytes, lambda p: max(p.time, p.paged)):
+                token = {name: of(p) for name, p in tiles.items()}
+                sealed = high * token["K8V4"] + low * token["K4V2"]
+                times.append(per_token * ((LENGTH - WINDOW) * sealed + WINDOW * token["open"]))
             mix = f"{high:.0%} / {low:.0%} / {1 - high - low:.0%}"
             ms = [f"{1e3 * t:.2f}" for t in (bf16, bf16 / 2, *times)]
-            yield [shape.name, mix, *ms, f"{bf16 / 2 / times[1]:.1f}"]
+            yield [results[0].triton, shape.name, mix, *ms, f"{bf16 / 2 / times[1]:.1f}"]
 
 
 def prefill_rows(results: Sequence[Built]) -> Iterator[list[Any]]:
-    """One row per model."""
+    """One row per model, of one compiler."""
     for shape in SHAPES:
         score = predictions(results, "score.open_kernel", f"score_open {shape.case}")
         pack = predictions(results, "pack.pack_kernel", f"pack {shape.case}")
         if not score or not pack:
             continue
-        tokens = CHUNK * shape.kv_heads * shape.layers
-        score_s, pack_s = (tokens * max(map(seconds, x.values())) for x in (score, pack))
+        tokens = CHUNK * shape.kv_heads * shape.layers * 1e-12
+        score_s, pack_s = (tokens * max(p.time for p in x.values()) for x in (score, pack))
         whole = 2 * shape.parameters * CHUNK / PREFILL_FLOPS
         yield [
-            shape.name, f"{1e3 * score_s:.2f}",
-            f"{1e3 * pack_s:.2f}", f"{1e3 * whole:.0f}", f"{(score_s + pack_s) / whole:.2%}",
+            results[0].triton, shape.name, f"{1e3 * score_s:.2f}", f"{1e3 * pack_s:.2f}",
+            f"{1e3 * whole:.0f}", f"{(score_s + pack_s) / whole:.2%}",
         ]  # fmt: skip
 
 
 def report(results: Sequence[Built]) -> str:
     """The tables, as Markdown."""
+    versions = dict.fromkeys(r.triton for r in results)
+    each = [[r for r in results if r.triton == version] for version in versions]
+    columns = "Triton", "model", "high / low / pruned", "bf16", "fp8", "floor", "predicted"
     decode = markdown_table(
-        ("model", "high / low / pruned", "bf16", "fp8", "floor", "at 65%", "fp8 / at 65%"),
-        decode_rows(results),
+        (*columns, "fp8 / predicted"), (row for x in each for row in decode_rows(x))
     )
-    prefill = markdown_table(("model", "score", "pack", "products", "share"), prefill_rows(results))
+    prefill = markdown_table(
+        ("Triton", "model", "score", "pack", "products", "share"),
+        (row for x in each for row in prefill_rows(x)),
+    )
     return INTRODUCTION + decode + PREFILL + prefill

@@ -6,13 +6,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from bench.gpu.build import Built
-from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES
+from bench.gpu.built import Built
+from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES, PAGE_TOKENS
 
 ITEMSIZE = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 
 SCORE_QUERIES = 64
 """Sampled queries of a prefill chunk: the default of ``score_queries``."""
+
+
+SHARES = {"open": 1.0, "high": 0.25, "low": 0.5}
+"""Shares of a page's tokens."""
 
 
 class Tile(NamedTuple):
@@ -24,6 +28,8 @@ class Tile(NamedTuple):
         elements: of keys and values, together.
         bytes: of payload read or written.
         iterations: how many.
+        per_turn: tiles to an iteration of the loop around, with `SHARES` of tokens kept; 0 where
+            that loop does not matter.
     """
 
     name: str
@@ -31,6 +37,7 @@ class Tile(NamedTuple):
     elements: int
     bytes: int
     iterations: int = 1
+    per_turn: float = 0
 
 
 def tiles_of(built: Built) -> list[Tile]:
@@ -55,17 +62,17 @@ def _decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     """Open, high and low tokens; tiles of raw ones are half as long."""
     tokens, dim, itemsize = c["BLOCK_N"], c["DIM"], ITEMSIZE[signature["keys"]]
 
-    def tier(key_bits: int, value_bits: int) -> Tile:
-        return _tier(
-            tokens if key_bits else max(16, tokens // 2), dim, key_bits, value_bits, itemsize
-        )
+    def tier(kind: str, key_bits: int, value_bits: int) -> Tile:
+        size = tokens if key_bits else max(16, tokens // 2)
+        tile = _tier(size, dim, key_bits, value_bits, itemsize)
+        return tile._replace(per_turn=c["PAGES"] * PAGE_TOKENS * SHARES[kind] / size)
 
     tiles = []
     if c["HAS_OPEN"]:
-        tiles.append(tier(0, 0)._replace(name="open"))
+        tiles.append(tier("open", 0, 0)._replace(name="open"))
     if c["HAS_SEALED"]:
-        tiles.append(tier(c["KEY_HIGH"], c["VALUE_HIGH"]))
-        tiles.append(tier(c["KEY_LOW"], c["VALUE_LOW"]))
+        tiles.append(tier("high", c["KEY_HIGH"], c["VALUE_HIGH"]))
+        tiles.append(tier("low", c["KEY_LOW"], c["VALUE_LOW"]))
     return tiles
 
 

@@ -12,9 +12,13 @@ from typing import Any
 
 import pytest
 
+from bench.gpu.built import Built, as_json, differences, from_json
+from bench.gpu.code import Code, Loop
+from bench.gpu.compile import Compiled, sampled, verdict
 from bench.gpu.occupancy import ARCHITECTURES, Occupancy, occupancy
-from bench.gpu.predict import predict
-from bench.gpu.sass import Code, Loop, find_loops, parse
+from bench.gpu.predict import predict, turn_cycles
+from bench.gpu.sass import NO_CONTROL, Instruction, find_loops, parse
+from bench.gpu.stalls import BARRIER, LOAD, TABLE, Stalls, of_loop
 from bench.gpu.tiles import Tile
 
 ROOT = Path(__file__).parents[2]
@@ -39,6 +43,7 @@ def by_case(compiled: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def test_launches_that_compile_alike_are_compiled_once(compiled: dict[str, Any]) -> None:
     assert [result["cases"] for result in compiled["results"]] == [
         ["sound", "sound again"], ["no loop"], ["spilling"], ["too much shared memory"], ["wrong"],
+        ["not prefetched"], ["prefetched by two"], ["chain"],
     ]  # fmt: skip
 
 
@@ -75,8 +80,8 @@ def test_what_does_not_compile_is_a_problem(
 ) -> None:
     assert by_case["wrong"]["code"] is None and len(by_case["wrong"]["problems"]) == 1
     assert "does not compile" in compiled["tables"]
-    prefix = "unit.wrong (wrong, 1 warps) on sm_90: ValueError: "
-    assert any(p.startswith(prefix) and "shape" in p for p in compiled["problems"])
+    prefix = f"unit.wrong (wrong, 1 warps) on sm_90, Triton {compiled['results'][0]['triton']}: "
+    assert any(p.startswith(f"{prefix}ValueError: ") and "shape" in p for p in compiled["problems"])
 
 
 def test_specialisation_is_that_of_tritons_jit(compiled: dict[str, Any]) -> None:
@@ -119,7 +124,7 @@ def test_loops_of_a_listing() -> None:
     # The inner loop uses no tensor cores: it might wait for something.
     assert Code(32, 0, 0, 0, outer, [outer, inner]).main_loops == [outer]
     assert Code(32, 0, 0, 0, outer, [inner]).main_loops == [inner]
-    assert inner.mix == {"LDG": 1, "BRA": 1}
+    assert inner.mix == {"LDG": 1}
 
 
 def test_occupancy() -> None:
@@ -135,18 +140,174 @@ def test_occupancy() -> None:
     assert occupancy(hopper, num_warps=4, registers=32, shared=0, tensor_columns=256).blocks == 2
 
 
-def test_floors_on_a_gpu() -> None:
-    tile = Tile("K8V4", tokens=64, elements=2 * 64 * 128, bytes=64 * 200)
-    loop = Loop(0, 750, [], 8, 2 * 2 * 64 * 128 * 8 // 2, 64 * 200 // 2, {})
-    found = predict(tile, loop, num_warps=2)
+def instruction(
+    opcode: str,
+    *,
+    stall: int = 1,
+    releases: int = 7,
+    waits: tuple[int, ...] = (),
+    operands: str = "",
+) -> Instruction:
+    mask = sum(1 << i for i in waits)
+    return Instruction(opcode, False, None, operands, stall | releases << 5 | 7 << 8 | mask << 11)
+
+
+def test_control_words() -> None:
+    x = instruction("LDG.E.128", stall=6, releases=2, waits=(0, 5))
+    assert (x.stall, x.releases, x.frees, x.waits) == (6, 2, None, [0, 5])
+    nothing = x._replace(control=NO_CONTROL)
+    assert (nothing.stall, nothing.releases, nothing.waits) == (1, None, [])
+
+
+def test_critical_path() -> None:
+    load = instruction("LDG.E.128", releases=0)
+    dependent = instruction("LDG.E.128", releases=1, waits=(0,))
+    use = instruction("FADD", waits=(1,))
+    assert of_loop([load, dependent, use]) == Stalls(2 * LOAD + 1, 2 * LOAD - 2)
+    beside = instruction("LDG.E.128", releases=1)
+    once = of_loop([load, beside, instruction("FADD", waits=(0, 1))])
+    assert once == Stalls(LOAD + 2, LOAD - 1)
+    table = instruction("LDG.E", releases=0)
+    assert of_loop([table, dependent, use]).cycles == TABLE + LOAD + 1
+    assert of_loop([instruction("BAR.SYNC", stall=6)]) == Stalls(6 + BARRIER, 0)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 2])
+def test_prefetches_hide_latency_by_their_distance(distance: int) -> None:
+    body = [
+        instruction("LDGSTS.E.128"),
+        instruction("LDGDEPBAR", releases=0),
+        instruction("DEPBAR.LE", operands=f"SB0, {distance:#x} "),
+        *[instruction("FADD", stall=10)] * 20,
+    ]
+    found = of_loop(body)
+    # Iterations of 203 cycles: the load of `distance` iterations ago is not done yet.
+    assert found.cycles == pytest.approx(max(203, (LOAD + 203) / (distance + 1)), rel=0.1)
+    assert found.exposed == pytest.approx(found.cycles - 203, abs=1)
+
+
+def test_prefetching_is_read_from_a_cubin(by_case: dict[str, dict[str, Any]]) -> None:
+    def loop(case: str) -> dict[str, Any]:
+        (found,) = by_case[case]["code"]["loops"]
+        return found
+
+    plain, one, two = map(loop, ("not prefetched", "sound", "prefetched by two"))
+    assert plain["mix"].get("LDGSTS", 0) == 0 and plain["mix"]["LDG"] > 0
+    assert one["mix"]["LDGSTS"] == two["mix"]["LDGSTS"] > 0 and one["mix"].get("LDG", 0) == 0
+    assert all(x["mix"]["BAR"] > 0 and x["mix"]["LDSM"] > 0 for x in (plain, one, two))
+    # With two stages Triton starts the next copy as an iteration ends, and waits for it at once.
+    assert all(0.9 * LOAD < x["stalls"]["exposed"] <= LOAD for x in (plain, one))
+    assert two["stalls"]["exposed"] < LOAD / 2
+    chain = loop("chain")
+    loads = chain["mix"]["LDG"]  # the compiler unrolls the loop
+    assert loads >= 2 and chain["tensor"] == 0
+    exposed, cycles = chain["stalls"]["exposed"], chain["stalls"]["cycles"]
+    assert 0.95 * loads * LOAD < exposed < cycles < 1.1 * loads * LOAD
+
+
+def test_what_is_on_record_is_not_compiled(compiled: dict[str, Any]) -> None:
+    first = compiled["results"][0]["fingerprint"]
+    assert compiled["seen"] == [first] and compiled["again"] == ["no loop"]
+
+
+@pytest.fixture(scope="module")
+def record(compiled: dict[str, Any]) -> list[Built]:
+    """Sound results."""
+    return [r for r in from_json(compiled["results"]) if not r.problems]
+
+
+def test_a_record_is_read_as_it_was_written(compiled: dict[str, Any]) -> None:
+    results = from_json(compiled["results"])
+    assert json.loads(json.dumps(as_json(results))) == compiled["results"]
+    assert [r.cases for r in results if not r.fingerprint] == [["wrong"]]
+    assert len({r.fingerprint for r in results}) == len(results)
+
+
+def test_a_false_record_is_noticed(record: list[Built]) -> None:
+    assert verdict(record, Compiled(record, [])) == []
+    assert record[0].code is not None
+    code = record[0].code
+    for false in (
+        record[0]._replace(shared=record[0].shared + 16),
+        record[0]._replace(code=code._replace(registers=code.registers - 1)),
+        record[0]._replace(code=code._replace(whole=code.whole._replace(instructions=1))),
+    ):
+        (line,) = differences([false, *record[1:]], record)
+        assert line.startswith(record[0].name) and "the record" in line
+        assert verdict([false, *record[1:]], Compiled(record, [])) == [line]
+
+
+def test_what_is_not_on_record_must_be_sound(compiled: dict[str, Any], record: list[Built]) -> None:
+    assert verdict(record[1:], Compiled(record[:1], [])) == []
+    spilling = [r for r in from_json(compiled["results"]) if r.cases == ["spilling"]]
+    (line,) = verdict(record, Compiled(spilling, []))
+    assert "spills" in line
+
+
+def test_a_spill_on_record_fails_where_it_is_shipped(
+    compiled: dict[str, Any], record: list[Built]
+) -> None:
+    every = from_json(compiled["results"])
+    (spilling,) = [r for r in every if r.cases == ["spilling"]]
+    (line,) = verdict(every, Compiled([], [spilling.fingerprint]))
+    assert "spills" in line
+    assert verdict(every, Compiled([], [r.fingerprint for r in record])) == []
+
+
+def test_samples() -> None:
+    names = [str(i) for i in range(4000)]
+    chosen = {name for name in names if sampled(name, "a")}
+    assert chosen == {name for name in names if sampled(name, "a")}
+    assert 120 < len(chosen) < 280
+    assert len(chosen & {name for name in names if sampled(name, "b")}) < 40
+
+
+TILE = Tile("K8V4", tokens=64, elements=2 * 64 * 128, bytes=64 * 200)
+LOOP = Loop(
+    0, 750, [], 8, 2 * 2 * 64 * 128 * 8 // 2, 64 * 200 // 2, Stalls(cycles=1000, exposed=0), {}
+)
+
+
+def test_bounds_on_a_gpu() -> None:
+    found = predict(TILE, LOOP, num_warps=2, blocks=6)
     assert found.per_element == 750 * 2 * 32 / (2 * 64 * 128)
     assert found.loads == 1
     assert found.bytes == pytest.approx(200 / 4.3)  # 4.3 bytes per picosecond
     assert found.issue == pytest.approx(750 * 2 / 64 / (4 * 132 * 1.755e-3))
     assert found.tensor == pytest.approx(2 * 2 * 128 * 8 / (0.62 * 4096 * 132 * 1.755e-3))
-    assert (found.limit, found.share[1]) == ("bytes", 1.0)
-    twice = predict(tile._replace(iterations=2), loop, num_warps=2)
+    assert (found.limit, found.share) == ("bytes", 1.0)
+    twice = predict(TILE._replace(iterations=2), LOOP, num_warps=2, blocks=6)
     assert (twice.bytes, twice.issue, twice.loads) == (found.bytes, 2 * found.issue, 2)
-    busy = predict(tile, loop._replace(instructions=4 * 750), num_warps=2)
-    assert busy.limit == "issue" and busy.share[0] == pytest.approx(busy.bytes / busy.issue)
-    assert busy.share[1] == pytest.approx(busy.share[0] * 1.98 / 1.755)
+    assert twice.latency == pytest.approx(2 * found.latency)
+
+
+def test_latency_limits_what_few_blocks_can_read() -> None:
+    slow = LOOP._replace(stalls=Stalls(cycles=10_000, exposed=9000))
+    shares = [predict(TILE, slow, num_warps=2, blocks=blocks).share for blocks in (2, 4, 6, 8)]
+    assert shares == sorted(shares) and shares[-1] < 1
+    assert predict(TILE, slow, num_warps=2, blocks=2).limit == "latency"
+    # One warp to a scheduler, which waits for nobody.
+    alone = predict(TILE, slow, num_warps=2, blocks=2)
+    assert alone.tile == pytest.approx(10_000 / 1755)
+    assert alone.latency == pytest.approx(alone.tile * 1e6 / (132 * 2 * 64))
+    faster = slow._replace(stalls=Stalls(cycles=9000, exposed=8000))
+    assert predict(TILE, faster, 2, 6).latency < predict(TILE, slow, 2, 6).latency
+    longer = slow._replace(instructions=900)
+    assert predict(TILE, longer, 2, 6).latency > predict(TILE, slow, 2, 6).latency
+
+
+def test_the_loop_around_is_shared_out() -> None:
+    around = LOOP._replace(instructions=1000, stalls=Stalls(cycles=5000, exposed=4000))
+    tile = TILE._replace(per_turn=8)
+    alone, paged = (predict(tile, LOOP, 2, 2, x) for x in (None, around))
+    assert alone.paged == alone.latency == paged.latency
+    assert paged.paged / paged.latency == pytest.approx((1000 + 4000 / 8) / 1000)
+    assert predict(TILE, LOOP, 2, 2, around).paged == alone.latency
+
+
+def test_warps_take_turns() -> None:
+    assert turn_cycles(100, 1000, 1) == 1000
+    assert turn_cycles(1000, 1000, 4) == pytest.approx(4000)  # nothing but issue
+    times = [turn_cycles(100, 1000, n) for n in range(1, 30)]
+    assert times == sorted(times)
+    assert all(n * 100 <= time < 1000 + n * 100 for n, time in enumerate(times, 1))

@@ -17,9 +17,10 @@ from triton import knobs
 from triton.runtime import driver
 
 from bench.gpu.build import Job, target_of
-from bench.gpu.compile import compile_all
-from bench.gpu.report import as_json, problems, tables
+from bench.gpu.built import as_json
+from bench.gpu.report import problems, tables
 from bench.gpu.specialise import distinct, specialise
+from bench.gpu.worker import compile_all
 from sglang_diffxkv.kernels.gpu.launch import Launch, launch, recorded
 
 ARCH = "sm_90"
@@ -42,6 +43,16 @@ def attend(q, k, out, n, stride, scale, unused, M: tl.constexpr, N: tl.constexpr
 def add(x, out, n, SIZE: tl.constexpr):
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     tl.store(out + at, tl.load(x + at, mask=at < n) + 1.0, mask=at < n)
+
+
+@triton.jit
+def chase(x, out, n):
+    """Two loads to an iteration, one from the address that the other gave."""
+    at = tl.arange(0, 32)
+    total = at.to(tl.int64)
+    for _ in range(0, n):
+        total = tl.load(x + tl.load(x + total))
+    tl.store(out + tl.arange(0, 32), total)
 
 
 @triton.jit
@@ -74,7 +85,14 @@ def toys() -> Iterator[tuple[str, Launch]]:
         launch_attend("meta", 4096, 256, 256, 1, 1)
         launch_attend("meta", 4096, 128, 256, 4, 6)
         launch(wrong, (1,), num_warps=1, x=meta(64), SIZE=64)
-    names = ("sound", "sound again", "no loop", "spilling", "too much shared memory", "wrong")
+        launch_attend("meta", 4096, 64, 128, 4, 1)
+        launch_attend("meta", 4096, 64, 128, 4, 3)
+        words = meta(64, dtype=torch.int64)
+        launch(chase, (1,), num_warps=1, x=words, out=words, n=1000)
+    names = (
+        "sound", "sound again", "no loop", "spilling", "too much shared memory", "wrong",
+        "not prefetched", "prefetched by two", "chain",
+    )  # fmt: skip
     yield from zip(names, launches, strict=True)
 
 
@@ -125,12 +143,16 @@ def specialisations() -> list[dict[str, Any]]:
 def main() -> None:
     """Print what the test asserts."""
     jobs = [Job(toy, ARCH) for toy in distinct(toys(), target_of(ARCH))]
-    results = compile_all(jobs, 2)
+    results, _ = compile_all(jobs, 2)
+    first = {r.fingerprint for r in results[:1]}
+    again, seen = compile_all(jobs[:2], 1, skip=first)
     print(
         json.dumps(
             {
                 "results": as_json(results),
                 "problems": problems(results),
+                "again": [r.cases[0] for r in again],
+                "seen": seen,
                 "tables": tables(results),
                 "specialisations": specialisations(),
             }

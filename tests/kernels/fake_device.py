@@ -27,7 +27,7 @@ from sglang_diffxkv.policy import caps
 DEVICE = "meta"
 _LAUNCHING = [f"sglang_diffxkv.kernels.{x}.triton" for x in ("arena", "pack", "score", "step")]
 _LAUNCHING += [f"sglang_diffxkv.kernels.{x}" for x in ("decode.plan", "decode.triton")]
-_LAUNCHING += ["sglang_diffxkv.kernels.extend.triton"]
+_LAUNCHING += [f"sglang_diffxkv.kernels.extend.{x}" for x in ("triton", "unpacked")]
 _CACHES = (hadamard, caps._size_table)
 """Of tensors by device."""
 _MOVES = ("aten::copy_", "aten::_to_copy")

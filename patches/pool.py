@@ -59,9 +59,11 @@ def make_setup(
         raw_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
         num_layers=num_layers,
     )
-    # What each rank measured or learnt by itself, the least memory and the fullest pages of any.
-    own = torch.tensor([-budget_bytes, policy.expected_fill], dtype=torch.float64)
-    least, expected_fill = agree(own).tolist()
+    # What each rank measured or learnt by itself: the least memory, the fullest pages of any, and
+    # what FlashInfer takes where one has it.
+    attention = _attention_bytes(configurator, policy.layout, num_layers)
+    own = torch.tensor([-budget_bytes, policy.expected_fill, attention], dtype=torch.float64)
+    least, expected_fill, attention = agree(own).tolist()
     plan = plan_pool(
         (config.memory_bytes or int(-least)) - policy.nbytes,
         policy.layout,
@@ -71,29 +73,40 @@ def make_setup(
         config.raw_share,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
         virtual_slack=DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK,
-        attention_bytes=_attention_bytes(configurator, policy.layout, num_layers),
+        attention_bytes=int(attention),
     )
     _check_chunk(plan.raw_pages)
     return PoolSetup(config, policy.layout, policy, plan, agree)
 
 
 def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> int:
-    """What attention keeps beside the pages; nothing to speak of on a CPU."""
+    """What attention keeps beside the pages; nothing to speak of on a CPU.
+
+    Makes FlashInfer ready first: whether it can be decides about its workspace, which is not in use
+    yet when SGLang looks how much memory is free.
+    """
     if configurator.device != "cuda":
         return 0
     from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
 
+    from sglang_diffxkv.kernels.extend import flashinfer
     from sglang_diffxkv.kernels.gpu.workspace import attention_bytes
 
     model, graphs = configurator.model_config, get_exec().graph.cuda_graph_config
     batch = get_schedule().max_running_requests or graphs.decode.max_bs or MOST_RUNNING
+    device = torch.device(configurator.device)
+    heads = model.num_attention_heads // get_parallel().attn_tp_size
+    shape = flashinfer.Shape(
+        device, configurator.kv_cache_dtype, heads, layout.num_kv_heads, layout.head_dim
+    )
     return attention_bytes(
         layout,
         num_layers,
-        model.num_attention_heads // get_parallel().attn_tp_size,
+        heads,
         batch,
         -(-model.context_len // PAGE_TOKENS),
-        torch.device(configurator.device),
+        device,
+        flashinfer=flashinfer.make_ready(shape),
     )
 
 

@@ -10,7 +10,14 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, merge
-from sglang_diffxkv.kernels.extend import OpenPrefill, extend_sealed
+from sglang_diffxkv.kernels.extend import (
+    OpenPrefill,
+    PageList,
+    PrefixScratch,
+    SealedPrefill,
+    make_scratch,
+)
+from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import score_open
@@ -51,6 +58,7 @@ class StepMetadata(NamedTuple):
         seq_lens, prefix_lens: int64 [B], with and without this step's tokens.
         q_indptr: int32 [B + 1], new tokens of each sequence.
         prefill: attention over the open pages of a prefill; None in a decode step.
+        sealed_prefill: the same over sealed ones; None where there are none.
         nothing_to_seal: whether no sequence has a full page that has been scored.
     """
 
@@ -61,6 +69,7 @@ class StepMetadata(NamedTuple):
     prefix_lens: torch.Tensor
     q_indptr: torch.Tensor
     prefill: OpenPrefill | None
+    sealed_prefill: SealedPrefill | None
     nothing_to_seal: bool
 
 
@@ -72,6 +81,8 @@ class DiffXKVBackend(AttentionBackend):
     """Whether this forward pass is a prefill with a token of every running request."""
     batch_rows: list[int] | None = None
     """Rows of this forward pass's requests, on the host; SGLang's warm-up has none."""
+    scratch: PrefixScratch | None = None
+    """Where prefills unpack sealed prefixes to, on a GPU."""
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__()
@@ -88,6 +99,8 @@ class DiffXKVBackend(AttentionBackend):
         self.rows = RequestRows(table.shape[0], table.device)
         self.config = pool.setup.config
         self.forward_metadata: StepMetadata | None = None
+        if on_gpu(table):
+            self.scratch = make_scratch(self.store.layout, pool.dtype, table.device)
 
     def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
         """Kernels read the directory through the whole forward pass, not only its start."""
@@ -127,7 +140,7 @@ class DiffXKVBackend(AttentionBackend):
         if noted is not None:
             quality = self.rows.quality[fb.req_pool_indices]
             note_quality(store, pages, prefix_lens, quality, noted)
-        prefill = None
+        prefill = sealed_prefill = None
         if not is_decode:
             prefill = OpenPrefill(
                 q_indptr,
@@ -137,6 +150,14 @@ class DiffXKVBackend(AttentionBackend):
                 pages.position,
                 pages.last_len,
             )
+        if not is_decode and pages.any_sealed:
+            sealed_prefill = SealedPrefill(
+                q_indptr,
+                PageList(pages.sealed_indptr, pages.sealed),
+                fb.extend_seq_lens_cpu,
+                fb.extend_prefix_lens_cpu,
+                self.scratch,
+            )
         self.forward_metadata = StepMetadata(
             pages=pages,
             rows=store.write_rows(fb.out_cache_loc),
@@ -145,6 +166,7 @@ class DiffXKVBackend(AttentionBackend):
             prefix_lens=prefix_lens,
             q_indptr=q_indptr,
             prefill=prefill,
+            sealed_prefill=sealed_prefill,
             nothing_to_seal=scored < PAGE_TOKENS,
         )
 
@@ -176,14 +198,13 @@ class DiffXKVBackend(AttentionBackend):
     ) -> torch.Tensor:
         """Attention of a (mixed) prefill batch: q [T, Hq * D] -> [T, Hq * D]."""
         step, index, q = self._begin(q, k, v, layer, save_kv_cache)
-        pages = step.pages
         assert step.prefill is not None
-        raw = self.store.raw
+        store, raw = self.store, self.store.raw
         part = step.prefill.run(q, raw.keys[index], raw.values[index], layer.scaling)
-        if pages.any_sealed:
-            sealed = self._sealed(index, pages)
-            part = merge(
-                part, extend_sealed(self._for_sealed(q), step.q_indptr, *sealed, layer.scaling)
+        if step.sealed_prefill is not None:
+            tables = store.arena.buffer, store.directory.frames[index], store.directory.heads[index]
+            part = step.sealed_prefill.add(
+                part, self._for_sealed(q), *tables, store.layout, layer.scaling
             )
         return self._finish(q, part, step, index, layer)
 

@@ -13,7 +13,8 @@ from sglang_diffxkv.kernels.attention_part import empty_part, merge
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
-from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
+from sglang_diffxkv.kernels.extend import extend_open, extend_sealed, make_scratch
+from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
 from sglang_diffxkv.kernels.pack import Payload, copy_rows, pack, unpack
@@ -148,6 +149,17 @@ def _extend_sealed(s: Setting) -> None:
     extend_sealed(*few, s.layout, s.sm_scale)
 
 
+def _extend_unpacked(s: Setting) -> None:
+    scratch = make_scratch(s.layout, s.dtype, "meta")
+    # Sealed keys that are rotated meet queries that were, in fp32.
+    dtype = torch.float32 if s.layout.rotates else s.dtype
+    for queries in (QUERIES, 16):  # few, whose pages are split
+        q = s.queries(queries).to(dtype)
+        lists = ints(BATCH + 1), ints(scratch.pages)
+        where = ints(BATCH + 1), s.arena(), *s.tables(), *lists
+        extend_unpacked(empty_part(q), q, *where, s.layout, s.sm_scale, scratch)
+
+
 def _extend_open(s: Setting) -> None:
     q, q_indptr, q_position = s.queries(QUERIES), ints(BATCH + 1), ints(BATCH)
     pages = ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES)
@@ -227,6 +239,7 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "decode_parts": _decode_parts,
     "merge": _merge,
     "extend_sealed": _extend_sealed,
+    "extend_unpacked": _extend_unpacked,
     "extend_open": _extend_open,
     "score_open": _score_open,
     "score_decode": _score_decode,

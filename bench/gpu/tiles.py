@@ -88,6 +88,12 @@ def _extend_open(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     return [_tile("open", c["BLOCK_N"], c["DIM"], 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]])]
 
 
+def _extend_unpacked(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    """Full tiles, and the last one where that is masked by itself."""
+    tile = _tile("rows", c["BLOCK_N"], c["DIM"], 2 * c["DIM"] * ITEMSIZE[signature["k"]])
+    return [tile, tile._replace(name="last rows")] if c["PEEL"] else [tile]
+
+
 def _pack(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     raw = 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]]
     payload = c["KEY_HIGH"] + c["VALUE_HIGH"] + c["META_HIGH"] + NOTE_BYTES
@@ -113,6 +119,7 @@ def _score(c: dict[str, Any], signature: dict[str, str], name: str, iterations: 
 TILES: dict[str, Callable[[dict[str, Any], dict[str, str]], list[Tile]]] = {
     "decode.attend_item": _decode,
     "extend.sealed_kernel": _extend_sealed,
+    "extend.unpacked_kernel": _extend_unpacked,
     "extend.open_kernel": _extend_open,
     "score.open_kernel": _score_open,
     "score.decode_kernel": _score_decode,

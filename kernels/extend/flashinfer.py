@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill over open pages with FlashInfer, which reads our raw pages as its own page table."""
+"""Prefill over open pages with FlashInfer, which reads our raw pages as its own page table.
+
+It compiles itself for what it is asked for, which takes minutes, or fails: so it is asked once,
+before the server is ready, and serves only what it was made ready for.
+"""
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.util import find_spec
-from typing import TYPE_CHECKING
+import logging
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,25 +20,77 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
+logger = logging.getLogger(__name__)
+
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 128 << 20
 """What FlashInfer recommends."""
+TOLERANCE = 0.02
+"""Relative error of the norm, and error of the LSE, of FlashInfer's first result."""
+
+
+class Shape(NamedTuple):
+    """What FlashInfer is compiled and checked for."""
+
+    device: torch.device
+    dtype: torch.dtype
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Ready(NamedTuple):
+    """FlashInfer's wrapper, which is planned anew for each step, and what it serves."""
+
+    wrapper: BatchPrefillWithPagedKVCacheWrapper
+    shape: Shape
+
+
+_ready: Ready | None = None
+"""Of this process, which has one model on one device."""
+
+
+def make_ready(
+    shape: Shape, build: Callable[[Shape], BatchPrefillWithPagedKVCacheWrapper] | None = None
+) -> bool:
+    """Build or load FlashInfer's kernels and allocate its workspace, or log why ours serve instead.
+
+    Args:
+        build: `_build`, or what stands for it.
+
+    Returns:
+        Whether `supports` says yes from now on.
+    """
+    global _ready
+    _ready, begin = None, time.monotonic()
+    if shape.head_dim not in HEAD_DIMS or shape.dtype not in DTYPES:
+        logger.info(
+            "diffxkv: prefill runs on our Triton kernels: FlashInfer has none for head_dim %d in "
+            "%s", shape.head_dim, shape.dtype,
+        )  # fmt: skip
+        return False
+    try:
+        _ready = Ready((build or _build)(shape), shape)
+    except Exception as error:  # of imports, nvcc, ninja, the driver: a server starts without it
+        logger.warning(
+            "diffxkv: prefill runs on our Triton kernels, as FlashInfer failed (%s); to have it, "
+            "install flashinfer-python with its flashinfer-cubin, or ninja and CUDA's nvcc",
+            _last_line(error),
+        )
+        return False
+    logger.info("diffxkv: FlashInfer is ready for prefill, after %.1f s", time.monotonic() - begin)
+    return True
 
 
 def supports(q: torch.Tensor) -> bool:
-    """Whether FlashInfer is installed and has kernels for these queries [T, Hq, D]."""
-    fits = q.shape[2] in HEAD_DIMS and q.dtype in DTYPES and len(q) > 0
-    return q.device.type == "cuda" and fits and find_spec("flashinfer") is not None
-
-
-@cache
-def wrapper_of(device: torch.device) -> BatchPrefillWithPagedKVCacheWrapper:
-    """One wrapper per device: it is planned anew for each step, and run on one stream."""
-    from flashinfer import BatchPrefillWithPagedKVCacheWrapper  # takes seconds
-
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-    return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    """Whether FlashInfer was made ready for these queries [T, Hq, D]."""
+    if _ready is None or len(q) == 0:
+        return False
+    shape = _ready.shape
+    if q.device.type != shape.device.type:
+        return False
+    return (q.dtype, *q.shape[1:]) == (shape.dtype, shape.heads, shape.head_dim)
 
 
 def plan(
@@ -54,7 +111,32 @@ def plan(
         q, q_indptr, k_raw, indptr, slots, sm_scale: as in `open.extend_open`.
         last_len: int32 [B], tokens in each sequence's last listed page, 1 to 64.
     """
-    wrapper = wrapper_of(q.device)
+    assert _ready is not None
+    _plan(_ready.wrapper, q, q_indptr, k_raw, indptr, slots, last_len, sm_scale)
+    return _ready.wrapper
+
+
+def run(
+    wrapper: BatchPrefillWithPagedKVCacheWrapper,
+    q: torch.Tensor,
+    k_raw: torch.Tensor,
+    v_raw: torch.Tensor,
+) -> AttentionPart:
+    """Attention of one layer, as planned; the output is rounded to q's dtype in between."""
+    out, lse = wrapper.run(q, (k_raw, v_raw), return_lse=True)
+    return AttentionPart(out.float(), lse)
+
+
+def _plan(
+    wrapper: BatchPrefillWithPagedKVCacheWrapper,
+    q: torch.Tensor,
+    q_indptr: torch.Tensor,
+    k_raw: torch.Tensor,
+    indptr: torch.Tensor,
+    slots: torch.Tensor,
+    last_len: torch.Tensor,
+    sm_scale: float,
+) -> None:
     wrapper.plan(
         q_indptr,
         indptr,
@@ -69,15 +151,50 @@ def plan(
         q_data_type=q.dtype,
         kv_data_type=k_raw.dtype,
     )
+
+
+def _build(shape: Shape) -> BatchPrefillWithPagedKVCacheWrapper:
+    """A wrapper that has planned, run, and computed what our reference does.
+
+    Raises:
+        Exception: whatever keeps FlashInfer from it.
+    """
+    from flashinfer import BatchPrefillWithPagedKVCacheWrapper  # takes seconds
+
+    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
+    wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+    check(wrapper, shape)
     return wrapper
 
 
-def run(
-    wrapper: BatchPrefillWithPagedKVCacheWrapper,
-    q: torch.Tensor,
-    k_raw: torch.Tensor,
-    v_raw: torch.Tensor,
-) -> AttentionPart:
-    """Attention of one layer, as planned; the output is rounded to q's dtype in between."""
-    out, lse = wrapper.run(q, (k_raw, v_raw), return_lse=True)
-    return AttentionPart(out.float(), lse)
+def check(wrapper: BatchPrefillWithPagedKVCacheWrapper, shape: Shape) -> None:
+    """Plan and run three new tokens after 69 others.
+
+    Raises:
+        RuntimeError: the result is not that of `naive.extend_open`.
+    """
+    from sglang_diffxkv.kernels.extend import naive
+
+    gen = torch.Generator().manual_seed(0)
+    q = torch.randn(3, shape.heads, shape.head_dim, generator=gen).to(shape.dtype)
+    raw_shape = 2, 3, PAGE_TOKENS, shape.kv_heads, shape.head_dim
+    k, v = torch.randn(raw_shape, generator=gen).to(shape.dtype)
+    q_indptr, start, indptr, slots, position, last_len = (
+        torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [69], [0, 2], [2, 0], [0, 1], [8])
+    )
+    scale = shape.head_dim**-0.5
+    new, old, q_indptr_, indptr_, slots_, last_len_ = (
+        x.to(shape.device) for x in (q, torch.stack([k, v]), q_indptr, indptr, slots, last_len)
+    )
+    _plan(wrapper, new, q_indptr_, old[0], indptr_, slots_, last_len_, scale)
+    part = AttentionPart(*(x.double().cpu() for x in run(wrapper, new, old[0], old[1])))
+    true = naive.extend_open(q, q_indptr, start, k, v, indptr, slots, position, scale)
+    error = float((part.out - true.out).norm() / true.out.norm())
+    lse_error = float((part.lse - true.lse).abs().max())
+    if not (error <= TOLERANCE and lse_error <= TOLERANCE):
+        raise RuntimeError(f"its result is off by {error:.1%}, its LSE by {lse_error:.3f}")
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[-1][:300] if lines else ''}"

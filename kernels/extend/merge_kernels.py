@@ -15,6 +15,7 @@ def merge_splits(
     rows,
     out,
     lse,
+    ONTO: tl.constexpr,
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -24,15 +25,21 @@ def merge_splits(
     Args:
         parts, part_lse: fp32 [splits, rows, DIM] and [splits, rows].
         out, lse: fp32 [rows, DIM] and [rows]; 0 and -inf where nothing was attended.
+        ONTO: whether they hold one more part already.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, DIM_BLOCK)
     seen = row < rows
     inside = seen[:, None] & (column < DIM)[None, :]
     at = row[:, None] * DIM + column[None, :]
-    top = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+    if ONTO:
+        top = tl.load(lse + row, mask=seen, other=-float("inf"))
+        total = tl.where(top == -float("inf"), 0.0, 1.0)
+        acc = tl.load(out + at, mask=inside, other=0)
+    else:
+        top = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
     for _ in range(splits):
         mine = tl.load(part_lse + row, mask=seen, other=-float("inf"))
         part = tl.load(parts + at, mask=inside, other=0)

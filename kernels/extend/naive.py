@@ -50,6 +50,25 @@ def extend_sealed(
     return part
 
 
+def row_starts(heads: torch.Tensor, pages: torch.Tensor, capacity: int) -> torch.Tensor:
+    """First row of each (page, head) where a head's kept tokens lie side by side, and their end.
+
+    Args:
+        heads: int32 [V, H, 2], directory entries. pages: int32 [N].
+        capacity: rows set aside for a head; those of the next one begin there.
+
+    Returns:
+        int64 [N + 1, H].
+    """
+    starts = torch.zeros(len(pages) + 1, heads.shape[1], dtype=torch.int64)
+    for head in range(heads.shape[1]):
+        starts[0, head] = head * capacity
+        for i, page in enumerate(pages.tolist()):
+            counts = int(heads[page, head, 1])
+            starts[i + 1, head] = starts[i, head] + (counts & 0xFF) + (counts >> 8)
+    return starts
+
+
 def extend_open(
     q: torch.Tensor,
     q_indptr: torch.Tensor,

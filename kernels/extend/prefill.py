@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Causal attention over open pages for all layers of one step, planned once."""
+"""Attention of one step's new tokens for all layers, planned once: what serves which part.
+
+Open pages are FlashInfer's where that was made ready on a GPU (`flashinfer`), ours elsewhere.
+Sealed pages are ours everywhere: heads keep different numbers of tokens, so FlashInfer would be
+planned for each layer anew, and wait for the device each time.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.attention_part import AttentionPart, merge
 from sglang_diffxkv.kernels.extend import flashinfer
 from sglang_diffxkv.kernels.extend.open import (
     OpenSequence,
@@ -15,9 +20,16 @@ from sglang_diffxkv.kernels.extend.open import (
     extend_open,
     list_sequences,
 )
+from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
+from sglang_diffxkv.kernels.extend.sealed import extend_sealed
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+UNPACK_FROM = 64
+"""New tokens of a sequence from which its sealed pages are unpacked for dense attention: fewer meet
+the codes themselves. Predicted; `bench.gpu.time_prefill` measures where the two break even."""
 
 
 class OpenPrefill:
@@ -69,3 +81,89 @@ class OpenPrefill:
             )
             self._planned = wrapper, sm_scale
         return flashinfer.run(self._planned[0], q, k_raw, v_raw)
+
+
+class PageList(NamedTuple):
+    """Sealed pages of each of B sequences: int32 [B + 1], into int32 [N]."""
+
+    indptr: torch.Tensor
+    pages: torch.Tensor
+
+
+class SealedPrefill:
+    """`extend_sealed` of one step's queries: fused or, for sequences with many, unpacked."""
+
+    def __init__(
+        self,
+        q_indptr: torch.Tensor,
+        sealed: PageList,
+        new: list[int],
+        prefix: list[int],
+        scratch: PrefixScratch | None,
+    ) -> None:
+        """Divide the step's sequences; the host does not wait for the device.
+
+        Args:
+            q_indptr: int32 [B + 1], new tokens of each sequence. sealed: their sealed pages.
+            new, prefix: the numbers of tokens of each sequence, new and earlier ones, on the host.
+            scratch: to unpack to, on a GPU; None: nothing is unpacked.
+        """
+        self._q_indptr, self._scratch = q_indptr, scratch
+        self._fused: PageList | None = sealed
+        self._unpacked: PageList | None = None
+        if scratch is None:
+            return
+        most = [0, 0]
+        for tokens, earlier in zip(new, prefix, strict=True):
+            most[tokens >= UNPACK_FROM] += earlier // PAGE_TOKENS
+        if not most[0]:
+            self._fused, self._unpacked = None, sealed
+        elif most[1]:
+            unpacks = q_indptr.diff() >= UNPACK_FROM
+            self._fused = _select(sealed, ~unpacks, most[0])
+            self._unpacked = _select(sealed, unpacks, most[1])
+
+    def add(
+        self,
+        part: AttentionPart,
+        q: torch.Tensor,
+        arena: torch.Tensor,
+        frames: torch.Tensor,
+        heads: torch.Tensor,
+        layout: PageLayout,
+        sm_scale: float,
+    ) -> AttentionPart:
+        """Attention of one layer over sealed pages, merged with that over others.
+
+        Args:
+            part: of the same queries over other tokens; may be written.
+            q, arena, frames, heads, layout, sm_scale: as in `extend_sealed`.
+        """
+        tables = arena, frames, heads
+        if self._fused is not None:
+            found = extend_sealed(q, self._q_indptr, *tables, *self._fused, layout, sm_scale)
+            part = merge(part, found)
+        if self._unpacked is not None:
+            from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked  # needs Triton
+
+            assert self._scratch is not None
+            lists = *tables, *self._unpacked
+            extend_unpacked(part, q, self._q_indptr, *lists, layout, sm_scale, self._scratch)
+        return part
+
+
+def _select(sealed: PageList, chosen: torch.Tensor, most: int) -> PageList:
+    """The pages of some sequences; the others have none.
+
+    Args:
+        chosen: bool [B]. most: pages of these sequences at most: the list is as long, and filled up
+            with page 0, which has no tokens.
+    """
+    n = len(sealed.pages)
+    most = min(most, n)
+    counts = sealed.indptr.diff()
+    indptr = torch.nn.functional.pad((counts * chosen).cumsum(0), (1, 0)).to(torch.int32)
+    mine = torch.repeat_interleave(chosen, counts, output_size=n)
+    place = torch.where(mine, mine.cumsum(0) - 1, most)  # the rest goes to a place that is cut off
+    pages = sealed.pages.new_zeros(most + 1).scatter_(0, place, sealed.pages)
+    return PageList(indptr, pages[:most])

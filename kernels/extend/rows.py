@@ -36,6 +36,23 @@ def query_of_rows(start, first, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr
 
 
 @triton.jit
+def read_rows(start, ahead, rows, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Which of a block's rows exist, their queries and their query heads.
+
+    Read from memory each time, or the compiler would keep all rows' addresses in registers.
+
+    Args:
+        start: pointer to the first query of the sequence. ahead: what the block's first row has
+            more than that. rows: of the sequence.
+    """
+    query = tl.load(start, volatile=True)
+    first = query + ahead
+    seen = first + tl.arange(0, BLOCK_M) < rows
+    query, query_head = query_of_rows(query, first, head, GROUP, BLOCK_M)
+    return seen, query, query_head
+
+
+@triton.jit
 def softmax_step(top, total, scores):
     """Take a tile's base-2 scores [M, N] into running maxima and sums [M]; -inf is masked.
 

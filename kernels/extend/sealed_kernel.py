@@ -7,25 +7,8 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.extend.order import quarters
-from sglang_diffxkv.kernels.extend.rows import locate_rows, query_of_rows
+from sglang_diffxkv.kernels.extend.rows import locate_rows, read_rows
 from sglang_diffxkv.kernels.extend.tiles import attend_tier, empty_state, sums_of
-
-
-@triton.jit
-def _rows(start, ahead, rows, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Which of a block's rows exist, their queries and their query heads.
-
-    Read from memory each time, or the compiler would keep all rows' addresses in registers.
-
-    Args:
-        start: pointer to the first query of the sequence. ahead: what the block's first row has
-            more than that. rows: of the sequence.
-    """
-    query = tl.load(start, volatile=True)
-    first = query + ahead
-    seen = first + tl.arange(0, BLOCK_M) < rows
-    query, query_head = query_of_rows(query, first, head, GROUP, BLOCK_M)
-    return seen, query, query_head
 
 
 @triton.jit(
@@ -83,7 +66,7 @@ def sealed_kernel(
         return
     ahead = first - start
     heads += head * 2
-    seen, query, query_head = _rows(q_indptr + b, ahead, rows, head, GROUP, BLOCK_M)
+    seen, query, query_head = read_rows(q_indptr + b, ahead, rows, head, GROUP, BLOCK_M)
     q_rows = q + query * q_stride + query_head * DIM
     first_page = tl.load(indptr + b)
     share = tl.cdiv(tl.load(indptr + b + 1) - first_page, tl.num_programs(2))
@@ -95,14 +78,14 @@ def sealed_kernel(
         end_page, score_scale, byte_mask, HIGH_KEY_BITS, HIGH_VALUE_BITS, LOW_KEY_BITS,
         LOW_VALUE_BITS, True, RAW, COMPUTE, PRECISION, DIM, DIM_BLOCK, BLOCK_N, PAGES, FRAME_BYTES,
     )  # fmt: skip
-    seen, query, query_head = _rows(q_indptr + b, ahead, rows, head, GROUP, BLOCK_M)
+    seen, query, query_head = read_rows(q_indptr + b, ahead, rows, head, GROUP, BLOCK_M)
     q_rows = q + query * q_stride + query_head * DIM
     state = attend_tier(
         state, q_rows, seen, arena, frames, frames_stride, heads, HEADS * 2, pages, first_page,
         end_page, score_scale, byte_mask, HIGH_KEY_BITS, HIGH_VALUE_BITS, LOW_KEY_BITS,
         LOW_VALUE_BITS, False, RAW, COMPUTE, PRECISION, DIM, DIM_BLOCK, BLOCK_N, PAGES, FRAME_BYTES,
     )  # fmt: skip
-    seen, query, query_head = _rows(q_indptr + b, ahead, rows, head, GROUP, BLOCK_M)
+    seen, query, query_head = read_rows(q_indptr + b, ahead, rows, head, GROUP, BLOCK_M)
     base, sums, acc = state
     at = query * (HEADS * GROUP) + query_head
     total, zeros = sums_of(sums, 0), sums_of(sums, 1)

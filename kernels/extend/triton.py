@@ -30,6 +30,10 @@ MAX_REGISTERS = 255
 """All that there are: unasked, the assembler may rather spill, for a third block."""
 
 
+OLDER_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+"""Its code for sm_90 needs more registers."""
+
+
 class Tile(NamedTuple):
     """Query rows and tokens of a product, and the warps that share it."""
 
@@ -47,10 +51,14 @@ def sealed_tile(layout: PageLayout, dtype: torch.dtype, device: torch.device) ->
     has_raw = any(tier.is_raw for tier in tiers)
     if has_raw and dtype == torch.float32:
         return FP32_TILE
-    if compute_capability(device) >= 90:
+    capability = compute_capability(device)
+    if capability >= 90:
+        crowded = capability < 100 and OLDER_TRITON
+        if crowded and dim > 128 and not has_raw:
+            return Tile(16, 64, 4)
         if dim > 128:
             return Tile(64, 32 if has_raw else 64, 8)
-        wide = has_raw or any(tier.value_bits == 8 for tier in tiers)
+        wide = has_raw or crowded or any(tier.value_bits == 8 for tier in tiers)
         return Tile(64, 64 if wide else 128, 4)
     # Products take both operands from registers; raw ones are fp32 there.
     if dim > 128:
@@ -87,12 +95,12 @@ def extend_sealed(
     """See `sealed.extend_sealed`; heads is contiguous, and so are the rows of frames."""
     kv_heads, dim = layout.num_kv_heads, layout.head_dim
     group = q.shape[1] // kv_heads
-    part = _unwritten_part(q)
+    part = unwritten_part(q)
     tile = sealed_tile(layout, q.dtype, q.device)
-    blocks = _blocks(q, q_indptr, group, tile.rows)
+    blocks = count_blocks(q, q_indptr, group, tile.rows)
     room = WARPS_PER_MULTIPROCESSOR // tile.num_warps * multiprocessors(q.device)
-    splits = _splits(blocks * kv_heads, room, len(pages))
-    split = part if splits == 1 else _unwritten_part(q.expand(splits, *q.shape))
+    splits = count_splits(blocks * kv_heads, room, len(pages))
+    split = part if splits == 1 else unwritten_part(q.expand(splits, *q.shape))
     rows = part.lse.numel()
     launch(
         sealed_kernel,
@@ -131,24 +139,36 @@ def extend_sealed(
         maxnreg=MAX_REGISTERS,
     )
     if splits > 1:
-        launch(
-            merge_splits,
-            (triton.cdiv(rows, MERGE_ROWS),),
-            parts=split.out,
-            part_lse=split.lse,
-            splits=splits,
-            rows=rows,
-            out=part.out,
-            lse=part.lse,
-            DIM=dim,
-            DIM_BLOCK=triton.next_power_of_2(dim),
-            ROWS=MERGE_ROWS,
-            num_warps=4,
-        )
+        launch_merge(split, part, onto=False)
     return part
 
 
-def _splits(programs: int, room: int, pages: int) -> int:
+def launch_merge(splits: AttentionPart, part: AttentionPart, *, onto: bool) -> None:
+    """Merge parts of the same queries into one.
+
+    Args:
+        splits: [splits, T, Hq, D] and [splits, T, Hq]. part: [T, Hq, D] and [T, Hq], written.
+        onto: whether ``part`` holds attention over further tokens.
+    """
+    rows, dim = part.lse.numel(), part.out.shape[2]
+    launch(
+        merge_splits,
+        (triton.cdiv(rows, MERGE_ROWS),),
+        parts=splits.out,
+        part_lse=splits.lse,
+        splits=len(splits.lse),
+        rows=rows,
+        out=part.out,
+        lse=part.lse,
+        ONTO=onto,
+        DIM=dim,
+        DIM_BLOCK=triton.next_power_of_2(dim),
+        ROWS=MERGE_ROWS,
+        num_warps=4,
+    )
+
+
+def count_splits(programs: int, room: int, pages: int) -> int:
     """How many programs share a sequence's pages, so that few queries, too, fill the GPU.
 
     Told by shapes alone: the pages of all sequences together stand for those of the longest.
@@ -173,11 +193,11 @@ def extend_open(
     """See `open.extend_open`; pages of new tokens that are not listed are not noticed."""
     kv_heads, dim = k_raw.shape[2:]
     group = q.shape[1] // kv_heads
-    part = _unwritten_part(q)
+    part = unwritten_part(q)
     tile = open_tile(dim, q.dtype)
     launch(
         open_kernel,
-        (_blocks(q, q_indptr, group, tile.rows), kv_heads),
+        (count_blocks(q, q_indptr, group, tile.rows), kv_heads),
         q=q,
         q_stride=q.stride(0),
         q_indptr=q_indptr,
@@ -207,13 +227,13 @@ def extend_open(
     return part
 
 
-def _unwritten_part(q: torch.Tensor) -> AttentionPart:
+def unwritten_part(q: torch.Tensor) -> AttentionPart:
     return AttentionPart(
         torch.empty(q.shape, dtype=torch.float32, device=q.device),
         torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
     )
 
 
-def _blocks(q: torch.Tensor, q_indptr: torch.Tensor, group: int, block_m: int) -> int:
+def count_blocks(q: torch.Tensor, q_indptr: torch.Tensor, group: int, block_m: int) -> int:
     """Blocks of rows, at least as many as all sequences need (`gpu.ragged.first_block`)."""
     return len(q) * group // block_m + len(q_indptr) - 1

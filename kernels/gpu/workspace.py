@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 
 from sglang_diffxkv.kernels.gpu.device import multiprocessors
@@ -18,16 +16,20 @@ def attention_bytes(
     batch: int,
     context_pages: int,
     device: torch.device,
+    *,
+    flashinfer: bool,
 ) -> int:
-    """Of decode steps, and of FlashInfer's prefills where that is installed.
+    """Of decode steps, and of prefills: what sealed prefixes are unpacked to, and FlashInfer's.
 
     Args:
         q_heads: query heads on this rank. batch: sequences of the largest decode step.
         context_pages: pages of the longest sequence there can be.
         device: a GPU, or "meta" for one of the size that `multiprocessors` assumes.
+        flashinfer: whether that serves prefill.
     """
     from sglang_diffxkv.kernels.decode.plan import ITEMS_PER_SM, KINDS  # needs Triton
     from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
+    from sglang_diffxkv.kernels.extend.scratch import scratch_bytes
 
     rows = batch * layout.num_kv_heads * KINDS
     items = ITEMS_PER_SM * multiprocessors(device) + rows
@@ -35,5 +37,5 @@ def attention_bytes(
     plan = num_layers * (16 * items + 8 * (rows + 4))
     parts = items * q_heads // layout.num_kv_heads * row_bytes
     table = 4 * batch * (context_pages + 4)
-    flashinfer = WORKSPACE_BYTES if find_spec("flashinfer") else 0
-    return plan + parts + batch * q_heads * row_bytes + table + flashinfer
+    decode = plan + parts + batch * q_heads * row_bytes + table
+    return decode + scratch_bytes(layout) + (WORKSPACE_BYTES if flashinfer else 0)

@@ -31,7 +31,7 @@ from sglang_diffxkv.policy import caps
 DEVICE = "cuda"
 _OPERATIONS = ("arena", "decode", "extend", "pack", "score", "step", "write")
 _LAUNCHING = [f"sglang_diffxkv.kernels.{x}.triton" for x in _OPERATIONS]
-_LAUNCHING += ["sglang_diffxkv.kernels.decode.plan"]
+_LAUNCHING += [f"sglang_diffxkv.kernels.{x}" for x in ("decode.plan", "extend.unpacked")]
 _CACHES = (hadamard, caps._size_table)
 """Of tensors by device."""
 _COPY, _MOVE = "aten::copy_", "aten::_to_copy"

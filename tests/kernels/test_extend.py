@@ -164,7 +164,7 @@ def test_sealed_in_splits(
 
 def test_splits_fill_the_gpu_once() -> None:
     cases = [(8, 264, 512), (8, 264, 40), (300, 264, 512), (8, 264, 0), (0, 264, 512)]
-    assert [triton._splits(*case) for case in cases] == [32, 2, 1, 1, 32]
+    assert [triton.count_splits(*case) for case in cases] == [32, 2, 1, 1, 32]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where sealed prefixes are unpacked to, for dense attention."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+
+MOST_TOKENS = 32768
+"""Longer prefixes go through it in slices: each costs three launches and reads the output again."""
+MOST_BYTES = 128 << 20
+"""32,768 tokens of 8 KV heads of 128."""
+
+
+class PrefixScratch(NamedTuple):
+    """Rows of the sealed pages that are unpacked at a time; contents mean nothing in between.
+
+    Attributes:
+        k, v: [H * pages * 64, D]; a KV head's rows lie together, a sequence's within them.
+        starts: int64 [pages + 1, H], first row of each unpacked (page, head), and their end.
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    starts: torch.Tensor
+
+    @property
+    def pages(self) -> int:
+        """How many pages fit, were all of their tokens kept."""
+        return len(self.starts) - 1
+
+    @property
+    def nbytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes + self.starts.nbytes
+
+
+def make_scratch(
+    layout: PageLayout, model_dtype: torch.dtype, device: torch.device | str
+) -> PrefixScratch:
+    """Allocate as much as `MOST_TOKENS` and `MOST_BYTES` allow, at least a page.
+
+    Codes become fp16, which holds 11 bits of them. Raw tiers keep the model's dtype, whose range
+    fp16 may lack; codes of the other tier are then rounded to it.
+    """
+    h, d = layout.num_kv_heads, layout.head_dim
+    pages = _pages(layout)
+    dtype = torch.float16 if layout.rotates else model_dtype
+    k, v = (torch.empty(h * pages * PAGE_TOKENS, d, dtype=dtype, device=device) for _ in range(2))
+    return PrefixScratch(k, v, torch.empty(pages + 1, h, dtype=torch.int64, device=device))
+
+
+def scratch_bytes(layout: PageLayout) -> int:
+    """Of `make_scratch`."""
+    pages = _pages(layout)
+    return pages * _page_bytes(layout) + 8 * (pages + 1) * layout.num_kv_heads
+
+
+def _page_bytes(layout: PageLayout) -> int:
+    itemsize = 2 if layout.rotates else layout.raw_itemsize
+    return 2 * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim * itemsize
+
+
+def _pages(layout: PageLayout) -> int:
+    return max(1, min(MOST_TOKENS // PAGE_TOKENS, MOST_BYTES // _page_bytes(layout)))

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bench.gpu.children import Child
+from bench.gpu.children import SILENCE_S, Child
 from bench.gpu.results import BACKGROUND, Results
 
 BENCH = Path(__file__).resolve().parents[1]
@@ -26,7 +26,7 @@ RESULTS, DRY_RESULTS = BENCH / "results", BENCH.parent / "build/dry"
 SHARDS = {"decode": 4, "extend": 2, "score": 1, "pack": 2, "arena": 1}
 """Processes that share a group of checks: their time is that of compiling, on one core each."""
 
-TIMED = {"arena": 0.1, "sweep": 0.3, "decode": 0.7, "prefill": 1.0}
+TIMED = {"decode": 0.5, "sweep": 0.55, "prefill": 0.85, "arena": 1.0}
 """In this order; each may take so much of the time that is left when it begins."""
 
 LEAST_S = 3.0
@@ -60,7 +60,9 @@ class Run:
             self.results.add(name, {kind: "not run: no time was left"})
             return None
         self.results.log(f"{name} begins, {self.end - time.time():.0f} s are left")
-        child = Child(name, deadline, arguments, self.results)
+        resumes = name.startswith("verify") or name == "decode"
+        silence = SILENCE_S if resumes and not self.dry else None
+        child = Child(name, deadline, arguments, self.results, silence)
         self.children.append(child)
         return child
 

@@ -18,25 +18,42 @@ from bench.gpu.results import Results
 GRACE_S = 8.0
 """How long a section may outlast its deadline: it looks at the clock between measurements only."""
 
+SILENCE_S = 60.0
+"""How long a section that can be gone on with may take for a record; compiling takes part of it."""
+
+LOST = 3
+"""Exit status of a section that lost its device, and can be gone on with in a new process."""
+
 
 class Child:
-    """`bench.gpu.section` in a process group of its own, until it ends or is late.
+    """`bench.gpu.section` in process groups of its own, until it ends or is late.
 
     Args:
         deadline: of `time.time`.
+        silence: where given, a section whose records are one for each piece of work: one that
+            loses its device or hangs for so many seconds is started anew behind that piece.
     """
 
     def __init__(
-        self, name: str, deadline: float, arguments: Sequence[str], results: Results
+        self,
+        name: str,
+        deadline: float,
+        arguments: Sequence[str],
+        results: Results,
+        silence: float | None = None,
     ) -> None:
         self.name, self.deadline, self.results = name, deadline, results
+        self._silence = silence
         command = [sys.executable, "-m", "bench.gpu.section", name, "--deadline", str(deadline)]
-        self._failed = False
+        self._command = [*command, *arguments]
+        self._done = 0
+        self._launch()
+
+    def _launch(self) -> None:
+        first = ["--first", str(self._done)] if self._done else []
+        self._failed, self._heard = False, time.time()
         self._process = subprocess.Popen(
-            [*command, *arguments],
-            stdout=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
+            [*self._command, *first], stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -49,18 +66,38 @@ class Child:
                 record = json.loads(line)
                 if isinstance(record, dict):
                     self._failed |= "error" in record and len(record) == 1
+                    self._done += 1
+                    self._heard = time.time()
                     self.results.add(self.name, record)
 
     def wait(self) -> None:
         """Until it ends; it is ended where it is later than `GRACE_S` after its deadline."""
-        self.wait_until(self.deadline + GRACE_S)
-        if self._process.poll() is None:
+        while not self._ended():
+            self._launch()
+
+    def _ended(self) -> bool:
+        """Wait for the process; False if another shall go on behind what it failed at."""
+        late = self.deadline + GRACE_S
+        while self._process.poll() is None and time.time() < late and not self._is_silent():
+            self.wait_until(min(late, time.time() + 0.2))
+        silent, hung = self._is_silent(), self._process.poll() is None
+        if hung:
             self._failed = True
-            self.results.add(self.name, {"error": "ended: it took longer than it may"})
             self.stop()
         self._reader.join(GRACE_S)
-        if self._process.returncode and not self._failed:
+        go_on = time.time() < self.deadline and (silent or self._process.returncode == LOST)
+        if hung:
+            what = f"nothing for {self._silence:.0f} s" if silent else "it took longer than it may"
+            self.results.add(self.name, {"error": f"ended: {what}"})
+            self._done += 1
+        elif self._process.returncode == LOST and go_on:
+            self.results.add(self.name, {"restarted": "the device was lost"})
+        elif self._process.returncode and not self._failed:
             self.results.add(self.name, {"error": f"exit status {self._process.returncode}"})
+        return not (self._silence and go_on)
+
+    def _is_silent(self) -> bool:
+        return self._silence is not None and time.time() - self._heard > self._silence
 
     def wait_until(self, at: float) -> None:
         """Until it ends, or until a time."""

@@ -1,27 +1,48 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles what will be timed into Triton's cache, on all cores: one compilation takes seconds."""
+"""Compiles what will be checked and timed into Triton's cache: one compilation takes seconds.
+
+    TRITON_CACHE_DIR=FOLDER python -m bench.gpu.prebuild 90 --processes 2    # needs no GPU
+
+A cache made elsewhere is used where Triton and the kernels are byte for byte the same: the key of
+an entry is made of both. `run` tells how many entries were.
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
 import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 
+from bench.gpu.cases import SETTINGS, cases
 from bench.gpu.meta import decode_launches
 from bench.gpu.shapes import LLAMA_8B, LLAMA_70B, QWEN_7B
 from bench.gpu.specialise import Configuration, distinct, specialise
 from bench.gpu.time_sweep import grid, overridden
+from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.gpu.launch import Launch
 
 
+class Compiled(NamedTuple):
+    """Attributes:
+    hit: whether it was in the cache.
+    error: what failed.
+    """
+
+    hit: bool
+    error: str | None = None
+
+
 def launches() -> Iterator[tuple[str, Launch]]:
-    """All that the timing of decode will launch, with a name."""
+    """All that the timing of decode will launch, then the other operations, with a name."""
     for model in (LLAMA_8B, QWEN_7B, LLAMA_70B):
         for launch in decode_launches(model, 64, 128):
             yield model.name, launch
@@ -30,40 +51,60 @@ def launches() -> Iterator[tuple[str, Launch]]:
             made = decode_launches(LLAMA_8B, 64, 128)
         for launch in made:
             yield constants.name, launch
+    yield from ((name, launch) for name, launch in cases() if name.endswith(SETTINGS[0].name))
 
 
-def run(capability: int) -> Iterator[dict[str, Any]]:
+def run(capability: int, processes: int | None = None) -> Iterator[dict[str, Any]]:
     """Compile everything; one record at the end.
 
     Args:
         capability: of the GPU, such as 90.
+        processes: one per core unless given.
     """
     begin, target = time.monotonic(), GPUTarget("cuda", capability, 32)
-    configurations = list(distinct(launches(), target))
+    with assumed_capability(capability):
+        configurations = list(distinct(launches(), target))
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(os.cpu_count(), fork, _inherit, (configurations, target)) as pool:
-        errors = [x for x in pool.map(_compile, range(len(configurations))) if x]
+    workers = processes or os.cpu_count()
+    with ProcessPoolExecutor(workers, fork, _inherit, (configurations, target)) as pool:
+        done = list(pool.map(_compile, range(len(configurations))))
     yield {
-        "compiled": len(configurations),
+        "compiled": len(done),
+        "in_cache": sum(x.hit for x in done),
         "seconds": round(time.monotonic() - begin, 1),
-        "errors": errors,
+        "errors": [x.error for x in done if x.error],
     }
 
 
 _configurations: Sequence[Configuration] = ()
 _target: GPUTarget | None = None
+_hits: list[bool] = []
 
 
 def _inherit(configurations: Sequence[Configuration], target: GPUTarget) -> None:
     global _configurations, _target
     _configurations, _target = configurations, target
+    knobs.compilation.listener = lambda *, cache_hit, **_: _hits.append(cache_hit)
 
 
-def _compile(index: int) -> str | None:
+def _compile(index: int) -> Compiled:
     configuration = _configurations[index]
     made = specialise(configuration.launch, _target)
     try:
         triton.compile(made.source, target=_target, options=made.options)
     except Exception as error:  # it fails again, and is told of, where it is used
-        return f"{configuration.cases[0]}: {type(error).__name__}"
-    return None
+        return Compiled(False, f"{configuration.cases[0]}: {type(error).__name__}")
+    return Compiled(_hits[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("capability", type=int, help="of the GPU, such as 90")
+    parser.add_argument("--processes", type=int, help="default: one per core")
+    options = parser.parse_args()
+    for record in run(options.capability, options.processes):
+        print(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

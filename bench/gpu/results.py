@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 import threading
@@ -88,9 +89,12 @@ class Results:
         return [x["ready"] for x in entries if "ready" in x] + ["open_prefill"] * checked
 
     def red(self) -> list[str]:
-        """Operations that failed a check of what is timed, or whose checks did not end well."""
-        failed = (x for x in self.checks() if not x["passed"] and x.get("timed", True))
-        names = {x["operation"] for x in failed}
+        """Operations that must not be timed: they crashed or hung, or gave NaN or infinity.
+
+        One whose error is only too large is timed all the same: the report says that it is.
+        """
+        checks = [x for x in self.checks() if x.get("timed", True)]
+        names = {x["operation"] for x in checks if not math.isfinite(float(x.get("error", "nan")))}
         ended = {
             section.split("-")[1]
             for section, entries in self.sections.items()
@@ -135,14 +139,20 @@ class Results:
         whole = {"command": self._command, "seconds": round(seconds, 1), **self.sections}
         whole["failures"] = self.failures()
         path = self._folder / f"gpu_{slug}.json"
-        path.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n")
-        page = pages.report(self, self._command, seconds)
-        path.with_suffix(".md").write_text(page)
+        write_whole(path, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+        write_whole(path.with_suffix(".md"), pages.report(self, self._command, seconds))
 
     def _tell(self, section: str, record: Record) -> None:
         if section == "machine" and "subnormals" in record and not record["subnormals"]["exact"]:
             self.log(f"!!! {self.failures()[0]} !!!")
         self.log(f"{section}: {json.dumps(record)[:240]}")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file at once: whoever cuts the run off finds the old one or the new one."""
+    part = path.with_suffix(".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
 def _errors(entries: list[Record]) -> list[str]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from bench.gpu import verify
+from bench.gpu.children import LOST
 from bench.gpu.timer import Deadline
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted
 
@@ -26,7 +27,7 @@ def records(name: str, options: argparse.Namespace, device: torch.device) -> Ite
     ready, red = options.ready.split(","), options.red.split(",")
     if name.startswith("verify-"):
         _, group, shard = name.split("-")
-        split = {"shard": int(shard) - 1, "shards": options.shards}
+        split = {"shard": int(shard) - 1, "shards": options.shards, "first": options.first}
         yield from verify.run_group(group, device, large=large, **split)
     elif name == "machine":
         from bench.gpu import machine
@@ -46,7 +47,7 @@ def records(name: str, options: argparse.Namespace, device: torch.device) -> Ite
     elif name == "decode":
         from bench.gpu import time_decode
 
-        yield from time_decode.run(device, deadline, ready, red)
+        yield from time_decode.run(device, deadline, ready, red, options.first)
     elif name == "sweep":
         from bench.gpu import time_sweep
 
@@ -70,13 +71,17 @@ def main() -> None:
     parser.add_argument("--deadline", type=float, required=True, help="as time.time() has it")
     parser.add_argument("--ready", default="", help="what FlashInfer was built for")
     parser.add_argument("--shards", type=int, default=1, help="how many share a group of checks")
-    parser.add_argument("--red", default="", help="operations that failed their checks")
+    parser.add_argument("--red", default="", help="operations that cannot be timed")
+    parser.add_argument("--first", type=int, default=0, help="how many pieces of work are done")
     options = parser.parse_args()
     device = torch.device("cpu" if is_interpreted() else "cuda")
     torch.manual_seed(0)
     try:
         for record in records(options.name, options, device):
             print(json.dumps(record), flush=True)
+    except verify.DeviceLost:
+        traceback.print_exc()
+        sys.exit(LOST)
     except Exception as error:  # of Triton, CUDA or FlashInfer
         traceback.print_exc()
         message = f"{type(error).__name__}: {error}"

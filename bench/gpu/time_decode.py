@@ -22,14 +22,14 @@ from bench.gpu.timer import (
     interleaved,
     l2_bytes,
 )
-from bench.gpu.verify import kernels
+from bench.gpu.verify import check_device, kernels
 from sglang_diffxkv.kernels.decode.merge_kernels import merge_items
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, plan_decode
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 BATCHES = (1, 8, 32, 64, 256)
-TOKENS = (1024, 8192, 32768, 131072)
+TOKENS = (1024, 4096, 8192, 32768, 131072)
 MEMORY_SHARE = 0.6
 """Of the device's free memory, for all candidates together."""
 
@@ -39,7 +39,9 @@ STEP_LAYERS = 32
 
 def loads() -> list[Load]:
     """What is timed, the most telling first: time may run out."""
-    full = [Load(LLAMA_8B, 64, 8192, mix) for mix in (*MIXES, *PURE)]
+    first = [Load(LLAMA_8B, 64, 8192, mix) for mix in (*PURE, USUAL)]
+    first += [Load(LLAMA_8B, *size, USUAL) for size in ((1, 131072), (64, 4096), (8, 32768))]
+    mixes = [Load(LLAMA_8B, 64, 8192, mix) for mix in MIXES]
     heads = [(64, 8192), (8, 32768), (1, 131072), (256, 1024)]
     others = [Load(model, *size, USUAL) for size in heads for model in (QWEN_7B, LLAMA_70B)]
     grid = [Load(LLAMA_8B, batch, tokens, USUAL) for tokens in TOKENS for batch in BATCHES]
@@ -49,7 +51,7 @@ def loads() -> list[Load]:
         for batch in BATCHES
         for model in (QWEN_7B, LLAMA_70B)
     ]
-    return list(dict.fromkeys((*full, *others, *grid, *rest)))
+    return list(dict.fromkeys((*first, *mixes, *others, *grid, *rest)))
 
 
 def tiny_loads() -> list[Load]:
@@ -177,17 +179,26 @@ def fits(load: Load, device: torch.device) -> bool:
 
 
 def run(
-    device: torch.device, deadline: Deadline, ready: Collection[str], red: Collection[str]
-) -> Iterator[dict[str, Any]]:
-    """Loads in order, for as long as there is time."""
+    device: torch.device, deadline: Deadline, ready: Collection[str], red: Collection[str],
+    first: int = 0,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One record per load in order, for as long as there is time.
+
+    Args:
+        first: how many loads are left out.
+
+    Raises:
+        DeviceLost: after the record of the load that lost it.
+    """
     if "decode" in red or "pack" in red:
-        yield {"skipped": "decode, or pack which makes its inputs, failed its checks"}
+        yield {"skipped": "decode, or pack which makes its inputs, crashed or gave NaN"}
         return
-    for load in loads() if device.type == "cuda" else tiny_loads():
+    for load in (loads() if device.type == "cuda" else tiny_loads())[first:]:
         if deadline.left() < 15:
             yield {"skipped": f"no time left from {load.name} on"}
             return
         if not fits(load, device):
+            yield {"skipped": f"{load.name} does not fit into memory"}
             continue
         try:
             yield measure(load, ready, red, device)
@@ -196,5 +207,6 @@ def run(
         except Exception as error:  # of FlashInfer, say, on this shape alone
             traceback.print_exc()
             yield {"failed": load.name, "message": f"{type(error).__name__}: {error}"[-300:]}
+            check_device(device)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -116,20 +116,38 @@ def group_checks(group: str, *, large: bool) -> list[Check]:
     return list(module.checks(large))
 
 
+class DeviceLost(RuntimeError):
+    """The device reported an error that this process cannot get rid of."""
+
+
+def check_device(device: torch.device) -> None:
+    """Raise DeviceLost where nothing works any more."""
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            raise DeviceLost(_last_line(error)) from error
+
+
 def run_group(
-    group: str, device: torch.device, *, large: bool, shard: int = 0, shards: int = 1
-) -> Iterator[dict[str, Any]]:
-    """One record per check; after an error of the device all later ones fail, too.
+    group: str, device: torch.device, *, large: bool, shard: int = 0, shards: int = 1,
+    first: int = 0,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """One record per check, whatever it ends with.
 
     Args:
         shard: of ``shards``: every so many of the checks.
+        first: how many of the shard's checks are left out.
+
+    Raises:
+        DeviceLost: after the record of the check that lost it; a new process can go on.
     """
     try:
         checks = group_checks(group, large=large)
     except ImportError as error:
         yield failure(group, group, f"not there: {error}")
         return
-    for index, check in list(enumerate(checks))[shard::shards]:
+    for index, check in list(enumerate(checks))[shard::shards][first:]:
         torch.manual_seed(index)
         begin = time.monotonic()
         try:
@@ -137,6 +155,7 @@ def run_group(
         except Exception as error:  # of Triton, CUDA or the kernel's own checks
             traceback.print_exc()
             yield failure(check.name, check.operation, _last_line(error)) | {"timed": check.timed}
+            check_device(device)
             continue
         passed = found.error <= check.tolerance and found.lse_error <= check.tolerance
         yield {

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,14 +100,25 @@ def load(path: Path) -> list[Built]:
     return from_json(json.loads(path.read_text()))
 
 
-def differences(recorded: Sequence[Built], found: Iterable[Built]) -> list[str]:
+def differences(recorded: Iterable[Built], found: Iterable[Built]) -> list[str]:
     """One line for each of ``found`` that is recorded as something else."""
-    known = {r.fingerprint: r for r in from_json(as_json(recorded))}
+    known = {r.fingerprint: _facts(r) for r in recorded}
     lines = []
-    for now in from_json(as_json(found)):
-        then = known.get(now.fingerprint)
-        for name in ("shared", "code", "problems"):
-            a, b = (getattr(x, name) for x in (then or now, now))
-            if a != b:
-                lines.append(f"{now.name}: the record has {name} {a}, this is {b}")
+    for r in found:
+        facts = _facts(r)
+        then = known.get(r.fingerprint, facts)
+        false = [
+            f"{name} {str(then[name])[:60]}, not {str(facts[name])[:60]}"
+            for name in facts
+            if facts[name] != then[name]
+        ]
+        if false:
+            lines.append(f"{r.name}: the record says {'; '.join(false)}")
     return lines
+
+
+def _facts(built: Built) -> dict[str, Any]:
+    """What must be the same wherever it was compiled."""
+    (row,) = json.loads(json.dumps(as_json([built])))
+    code = row["code"] or dict.fromkeys(Code._fields)
+    return {"shared": row["shared"], "problems": row["problems"], **code}

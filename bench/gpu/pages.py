@@ -66,7 +66,8 @@ PREFILL = """## Beside prefill
 
 Times of one layer in µs, and as a share of causal attention of the chunk alone; "sealed prefix":
 as a share of what attention over the raw prefix adds. "Layer" is attention of the chunk over
-everything, and the matrix products."""
+everything, and the matrix products. The first table has both ways over a sealed prefix: its codes
+in attention itself, or unpacked (alone: "unpack") for dense attention."""
 
 ARENA = "## Free stack\n\nTimes in µs."
 
@@ -157,9 +158,19 @@ def _sweep(entries: list[Record], copy: float) -> str:
     return table(head, rows)
 
 
+def _crossover(entries: list[Record]) -> str:
+    """Sealed prefixes with few new tokens and many."""
+    names = ("fused", "unpacked", "unpack")
+    rows = [[x["crossover"], *(_us(x["times"][name]) for name in names)] for x in entries]
+    return table(["new tokens after sealed ones", *names], rows)
+
+
 def _prefill(entries: list[Record], copy: float) -> str:
+    crossings = [x for x in entries if "crossover" in x]
     rows = []
     for x in entries:
+        if "crossover" in x:
+            continue
         times = {name: _us(t) for name, t in x["times"].items()}
         own, whole = times["prefill of the chunk"], times["prefill over all"]
         layer = whole + times["products of the layer"]
@@ -174,7 +185,7 @@ def _prefill(entries: list[Record], copy: float) -> str:
         rows.append(row)
     head = ["chunk", "baseline", "chunk alone", "over all", "layer", "sealed prefix", "extend_open",
             "open_prefill", "score", "pack", "score + pack of layer"]  # fmt: skip
-    return table(head, rows)
+    return _crossover(crossings) + "\n\n" + table(head, rows)
 
 
 def _arena(entries: list[Record], copy: float) -> str:

@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 OPERATIONS = {
     "decode": ("decode",),
-    "extend": ("extend_sealed", "extend_open"),
+    "extend": ("extend_sealed", "extend_unpacked", "extend_open"),
     "score": ("score_open", "score_decode"),
     "pack": ("pack", "unpack", "copy_rows"),
     "arena": ("arena",),

@@ -14,6 +14,8 @@ from bench.gpu.inputs import Layers, draw_tiers, shuffled_frames
 from bench.gpu.shapes import LLAMA_8B, TINY, USUAL, Load, Model, draw
 from bench.gpu.timer import Candidate, Deadline, interleaved
 from bench.gpu.verify import kernels
+from sglang_diffxkv.kernels.attention_part import empty_part, merge
+from sglang_diffxkv.kernels.extend import flashinfer, make_scratch
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import measure
@@ -36,6 +38,8 @@ class Chunk(NamedTuple):
 
 CHUNKS = tuple(Chunk(LLAMA_8B, t, p) for t in (8192, 2048) for p in (32768, 8192))
 TINY_CHUNKS = (Chunk(TINY, 128, 192),)
+NEW_TOKENS = (64, 16, 256, 2048)
+"""Around `extend.prefill.UNPACK_FROM`."""
 
 
 def prefill(chunk: Chunk, tokens: int, ready: Collection[str], device: torch.device) -> Candidate:
@@ -110,6 +114,10 @@ class Ours:
         slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
         queries, first = self.ints(0, self.chunk.tokens), self.ints(0)
         listed = self.ints(0, self.pages)
+        model = self.chunk.model
+        flashinfer.make_ready(
+            flashinfer.Shape(self.device, self.q.dtype, model.heads, model.kv_heads, model.dim)
+        )
         step = OpenPrefill(queries, first, listed, slots, slots, self.ints(PAGE_TOKENS))
 
         def prefill(_: int) -> None:
@@ -151,6 +159,63 @@ class Ours:
         return pack
 
 
+def measure_crossover(
+    model: Model, prefix: int, tokens: Collection[int], device: torch.device
+) -> Iterator[dict[str, Any]]:
+    """Both ways over a sealed prefix, for some numbers of new tokens, and unpacking by itself."""
+    from sglang_diffxkv.kernels.extend import unpacked  # needs Triton
+
+    layers: Layers = draw(Load(model, 1, prefix, USUAL), COPIES, device)
+    layout, pages, indptr = layers.layout, layers.sealed_pages, layers.sealed_indptr
+    scratch = make_scratch(layout, torch.bfloat16, device)
+    run_fused, sm_scale = kernels("extend").extend_sealed, model.dim**-0.5
+    for count in tokens:
+        q = torch.randn(count, model.heads, model.dim, device=device)
+        new = torch.tensor([0, count], dtype=torch.int32, device=device)
+        part = empty_part(q)
+
+        def fused(i: int, q: torch.Tensor = q, new: torch.Tensor = new, part: Any = part) -> None:
+            lists = *layers.tables(i), indptr, pages
+            merge(part, run_fused(q, new, *lists, layout, sm_scale))
+
+        def dense(i: int, q: torch.Tensor = q, new: torch.Tensor = new, part: Any = part) -> None:
+            lists = *layers.tables(i), indptr, pages
+            unpacked.extend_unpacked(part, q, new, *lists, layout, sm_scale, scratch)
+
+        def unpack(i: int) -> None:
+            arena, frames, heads = layers.tables(i)
+            mine = pages[: scratch.pages]
+            starts = scratch.starts[: len(mine) + 1]
+            unpacked.count_rows(heads, mine, starts, scratch.pages * PAGE_TOKENS)
+            rows = scratch.k, scratch.v
+            unpacked.unpack_into(
+                arena, frames, heads, mine, starts[:-1], layout, scratch.k.dtype, *rows
+            )
+
+        candidates: dict[str, Candidate] = {"fused": fused, "unpacked": dense, "unpack": unpack}
+        timed = interleaved(candidates, COPIES, device, seconds=0.5)
+        yield {
+            "crossover": Chunk(model, count, prefix).name,
+            "tokens": count,
+            "prefix": prefix,
+            "times": {name: t._asdict() for name, t in timed.items()},
+        }
+
+
+def crossovers(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Both prefixes on a GPU."""
+    if device.type != "cuda":
+        yield from measure_crossover(TINY, 192, (16,), device)
+        return
+    for prefix in (32768, 8192):
+        try:
+            yield from measure_crossover(LLAMA_8B, prefix, NEW_TOKENS, device)
+        except Exception as error:
+            traceback.print_exc()
+            message = f"{type(error).__name__}: {error}"[-300:]
+            yield {"failed": f"crossover after {prefix}", "message": message}
+
+
 def measure_chunk(
     chunk: Chunk, ready: Collection[str], red: Collection[str], device: torch.device
 ) -> dict[str, Any]:
@@ -188,6 +253,8 @@ def run(
     if "pack" in red:
         yield {"skipped": "pack, which makes the inputs, failed its checks"}
         return
+    if "extend_unpacked" not in red:
+        yield from crossovers(device)
     for chunk in CHUNKS if device.type == "cuda" else TINY_CHUNKS:
         if deadline.left() < 10:
             yield {"skipped": f"no time left from {chunk.name} on"}

@@ -12,8 +12,8 @@ import torch
 from bench.gpu import verify_decode
 from bench.gpu.reference import attend, sealed_tokens
 from bench.gpu.verify import TOLERANCE, Check, Found, compare, is_timed, kernels, to
-from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts
-from sglang_diffxkv.kernels.extend import naive
+from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part
+from sglang_diffxkv.kernels.extend import PrefixScratch, make_scratch, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 CPU = torch.device("cpu")
@@ -40,6 +40,12 @@ LARGE = (
         (33, 200),
     ),
 )
+
+
+UNPACKED_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2e-2}
+"""By the dtype that is unpacked to: that of models with raw tiers has 8 bits."""
+SLICE_PAGES = 7
+"""Pages that the scratch of these checks holds: fewer than most cases list."""
 
 
 class Open(NamedTuple):
@@ -75,6 +81,32 @@ def check_sealed(sealed: Sealed, device: torch.device, *, large: bool) -> Found:
     lists = layers.sealed_indptr, layers.sealed_pages
     args = (q, queries, *layers.tables(1), *lists, layers.layout, case.dim**-0.5)
     part = kernels("extend").extend_sealed(*args)
+    expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
+    return compare(part, expected)
+
+
+def poisoned_scratch(layers: Any, dtype: torch.dtype, device: torch.device) -> PrefixScratch:
+    """Room for `SLICE_PAGES` pages, full of NaN."""
+    made = make_scratch(layers.layout, dtype, device)
+    rows = layers.layout.num_kv_heads * SLICE_PAGES * PAGE_TOKENS
+    for x in (made.k, made.v):
+        x.fill_(torch.nan)
+    return PrefixScratch(made.k[:rows], made.v[:rows], made.starts[: SLICE_PAGES + 1])
+
+
+def check_unpacked(sealed: Sealed, device: torch.device, *, large: bool) -> Found:
+    """Unpacked in slices, with nothing else to add to; queries in fp32, as rotated ones are."""
+    from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked  # needs Triton
+
+    case = sealed.case
+    layers = verify_decode.draw(case, device)
+    q = torch.randn(sum(sealed.queries), case.kv_heads * case.group, case.dim, device=device)
+    q = q.float() if layers.layout.rotates else q.to(case.dtype)
+    lists = layers.sealed_indptr, layers.sealed_pages
+    args = (q, indptr(sealed.queries, device), *layers.tables(1), *lists)
+    args = (*args, layers.layout, case.dim**-0.5)
+    part = empty_part(q)
+    extend_unpacked(part, *args, poisoned_scratch(layers, case.dtype, device))
     expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
     return compare(part, expected)
 
@@ -129,6 +161,11 @@ def checks(large: bool) -> Iterator[Check]:
         name = f"{sealed.case.name}, queries {sealed.queries}".replace("decode", "extend_sealed")
         run = partial(check_sealed, sealed, large=sealed in LARGE)
         yield Check(name, "extend_sealed", TOLERANCE, run, sealed.case.timed)
+        raw = "raw" in (sealed.case.high, sealed.case.low)
+        tolerance = UNPACKED_TOLERANCE[sealed.case.dtype if raw else torch.float16]
+        name = name.replace("extend_sealed", "extend_unpacked")
+        run = partial(check_unpacked, sealed, large=sealed in LARGE)
+        yield Check(name, "extend_unpacked", tolerance, run, sealed.case.timed)
     for case in (*OPEN_SMALL, *OPEN_LARGE) if large else OPEN_SMALL:
         dtype = str(case.dtype).removeprefix("torch.")
         name = f"extend_open D={case.dim} G={case.group} {dtype}, {len(case.sequences)} sequences"

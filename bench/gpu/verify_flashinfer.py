@@ -10,7 +10,7 @@ import torch
 
 from bench.gpu.verify import Check, Found, compare, to
 from bench.gpu.verify_extend import CPU, OPEN_LARGE, OPEN_SMALL, Open, draw_open
-from sglang_diffxkv.kernels.extend import naive
+from sglang_diffxkv.kernels.extend import flashinfer, naive
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
@@ -23,6 +23,9 @@ def check(case: Open, device: torch.device) -> Found:
     q, q_indptr, q_position, k_raw, v_raw, indptr, slots, page_position, sm_scale = args
     ends = q_position + q_indptr.diff()
     last_len = (ends - 1) % PAGE_TOKENS + 1
+    shape = flashinfer.Shape(device, q.dtype, q.shape[1], case.kv_heads, case.dim)
+    if not flashinfer.make_ready(shape):
+        raise RuntimeError("FlashInfer did not start; the log says why")
     step = OpenPrefill(q_indptr, q_position, indptr, slots, page_position, last_len)
     part = step.run(q, k_raw, v_raw, sm_scale)
     return compare(part, naive.extend_open(*to(CPU, *args)))

@@ -20,6 +20,8 @@ TILE = 4096
 COPIED_TOKENS = 16
 """Tokens of a program that copies: addresses on both sides take many registers each."""
 NUM_WARPS = 4
+UNPACK_REGISTERS = 96
+"""Unasked, the assembler may rather spill, for yet more blocks."""
 
 
 def pack(
@@ -89,6 +91,7 @@ def unpack_into(
         frames_stride=frames.stride(0),
         heads_stride=heads.stride(0),
         num_warps=NUM_WARPS,
+        maxnreg=UNPACK_REGISTERS,
         **constants,
     )
 

@@ -37,10 +37,12 @@ def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
     fake = mock.create_autospec(installed.BatchPrefillWithPagedKVCacheWrapper)
     fake.return_value.run.side_effect = lambda q, kv, return_lse: (q, q[..., 0].float())
     monkeypatch.setattr(installed, "BatchPrefillWithPagedKVCacheWrapper", fake)
-    monkeypatch.setattr(flashinfer, "supports", lambda q: True)
-    flashinfer.wrapper_of.cache_clear()
+    shape = flashinfer.Shape(torch.device("cpu"), torch.bfloat16, 4, 2, 64)
+    monkeypatch.setattr(flashinfer, "check", lambda wrapper, shape: None)
+    monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1 << 10)
+    assert flashinfer.make_ready(shape)
     yield fake
-    flashinfer.wrapper_of.cache_clear()
+    flashinfer._ready = None
 
 
 def test_our_calls_fit_the_installed_signatures(wrapper: mock.MagicMock) -> None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sealing and demotion take no more memory beside the pool than is set aside for them."""
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 
@@ -97,10 +95,14 @@ def test_workspaces_stop_growing() -> None:
 
 
 def test_attention_on_a_gpu_has_its_share() -> None:
-    """As many bytes as a decode step of Llama-3.1-8B's shape takes, and no more than a few MiB."""
+    """As many bytes as a decode step of Llama-3.1-8B's shape takes, and no more than a few MiB.
+
+    FlashInfer's workspace counts if it serves, and what prefixes are unpacked to always does.
+    """
     pytest.importorskip("triton")
     from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
     from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
+    from sglang_diffxkv.kernels.extend.scratch import make_scratch
     from sglang_diffxkv.kernels.gpu.launch import recorded
     from sglang_diffxkv.kernels.gpu.workspace import attention_bytes
 
@@ -116,8 +118,10 @@ def test_attention_on_a_gpu_has_its_share() -> None:
         plan = plan_decode(sequences, heads, layout)
     parts = plan.items.shape[1] * (32 // 8) * (128 + 1) * 4
     taken = plan.items.nbytes + 2 * plan.row_start.nbytes + table.nbytes + parts
-    counted = attention_bytes(layout, 32, 32, batch, width, meta)
-    counted -= WORKSPACE_BYTES if find_spec("flashinfer") else 0
+    shape = layout, 32, 32, batch, width, meta
+    counted = attention_bytes(*shape, flashinfer=False)
+    assert attention_bytes(*shape, flashinfer=True) == counted + WORKSPACE_BYTES
+    counted -= make_scratch(layout, torch.bfloat16, meta).nbytes
     assert taken <= counted <= taken + (8 << 20)
     plan = plan_pool(10 << 30, layout, 32, [full_bytes(layout)] * 32, 0.5, 0.2)
     smaller = plan_pool(10 << 30, layout, 32, [full_bytes(layout)] * 32, 0.5, 0.2,

@@ -7,17 +7,17 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
-from flashinfer.jit.attention.modules import gen_batch_prefill_module
-from flashinfer.jit.cascade import gen_cascade_module
-from flashinfer.jit.page import gen_page_module
 
 BF16, FP8, HEAD_DIM = torch.bfloat16, torch.float8_e4m3fn, 128
 
 
-def attention(backend: str, kv: torch.dtype) -> object:
+def attention(backend: str, kv: torch.dtype) -> Any:
     """Of prefill, and of decode with tensor cores: no positions, windows nor caps of logits."""
+    from flashinfer.jit.attention.modules import gen_batch_prefill_module
+
     dims = HEAD_DIM, HEAD_DIM, 0
     return gen_batch_prefill_module(
         backend, BF16, kv, BF16, torch.int32, *dims, False, False, False
@@ -25,6 +25,9 @@ def attention(backend: str, kv: torch.dtype) -> object:
 
 
 def main() -> None:
+    from flashinfer.jit.cascade import gen_cascade_module
+    from flashinfer.jit.page import gen_page_module
+
     for make in (
         lambda: attention("fa2", BF16),
         lambda: attention("fa2", FP8),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few kernels of SGLang that a dense Llama needs, in Triton: its own need a compiler or a wheel
-that this machine does not have. Names and arguments are those that SGLang calls; for the bench only.
+"""The few kernels of SGLang that a dense Llama needs, in Triton; for the bench only.
+
+Its own are in a wheel that other versions of torch cannot load, or compiled while it starts. Names
+and arguments are those that SGLang calls.
 """
 
 from __future__ import annotations
@@ -120,7 +122,13 @@ def apply_rope_with_cos_sin_cache_inplace(
         )  # fmt: skip
     if fused_args is not None:
         x = fused_args
-        rows = (part.reshape(len(k), -1) for part in (k, x.value, ))
+        rows = (
+            part.reshape(len(k), -1)
+            for part in (
+                k,
+                x.value,
+            )
+        )
         caches = (part.view(len(part), -1) for part in (x.k_buffer, x.v_buffer))
         store_cache(*rows, *caches, x.cache_loc)
 

@@ -169,7 +169,9 @@ def make_server(
     if kind.is_large:
         given += ["--load-format", "dummy", "--skip-tokenizer-init", "--context-length", "8192"]
     path = os.pathsep.join((str(SITE), os.environ.get("PYTHONPATH", "")))
-    env = {"PYTHONPATH": path, "SYNC_LOG": str(folder / f"{slug}.syncs.json")}
+    env = {"PYTHONPATH": path}
+    if not kind.is_large:  # whose throughput it would cost
+        env["SYNC_LOG"] = str(folder / f"{slug}.syncs.json")
     if scale.device == "cpu" and kind.config is not None:
         env["TRITON_INTERPRET"] = "1"
     made = Server(
@@ -323,6 +325,8 @@ class Bench:
         with ThreadPoolExecutor(len(found)) as pool:
             list(pool.map(lambda x: self._start(*x, models, seconds), found.items()))
         self.put("start_seconds", {k: round(x.start_seconds, 1) for k, x in self.running.items()})
+        if "stock 8B" in self.running:
+            self.put("stock_tokens", self.running["stock 8B"].server_info()["max_total_num_tokens"])
 
     def _start(self, name: str, kind: Kind, models: tuple[Path, Path], seconds: float) -> None:
         begin = time.monotonic()

@@ -170,14 +170,18 @@ def test_page_of_servers_that_did_not_start() -> None:
         "seconds": 9.0,
         "memory_bytes": 1 << 30,
         "loads": [{"name": "memory-bound", "requests": 2, "prompt": 3, "output": 4}],
-        "failed: start of stock": "log\nno kernel image",
+        "failed: start of stock": "log\nRuntimeError: no kernel image\nended",
         "throughput, memory-bound": {"ours 8B": [3.0, 4.0], "stock 8B": [2.0]},
         "ratio to stock, memory-bound": {"ours 8B": 1.75},
-        "equality, lossless": {"stock": {"alone": "1 of 2", "together": "2 of 2", "all_alone": 0}},
+        "equality, lossless": {
+            name: {"alone": "1 of 2", "together": "2 of 2", "all_alone": False}
+            for name in ("stock", "ours, no graphs")
+        },
         "syncs": {"ours": {"decode_steps": 10, "syncs": {"a.py:3": 20}}},
     }
     page = server_page.report(record)
-    assert "- **start of stock: no kernel image**" in page
-    assert "- **lossless outputs of stock differ: 1 of 2 are equal**" in page
+    assert "- **start of stock: RuntimeError: no kernel image**" in page
+    assert "- **lossless outputs of ours, no graphs differ: 1 of 2 are equal**" in page
+    assert "outputs of stock differ" not in page
     assert "| ours 8B | 3 | 4 | 1.75 |" in page and "| stock 8B | 2 | – | – |" in page
     assert "| a.py:3 | 2 |" in page

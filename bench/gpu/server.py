@@ -353,7 +353,7 @@ class Bench:
             sealed = dict(zip(ours, asked, strict=True))
         for title, found in (("lossless", lossless), ("compressed", sealed)):
             first = found.pop("ours", None)
-            if first is not None:
+            if first is not None and found:
                 others = {name: equal(first, answers) for name, answers in found.items()}
                 self.put(f"equality, {title}", others)
 

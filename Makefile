@@ -11,7 +11,7 @@ export PYTHONSAFEPATH := 1
 # SGLang's processes import thousands of modules each: never without their bytecode.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test bench compile-kernels bench-gpu sanitize lint types format env clean
+.PHONY: demo test bench compile-kernels bench-gpu gpu-pack gpu-run sanitize lint types format env clean
 
 demo: env
 	$(BIN)/sglang-diffxkv demo
@@ -55,6 +55,14 @@ compile-kernels: env
 # Verifies and times the kernels. PYTHON is any that has torch and Triton: it needs no environment.
 bench-gpu:
 	PYTHON=$(PYTHON) bench/gpu/run.sh bench.gpu $(ARGS)
+
+# The fifteen-minute run on a machine without network: bench/gpu/README.md has the calls.
+gpu-pack:
+	PYTHON=$(PYTHON) bench/gpu/run.sh bench.gpu.remote.pack
+
+CALL ?= first
+gpu-run:
+	PYTHON=$(PYTHON) bench/gpu/run.sh bench.gpu.remote $(CALL) $(ARGS)
 
 # The kernels on small inputs under compute-sanitizer; TOOL is memcheck, racecheck or initcheck.
 # Tensors are allocated one by one, so that memcheck knows where each ends.

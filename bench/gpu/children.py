@@ -88,7 +88,7 @@ class Child:
         go_on = time.time() < self.deadline and (silent or self._process.returncode == LOST)
         if hung:
             what = f"nothing for {self._silence:.0f} s" if silent else "it took longer than it may"
-            self.results.add(self.name, {"error": f"ended: {what}"})
+            self.results.add(self.name, {"error": f"ended: {what}", "late": not silent})
             self._done += 1
         elif self._process.returncode == LOST and go_on:
             self.results.add(self.name, {"restarted": "the device was lost"})

@@ -44,6 +44,12 @@ def report(results: Results, command: str, seconds: float) -> str:
             timed = [x for x in entries if "times" in x]
             skipped = [f"- {x['skipped']}" for x in entries if "skipped" in x]
             parts += [text, write(timed, copy), "\n".join(skipped)]
+    parts += [
+        f"- {x['in_cache']} of {x['compiled']} kernels were in Triton's cache; "
+        f"the others took {x['seconds']} s"
+        for x in results.sections.get("prebuild", [])
+        if "in_cache" in x
+    ]
     notes = results.sections.get("flashinfer", [])
     parts += [f"- FlashInfer: {x['failed']} was not built: {x['message']}" for x in notes
               if "failed" in x]  # fmt: skip

@@ -18,17 +18,19 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any, NamedTuple
 
+import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
 from bench.gpu.cases import SETTINGS, cases
 from bench.gpu.meta import decode_launches
+from bench.gpu.remote.shim import kernels as shim
 from bench.gpu.shapes import LLAMA_8B, LLAMA_70B, QWEN_7B
 from bench.gpu.specialise import Configuration, distinct, specialise
 from bench.gpu.time_sweep import grid, overridden
 from sglang_diffxkv.kernels.gpu.device import assumed_capability
-from sglang_diffxkv.kernels.gpu.launch import Launch
+from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 
 
 class Compiled(NamedTuple):
@@ -52,6 +54,29 @@ def launches() -> Iterator[tuple[str, Launch]]:
         for launch in made:
             yield constants.name, launch
     yield from ((name, launch) for name, launch in cases() if name.endswith(SETTINGS[0].name))
+    yield from (("shim", launch) for launch in shim_launches())
+
+
+def shim_launches(tokens: int = 64) -> list[Launch]:
+    """Of the kernels that stand in for SGLang's, with the model of the servers' bench."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    model = LLAMA_8B
+    q_size, kv_size = model.heads * model.dim, model.kv_heads * model.dim
+    x, weight = empty(tokens, model.hidden), empty(model.hidden)
+    q, k, v = empty(tokens, q_size + 2 * kv_size).split([q_size, kv_size, kv_size], 1)
+    heads = (part.view(tokens, -1, model.dim) for part in (q, k))
+    cos_sin, cache = empty(9, model.dim, dtype=torch.float32), empty(9, kv_size)
+    where = empty(tokens, dtype=torch.int64)
+    with recorded() as made:
+        shim.rmsnorm(x, weight)
+        shim.fused_add_rmsnorm(x, x, weight)
+        shim.silu_and_mul(empty(tokens, 2 * model.inner))
+        shim.apply_rope_with_cos_sin_cache_inplace(*heads, cos_sin, where, is_neox=True)
+        shim.store_cache(k, v, cache, cache, where)
+    return made
 
 
 def run(capability: int, processes: int | None = None) -> Iterator[dict[str, Any]]:

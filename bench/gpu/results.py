@@ -91,14 +91,15 @@ class Results:
     def red(self) -> list[str]:
         """Operations that must not be timed: they crashed or hung, or gave NaN or infinity.
 
-        One whose error is only too large is timed all the same: the report says that it is.
+        One whose error is only too large, or whose checks took too long, is timed all the same:
+        the report says so.
         """
         checks = [x for x in self.checks() if x.get("timed", True)]
         names = {x["operation"] for x in checks if not math.isfinite(float(x.get("error", "nan")))}
         ended = {
             section.split("-")[1]
             for section, entries in self.sections.items()
-            if section.startswith("verify-") and _errors(entries)
+            if section.startswith("verify-") and any(not x.get("late") for x in _errors(entries))
         }
         for group in (names | ended) & OPERATIONS.keys():
             names |= set(OPERATIONS[group])
@@ -118,7 +119,7 @@ class Results:
                 continue
             failed = [x for x in entries if "failed" in x and "constants" not in x]
             lines += [f"section {section}: {x['failed']}: {x['message']}" for x in failed]
-            lines += [f"section {section}: {error}" for error in _errors(entries)]
+            lines += [f"section {section}: {x['error']}" for x in _errors(entries)]
             wrong = [x for x in entries if "wrong" in x]
             lines += [f"section {section}: wrong with {x['constants']}" for x in wrong]
         return lines
@@ -155,9 +156,9 @@ def write_whole(path: Path, text: str) -> None:
     os.replace(part, path)
 
 
-def _errors(entries: list[Record]) -> list[str]:
-    """Errors that ended a section, other than a check's."""
-    return [x["error"] for x in entries if "error" in x and len(x) == 1]
+def _errors(entries: list[Record]) -> list[Record]:
+    """Errors that ended a section, other than a check's; ``late`` where only time was short."""
+    return [x for x in entries if "error" in x and "operation" not in x]
 
 
 def _finite(value: Any) -> Any:

@@ -1,28 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The whole server on a GPU: equal outputs with CUDA graphs on and off, and throughput.
+"""Whole servers on one GPU beside stock SGLang: equal outputs, steps, hidden waits, throughput.
 
-    PYTHON=.venv/bin/python bench/gpu/run.sh bench.gpu.server [--output FOLDER]
+    PYTHON=.venv/bin/python bench/gpu/run.sh bench.gpu.server [--seconds 330] [--output FOLDER]
 
-Needs SGLang 0.5.23 with this package installed into its environment. Equality is asked of the demo
-model with policy `lossless`; throughput is that of a model of Llama-3.1-8B's shape with dummy
-weights, beside stock SGLang with FlashInfer, both servers up and loaded in turn. Without SGLang or
-a GPU it says so, and ends.
+Needs SGLang 0.5.23, with this package's entry points on the path. All servers start together.
+Equality is asked of a small model with real weights; throughput is that of a model of
+Llama-3.1-8B's shape with dummy weights. gpu_server.{json,md} are written anew after every figure,
+and a server that hangs or dies costs its own figures only. `--dry` goes through it on a CPU, with a
+tiny model, and with the kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from importlib import util
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+
+from bench.gpu import server_page
+from bench.gpu.results import write_whole
 
 if TYPE_CHECKING:
     from tests.server.harness import Server
@@ -30,9 +40,9 @@ if TYPE_CHECKING:
 Record = dict[str, Any]
 
 RESULTS = Path(__file__).parents[1] / "results"
+SITE = Path(__file__).parent / "remote/site"
 TOGETHER = 3
 """Requests at once, not a batch size that graphs are captured for."""
-NO_GRAPHS = ("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled")
 LLAMA_8B = {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -43,142 +53,419 @@ LLAMA_8B = {
     "vocab_size": 128256,
     "max_position_embeddings": 131072,
 }
+TOKEN_BYTES = 32 * 8 * 128 * 4
+"""Of LLAMA_8B's bf16 cache."""
+THIRD_SERVER_BYTES = 120 << 30
+"""On a device of so much memory a third server of LLAMA_8B fits."""
+LOSSLESS = {"custom_params": {"diffxkv": {"quality": "lossless"}}}
+COMMON = ("--sampling-backend", "pytorch", "--grammar-backend", "none")
+# Neither side captures prefill: ours cannot.
+GRAPHS = ("--cuda-graph-backend-prefill", "disabled", "--cuda-graph-bs-decode",
+          *map(str, (1, 2, 4, 8, 16, 24, 32, 48, 64)))  # fmt: skip
+NO_GRAPHS = ("--cuda-graph-backend-decode", "disabled", "--cuda-graph-backend-prefill", "disabled")
 
 
-def missing() -> str | None:
-    """Why nothing can run here; None if it can."""
-    if util.find_spec("sglang") is None:
-        return "SGLang is not installed here: no server was started"
-    if not torch.cuda.is_available():
-        return "there is no GPU here: no server was started"
-    return None
+class Load(NamedTuple):
+    """Requests that are sent at once, and tokens of each."""
+
+    name: str
+    requests: int
+    prompt: int
+    output: int
 
 
-def server(model: Path, *arguments: object, config: Record | None = None) -> Server:
-    """A bf16 server on the GPU: diffxkv's where it has a config, else stock's with FlashInfer."""
+class Scale(NamedTuple):
+    """How large everything is.
+
+    Attributes:
+        small: arguments of `write_demo_model`.
+        lengths: of the prompts that are asked for equality, with ``output`` tokens each.
+        memory: bytes of the pools of the small and of the large model's servers.
+        loads: of the large model, in the order in which they are run in every round.
+    """
+
+    device: str
+    dtype: str
+    small: Mapping[str, Any]
+    large: Mapping[str, int]
+    lengths: tuple[int, ...]
+    output: int
+    memory: tuple[int, int]
+    loads: tuple[Load, ...]
+    warm_up: Load
+    step_tokens: int
+
+
+GPU = Scale(
+    "cuda", "bfloat16", {"layers": 8, "heads": 16, "kv_heads": 4, "head_dim": 128, "hidden": 1024},
+    LLAMA_8B, (1, 63, 64, 65, 200, 517, 1500), 100, (1 << 30, 10 << 30),
+    (Load("memory-bound", 64, 4096, 256), Load("not memory-bound", 16, 4096, 256)),
+    Load("warm-up", 16, 2048, 16), 256,
+)  # fmt: skip
+DRY = Scale(
+    "cpu", "float32", {"layers": 1, "heads": 4}, {"num_hidden_layers": 1}, (1, 70), 3,
+    (24 << 20, 24 << 20), (Load("memory-bound", 2, 70, 2), Load("not memory-bound", 1, 70, 2)),
+    Load("warm-up", 1, 8, 1), 2,
+)  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """One server.
+
+    Attributes:
+        config: of diffxkv; stock where it is None.
+        fallback: arguments of a second try, where the first does not start.
+    """
+
+    is_large: bool
+    config: Record | None
+    arguments: tuple[str, ...]
+    fallback: tuple[str, ...] | None = None
+
+
+def kinds(scale: Scale) -> dict[str, Kind]:
+    """The servers by name; those that differ in graphs or overlap need a GPU."""
+    gpu = scale.device == "cuda"
+    graphs = GRAPHS if gpu else ()
+    flashinfer, triton = (("--attention-backend", name) for name in ("flashinfer", "triton"))
+    stock, fallback = ((*flashinfer, *graphs), (*triton, *graphs)) if gpu else ((), None)
+    small, large = ({"memory_bytes": nbytes} for nbytes in scale.memory)
+    ours = {"policy": "diffkv"} | small
+    no_overlap = ("--disable-overlap-schedule", *graphs)
+    found = {
+        "ours": Kind(False, ours, graphs),
+        "stock": Kind(False, None, stock, fallback),
+        "ours 8B": Kind(True, large, graphs),
+        "stock 8B": Kind(True, None, stock, fallback),
+    }
+    if not gpu:
+        return found
+    found["ours, no overlap"] = Kind(False, ours, no_overlap)
+    found["ours, no graphs"] = Kind(False, ours, NO_GRAPHS)
+    if torch.cuda.get_device_properties(0).total_memory > THIRD_SERVER_BYTES:
+        found["ours 8B, no overlap"] = Kind(True, large, no_overlap)
+    return found
+
+
+def make_server(
+    name: str, kind: Kind, arguments: tuple[str, ...], models: tuple[Path, Path], folder: Path,
+    scale: Scale, seconds: float,
+) -> Server:  # fmt: skip
+    """A server that is still to be started; its log goes to ``folder``."""
     from tests.server.harness import Server
 
-    own: tuple[object, ...] = ("--attention-backend", "flashinfer")
-    if config is not None:
-        own = ("--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config))
-    return Server(model, *own, *arguments, device="cuda", dtype="bfloat16")
+    slug = name.replace(",", "").replace(" ", "_")
+    given = [*COMMON, *arguments]
+    if kind.config is None:
+        given += [
+            "--max-total-tokens",
+            str(scale.memory[kind.is_large] // token_bytes(scale, kind)),
+        ]
+    else:
+        given += ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(kind.config)]
+    if scale.device == "cuda":
+        # Of what is free when a server starts, while others start; pools have sizes of their own.
+        given += ["--mem-fraction-static", "0.93"]
+    if kind.is_large:
+        given += ["--load-format", "dummy", "--skip-tokenizer-init", "--context-length", "8192"]
+    path = os.pathsep.join((str(SITE), os.environ.get("PYTHONPATH", "")))
+    env = {"PYTHONPATH": path}
+    if not kind.is_large:  # whose throughput it would cost
+        env["SYNC_LOG"] = str(folder / f"{slug}.syncs.json")
+    if scale.device == "cpu" and kind.config is not None:
+        env["TRITON_INTERPRET"] = "1"
+    made = Server(
+        models[kind.is_large], *given, device=scale.device, dtype=scale.dtype, env=env,
+        log=folder / f"{slug}.log",
+    )  # fmt: skip
+    if not Path(made._command[0]).exists():  # SGLang is on the path, but not installed
+        start = "import sys; from sglang.cli.main import main; sys.argv[0] = 'sglang'; main()"
+        made._command[:1] = [sys.executable, "-c", start]
+    made._start_timeout = seconds
+    return made
 
 
-def prompts(lengths: list[int], seed: int) -> list[list[int]]:
+def token_bytes(scale: Scale, kind: Kind) -> int:
+    """Of an uncompressed token."""
+    if kind.is_large and scale is GPU:
+        return TOKEN_BYTES
+    small = {"layers": 4, "kv_heads": 2, "head_dim": 64} | dict(scale.small)
+    itemsize = 2 if scale.dtype == "bfloat16" else 4
+    return int(small["layers"] * small["kv_heads"] * small["head_dim"] * 2 * itemsize)
+
+
+def write_models(folder: Path, scale: Scale) -> tuple[Path, Path]:
+    """The small model, and configuration of the large one, for ``--load-format dummy``."""
+    from sglang_diffxkv.demo_model import write_demo_model
+
+    small = write_demo_model(folder / "small", dtype=scale.dtype, **scale.small)
+    large = write_demo_model(folder / "large", dtype=scale.dtype, layers=1)
+    (large / "model.safetensors").unlink()
+    config = json.loads((large / "config.json").read_text())
+    (large / "config.json").write_text(json.dumps(config | dict(scale.large)))
+    return small, large
+
+
+def prompts(lengths: tuple[int, ...], seed: int) -> list[list[int]]:
     """Token ids of random bytes."""
     rng = random.Random(seed)
     return [[rng.randrange(256) for _ in range(length)] for length in lengths]
 
 
-def outputs(model: Path, config: Record | None, *arguments: object) -> list[list[int]]:
-    """Greedy answers to prompts of odd lengths, asked twice, so that sealed pages are read.
+class Answers(NamedTuple):
+    """Greedy outputs of one server, asked twice, so that sealed pages are read.
 
-    One request at a time, so that batches do not differ; then `TOGETHER` at once, whose graphs are
-    padded, and whose batches may differ from one run to the next.
+    Attributes:
+        alone: one request at a time, so that batches do not differ.
+        together: several, whose graphs are padded, and whose batches may differ between runs.
     """
-    asked = prompts([1, 63, 64, 65, 200, 517, 1500], seed=1)
-    with server(model, *arguments, "--mem-fraction-static", 0.3, config=config) as running:
-        answers = [running.generate(ids, max_new_tokens=100) for ids in asked + asked]
-        together = [{"prompt": ids, "max_new_tokens": 100} for ids in asked[-TOGETHER:]]
-        answers += running.generate_many(together, workers=TOGETHER)
-    return [answer["output_ids"] for answer in answers]
+
+    alone: list[list[int]]
+    together: list[list[int]]
 
 
-def equality(folder: Path) -> Record:
-    """Of outputs with CUDA graphs and without, and with stock's."""
-    from sglang_diffxkv.demo_model import write_demo_model
-
-    model = write_demo_model(
-        folder / "small", layers=8, heads=16, kv_heads=4, head_dim=128, hidden=1024,
-        dtype="bfloat16",
-    )  # fmt: skip
-    stock, record = outputs(model, None), Record()
-    for policy in ("lossless", "uniform"):
-        graphs = outputs(model, {"policy": policy})
-        eager = outputs(model, {"policy": policy}, *NO_GRAPHS)
-        same = [a == b for a, b in zip(graphs, eager, strict=True)]
-        record[policy] = {
-            "answers": len(graphs),
-            "equal_with_and_without_graphs": sum(same),
-            "so_are_all_asked_alone": all(same[:-TOGETHER]),
-            "equal_to_stock": sum(a == b for a, b in zip(graphs, stock, strict=True)),
-        }
-    return record
+def ask(running: Server, scale: Scale, sampling: Record | None) -> Answers:
+    asked = prompts(scale.lengths, seed=1)
+    body = {"max_new_tokens": scale.output, "sampling": sampling}
+    alone = [running.generate(ids, **body) for ids in asked + asked]
+    many = [{"prompt": ids, **body} for ids in asked[-TOGETHER:]]
+    together = running.generate_many(many, workers=TOGETHER)
+    return Answers(*([x["output_ids"] for x in answers] for answers in (alone, together)))
 
 
-def write_dummy_model(folder: Path) -> Path:
-    """Configuration and tokenizer of a model without weights, for ``--load-format dummy``."""
-    from sglang_diffxkv.demo_model import write_demo_model
-
-    write_demo_model(folder, layers=1, dtype="bfloat16")
-    (folder / "model.safetensors").unlink()
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | LLAMA_8B))
-    return folder
-
-
-def load(running: Server, requests: int, prompt: int, output: int, seed: int) -> float:
+def load(running: Server, size: Load, seed: int) -> float:
     """Output tokens per second, from the first request to the last answer; the cache is empty."""
     running.flush_cache()
-    asked = prompts([prompt] * requests, seed)
-    items = [{"prompt": ids, "max_new_tokens": output} for ids in asked]
+    asked = prompts((size.prompt,) * size.requests, seed)
+    items = [{"prompt": ids, "max_new_tokens": size.output} for ids in asked]
     begin = time.perf_counter()
-    answers = running.generate_many(items, workers=requests)
+    answers = running.generate_many(items, workers=size.requests)
     tokens = sum(len(answer["output_ids"]) for answer in answers)
     return tokens / (time.perf_counter() - begin)
 
 
-def throughput(folder: Path, rounds: int) -> Record:
-    """Both servers in equal memory, the same load in turn; the first round is not counted."""
-    model = write_dummy_model(folder / "dummy")
-    # The fractions are of the memory that is free when a server starts.
-    arguments = ("--load-format", "dummy", "--context-length", 16384)
-    size = {"requests": 64, "prompt": 4096, "output": 256}
-    found: dict[str, list[float]] = {"diffxkv": [], "stock": []}
-    tokens = torch.cuda.get_device_properties(0).total_memory // 8 // (32 * 8 * 128 * 4)
-    memory = {"memory_bytes": tokens * 32 * 8 * 128 * 4}
-    fraction = ("--mem-fraction-static", 0.8)
-    with (
-        server(model, *arguments, *fraction, config=memory) as ours,
-        server(model, *arguments, *fraction, "--max-total-tokens", tokens) as stock,
-    ):
-        for i in range(rounds + 1):
-            for name, running in (("diffxkv", ours), ("stock", stock)):
-                found[name].append(load(running, **size, seed=i))
-        stats = ours.stats()
-    ratios = [a / b for a, b in zip(found["diffxkv"][1:], found["stock"][1:], strict=True)]
+def step_seconds(running: Server, tokens: int) -> float:
+    """Of a decode step of one request: that many steps more or less make the difference."""
+    (ids,) = prompts((128,), seed=3)
+    spent = []
+    for count in (1, 1 + tokens):
+        begin = time.perf_counter()
+        running.generate(ids, max_new_tokens=count)
+        spent.append(time.perf_counter() - begin)
+    return (spent[1] - spent[0]) / tokens
+
+
+class Late(Exception):
+    """A part took longer than it may; the servers that it used were ended."""
+
+
+@contextmanager
+def limit(seconds: float, running: Mapping[str, Server]) -> Iterator[None]:
+    """Raise Late, and end the servers, so that threads which wait for them end, too."""
+
+    def late(*_: Any) -> None:
+        for server in running.values():
+            server.stop()
+        raise Late(f"ended after {seconds:.0f} s, with {', '.join(running)}")
+
+    previous = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, seconds))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+class Bench:
+    """One run; `record` is all that is known so far.
+
+    Args:
+        logs: folder of the servers' logs.
+    """
+
+    def __init__(self, scale: Scale, output: Path, logs: Path, seconds: float) -> None:
+        self.scale, self.logs, self.path = scale, logs, output / "gpu_server.json"
+        self.begin, self.seconds = time.monotonic(), seconds
+        gpu = scale.device == "cuda"
+        self.record: Record = {"device": torch.cuda.get_device_name() if gpu else "cpu, dry"}
+        self.running: dict[str, Server] = {}
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.begin)
+
+    def put(self, key: str, value: Any) -> None:
+        """Take in a figure; write everything."""
+        self.record[key] = value
+        self.record["seconds"] = round(time.monotonic() - self.begin, 1)
+        write_whole(self.path, json.dumps(self.record, indent=1) + "\n")
+        write_whole(self.path.with_suffix(".md"), server_page.report(self.record))
+        print(f"[{self.record['seconds']:5.0f} s] {key}: {json.dumps(value)[:400]}", flush=True)
+
+    def part(self, name: str, seconds: float, run: Callable[[], None], *names: str) -> None:
+        """One part with a limit of its own; whatever goes wrong is written down."""
+        if self.left < 5:
+            self.put(f"failed: {name}", "no time was left")
+            return
+        using = {key: self.running[key] for key in names or self.running if key in self.running}
+        try:
+            with limit(min(seconds, self.left), using):
+                run()
+        except Exception as error:  # of a server that died or hung
+            traceback.print_exc()
+            self.put(f"failed: {name}", f"{type(error).__name__}: {error}"[-1500:])
+        for key in [key for key, server in self.running.items() if not server.is_alive()]:
+            self.running.pop(key).stop()
+            self.put(f"failed: {key}", f"the server ended during {name}")
+
+    def start(self, models: tuple[Path, Path], seconds: float) -> None:
+        """All servers at once; one that does not start is left out."""
+        found = kinds(self.scale)
+        with ThreadPoolExecutor(len(found)) as pool:
+            list(pool.map(lambda x: self._start(*x, models, seconds), found.items()))
+        self.put("start_seconds", {k: round(x.start_seconds, 1) for k, x in self.running.items()})
+        if "stock 8B" in self.running:
+            self.put("stock_tokens", self.running["stock 8B"].server_info()["max_total_num_tokens"])
+
+    def _start(self, name: str, kind: Kind, models: tuple[Path, Path], seconds: float) -> None:
+        begin = time.monotonic()
+        for arguments in (kind.arguments, kind.fallback):
+            left = seconds - (time.monotonic() - begin)
+            if arguments is None or left < 10:
+                return
+            made = make_server(name, kind, arguments, models, self.logs, self.scale, left)
+            try:
+                made.__enter__()
+            except Exception as error:  # ServerError: its text ends with the log's last lines
+                self.put(f"failed: start of {name} {' '.join(arguments[:2])}", str(error)[-3000:])
+            else:
+                self.running[name] = made
+                return
+
+    def equality(self) -> None:
+        """Small servers, all at once; lossless outputs also with stock's."""
+        small = {name: x for name, x in self.running.items() if "8B" not in name}
+        with ThreadPoolExecutor(len(small) or 1) as pool:
+            lossless = dict(zip(small, pool.map(self._lossless, small.values()), strict=True))
+            ours = {name: x for name, x in small.items() if name != "stock"}
+            asked = pool.map(lambda x: ask(x, self.scale, None), ours.values())
+            sealed = dict(zip(ours, asked, strict=True))
+        for title, found in (("lossless", lossless), ("compressed", sealed)):
+            first = found.pop("ours", None)
+            if first is not None and found:
+                others = {name: equal(first, answers) for name, answers in found.items()}
+                self.put(f"equality, {title}", others)
+
+    def _lossless(self, server: Server) -> Answers:
+        is_ours = "diffxkv" in server._command
+        return ask(server, self.scale, LOSSLESS if is_ours else None)
+
+    def steps(self) -> None:
+        """Decode steps of one request; two rounds, one server after the other."""
+        names = [name for name in self.running if "8B" not in name]
+        rounds = [
+            {name: step_seconds(self.running[name], self.scale.step_tokens) for name in names}
+            for _ in range(2)
+        ]
+        self.put("step_seconds", {name: [x[name] for x in rounds] for name in names})
+
+    def syncs(self) -> None:
+        """What the servers have seen of waits in decode steps."""
+        files = sorted(self.logs.glob("*.syncs.json"))
+        found = {x.name.removesuffix(".syncs.json"): json.loads(x.read_text()) for x in files}
+        self.put("syncs", found)
+
+    def throughput(self, size: Load, seed: int) -> None:
+        """One round, the servers in turn; the order changes."""
+        names = [name for name in self.running if "8B" in name]
+        for name in names[:: 1 if seed % 2 else -1]:
+            rate = load(self.running[name], size, seed)
+            if size is self.scale.warm_up:
+                continue
+            rates = self.record.setdefault(f"throughput, {size.name}", {})
+            rates.setdefault(name, []).append(rate)
+            self.put(f"throughput, {size.name}", rates)
+
+    def ratios(self) -> None:
+        """Of medians, ours to stock's, and what the servers' own statistics say."""
+        for size in self.scale.loads:
+            rates = self.record.get(f"throughput, {size.name}", {})
+            middle = {name: median(values) for name, values in rates.items()}
+            if stock := middle.get("stock 8B"):
+                key = f"ratio to stock, {size.name}"
+                self.put(key, {name: x / stock for name, x in middle.items()})
+
+    def all(self, models: tuple[Path, Path], rounds: int) -> None:
+        """Every part, the most telling first."""
+        scale = self.scale
+        self.put("loads", [size._asdict() for size in scale.loads])
+        self.put("memory_bytes", scale.memory[1])
+        self.start(models, (0.45 if scale is GPU else 0.75) * self.seconds)
+        self.part("equality", 60, self.equality)
+        self.part("steps", 30, self.steps)
+        self.part("syncs", 5, self.syncs)
+        large = [name for name in self.running if "8B" in name]
+        for name in [name for name in self.running if name not in large]:
+            self.running.pop(name).stop()
+        self.part("warm-up", 60, lambda: self.throughput(scale.warm_up, 0), *large)
+        for i in range(rounds):
+            for size in scale.loads:
+                run = lambda size=size, i=i: self.throughput(size, i + 1)  # noqa: E731
+                self.part(f"{size.name} {i + 1}", 100, run, *large)
+                self.ratios()
+        if "ours 8B" in self.running:
+            self.part("stats", 10, lambda: self.put("stats", self.running["ours 8B"].stats()))
+
+    def stop(self) -> None:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda x: x.stop(), self.running.values()))
+
+
+def equal(first: Answers, second: Answers) -> Record:
+    """How many answers are the same."""
+    same = [a == b for a, b in zip(first.alone, second.alone, strict=True)]
+    together = [a == b for a, b in zip(first.together, second.together, strict=True)]
     return {
-        "load": size,
-        "memory_bytes": memory["memory_bytes"],
-        "tokens_per_second": {name: values[1:] for name, values in found.items()},
-        "ratio": median(ratios),
-        "stats": stats,
+        "alone": f"{sum(same)} of {len(same)}",
+        "together": f"{sum(together)} of {len(together)}",
+        "all_alone": all(same),
     }
 
 
+def join_logs(logs: Path, path: Path, nbytes: int = 1_500_000) -> None:
+    """The ends of all logs in one file: few files come back from some machines."""
+    with path.open("w") as out:
+        for log in sorted(logs.glob("*.log")):
+            out.write(f"===== {log.stem}\n{log.read_text(errors='replace')[-nbytes:]}\n")
+
+
 def main() -> None:
-    """Run, print and write; exit status 1 if outputs differ."""
+    """Run, print and write; exit status 1 if something failed or lossless outputs differ."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="folder (bench/results)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="folder (bench/results, build/dry)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=330, help="for everything (default 330)")
+    parser.add_argument("--dry", action="store_true", help="tiny, on a CPU")
     options = parser.parse_args()
-    if reason := missing():
-        print(f"skipped: {reason}")
+    if util.find_spec("sglang") is None or not (options.dry or torch.cuda.is_available()):
+        print("skipped: SGLang or a GPU is missing here: no server was started")
         return
-    result: Record = {"device": torch.cuda.get_device_name()}
-    path = options.output / "gpu_server.json"
-    options.output.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="gpu-server-") as name:
-        for key, run in (
-            ("equality", lambda: equality(Path(name))),
-            ("throughput", lambda: throughput(Path(name), options.rounds)),
-        ):
-            result[key] = run()
-            path.write_text(json.dumps(result, indent=1) + "\n")
-            print(f"{key}: {json.dumps(result[key])}", flush=True)
-    sys.exit(not all(x["so_are_all_asked_alone"] for x in result["equality"].values()))
+    output = options.output or (Path("build/dry") if options.dry else RESULTS)
+    output.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="gpu-server-") as folder:
+        scale = DRY if options.dry else GPU
+        bench = Bench(scale, output, Path(folder), options.seconds)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # `finally` then ends the servers
+        try:
+            bench.all(write_models(Path(folder), scale), options.rounds)
+        finally:
+            bench.stop()
+            join_logs(Path(folder), output / "gpu_server_logs.txt")
+    print(server_page.report(bench.record))
+    sys.exit(bool(server_page.failures(bench.record)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packs what the fifteen-minute run takes along into build/gpu-upload, for a machine without network.
+"""Packs what the fifteen-minute run takes along, for a machine without network: build/gpu-upload.
 
     make gpu-pack PYTHON=build/gpu-python/bin/python
 
@@ -39,7 +39,8 @@ PLATFORMS = ("manylinux_2_34", "manylinux_2_31", "manylinux_2_28", "manylinux_2_
              "manylinux_2_5", "manylinux1")  # fmt: skip
 
 DROPPED = (
-    "*.dist-info/RECORD",
+    "sglang-*.dist-info/RECORD",
+    "flashinfer_python-*.dist-info/RECORD",
     "*.dist-info/licenses/*",
     "*/__pycache__/*",
     "*.pyi",
@@ -84,7 +85,7 @@ KEPT = (
     "flashinfer/data/csrc/*.h",
     "flashinfer/data/csrc/*.inc",
 )
-"""Exceptions from `DROPPED`: of FlashInfer, sources of the kernels that are not packed ready-made."""
+"""Exceptions from `DROPPED`; of FlashInfer, sources of attention, should it be compiled there."""
 
 AOT = "flashinfer/data/aot"
 """Where FlashInfer looks for ready-made kernels."""
@@ -120,7 +121,10 @@ def own_metadata() -> Iterator[tuple[str, bytes]]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     name, version = project["name"], project["version"]
     folder = f"{name.replace('-', '_')}-{version}.dist-info"
-    yield f"{folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode()
+    yield (
+        f"{folder}/METADATA",
+        f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".encode(),
+    )
     lines = [
         line
         for group, entries in project["entry-points"].items()
@@ -181,6 +185,7 @@ def build_flashinfer(site: Path) -> None:
         "FLASHINFER_WORKSPACE_BASE": str(FLASHINFER_BUILD),
         "FLASHINFER_CUDA_ARCH_LIST": "9.0a",
         "LIBRARY_PATH": str(stubs),
+        "CPATH": str(metadata.distribution("torch").locate_file("nvidia/cu13/include")),
         "MAX_JOBS": str(max(1, (os.cpu_count() or 2) // 2)),
     }
     subprocess.run([sys.executable, str(HERE / "flashinfer_kernels.py")],

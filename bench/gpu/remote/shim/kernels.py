@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The few kernels of SGLang that a dense Llama needs, in Triton: its own need a compiler or a wheel
-that this machine does not have. Names and arguments are those that SGLang calls; for the bench only.
+"""The few kernels of SGLang that a dense Llama needs, in Triton; for the bench only.
+
+Its own are in a wheel that other versions of torch cannot load, or compiled while it starts. Names
+and arguments are those that SGLang calls.
 """
 
 from __future__ import annotations
@@ -11,8 +13,10 @@ import torch
 import triton
 import triton.language as tl
 
-HEADS = 8
-"""Of a program of rope."""
+from sglang_diffxkv.kernels.gpu.launch import launch
+
+HEADS, COLUMNS = 8, 1024
+"""Of a program: of rope, and of the activation."""
 
 
 @triton.jit
@@ -70,12 +74,8 @@ def _store_kernel(k, v, k_cache, v_cache, slots, k_stride, v_stride, SIZE, BLOCK
 
 def rmsnorm(x: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *_: Any) -> torch.Tensor:
     """x [T, D] scaled to unit root mean square, times weight [D]."""
-    rows, size = x.shape
-    out = x.new_empty(rows, size)
-    _rmsnorm_kernel[(rows,)](
-        x, x, weight, out, x.stride(0), size, eps, ADD=False, BLOCK=triton.next_power_of_2(size),
-        num_warps=8,
-    )  # fmt: skip
+    out = x.new_empty(x.shape)
+    _rmsnorm(x, x, weight, out, eps, ADD=False)
     return out
 
 
@@ -83,11 +83,24 @@ def fused_add_rmsnorm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float = 1e-6, *_: Any
 ) -> None:
     """``residual += x``, then ``x = rmsnorm(residual)``, both in place, [T, D]."""
+    _rmsnorm(x, residual, weight, x, eps, ADD=True)
+
+
+def _rmsnorm(
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    eps: float,
+    *,
+    ADD: bool,
+) -> None:
     rows, size = x.shape
-    assert residual.is_contiguous()
-    _rmsnorm_kernel[(rows,)](
-        x, residual, weight, x, x.stride(0), size, eps, ADD=True,
-        BLOCK=triton.next_power_of_2(size), num_warps=8,
+    assert x.stride(1) == 1 and (residual.is_contiguous() or not ADD)
+    launch(
+        _rmsnorm_kernel, (rows,), x=x, residual=residual, weight=weight, out=out,
+        row_stride=x.stride(0), SIZE=size, eps=eps, ADD=ADD, BLOCK=triton.next_power_of_2(size),
+        num_warps=8,
     )  # fmt: skip
 
 
@@ -97,16 +110,22 @@ def silu_and_mul(x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tens
     if out is None:
         out = x.new_empty(*x.shape[:-1], size)
     assert x.is_contiguous() and out.is_contiguous()
-    rows, block = x.numel() // (2 * size), 1024
-    _silu_and_mul_kernel[(rows, triton.cdiv(size, block))](x, out, size, BLOCK=block, num_warps=4)
+    grid = (x.numel() // (2 * size), triton.cdiv(size, COLUMNS))
+    launch(_silu_and_mul_kernel, grid, x=x, out=out, SIZE=size, BLOCK=COLUMNS, num_warps=4)
     return out
 
 
 def apply_rope_with_cos_sin_cache_inplace(
-    q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, positions: torch.Tensor, *,
-    is_neox: bool, rope_dim: int = 0, fused_args: Any = None,
-) -> None:  # fmt: skip
-    """Rotate q [T, H, D] and k [T, KH, D] in place; with ``fused_args`` also write k and its value.
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    is_neox: bool,
+    rope_dim: int = 0,
+    fused_args: Any = None,
+) -> None:
+    """Rotate q [T, H, D] and k [T, KH, D] in place; with ``fused_args`` also store k and its value.
 
     Args:
         cos_sin_cache: [positions, D] fp32, cosines then sines.
@@ -114,15 +133,15 @@ def apply_rope_with_cos_sin_cache_inplace(
     assert is_neox and q.shape[-1] == k.shape[-1] == cos_sin_cache.shape[-1]
     for x in (q, k):
         tokens, heads, dim = x.shape
-        _rope_kernel[(tokens, triton.cdiv(heads, HEADS))](
-            x, cos_sin_cache, positions, heads, x.stride(0), x.stride(1), HALF=dim // 2,
-            HEADS=HEADS, num_warps=4,
+        launch(
+            _rope_kernel, (tokens, triton.cdiv(heads, HEADS)), x=x, cos_sin=cos_sin_cache,
+            positions=positions, heads=heads, token_stride=x.stride(0), head_stride=x.stride(1),
+            HALF=dim // 2, HEADS=HEADS, num_warps=4,
         )  # fmt: skip
     if fused_args is not None:
-        x = fused_args
-        rows = (part.reshape(len(k), -1) for part in (k, x.value, ))
-        caches = (part.view(len(part), -1) for part in (x.k_buffer, x.v_buffer))
-        store_cache(*rows, *caches, x.cache_loc)
+        rows = (x.reshape(len(k), -1) for x in (k, fused_args.value))
+        caches = (x.view(len(x), -1) for x in (fused_args.k_buffer, fused_args.v_buffer))
+        store_cache(*rows, *caches, fused_args.cache_loc)
 
 
 def can_use_store_cache(k_row_bytes: int, v_row_bytes: int = 0, num_threads: int = 0) -> bool:
@@ -131,15 +150,20 @@ def can_use_store_cache(k_row_bytes: int, v_row_bytes: int = 0, num_threads: int
 
 
 def store_cache(
-    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
-    indices: torch.Tensor, **_: Any,
-) -> None:  # fmt: skip
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    indices: torch.Tensor,
+    **_: Any,
+) -> None:
     """Write rows k and v [T, D] to rows ``indices`` of the caches [slots, D]."""
     tokens, size = k.shape
     assert v.shape == k.shape and k_cache.is_contiguous() and v_cache.is_contiguous()
-    _store_kernel[(tokens,)](
-        k, v, k_cache, v_cache, indices, k.stride(0), v.stride(0), size,
-        BLOCK=triton.next_power_of_2(size), num_warps=4,
+    launch(
+        _store_kernel, (tokens,), k=k, v=v, k_cache=k_cache, v_cache=v_cache, slots=indices,
+        k_stride=k.stride(0), v_stride=v.stride(0), SIZE=size, BLOCK=triton.next_power_of_2(size),
+        num_warps=4,
     )  # fmt: skip
 
 

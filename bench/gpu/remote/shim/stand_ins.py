@@ -2,7 +2,8 @@
 """Lets SGLang be imported, and serve a dense Llama on a GPU, where packages of its are missing.
 
 Absent packages are stood in for: their names can be imported, but not used. What a dense Llama does
-use, of ``sgl_kernel`` and of the kernels that SGLang compiles itself, is in `shim.kernels`.
+use, of ``sgl_kernel`` and of the kernels that SGLang compiles itself, is in `shim.kernels`. Where
+``sgl_kernel`` is installed, everything stays as it is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
+from bench.gpu.remote.shim import syncs
+
 ABSENT = ("sgl_kernel", "IPython", "soundfile")
 KERNELS = "bench.gpu.remote.shim.kernels"
 REPLACED = {
@@ -26,6 +29,9 @@ REPLACED = {
     "sglang.kernels.ops.kvcache.kvcache": ("can_use_store_cache", "store_cache"),
 }
 """Names of `KERNELS` by the module that they take the place in."""
+
+SCHEDULER = "sglang.srt.managers.scheduler"
+"""The module whose decode steps `syncs` watches."""
 
 
 class StandIn:
@@ -82,17 +88,23 @@ def _replace(module: ModuleType) -> None:
     if names:
         kernels = importlib.import_module(KERNELS)
         module.__dict__.update({name: getattr(kernels, name) for name in names})
+    if module.__name__ == SCHEDULER:
+        syncs.install(module.Scheduler)
 
 
 class Finder(MetaPathFinder):
-    """Of absent packages, and of modules of which something is replaced."""
+    """Of absent packages, and of modules in which something is changed."""
+
+    def __init__(self) -> None:
+        self.absent = [name for name in ABSENT if PathFinder.find_spec(name) is None]
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name.partition(".")[0] in ABSENT:
+        if name.partition(".")[0] in self.absent:
             return ModuleSpec(name, _AbsentLoader(), is_package=True)
-        if name not in REPLACED:
+        is_replaced = name in REPLACED and "sgl_kernel" in self.absent
+        if not is_replaced and name != SCHEDULER:
             return None
         spec = PathFinder.find_spec(name, path)
         if spec is not None and isinstance(spec.loader, SourceFileLoader):

@@ -17,7 +17,7 @@ from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make
 
 LOG2_E = math.log2(math.e)
 BYTE_MASK = 0x00FF00FF
-_TOKENS = 64
+_TOKENS = 32
 _PAGES = 32
 _REGISTERS = 168
 _MERGE_PARTS = 32
@@ -97,10 +97,11 @@ def attend(
         FRAME_BYTES=layout.frame_bytes,
         BLOCK_N=_tile_tokens(blocks, k_raw.itemsize),
         PAGES=_PAGES,
+        STAGES=5,
         IN_FP32=not in_16_bits,
         HAS_OPEN=sequences.raw_slot is not None,
         HAS_SEALED=has_sealed,
-        num_warps=2,
+        num_warps=1,
         maxnreg=_REGISTERS,
         **blocks,
     )
@@ -153,7 +154,7 @@ def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
 def _tile_tokens(blocks: dict[str, int], itemsize: int) -> int:
     """Tokens of a tile: what leaves the registers of `_REGISTERS` unspilled."""
     size = blocks["DIM_BLOCK"] * blocks["GROUP_BLOCK"] * itemsize // 2
-    return _TOKENS if size <= 1024 else _TOKENS // 2 if size <= 2048 else _TOKENS // 4
+    return _TOKENS if size <= 2048 else 16
 
 
 def decode_sealed(

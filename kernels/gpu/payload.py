@@ -72,6 +72,41 @@ def arena_offset(frames, virtual, mask, FRAME_BYTES: tl.constexpr, ALIGN: tl.con
     return tl.multiple_of(tl.reshape(at, [at.numel]), ALIGN)
 
 
+@triton.jit
+def arena_row(frames, row, FRAME_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Numbers of rows in the arena, as an array of such rows, from those in a virtual space.
+
+    No row straddles frames, and frames are whole numbers of rows of all sizes (`kernels.layout`).
+
+    Args:
+        frames: pointers to the first entry of each page's frame table row; of row's shape.
+        row: int32, N in any shape.
+
+    Returns:
+        [N]: int32 where those suffice for 128 GiB, else int64.
+    """
+    FRAME_ROWS: tl.constexpr = FRAME_BYTES // ROW_BYTES
+    entry = (row.to(tl.uint32) // FRAME_ROWS).to(tl.int32)
+    frame = tl.load(frames + entry) - entry
+    if ROW_BYTES < 64:
+        frame = frame.to(tl.int64)
+    return tl.reshape(frame * FRAME_ROWS + row, [row.numel])
+
+
+@triton.jit
+def load_rows(arena, row, BITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
+    """`load_words`, without a mask, of rows given by `arena_row`."""
+    WORDS: tl.constexpr = DIM * BITS // 32
+    column = tl.arange(0, DIM_BLOCK * BITS // 32)[None, :]
+    words = arena.to(tl.pointer_type(tl.uint32)) + column
+    at = words + (row.to(tl.int64) * WORDS)[:, None]
+    if DIM == DIM_BLOCK:
+        loaded = tl.load(at)
+    else:
+        loaded = tl.load(at, mask=column < WORDS, other=0)
+    return loaded
+
+
 @triton.constexpr_function
 def plane_weight(i, bits):
     """By what products with quarter ``i`` of `load_quarter` are to be multiplied."""
@@ -234,3 +269,10 @@ def load_meta(arena, at, mask):
 def _half(packed, shift: tl.constexpr):
     bits = (packed >> shift & 0xFFFF).to(tl.uint16)
     return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_meta_at(arena, row):
+    """`load_meta`, without a mask, of rows given by `arena_row`."""
+    packed = tl.load(arena.to(tl.pointer_type(tl.int64)) + row)
+    return _half(packed, 0), _half(packed, 16), _half(packed, 32), _half(packed, 48)

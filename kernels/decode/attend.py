@@ -21,10 +21,11 @@ from sglang_diffxkv.kernels.decode.tiles import (
 )
 from sglang_diffxkv.kernels.gpu.fragments import (
     by_lane,
-    by_lane_products,
     by_rank,
+    dots_by_lane,
     key_operand,
     value_operand,
+    value_word,
 )
 from sglang_diffxkv.kernels.gpu.payload import (
     CODE_UNIT,
@@ -94,6 +95,8 @@ def attend_item(
         GROUP_BLOCK, DIM_BLOCK: powers of two that the group and D are padded to.
         BLOCK_N: tokens of a tile; half as many where they are raw, but at least 16.
         PAGES: pages that are addressed at a time.
+        STAGES: of the loops over codes: what a tile loads depends on entries of the frame table, so
+            of five two are between these and the codes, and two between the codes and their use.
         IN_FP32: whether raw tokens are multiplied in fp32, not in their own 16 bits.
     """
     item = tl.program_id(0)
@@ -178,6 +181,7 @@ def _attend_tier(
     VALUE_BITS: tl.constexpr = VALUE_HIGH if IS_HIGH else VALUE_LOW
     KEY_BYTES: tl.constexpr = row_bytes(DIM, KEY_BITS, ITEM)
     VALUE_BYTES: tl.constexpr = row_bytes(DIM, VALUE_BITS, ITEM)
+    VALUE_WORD: tl.constexpr = value_word(VALUE_BITS, DIM_BLOCK)
     # Rows in 16 bits take twice the registers.
     TILE: tl.constexpr = BLOCK_N if KEY_BITS else max(16, BLOCK_N // 2)
     ROWS: tl.constexpr = (TILE + 31) // 32
@@ -221,7 +225,7 @@ def _attend_tier(
         table = per_row(page * frames_stride, ROWS)
         key_start, value_start = per_row(key_start, ROWS), per_row(value_start, ROWS)
         meta_start = per_row(meta_start, ROWS)
-        for first in tl.range(0, n, TILE, num_stages=STAGES):
+        for first in tl.range(0, n, TILE, num_stages=STAGES if KEY_BITS else 1):
             mask = first + tl.arange(0, TILE) < n
             # Beyond the last token that one is read again, without masks, and not looked at.
             rank = tl.minimum(first + tl.arange(0, TILE), n - 1)
@@ -236,15 +240,13 @@ def _attend_tier(
                 meta_at = tl.gather(meta_start, group, 1) + rank
                 meta_at = arena_row(entry, meta_at, FRAME_BYTES, 8)
                 key_scale, key_zero, value_scale, value_zero = load_meta_at(arena, meta_at)
-                key = load_rows(arena, key_at, KEY_BITS, DIM, DIM_BLOCK)
-                value = load_rows(arena, value_at, VALUE_BITS, DIM, DIM_BLOCK)
+                key = load_rows(arena, key_at, KEY_BITS, 32, DIM, DIM_BLOCK)
+                value = load_rows(arena, value_at, VALUE_BITS, VALUE_WORD, DIM, DIM_BLOCK)
                 dots = tl.dot(key_operand(key, byte_mask, KEY_BITS, DIM_BLOCK), query)
-                bias = by_lane(tl.where(mask, 0.0, -float("inf")))
-                scores = by_lane_products(dots) * by_lane(key_scale * (score_scale * CODE_UNIT))
-                scores += by_lane(key_zero) * q_sum + bias
-                weights, new_top, total, acc = softmax_step(top, total, acc, scores)
-                zeros = zeros * tl.exp2(top - new_top)[None, :] + lane_sums(weights * by_lane(value_zero))
-                top = new_top
+                scores = dots_by_lane(dots) * by_lane(key_scale * (score_scale * CODE_UNIT))
+                scores += by_lane(key_zero) * q_sum + by_lane(tl.where(mask, 0.0, -float("inf")))
+                weights, fade, top, total, acc = softmax_step(top, total, acc, scores)
+                zeros = zeros * fade + lane_sums(weights * by_lane(value_zero))
                 weights = by_rank((weights * by_lane(value_scale)).to(tl.float16))
                 acc = tl.dot(value_operand(value, byte_mask, VALUE_BITS, DIM_BLOCK), weights, acc)
             else:

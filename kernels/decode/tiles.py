@@ -40,9 +40,9 @@ def attend_rows(
     else:
         scores = tl.dot(key, query.to(key.dtype))
     scores = tl.reshape(scores, [scores.shape[0] // 16, 2, 8, scores.shape[1]])
-    mask = tl.reshape(mask, [scores.shape[0], 2, 8])[:, :, :, None]
-    scores = tl.where(mask, scores * score_scale, -float("inf"))
-    weights, top, total, acc = softmax_step(top, total, acc, scores)
+    inside = tl.reshape(mask, [scores.shape[0], 2, 8])[:, :, :, None]
+    scores = tl.where(inside, scores * score_scale, -float("inf"))
+    weights, _, top, total, acc = softmax_step(top, total, acc, scores)
     weights = tl.reshape(weights, [key.shape[0], query.shape[1]])
     if IN_FP32:
         acc = tl.dot(value.to(tl.float32), weights, acc, input_precision="ieee")
@@ -90,26 +90,24 @@ def empty_state(GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr):
 
 @triton.jit
 def softmax_step(top, total, acc, scores):
-    """Weights of a tile's scores, in whose order they are, and the state at its new maximum.
+    """Weights of a tile's scores, what the state fades by, and the state at its new maximum.
 
     Args:
         scores: fp32 [N / 16, 2, 8, G], as lanes hold products: the eight are in different ones.
+
+    Returns:
+        Weights, as scores; fade [1, G]; the maximum [G], sum [8, G] and accumulator [D, G].
     """
-    new_top = tl.maximum(top, tl.max(lane_maxima(scores), 0))
+    new_top = tl.maximum(top, tl.max(tl.max(tl.max(scores, 1), 0), 0))
     weights = tl.exp2(scores - (new_top - WEIGHT_LOG2)[None, None, None, :])
     fade = tl.exp2(top - new_top)[None, :]
-    return weights, new_top, total * fade + lane_sums(weights), acc * fade
+    return weights, fade, new_top, total * fade + lane_sums(weights), acc * fade
 
 
 @triton.jit
 def lane_sums(x):
     """Sums over what a lane holds of x [N / 16, 2, 8, G]: [8, G]."""
     return tl.sum(tl.sum(x, 1), 0)
-
-
-@triton.jit
-def lane_maxima(x):
-    return tl.max(tl.max(x, 1), 0)
 
 
 @triton.jit
@@ -138,4 +136,5 @@ def store_part(
     mask = inside[:, None] & (column < GROUP)[None, :]
     result = (acc + zeros[None, :]) / total[None, :]
     tl.store(out + column[None, :] * DIM + at[:, None], result, mask=mask)
-    tl.store(lse + column, tl.where(some, top + tl.log2(total) - WEIGHT_LOG2, -float("inf")), mask=column < GROUP)
+    log_sum = tl.where(some, top + tl.log2(total) - WEIGHT_LOG2, -float("inf"))
+    tl.store(lse + column, log_sum, mask=column < GROUP)

@@ -89,7 +89,7 @@ def key_operand(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def by_lane_products(dots):
+def dots_by_lane(dots):
     """Products with `key_operand` [N, G] as lanes hold them: [N / 16, 2, 8, G].
 
     A lane has all but the third dimension; the second is of even and odd tokens.
@@ -99,14 +99,20 @@ def by_lane_products(dots):
 
 @triton.jit
 def by_lane(x):
-    """What belongs to tokens, [N], beside `by_lane_products`: [N / 16, 2, 8, 1]."""
+    """What belongs to tokens, [N], beside `dots_by_lane`: [N / 16, 2, 8, 1]."""
     return tl.permute(tl.reshape(x, [x.shape[0] // 16, 8, 2]), 0, 2, 1)[:, :, :, None]
 
 
 @triton.jit
 def by_rank(x):
-    """[N, G], in the order of tokens, of x in that of `by_lane_products`."""
+    """[N, G], in the order of tokens, of x in that of `dots_by_lane`."""
     return tl.reshape(tl.permute(x, 0, 2, 1, 3), [x.shape[0] * 16, x.shape[3]])
+
+
+@triton.constexpr_function
+def value_word(bits, dim_block):
+    """Bits of the words that values are loaded in: of each there are eight, one to a lane."""
+    return 32 if dim_block * bits >= 8 * 32 else 16
 
 
 @triton.jit
@@ -117,7 +123,7 @@ def value_operand(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
     exchange their halves.
 
     Args:
-        word: uint32 [N, W] of `payload.load_words`.
+        word: uint32 or uint16 [N, W] of `payload.load_rows`, of as many bits as `value_word` says.
 
     Returns:
         fp16 [DIM_BLOCK, N].
@@ -125,11 +131,13 @@ def value_operand(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
     N: tl.constexpr = word.shape[0]
     WORDS: tl.constexpr = word.shape[1]
     HIGH: tl.constexpr = min(8, WORDS)
-    LOW: tl.constexpr = WORDS // HIGH
     even, odd = split_tokens(word)
-    pairs = tl.join((even & 0xFFFF) | (odd << 16), (even >> 16) | (odd & 0xFFFF0000))
+    if word.dtype == tl.uint16:
+        pairs = even.to(tl.uint32) | (odd.to(tl.uint32) << 16)
+    else:
+        pairs = tl.join((even & 0xFFFF) | (odd << 16), (even >> 16) | (odd & 0xFFFF0000))
     codes = halves(code_pairs(pairs, byte_mask, BITS))
-    codes = tl.reshape(codes, [N // 2, HIGH, LOW, codes_of_word(BITS), 2])
+    codes = tl.reshape(codes, [N // 2, HIGH, WORDS // HIGH, DIM_BLOCK // WORDS, 2])
     codes = tl.permute(codes, 2, 3, 1, 0, 4)
     return tl.reshape(codes, [DIM_BLOCK, N]).to(tl.float16, bitcast=True)
 
@@ -160,12 +168,13 @@ def key_element(column, BITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.con
 @triton.jit
 def value_element(row, BITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
     """Which element of a value each row of `value_operand` is, as `key_element` tells it."""
-    WORDS: tl.constexpr = DIM_BLOCK * BITS // 32
+    WORDS: tl.constexpr = DIM_BLOCK * BITS // value_word(BITS, DIM_BLOCK)
     HIGH: tl.constexpr = min(8, WORDS)
-    CODES: tl.constexpr = codes_of_word(BITS)
+    CODES: tl.constexpr = DIM_BLOCK // WORDS
+    PLANES: tl.constexpr = 8 // BITS
     word = row % HIGH * (WORDS // HIGH) + row // (HIGH * CODES)
     code = row // HIGH % CODES
-    return _element(word * 4 + code // (CODES // 4), code % (CODES // 4), BITS, DIM)
+    return _element(word * (CODES // PLANES) + code // PLANES, code % PLANES, BITS, DIM)
 
 
 @triton.jit

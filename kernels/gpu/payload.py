@@ -83,28 +83,38 @@ def arena_row(frames, row, FRAME_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr):
         row: int32, N in any shape.
 
     Returns:
-        [N]: int32 where those suffice for 128 GiB, else int64.
+        [N]: uint32 where those suffice for 256 GiB, else int64.
     """
     FRAME_ROWS: tl.constexpr = FRAME_BYTES // ROW_BYTES
     entry = (row.to(tl.uint32) // FRAME_ROWS).to(tl.int32)
     frame = tl.load(frames + entry) - entry
     if ROW_BYTES < 64:
-        frame = frame.to(tl.int64)
-    return tl.reshape(frame * FRAME_ROWS + row, [row.numel])
+        at = frame.to(tl.int64) * FRAME_ROWS + row
+    else:
+        at = (frame * FRAME_ROWS + row).to(tl.uint32)
+    return tl.reshape(at, [row.numel])
 
 
 @triton.jit
-def load_rows(arena, row, BITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """`load_words`, without a mask, of rows given by `arena_row`."""
-    WORDS: tl.constexpr = DIM * BITS // 32
-    column = tl.arange(0, DIM_BLOCK * BITS // 32)[None, :]
-    words = arena.to(tl.pointer_type(tl.uint32)) + column
-    at = words + (row.to(tl.int64) * WORDS)[:, None]
-    if DIM == DIM_BLOCK:
-        loaded = tl.load(at)
+def load_rows(
+    arena, row, BITS: tl.constexpr, WORD: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr
+):
+    """Whole rows as words, uint32 or uint16 [N, DIM_BLOCK * BITS / WORD]; 0 where padded.
+
+    Args:
+        arena: uint8 pointer.
+        row: [N], of `arena_row`.
+        WORD: bits of a word.
+        DIM_BLOCK: the power of two that DIM is padded to.
+    """
+    WORDS: tl.constexpr = DIM * BITS // WORD
+    column = tl.arange(0, DIM_BLOCK * BITS // WORD)[None, :]
+    if WORD == 32:
+        words = arena.to(tl.pointer_type(tl.uint32)) + column
     else:
-        loaded = tl.load(at, mask=column < WORDS, other=0)
-    return loaded
+        words = arena.to(tl.pointer_type(tl.uint16)) + column
+    at = words + (row.to(tl.int64) * WORDS)[:, None]
+    return tl.load(at) if DIM == DIM_BLOCK else tl.load(at, mask=column < WORDS, other=0)
 
 
 @triton.constexpr_function

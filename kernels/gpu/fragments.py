@@ -70,7 +70,7 @@ def key_operand(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
     lane holds two or all, as the compiler likes; then what a word and a lane have more than one of.
 
     Args:
-        word: uint32 [N, W] of `payload.load_words`; N is a multiple of 16.
+        word: uint32 [N, W] of `payload.load_rows`; N is a multiple of 16.
 
     Returns:
         fp16 [N, DIM_BLOCK]; of 16 tokens first the even ones, then the odd ones.

@@ -157,19 +157,6 @@ def load_quarter(
 
 
 @triton.jit
-def load_words(arena, at, mask, BITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Whole rows as words: uint32 [N, DIM_BLOCK * BITS / 32]; 0 where masked or padded.
-
-    Args:
-        arena: uint8 pointer.
-        at: int64 [N], byte offsets of the rows, multiples of 4. mask: [N].
-        DIM_BLOCK: the power of two that DIM is padded to.
-    """
-    words = arena.to(tl.pointer_type(tl.uint32))
-    return load_words_at(words, at >> 2, mask, BITS, DIM, DIM_BLOCK, 1)
-
-
-@triton.jit
 def load_words_at(
     words,
     at,
@@ -179,10 +166,12 @@ def load_words_at(
     DIM_BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """`load_words`, of rows at offsets in words.
+    """Whole rows as words: uint32 [N, DIM_BLOCK * BITS / 32]; 0 where masked or padded.
 
     Args:
-        at: int64 [N].
+        words: uint32 pointer.
+        at: int64 [N], offsets of the rows in words. mask: [N].
+        DIM_BLOCK: the power of two that DIM is padded to.
         PARTS: the parts of a row that are padded each on its own.
     """
     WORDS: tl.constexpr = DIM * BITS // 32 // PARTS
@@ -197,7 +186,7 @@ def load_words_at(
 
 @triton.jit
 def unpack_words(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Codes of `load_words`, times ``2**-24`` and the planes' factors, in the order of `element`.
+    """Codes of whole rows, times ``2**-24`` and the planes' factors, in the order of `element`.
 
     Two codes at a time stay in the word that they were loaded in, which takes half the instructions
     of widening bytes. The compiler would undo that if it knew the mask: hence an argument.

@@ -158,7 +158,7 @@ def _sweep(entries: list[Record], copy: float) -> str:
             shipped, changed = (x["times"][name]["median"] for name in ("shipped", "changed"))
             row += [changed / shipped, x["bytes"] / changed / 1e9]
         rows.append(row)
-    head = ["tokens", "warps", "stages", "items/SM"]
+    head = ["tokens", "warps", "stages", "registers", "items/SM"]
     for mix in mixes:
         head += [mix, "GB/s"]
     return table(head, rows)

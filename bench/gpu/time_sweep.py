@@ -5,67 +5,73 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from itertools import product
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
+import triton
 
-from bench.gpu.meta import decode_launches
 from bench.gpu.shapes import LLAMA_8B, PURE, TINY, USUAL, Load, draw
 from bench.gpu.timer import Candidate, Deadline, copies_needed, interleaved
 from bench.gpu.verify import TOLERANCE, compare, kernels
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import plan as plans
-from sglang_diffxkv.kernels.decode.attend import attend_item
-from sglang_diffxkv.kernels.gpu.launch import launch
+from sglang_diffxkv.kernels.decode.constants import Constants, attend_constants
 
 
-class Constants(NamedTuple):
-    """Tokens of a tile, warps and stages of a program, and items per multiprocessor."""
+class Setting(NamedTuple):
+    """What the kernel is launched with, and items per multiprocessor."""
 
-    tokens: int
-    num_warps: int
-    num_stages: int
+    constants: Constants
     items: int
 
     @property
     def name(self) -> str:
-        return f"{self.tokens} tokens, {self.num_warps} warps, {self.num_stages} stages, " + (
+        tokens, num_warps, num_stages, registers = self.constants
+        return (
+            f"{tokens} tokens, {num_warps} warps, {num_stages} stages, {registers} registers, "
             f"{self.items} items/SM"
         )
 
+    def record(self) -> dict[str, int]:
+        return self.constants._asdict() | {"items": self.items}
 
-def shipped() -> Constants:
+
+def shipped() -> Setting:
     """What `decode.triton` launches with."""
-    made = decode_launches(LLAMA_8B, 1, 3)
-    attend = next(x for x in made if x.kernel is attend_item)
-    tokens = attend.arguments["BLOCK_N"]
-    return Constants(tokens, attend.num_warps, attend.num_stages, plans.ITEMS_PER_SM)
+    model = LLAMA_8B
+    group = triton.next_power_of_2(model.heads // model.kv_heads)
+    return Setting(attend_constants(max(8, group), model.dim), plans.ITEMS_PER_SM)
 
 
-def grid() -> list[Constants]:
-    """Those that ship first, then tiles, then how finely the work is divided."""
+def grid() -> list[Setting]:
+    """Those that ship first; then without prefetching, and what hides more latency or less.
+
+    Of three stages all are the frame table's, five fetch the codes a tile ahead, seven two tiles.
+    """
     first = shipped()
-    tiles = [Constants(*x, first.items) for x in product((32, 64, 128), (1, 2, 4), (1, 2))]
-    items = [first._replace(items=n) for n in (4, 8, 16, 24)]
-    return list(dict.fromkeys((first, *items, *tiles)))
+    constants = (
+        Constants(32, 1, 1, 168),
+        Constants(32, 1, 3, 168),
+        Constants(64, 1, 5, 255),
+        Constants(32, 1, 7, 168),
+        Constants(16, 1, 5, 128),
+        Constants(32, 1, 5, 255),
+        Constants(64, 2, 5, 168),
+        Constants(64, 2, 1, 168),
+    )
+    changed = [first._replace(constants=x) for x in constants]
+    items = [first._replace(items=n) for n in (12, 36, 18, 48)]
+    return list(dict.fromkeys((first, *changed[:4], *items, *changed[4:])))
 
 
 @contextmanager
-def overridden(constants: Constants) -> Iterator[None]:
+def overridden(setting: Setting) -> Iterator[None]:
     """Launch the kernel with other constants."""
     module = kernels("decode")
-
-    def changed(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-        if kernel is attend_item:
-            arguments |= {"num_warps": constants.num_warps, "num_stages": constants.num_stages}
-        launch(kernel, grid, **arguments)
-
     with (
-        patch.object(module, "_TOKENS", constants.tokens),
-        patch.object(module, "launch", changed),
-        patch.object(plans, "ITEMS_PER_SM", constants.items),
+        patch.object(module, "attend_constants", lambda *_: setting.constants),
+        patch.object(plans, "ITEMS_PER_SM", setting.items),
     ):
         yield
 
@@ -82,14 +88,14 @@ class Input:
         self.sm_scale = load.model.dim**-0.5
         self.bytes = self.layers.payload_bytes()
 
-    def candidate(self, constants: Constants) -> tuple[Candidate, AttentionPart]:
-        """Attention with these constants, and its result on the first layer."""
+    def candidate(self, setting: Setting) -> tuple[Candidate, AttentionPart]:
+        """Attention with this setting, and its result on the first layer."""
         layers = self.layers
-        with overridden(constants):
+        with overridden(setting):
             plan = plans.plan_decode(layers.sequences, layers.heads, layers.layout)
 
         def attend(i: int) -> AttentionPart:
-            with overridden(constants):
+            with overridden(setting):
                 return kernels("decode").attend(
                     self.q[i], self.q[i], *layers.tables(i), layers.k_raw[i], layers.v_raw[i],
                     plan.layer(i), layers.layout, self.sm_scale,
@@ -109,15 +115,15 @@ def run(device: torch.device, deadline: Deadline, red: Collection[str]) -> Itera
     inputs = {mix: Input(Load(model, *size, mix), device) for mix in mixes}
     first = shipped()
     base = {mix: x.candidate(first) for mix, x in inputs.items()}
-    settings = grid() if cuda else [first, Constants(32, 1, 2, 3)]
-    for constants in settings:
+    settings = grid() if cuda else [first, Setting(Constants(16, 1, 1, 168), 3)]
+    for setting in settings:
         if deadline.left() < 10:
-            yield {"skipped": f"no time left from {constants.name} on"}
+            yield {"skipped": f"no time left from {setting.name} on"}
             return
         for mix, x in inputs.items():
-            record = {"constants": constants._asdict(), "mix": mix.name, "bytes": x.bytes}
+            record = {"constants": setting.record(), "mix": mix.name, "bytes": x.bytes}
             try:
-                attend, part = x.candidate(constants)
+                attend, part = x.candidate(setting)
                 found = compare(part, base[mix][1])
                 if not max(found) <= TOLERANCE:
                     yield record | {"wrong": found._asdict()}

@@ -12,21 +12,28 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.decode.tiles import (
-    WEIGHT_UNIT,
     attend_rows,
     empty_state,
+    lane_sums,
     load_query,
     softmax_step,
     store_part,
 )
+from sglang_diffxkv.kernels.gpu.fragments import (
+    by_lane,
+    by_rank,
+    dots_by_lane,
+    key_operand,
+    value_operand,
+    value_word,
+)
 from sglang_diffxkv.kernels.gpu.payload import (
     CODE_UNIT,
-    arena_offset,
-    load_meta,
-    load_words,
+    arena_row,
+    load_meta_at,
+    load_rows,
     row_bytes,
     section_starts,
-    unpack_words,
 )
 from sglang_diffxkv.kernels.gpu.ranks import page_of_rank, per_row
 
@@ -73,6 +80,7 @@ def attend_item(
     FRAME_BYTES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGES: tl.constexpr,
+    STAGES: tl.constexpr,
     IN_FP32: tl.constexpr,
     HAS_OPEN: tl.constexpr,
     HAS_SEALED: tl.constexpr,
@@ -87,6 +95,8 @@ def attend_item(
         GROUP_BLOCK, DIM_BLOCK: powers of two that the group and D are padded to.
         BLOCK_N: tokens of a tile; half as many where they are raw, but at least 16.
         PAGES: pages that are addressed at a time.
+        STAGES: of the loops over codes: what a tile loads depends on entries of the frame table, so
+            of five two are between these and the codes, and two between the codes and their use.
         IN_FP32: whether raw tokens are multiplied in fp32, not in their own 16 bits.
     """
     item = tl.program_id(0)
@@ -117,14 +127,14 @@ def attend_item(
                 q_sealed + q_row, arena, frames, heads, keys.dtype, pages, raw_slot, page_at,
                 page_end, frames_stride, heads_stride, byte_mask, out, lse, score_scale, GROUP,
                 GROUP_BLOCK, DIM, DIM_BLOCK, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, FRAME_BYTES,
-                BLOCK_N, PAGES, IN_FP32, HAS_OPEN, True,
+                BLOCK_N, PAGES, STAGES, IN_FP32, HAS_OPEN, True,
             )  # fmt: skip
         if kind == LOW:
             _attend_tier(
                 q_sealed + q_row, arena, frames, heads, keys.dtype, pages, raw_slot, page_at,
                 page_end, frames_stride, heads_stride, byte_mask, out, lse, score_scale, GROUP,
                 GROUP_BLOCK, DIM, DIM_BLOCK, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, FRAME_BYTES,
-                BLOCK_N, PAGES, IN_FP32, HAS_OPEN, False,
+                BLOCK_N, PAGES, STAGES, IN_FP32, HAS_OPEN, False,
             )  # fmt: skip
 
 
@@ -156,6 +166,7 @@ def _attend_tier(
     FRAME_BYTES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGES: tl.constexpr,
+    STAGES: tl.constexpr,
     IN_FP32: tl.constexpr,
     HAS_OPEN: tl.constexpr,
     IS_HIGH: tl.constexpr,
@@ -170,17 +181,17 @@ def _attend_tier(
     VALUE_BITS: tl.constexpr = VALUE_HIGH if IS_HIGH else VALUE_LOW
     KEY_BYTES: tl.constexpr = row_bytes(DIM, KEY_BITS, ITEM)
     VALUE_BYTES: tl.constexpr = row_bytes(DIM, VALUE_BITS, ITEM)
+    VALUE_WORD: tl.constexpr = value_word(VALUE_BITS, DIM_BLOCK)
     # Rows in 16 bits take twice the registers.
     TILE: tl.constexpr = BLOCK_N if KEY_BITS else max(16, BLOCK_N // 2)
     ROWS: tl.constexpr = (TILE + 31) // 32
     if KEY_BITS:
-        query = load_query(q, KEY_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16)
+        query = tl.trans(load_query(q, KEY_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16))
         # Of the queries as rounded to fp16, or large zeros would not cancel.
-        q_sum = tl.sum(
-            load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16).to(tl.float32), 0
-        )
+        rounded = load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK).to(tl.float16)
+        q_sum = tl.sum(rounded.to(tl.float32), 1) * score_scale
     else:
-        query = load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
+        query = tl.trans(load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK))
     top, total, zeros, acc = empty_state(GROUP_BLOCK, DIM_BLOCK)
     for at in range(page_at, page_end, PAGES):
         place = at + tl.arange(0, PAGES)
@@ -204,47 +215,46 @@ def _attend_tier(
         )
         counts = n_high if IS_HIGH else n_low
         ends = tl.cumsum(counts, 0)
-        # As if a page's ranks started with it: where a row lies is then linear in its rank.
+        # As if a page's ranks started with it: a row's number is then linear in its rank.
         skipped = ends - counts
-        key_start = base + (starts[0] if IS_HIGH else starts[2]) - skipped * KEY_BYTES
-        value_start = base + (starts[1] if IS_HIGH else starts[3]) - skipped * VALUE_BYTES
-        meta_start = base + (starts[4] if IS_HIGH else starts[5]) - skipped * 8
+        key_start = (base + (starts[0] if IS_HIGH else starts[2])) // KEY_BYTES - skipped
+        value_start = (base + (starts[1] if IS_HIGH else starts[3])) // VALUE_BYTES - skipped
+        meta_start = (base + (starts[4] if IS_HIGH else starts[5])) // 8 - skipped
         n = tl.sum(counts, 0)
         ends = per_row(ends, ROWS)
         table = per_row(page * frames_stride, ROWS)
         key_start, value_start = per_row(key_start, ROWS), per_row(value_start, ROWS)
         meta_start = per_row(meta_start, ROWS)
-        for first in range(0, n, TILE):
-            rank = first + tl.arange(0, TILE)
-            mask = rank < n
+        for first in tl.range(0, n, TILE, num_stages=STAGES if KEY_BITS else 1):
+            mask = first + tl.arange(0, TILE) < n
+            # Beyond the last token that one is read again, without masks, and not looked at.
+            rank = tl.minimum(first + tl.arange(0, TILE), n - 1)
             rank = tl.reshape(rank, [ROWS, TILE // ROWS])
-            seen = rank < n
             group = page_of_rank(ends, rank, PAGES)
             entry = frames + tl.gather(table, group, 1)
-            key_at = tl.where(seen, tl.gather(key_start, group, 1) + rank * KEY_BYTES, 0)
-            key_at = arena_offset(entry, key_at, seen, FRAME_BYTES, KEY_BYTES & -KEY_BYTES)
-            value_at = tl.where(seen, tl.gather(value_start, group, 1) + rank * VALUE_BYTES, 0)
-            value_at = arena_offset(entry, value_at, seen, FRAME_BYTES, VALUE_BYTES & -VALUE_BYTES)
+            key_at = tl.gather(key_start, group, 1) + rank
+            key_at = arena_row(entry, key_at, FRAME_BYTES, KEY_BYTES)
+            value_at = tl.gather(value_start, group, 1) + rank
+            value_at = arena_row(entry, value_at, FRAME_BYTES, VALUE_BYTES)
             if KEY_BITS:
-                meta_at = tl.where(seen, tl.gather(meta_start, group, 1) + rank * 8, 0)
-                meta_at = arena_offset(entry, meta_at, seen, FRAME_BYTES, 8)
-                key_scale, key_zero, value_scale, value_zero = load_meta(arena, meta_at, mask)
-                key = load_words(arena, key_at, mask, KEY_BITS, DIM, DIM_BLOCK)
-                value = load_words(arena, value_at, mask, VALUE_BITS, DIM, DIM_BLOCK)
-                dots = tl.dot(unpack_words(key, byte_mask, KEY_BITS, DIM_BLOCK), query)
-                scores = dots * (key_scale * (score_scale * CODE_UNIT))[:, None]
-                scores += (key_zero * score_scale)[:, None] * q_sum[None, :]
-                scores = tl.where(mask[:, None], scores, -float("inf"))
-                weights, top, total, zeros, acc = softmax_step(top, total, zeros, acc, scores)
-                zeros += tl.sum(weights * value_zero[:, None], 0)
-                weights = (weights * (value_scale * WEIGHT_UNIT)[:, None]).to(tl.float16)
-                codes = tl.trans(unpack_words(value, byte_mask, VALUE_BITS, DIM_BLOCK))
-                acc = tl.dot(codes, weights, acc)
+                meta_at = tl.gather(meta_start, group, 1) + rank
+                meta_at = arena_row(entry, meta_at, FRAME_BYTES, 8)
+                key_scale, key_zero, value_scale, value_zero = load_meta_at(arena, meta_at)
+                key = load_rows(arena, key_at, KEY_BITS, 32, DIM, DIM_BLOCK)
+                value = load_rows(arena, value_at, VALUE_BITS, VALUE_WORD, DIM, DIM_BLOCK)
+                dots = tl.dot(key_operand(key, byte_mask, KEY_BITS, DIM_BLOCK), query)
+                scores = dots_by_lane(dots) * by_lane(key_scale * (score_scale * CODE_UNIT))
+                scores += by_lane(key_zero) * q_sum + by_lane(tl.where(mask, 0.0, -float("inf")))
+                weights, fade, top, total, acc = softmax_step(top, total, acc, scores)
+                zeros = zeros * fade + lane_sums(weights * by_lane(value_zero))
+                weights = by_rank((weights * by_lane(value_scale)).to(tl.float16))
+                acc = tl.dot(value_operand(value, byte_mask, VALUE_BITS, DIM_BLOCK), weights, acc)
             else:
-                key_rows, value_rows = (arena + key_at).to(RAW), (arena + value_at).to(RAW)
-                top, total, zeros, acc = attend_rows(
-                    top, total, zeros, acc, query, key_rows, value_rows, mask, score_scale, DIM,
-                    DIM_BLOCK, IN_FP32,
+                key_rows = (arena + key_at.to(tl.int64) * KEY_BYTES).to(RAW)
+                value_rows = (arena + value_at.to(tl.int64) * VALUE_BYTES).to(RAW)
+                top, total, acc = attend_rows(
+                    top, total, acc, query, key_rows, value_rows, mask, score_scale, DIM, DIM_BLOCK,
+                    IN_FP32,
                 )  # fmt: skip
     store_part(top, total, zeros, acc, out, lse, VALUE_BITS, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
 
@@ -279,7 +289,7 @@ def _attend_open(
         TOKEN: elements between two tokens of a raw page.
     """
     ROWS: tl.constexpr = (BLOCK_N + 31) // 32
-    query = load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)
+    query = tl.trans(load_query(q, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK))
     top, total, zeros, acc = empty_state(GROUP_BLOCK, DIM_BLOCK)
     for at in range(page_at, page_end, PAGES):
         place = at + tl.arange(0, PAGES)
@@ -298,8 +308,8 @@ def _attend_open(
             token = in_rows - tl.gather(skipped, group, 1)
             row = tl.gather(slot, group, 1).to(tl.int64) * raw_stride + token * TOKEN
             row = tl.multiple_of(tl.reshape(row, [BLOCK_N]), DIM & -DIM)
-            top, total, zeros, acc = attend_rows(
-                top, total, zeros, acc, query, keys + row, values + row, rank < n, score_scale, DIM,
+            top, total, acc = attend_rows(
+                top, total, acc, query, keys + row, values + row, rank < n, score_scale, DIM,
                 DIM_BLOCK, IN_FP32,
             )  # fmt: skip
     store_part(top, total, zeros, acc, out, lse, 0, GROUP, GROUP_BLOCK, DIM, DIM_BLOCK)

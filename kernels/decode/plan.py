@@ -23,7 +23,7 @@ from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout
 KINDS = 3
 """Open, high and low tokens; rows of the plan are ordered by sequence, head, then kind."""
 
-ITEMS_PER_SM = 12
+ITEMS_PER_SM = 24
 """Twice as many items as run on a multiprocessor at a time: those that are left over at the end are
 then small beside the whole."""
 

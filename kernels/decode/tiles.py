@@ -6,18 +6,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_diffxkv.kernels.gpu.payload import CODE_UNIT, element
+from sglang_diffxkv.kernels.gpu.fragments import key_element, value_element
+from sglang_diffxkv.kernels.gpu.payload import CODE_UNIT
 
-WEIGHT_UNIT: tl.constexpr = tl.constexpr(2.0**4)
-"""Weights times value scales are this much larger in fp16: scales of 4,000 do not overflow, and
-those of values around 0.001 are clear of its subnormals."""
+WEIGHT_LOG2: tl.constexpr = tl.constexpr(4.0)
+"""Weights are 2**4 times larger than those of softmax: times value scales of 4,000 they do not
+overflow in fp16, and times scales around 0.001 they are clear of its subnormals."""
 
 
 @triton.jit
 def attend_rows(
     top,
     total,
-    zeros,
     acc,
     query,
     keys,
@@ -39,8 +39,11 @@ def attend_rows(
         scores = tl.dot(key.to(tl.float32), query, input_precision="ieee")
     else:
         scores = tl.dot(key, query.to(key.dtype))
-    scores = tl.where(mask[:, None], scores * score_scale, -float("inf"))
-    weights, top, total, zeros, acc = softmax_step(top, total, zeros, acc, scores)
+    scores = tl.reshape(scores, [scores.shape[0] // 16, 2, 8, scores.shape[1]])
+    inside = tl.reshape(mask, [scores.shape[0], 2, 8])[:, :, :, None]
+    scores = tl.where(inside, scores * score_scale, -float("inf"))
+    weights, _, top, total, acc = softmax_step(top, total, acc, scores)
+    weights = tl.reshape(weights, [key.shape[0], query.shape[1]])
     if IN_FP32:
         acc = tl.dot(value.to(tl.float32), weights, acc, input_precision="ieee")
     else:
@@ -48,7 +51,7 @@ def attend_rows(
         rounded = weights.to(key.dtype)
         acc = tl.dot(value, rounded, acc)
         acc = tl.dot(value, (weights - rounded.to(tl.float32)).to(key.dtype), acc)
-    return top, total, zeros, acc
+    return top, total, acc
 
 
 @triton.jit
@@ -60,38 +63,51 @@ def load_query(
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
 ):
-    """The group's queries, transposed: fp32 [DIM_BLOCK, GROUP_BLOCK].
+    """The group's queries: fp32 [GROUP_BLOCK, DIM_BLOCK].
 
     Args:
-        BITS: of the codes that they meet, in whose order they are (`element`); 0: of raw rows.
+        BITS: of the codes that they meet, in whose order they are (`key_element`); 0: of raw rows.
     """
-    row, column = tl.arange(0, DIM_BLOCK), tl.arange(0, GROUP_BLOCK)
-    at, weight, inside = row, 1.0, row < DIM
+    row, column = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIM_BLOCK)
+    at, weight, inside = column, 1.0, column < DIM
     if BITS:
-        at, weight, inside = element(row, BITS, DIM)
-        weight = weight[:, None]
-    mask = inside[:, None] & (column < GROUP)[None, :]
-    return (
-        tl.load(q + column[None, :] * DIM + at[:, None], mask=mask, other=0).to(tl.float32) * weight
-    )
+        at, weight, inside = key_element(column, BITS, DIM, DIM_BLOCK)
+        weight = weight[None, :]
+    mask = inside[None, :] & (row < GROUP)[:, None]
+    return tl.load(q + row[:, None] * DIM + at[None, :], mask=mask, other=0).to(tl.float32) * weight
 
 
 @triton.jit
 def empty_state(GROUP_BLOCK: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Running maximum, sums of weights and of weighted zeros, and sum of weighted values."""
-    nothing = tl.zeros([GROUP_BLOCK], tl.float32)
+    """Running maximum, sums of weights and of weighted zeros, and sum of weighted values.
+
+    The sums are of eight parts of the tokens, those of different lanes, which meet only at the end.
+    """
+    parts = tl.zeros([8, GROUP_BLOCK], tl.float32)
     acc = tl.zeros([DIM_BLOCK, GROUP_BLOCK], tl.float32)
-    return tl.full([GROUP_BLOCK], -float("inf"), tl.float32), nothing, nothing, acc
+    return tl.full([GROUP_BLOCK], -float("inf"), tl.float32), parts, parts, acc
 
 
 @triton.jit
-def softmax_step(top, total, zeros, acc, scores):
-    """Weights of a tile's scores [BLOCK_N, GROUP_BLOCK], and the state at its new maximum."""
-    new_top = tl.maximum(top, tl.max(scores, 0))
-    weights = tl.exp2(scores - new_top[None, :])
-    fade = tl.exp2(top - new_top)
-    total = total * fade + tl.sum(weights, 0)
-    return weights, new_top, total, zeros * fade, acc * fade[None, :]
+def softmax_step(top, total, acc, scores):
+    """Weights of a tile's scores, what the state fades by, and the state at its new maximum.
+
+    Args:
+        scores: fp32 [N / 16, 2, 8, G], as lanes hold products: the eight are in different ones.
+
+    Returns:
+        Weights, as scores; fade [1, G]; the maximum [G], sum [8, G] and accumulator [D, G].
+    """
+    new_top = tl.maximum(top, tl.max(tl.max(tl.max(scores, 1), 0), 0))
+    weights = tl.exp2(scores - (new_top - WEIGHT_LOG2)[None, None, None, :])
+    fade = tl.exp2(top - new_top)[None, :]
+    return weights, fade, new_top, total * fade + lane_sums(weights), acc * fade
+
+
+@triton.jit
+def lane_sums(x):
+    """Sums over what a lane holds of x [N / 16, 2, 8, G]: [8, G]."""
+    return tl.sum(tl.sum(x, 1), 0)
 
 
 @triton.jit
@@ -109,14 +125,16 @@ def store_part(
     DIM_BLOCK: tl.constexpr,
 ):
     """Normalise, and write fp32 out [GROUP, DIM] and lse [GROUP]; -inf where there was no token."""
+    total, zeros = tl.sum(total, 0), tl.sum(zeros, 0)
     some = total > 0
     total = tl.where(some, total, 1.0)
     row, column = tl.arange(0, DIM_BLOCK), tl.arange(0, GROUP_BLOCK)
     at, inside = row, row < DIM
     if BITS:
-        at, weight, inside = element(row, BITS, DIM)
-        acc *= (weight * (CODE_UNIT / WEIGHT_UNIT))[:, None]
+        at, weight, inside = value_element(row, BITS, DIM, DIM_BLOCK)
+        acc *= (weight * CODE_UNIT)[:, None]
     mask = inside[:, None] & (column < GROUP)[None, :]
     result = (acc + zeros[None, :]) / total[None, :]
     tl.store(out + column[None, :] * DIM + at[:, None], result, mask=mask)
-    tl.store(lse + column, tl.where(some, top + tl.log2(total), -float("inf")), mask=column < GROUP)
+    log_sum = tl.where(some, top + tl.log2(total) - WEIGHT_LOG2, -float("inf"))
+    tl.store(lse + column, log_sum, mask=column < GROUP)

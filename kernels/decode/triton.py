@@ -9,6 +9,7 @@ import torch
 import triton
 
 from sglang_diffxkv.kernels.decode.attend import attend_item
+from sglang_diffxkv.kernels.decode.constants import attend_constants
 from sglang_diffxkv.kernels.decode.merge_kernels import merge_items, merge_two
 from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
@@ -17,9 +18,7 @@ from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make
 
 LOG2_E = math.log2(math.e)
 BYTE_MASK = 0x00FF00FF
-_TOKENS = 64
 _PAGES = 32
-_REGISTERS = 168
 _MERGE_PARTS = 32
 _MERGE_ROWS = 16
 
@@ -61,6 +60,7 @@ def attend(
         "DIM": dim,
         "DIM_BLOCK": triton.next_power_of_2(dim),
     }
+    constants = attend_constants(blocks["GROUP_BLOCK"], blocks["DIM_BLOCK"])
     parts = q.new_empty(items, group, dim, dtype=torch.float32)
     part_lse = q.new_empty(items, group, dtype=torch.float32)
     sequences = plan.sequences
@@ -97,13 +97,14 @@ def attend(
         KEY_LOW=low.key_bits,
         VALUE_LOW=low.value_bits,
         FRAME_BYTES=layout.frame_bytes,
-        BLOCK_N=_tile_tokens(blocks, k_raw.itemsize),
+        BLOCK_N=constants.tokens,
         PAGES=_PAGES,
+        STAGES=constants.num_stages,
         IN_FP32=not in_16_bits,
         HAS_OPEN=sequences.raw_slot is not None,
         HAS_SEALED=has_sealed,
-        num_warps=2,
-        maxnreg=_REGISTERS,
+        num_warps=constants.num_warps,
+        maxnreg=constants.registers,
         **blocks,
     )
     part = AttentionPart(
@@ -150,12 +151,6 @@ def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
         num_warps=4,
     )
     return merged
-
-
-def _tile_tokens(blocks: dict[str, int], itemsize: int) -> int:
-    """Tokens of a tile: what leaves the registers of `_REGISTERS` unspilled."""
-    size = blocks["DIM_BLOCK"] * blocks["GROUP_BLOCK"] * itemsize // 2
-    return _TOKENS if size <= 1024 else _TOKENS // 2 if size <= 2048 else _TOKENS // 4
 
 
 def decode_sealed(

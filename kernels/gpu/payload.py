@@ -72,6 +72,51 @@ def arena_offset(frames, virtual, mask, FRAME_BYTES: tl.constexpr, ALIGN: tl.con
     return tl.multiple_of(tl.reshape(at, [at.numel]), ALIGN)
 
 
+@triton.jit
+def arena_row(frames, row, FRAME_BYTES: tl.constexpr, ROW_BYTES: tl.constexpr):
+    """Numbers of rows in the arena, as an array of such rows, from those in a virtual space.
+
+    No row straddles frames, and frames are whole numbers of rows of all sizes (`kernels.layout`).
+
+    Args:
+        frames: pointers to the first entry of each page's frame table row; of row's shape.
+        row: int32, N in any shape.
+
+    Returns:
+        [N]: uint32 where those suffice for 256 GiB, else int64.
+    """
+    FRAME_ROWS: tl.constexpr = FRAME_BYTES // ROW_BYTES
+    entry = (row.to(tl.uint32) // FRAME_ROWS).to(tl.int32)
+    frame = tl.load(frames + entry) - entry
+    if ROW_BYTES < 64:
+        at = frame.to(tl.int64) * FRAME_ROWS + row
+    else:
+        at = (frame * FRAME_ROWS + row).to(tl.uint32)
+    return tl.reshape(at, [row.numel])
+
+
+@triton.jit
+def load_rows(
+    arena, row, BITS: tl.constexpr, WORD: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr
+):
+    """Whole rows as words, uint32 or uint16 [N, DIM_BLOCK * BITS / WORD]; 0 where padded.
+
+    Args:
+        arena: uint8 pointer.
+        row: [N], of `arena_row`.
+        WORD: bits of a word.
+        DIM_BLOCK: the power of two that DIM is padded to.
+    """
+    WORDS: tl.constexpr = DIM * BITS // WORD
+    column = tl.arange(0, DIM_BLOCK * BITS // WORD)[None, :]
+    if WORD == 32:
+        words = arena.to(tl.pointer_type(tl.uint32)) + column
+    else:
+        words = arena.to(tl.pointer_type(tl.uint16)) + column
+    at = words + (row.to(tl.int64) * WORDS)[:, None]
+    return tl.load(at) if DIM == DIM_BLOCK else tl.load(at, mask=column < WORDS, other=0)
+
+
 @triton.constexpr_function
 def plane_weight(i, bits):
     """By what products with quarter ``i`` of `load_quarter` are to be multiplied."""
@@ -112,19 +157,6 @@ def load_quarter(
 
 
 @triton.jit
-def load_words(arena, at, mask, BITS: tl.constexpr, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Whole rows as words: uint32 [N, DIM_BLOCK * BITS / 32]; 0 where masked or padded.
-
-    Args:
-        arena: uint8 pointer.
-        at: int64 [N], byte offsets of the rows, multiples of 4. mask: [N].
-        DIM_BLOCK: the power of two that DIM is padded to.
-    """
-    words = arena.to(tl.pointer_type(tl.uint32))
-    return load_words_at(words, at >> 2, mask, BITS, DIM, DIM_BLOCK, 1)
-
-
-@triton.jit
 def load_words_at(
     words,
     at,
@@ -134,10 +166,12 @@ def load_words_at(
     DIM_BLOCK: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """`load_words`, of rows at offsets in words.
+    """Whole rows as words: uint32 [N, DIM_BLOCK * BITS / 32]; 0 where masked or padded.
 
     Args:
-        at: int64 [N].
+        words: uint32 pointer.
+        at: int64 [N], offsets of the rows in words. mask: [N].
+        DIM_BLOCK: the power of two that DIM is padded to.
         PARTS: the parts of a row that are padded each on its own.
     """
     WORDS: tl.constexpr = DIM * BITS // 32 // PARTS
@@ -152,7 +186,7 @@ def load_words_at(
 
 @triton.jit
 def unpack_words(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Codes of `load_words`, times ``2**-24`` and the planes' factors, in the order of `element`.
+    """Codes of whole rows, times ``2**-24`` and the planes' factors, in the order of `element`.
 
     Two codes at a time stay in the word that they were loaded in, which takes half the instructions
     of widening bytes. The compiler would undo that if it knew the mask: hence an argument.
@@ -234,3 +268,10 @@ def load_meta(arena, at, mask):
 def _half(packed, shift: tl.constexpr):
     bits = (packed >> shift & 0xFFFF).to(tl.uint16)
     return bits.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def load_meta_at(arena, row):
+    """`load_meta`, without a mask, of rows given by `arena_row`."""
+    packed = tl.load(arena.to(tl.pointer_type(tl.int64)) + row)
+    return _half(packed, 0), _half(packed, 16), _half(packed, 32), _half(packed, 48)

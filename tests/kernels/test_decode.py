@@ -170,6 +170,18 @@ def test_lopsided_tiers(name: str, shares: tuple[float, float, float]) -> None:
     check_sealed(name, sealed(shares=shares, pages=4, kv_heads=5), [4, 1, 9], 4)
 
 
+@pytest.mark.parametrize("kv_heads", [1, 32])
+def test_payload_spans_frames(name: str, kv_heads: int) -> None:
+    """Of full pages, whose last head ends in the last frame: one head has all frames, 32 share."""
+    gen = torch.Generator().manual_seed(5)
+    layout = layout_of("K8V4", "K8V4", head_dim=64, kv_heads=kv_heads)
+    tiers = random_tiers(3, kv_heads, (0.5, 0.5, 0), gen).clamp(min=1)
+    arena = build_sealed(layout, tiers, gen)
+    if kv_heads == 1:
+        assert (arena.frames >= 0).sum(1).min() > 20
+    check_sealed(name, arena, [3] if kv_heads == 1 else [1], 1)
+
+
 @pytest.mark.parametrize("size", [1e-3, 1e3])
 def test_small_and_large_values(name: str, size: float) -> None:
     """What 16-bit weights have to bear: fp16 ends at 65,504 and is coarse below 6e-5."""
@@ -259,6 +271,19 @@ def test_merge_matches_attention_over_all(name: str) -> None:
     check(merged, part(whole, whole, whole), 1e-6)
     nothing = merge(part(none, none, none), part(none, none, none))
     check(nothing, part(none, none, none), 1e-6)
+
+
+def test_rows_of_large_arenas() -> None:
+    """Numbers of rows beyond 2 ** 31, which the arena of no test has."""
+    from tests.kernels.rows import arena_rows
+
+    frames = torch.tensor([[40_000_000, 70_000_000, 3]], dtype=torch.int32)
+    for row_bytes in (8, 16, 32, 64, 128):
+        per_frame = 3328 // row_bytes
+        virtual = torch.tensor([0, per_frame - 1, per_frame, 3 * per_frame - 1], dtype=torch.int32)
+        expected = frames[0].long()[virtual // per_frame] * per_frame + virtual % per_frame
+        found = arena_rows(frames.to(DEVICE), virtual.to(DEVICE), 3328, row_bytes)
+        assert torch.equal(found.cpu(), expected)
 
 
 def test_mismatches_are_refused() -> None:

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Launch constants of the decode kernel, which are chosen from its compiled code.
+
+One warp to a program needs no barriers, and no warp of it waits for another; twelve programs of 168
+registers fit on a multiprocessor. Of five stages two are for the frame table, two for the payload,
+so that the next tile's is under way while one is attended to. What a program accumulates, queries
+times head_dim, decides how many registers and tokens are left. None of these spills on sm_80, 89,
+90 or 100, under Triton 3.6.0 or 3.8.0 (`bench/results/kernels_compiled.md`), and both prefetch with
+them: no compiler needs constants of its own. Which are the fastest is for `bench/gpu/time_sweep.py`
+to tell.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Constants(NamedTuple):
+    """How the kernel is compiled and launched.
+
+    Attributes:
+        tokens: of a tile of codes; tiles of raw rows have half as many, but at least 16.
+        num_warps: of a program.
+        num_stages: of the loops over codes.
+        registers: most of them per thread.
+    """
+
+    tokens: int
+    num_warps: int
+    num_stages: int
+    registers: int
+
+
+_BY_SIZE = (
+    (512, Constants(64, 1, 5, 168)),
+    (1024, Constants(32, 1, 5, 168)),
+    (2048, Constants(32, 1, 5, 255)),
+)
+_LARGER = Constants(16, 2, 5, 255)
+
+
+def attend_constants(group_block: int, dim_block: int) -> Constants:
+    """Constants for a GQA group and head_dim, each as padded to a power of two."""
+    size = group_block * dim_block
+    return next((constants for most, constants in _BY_SIZE if size <= most), _LARGER)

@@ -64,6 +64,8 @@ def attend_item(
     out,
     lse,
     score_scale,
+    q_stride,
+    q_sealed_stride,
     frames_stride,
     heads_stride,
     raw_stride,
@@ -89,7 +91,8 @@ def attend_item(
 
     Args:
         items, row_start: int32 [N, 4] and [rows + 1] of `plan.DecodePlan`.
-        q, q_sealed: [B, Hq, D], as open and as sealed pages want them.
+        q, q_sealed: [B, Hq, D], as open and as sealed pages want them, with so many elements from
+            one sequence's to the next one's.
         score_scale: sm_scale * log2(e).
         KEY_HIGH ... VALUE_LOW: bits per element of the two tiers, 0 for raw.
         GROUP_BLOCK, DIM_BLOCK: powers of two that the group and D are padded to.
@@ -109,14 +112,15 @@ def attend_item(
     head = row // 3 % KV_HEADS
     sequence = row // (3 * KV_HEADS)
     pages += tl.load(first_page + sequence)
-    q_row = (sequence * KV_HEADS + head) * GROUP * DIM
+    q += sequence.to(tl.int64) * q_stride + head * GROUP * DIM
+    q_sealed += sequence.to(tl.int64) * q_sealed_stride + head * GROUP * DIM
     out += item * GROUP * DIM
     lse += item * GROUP
     if HAS_OPEN and kind == OPEN:
         last_page = tl.load(num_pages + sequence) - 1
         last = tl.load(last_len + sequence)
         _attend_open(
-            q + q_row, keys + head * DIM, values + head * DIM, pages, raw_slot, page_at, page_end,
+            q, keys + head * DIM, values + head * DIM, pages, raw_slot, page_at, page_end,
             last_page, last, raw_stride, out, lse, score_scale, KV_HEADS * DIM, GROUP, GROUP_BLOCK,
             DIM, DIM_BLOCK, max(16, BLOCK_N // 2), PAGES, IN_FP32,
         )  # fmt: skip
@@ -124,14 +128,14 @@ def attend_item(
         heads += head * 2
         if kind == HIGH:
             _attend_tier(
-                q_sealed + q_row, arena, frames, heads, keys.dtype, pages, raw_slot, page_at,
+                q_sealed, arena, frames, heads, keys.dtype, pages, raw_slot, page_at,
                 page_end, frames_stride, heads_stride, byte_mask, out, lse, score_scale, GROUP,
                 GROUP_BLOCK, DIM, DIM_BLOCK, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, FRAME_BYTES,
                 BLOCK_N, PAGES, STAGES, IN_FP32, HAS_OPEN, True,
             )  # fmt: skip
         if kind == LOW:
             _attend_tier(
-                q_sealed + q_row, arena, frames, heads, keys.dtype, pages, raw_slot, page_at,
+                q_sealed, arena, frames, heads, keys.dtype, pages, raw_slot, page_at,
                 page_end, frames_stride, heads_stride, byte_mask, out, lse, score_scale, GROUP,
                 GROUP_BLOCK, DIM, DIM_BLOCK, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, FRAME_BYTES,
                 BLOCK_N, PAGES, STAGES, IN_FP32, HAS_OPEN, False,

@@ -43,7 +43,8 @@ def attend(
     No host sync, and no shape that depends on data: fit for a CUDA graph.
 
     Args:
-        q, q_sealed: [B, Hq, D], as open and as sealed keys want them (`PageLayout.rotates`).
+        q, q_sealed: [B, Hq, D], as open and as sealed keys want them (`PageLayout.rotates`);
+            sequences may be strided, what belongs to one is contiguous.
         arena, frames, heads: as `decode.decode_sealed` takes them.
         k_raw, v_raw: as `decode.decode_open` takes them.
         plan: this layer's, from `plan_decode`.
@@ -72,8 +73,8 @@ def attend(
         items=plan.items,
         row_start=plan.row_start,
         rows=len(plan.row_start) - 1,
-        q=q.contiguous(),
-        q_sealed=q_sealed.contiguous(),
+        q=q,
+        q_sealed=q_sealed,
         arena=arena,
         frames=frames,
         heads=heads,
@@ -87,6 +88,8 @@ def attend(
         out=parts,
         lse=part_lse,
         score_scale=sm_scale * LOG2_E,
+        q_stride=q.stride(0),
+        q_sealed_stride=q_sealed.stride(0),
         frames_stride=frames.stride(0),
         heads_stride=heads.stride(0),
         raw_stride=k_raw.stride(0),

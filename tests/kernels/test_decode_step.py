@@ -83,6 +83,7 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
     assert torch.equal(step.pages.rows, torch.cat([device.store.write_rows(last), padding]))
     for layer in range(LAYERS):
         q = torch.cat([device.queries, torch.full((2, HEADS * GROUP, DIM), 9.0)])
+        q = torch.cat([q, torch.full((6, 3, DIM), torch.nan)], dim=1)[:, : HEADS * GROUP]
         raw = (pages[layer].flatten(0, 1) for pages in (host.store.raw.keys, host.store.raw.values))
         new = [x[step.pages.rows] for x in raw]
         for pages in (device.store.raw.keys, device.store.raw.values):

@@ -153,10 +153,10 @@ def _extend_unpacked(s: Setting) -> None:
     scratch = make_scratch(s.layout, s.dtype, "meta")
     # Sealed keys that are rotated meet queries that were, in fp32.
     dtype = torch.float32 if s.layout.rotates else s.dtype
-    for queries in (QUERIES, 16):  # few, whose pages are split
+    for queries, batch in ((QUERIES, BATCH), (64, 1)):  # few, whose tokens are split
         q = s.queries(queries).to(dtype)
-        lists = ints(BATCH + 1), ints(scratch.pages)
-        where = ints(BATCH + 1), s.arena(), *s.tables(), *lists
+        lists = ints(batch + 1), ints(scratch.pages)
+        where = ints(batch + 1), s.arena(), *s.tables(), *lists
         extend_unpacked(empty_part(q), q, *where, s.layout, s.sm_scale, scratch)
 
 

@@ -17,6 +17,7 @@ from sglang_diffxkv.kernels.extend.dense import LOG2_E
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
 from sglang_diffxkv.kernels.extend.triton import (
     DTYPES,
+    MAX_REGISTERS,
     count_blocks,
     count_splits,
     launch_merge,
@@ -57,7 +58,7 @@ def unpacked_tile(dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
             return Tile(128, 128, 8, 3, peel=True)
         if dim <= 128:
             return Tile(128, 64, 8, 3, peel=True)
-        return Tile(128 if capability < 100 else 64, 64, 8, 2, peel=False)
+        return Tile(64, 64, 8, 2, peel=False)
     if dim <= 64:
         return Tile(128, 64, 8, 3, peel=True)
     return Tile(128, 64, 8, 2, peel=False) if dim <= 128 else Tile(64, 32, 8, 2, peel=False)
@@ -169,6 +170,7 @@ def _attend(
         BLOCK_N=tile.tokens,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        maxnreg=MAX_REGISTERS,
     )
     if splits > 1:
         launch_merge(into, part, onto=True)

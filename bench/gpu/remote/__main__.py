@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.gpu.pages import table
-from bench.gpu.remote.unpack import ROOT, SITE, TRITON_CACHE
+from bench.gpu.remote.unpack import FLASHINFER, ROOT, SITE, TRITON_CACHE
 from bench.gpu.results import write_whole
 
 SERVERS = {
@@ -92,7 +92,7 @@ CALLS = {"first": first, "second": second}
 
 def environment(dry: bool) -> dict[str, str]:
     """What is packed comes behind this checkout, and before what is installed."""
-    path = os.pathsep.join((os.environ["PYTHONPATH"], str(SITE)))
+    path = os.pathsep.join((os.environ["PYTHONPATH"], str(SITE), str(FLASHINFER)))
     env = os.environ | SERVERS | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(TRITON_CACHE)}
     if (headers := _cuda_headers()) is not None:
         env["CPATH"] = str(headers)

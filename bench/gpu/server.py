@@ -114,7 +114,7 @@ class Kind(NamedTuple):
 
     Attributes:
         config: of diffxkv; stock where it is None.
-        fallback: arguments of a second try, where the first does not start.
+        fallback: arguments of a second try without FlashInfer, where the first does not start.
     """
 
     is_large: bool
@@ -131,19 +131,20 @@ def kinds(scale: Scale) -> dict[str, Kind]:
     stock, fallback = ((*flashinfer, *graphs), (*triton, *graphs)) if gpu else ((), None)
     small, large = ({"memory_bytes": nbytes} for nbytes in scale.memory)
     ours = {"policy": "diffkv"} | small
-    no_overlap = ("--disable-overlap-schedule", *graphs)
+    again = graphs if gpu else None
     found = {
-        "ours": Kind(False, ours, graphs),
+        "ours": Kind(False, ours, graphs, again),
         "stock": Kind(False, None, stock, fallback),
-        "ours 8B": Kind(True, large, graphs),
+        "ours 8B": Kind(True, large, graphs, again),
         "stock 8B": Kind(True, None, stock, fallback),
     }
     if not gpu:
         return found
-    found["ours, no overlap"] = Kind(False, ours, no_overlap)
-    found["ours, no graphs"] = Kind(False, ours, NO_GRAPHS)
+    no_overlap = ("--disable-overlap-schedule", *graphs)
+    found["ours, no overlap"] = Kind(False, ours, no_overlap, no_overlap)
+    found["ours, no graphs"] = Kind(False, ours, NO_GRAPHS, NO_GRAPHS)
     if torch.cuda.get_device_properties(0).total_memory > THIRD_SERVER_BYTES:
-        found["ours 8B, no overlap"] = Kind(True, large, no_overlap)
+        found["ours 8B, no overlap"] = Kind(True, large, no_overlap, no_overlap)
     return found
 
 
@@ -183,6 +184,12 @@ def make_server(
         made._command[:1] = [sys.executable, "-c", start]
     made._start_timeout = seconds
     return made
+
+
+def without_flashinfer(path: str) -> str:
+    """A search path less the folders that hold FlashInfer."""
+    kept = (x for x in path.split(os.pathsep) if not (Path(x) / "flashinfer").is_dir())
+    return os.pathsep.join(kept)
 
 
 def token_bytes(scale: Scale, kind: Kind) -> int:
@@ -330,15 +337,18 @@ class Bench:
 
     def _start(self, name: str, kind: Kind, models: tuple[Path, Path], seconds: float) -> None:
         begin = time.monotonic()
-        for arguments in (kind.arguments, kind.fallback):
+        for tries, arguments in enumerate((kind.arguments, kind.fallback)):
             left = seconds - (time.monotonic() - begin)
             if arguments is None or left < 10:
                 return
             made = make_server(name, kind, arguments, models, self.logs, self.scale, left)
+            if tries:
+                made._env["PYTHONPATH"] = without_flashinfer(made._env["PYTHONPATH"])
             try:
                 made.__enter__()
             except Exception as error:  # ServerError: its text ends with the log's last lines
-                self.put(f"failed: start of {name} {' '.join(arguments[:2])}", str(error)[-3000:])
+                how = ", without FlashInfer" if tries else ""
+                self.put(f"failed: start of {name}{how}", str(error)[-3000:])
             else:
                 self.running[name] = made
                 return
@@ -401,7 +411,7 @@ class Bench:
         scale = self.scale
         self.put("loads", [size._asdict() for size in scale.loads])
         self.put("memory_bytes", scale.memory[1])
-        self.start(models, (0.45 if scale is GPU else 0.75) * self.seconds)
+        self.start(models, (0.5 if scale is GPU else 0.75) * self.seconds)
         self.part("equality", 60, self.equality)
         self.part("steps", 30, self.steps)
         self.part("syncs", 5, self.syncs)

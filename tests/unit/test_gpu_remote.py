@@ -10,17 +10,19 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bench.gpu import children, server_page
+from bench.gpu import children, server, server_page
 from bench.gpu.children import Child
 from bench.gpu.remote import __main__ as remote
 from bench.gpu.remote import pack, unpack
-from bench.gpu.remote.shim import stand_ins
+from bench.gpu.remote.shim import stand_ins, syncs
 from bench.gpu.results import Results
 
 CHECK = {"name": "decode x", "operation": "decode", "timed": True, "tolerance": 1e-3}
@@ -164,6 +166,15 @@ def test_absent_packages_can_be_imported_but_not_used(monkeypatch: pytest.Monkey
         del sys.modules[name]
 
 
+def test_a_second_try_does_without_flashinfer(tmp_path: Path) -> None:
+    (tmp_path / "a/flashinfer").mkdir(parents=True)
+    (tmp_path / "b").mkdir()
+    path = [str(tmp_path / name) for name in "ab"]
+    assert server.without_flashinfer(os.pathsep.join(path)) == path[1]
+    tiny, full = (server.token_bytes(server.GPU, server.Kind(x, None, ())) for x in (False, True))
+    assert (tiny, full) == (8 * 4 * 128 * 2 * 2, 128 << 10)
+
+
 def test_page_of_servers_that_did_not_start() -> None:
     record = {
         "device": "X",
@@ -185,3 +196,27 @@ def test_page_of_servers_that_did_not_start() -> None:
     assert "outputs of stock differ" not in page
     assert "| ours 8B | 3 | 4 | 1.75 |" in page and "| stock 8B | 2 | – | – |" in page
     assert "| a.py:3 | 2 |" in page
+
+
+def test_hidden_waits_are_counted_by_line_in_decode_steps_only(tmp_path: Path) -> None:
+    class Scheduler:
+        def run_batch(self, batch: Any) -> str:
+            warnings.warn("called a synchronizing CUDA operation", UserWarning, stacklevel=1)
+            warnings.warn("something else", UserWarning, stacklevel=1)
+            return "ran"
+
+    def batch(is_decode: bool) -> Any:
+        return SimpleNamespace(forward_mode=SimpleNamespace(is_decode=lambda: is_decode))
+
+    path = tmp_path / "syncs.json"
+    with warnings.catch_warnings():
+        syncs.Watch(path).install(Scheduler)
+        warnings.simplefilter("ignore")
+        for i in range(syncs.SKIPPED + syncs.STEPS // 2):
+            assert Scheduler().run_batch(batch(True)) == "ran"
+            if i == 1:
+                Scheduler().run_batch(batch(False))
+    found = json.loads(path.read_text())
+    assert found["decode_steps"] == syncs.STEPS // 2
+    ((site, count),) = found["syncs"].items()
+    assert "test_gpu_remote.py" in site and count == syncs.STEPS // 2 - 1

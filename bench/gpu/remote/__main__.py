@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bench.gpu.pages import table
-from bench.gpu.remote.unpack import ROOT, SITE, TRITON_CACHE
+from bench.gpu.remote.unpack import FLASHINFER, ROOT, SITE, TRITON_CACHE
 from bench.gpu.results import write_whole
 
 SERVERS = {
@@ -64,21 +64,21 @@ class Step(NamedTuple):
 def first(out: Path, dry: bool) -> list[Step]:
     """Kernels. The bench itself keeps to its time, and runs its most telling parts first."""
     small = ("--dry",) if dry else ()
-    seconds = 200 if dry else 270
+    seconds = 200 if dry else 240
     bench = ("-m", "bench.gpu", "--seconds", str(seconds), "--output", str(out), *small)
     checks = ("-m", "bench.gpu.verify", "--small", "decode", "pack")
     alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)
     return [
         Step("unpack", 240 if dry else 45, ("-m", "bench.gpu.remote.unpack")),
         Step("kernels", seconds + 15, bench),
-        Step("ncu", 45, ("-m", "bench.gpu.remote.attend"), NCU, output="ncu.txt"),
-        Step("memcheck", 40, checks, MEMCHECK, alone, output="memcheck.txt"),
+        Step("ncu", 40, ("-m", "bench.gpu.remote.attend"), NCU, output="ncu.txt"),
+        Step("memcheck", 35, checks, MEMCHECK, alone, output="memcheck.txt"),
     ]
 
 
 def second(out: Path, dry: bool) -> list[Step]:
     """Servers, all of which start at once."""
-    seconds = 700 if dry else 310
+    seconds = 700 if dry else 300
     small = ("--dry",) if dry else ()
     bench = ("-m", "bench.gpu.server", "--seconds", str(seconds), "--output", str(out), *small)
     return [
@@ -92,7 +92,7 @@ CALLS = {"first": first, "second": second}
 
 def environment(dry: bool) -> dict[str, str]:
     """What is packed comes behind this checkout, and before what is installed."""
-    path = os.pathsep.join((os.environ["PYTHONPATH"], str(SITE)))
+    path = os.pathsep.join((os.environ["PYTHONPATH"], str(SITE), str(FLASHINFER)))
     env = os.environ | SERVERS | {"PYTHONPATH": path, "TRITON_CACHE_DIR": str(TRITON_CACHE)}
     if (headers := _cuda_headers()) is not None:
         env["CPATH"] = str(headers)

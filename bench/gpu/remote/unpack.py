@@ -14,8 +14,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 UPLOAD = ROOT / "build/gpu-upload"
 WORK = Path(os.environ.get("GPU_WORK", "/tmp/diffxkv-gpu"))
-SITE, TRITON_CACHE = WORK / "site", WORK / "triton"
-FOLDERS = {"sglang": SITE, "flashinfer": SITE, "triton": TRITON_CACHE}
+SITE, FLASHINFER, TRITON_CACHE = WORK / "site", WORK / "flashinfer", WORK / "triton"
+FOLDERS = {"sglang": SITE, "flashinfer": FLASHINFER, "triton": TRITON_CACHE}
 DONE = WORK / "unpacked"
 
 
@@ -52,9 +52,10 @@ def main() -> None:
         print(*pool.map(unpack, FOLDERS), sep="\n")
     print(f"{move_cache(TRITON_CACHE)} kernels in Triton's cache")
     # The servers' processes start at the same time: none of them should compile all of it.
-    if SITE.exists():
-        subprocess.run([sys.executable, "-m", "compileall", "-q", "-j0", str(SITE)],
-                       stdout=subprocess.DEVNULL, check=False)  # fmt: skip
+    compiled = [str(folder) for folder in (SITE, FLASHINFER) if folder.exists()]
+    if compiled:
+        command = [sys.executable, "-m", "compileall", "-q", "-j0", *compiled]
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
     DONE.parent.mkdir(parents=True, exist_ok=True)
     DONE.touch()
 

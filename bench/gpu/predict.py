@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from bench.gpu.built import Built
 from bench.gpu.code import Loop
-from bench.gpu.report import markdown_table
+from bench.gpu.report import folded, markdown_table
 from bench.gpu.stalls import BARRIER, LOAD, OTHER, TABLE
 from bench.gpu.tiles import Tile, tiles_of
 
@@ -192,9 +192,9 @@ def predictions(built: Built) -> Iterator[tuple[Tile, Loop, Prediction]]:
 
 
 def row(built: Built, tile: Tile, loop: Loop, p: Prediction) -> list[Any]:
-    """One row of `COLUMNS`."""
+    """One row of `COLUMNS`, to be folded."""
     return [
-        built.triton, built.kernel, built.cases[0], tile.name, built.num_warps,
+        built.triton, built.kernel, built.cases, tile.name, built.num_warps,
         built.occupancy.blocks if built.occupancy else 0, tile.tokens, loop.instructions,
         f"{p.per_element:.1f}", f"{p.loads:.2f}", f"{loop.stalls.exposed / CLOCK * 1e6:.2f}",
         f"{p.tile:.2f}", f"{p.bytes:.0f}", f"{p.issue:.0f}", f"{p.tensor:.0f}", f"{p.latency:.0f}",
@@ -206,7 +206,7 @@ def table(results: Iterable[Built]) -> str:
     """The predictions for what was compiled for sm_90."""
     hopper = [r for r in results if r.arch == "sm_90"]
     lines = (row(r, *found) for r in hopper for found in predictions(r))
-    return markdown_table(COLUMNS, dict.fromkeys(map(tuple, lines)))
+    return markdown_table(COLUMNS, folded(lines, 2))
 
 
 def report(results: Sequence[Built]) -> str:

@@ -156,7 +156,9 @@ pages of the next tiles, if of a page's tokens 25% are high and 50% low.
 Against a review's estimates of the decode kernel as it was when the model was made (shares of
 bandwidth, K8V4 and K4V2, D = 128, four queries to a KV head): Triton 3.6.0 55–60% and 30–35%, the
 model 56% and 32%; 3.8.0 75–85% and 45–50%, the model 66% and 38%; 3.8.0 with two stages at least
-90% and 65–75%, the model 99% and 54%. It is the more cautious, the more so where less is exposed.
+90% and 65–75%, the model 99% and 54%. With all loads at {LOAD} cycles, as first written, it was
+below all of them (41% and 25%, 57% and 32%, 82% and 44%); that tables come from the L2 was added
+after that comparison, and nothing since.
 
 "Per element" counts thread instructions of the main loop, of all its branches, per key or value
 element. A tile of extend meets a block of query rows; one of score all sampled queries. "Loads" is

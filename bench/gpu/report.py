@@ -12,9 +12,9 @@ from bench.gpu.tiles import tiles_of
 
 INTRODUCTION = """# Compiled kernels
 
-`make compile-kernels`: {count} kernels, over all architectures, by {versions}, read from the
-machine code. Nothing here was run. "For" is the first case that uses a configuration, and how many
-others do. Blocks and warps are what fits on a multiprocessor; spills are instructions.
+`make compile-kernels`: {count} kernels, over all architectures, by {versions}, read
+from the machine code. Nothing here was run. "For" is the first case that comes to such code, and
+how many others do. Blocks and warps are what fits on a multiprocessor; spills are instructions.
 
 """
 
@@ -50,9 +50,20 @@ def shortened(cases: Sequence[str]) -> str:
     return cases[0] + (f" + {len(cases) - 1}" if len(cases) > 1 else "")
 
 
+def folded(rows: Iterable[Sequence[Any]], at: int) -> list[list[Any]]:
+    """One row for all that differ in nothing but their cases, which are in column ``at``."""
+    found: dict[tuple[Any, ...], list[str]] = {}
+    for cells in rows:
+        found.setdefault((*cells[:at], *cells[at + 1 :]), []).extend(cells[at])
+    return [
+        [*cells[:at], shortened(list(dict.fromkeys(cases))), *cells[at:]]
+        for cells, cases in found.items()
+    ]
+
+
 def row(built: Built) -> list[Any]:
-    """One row of `COLUMNS`; spills are instructions."""
-    head = [built.kernel, shortened(built.cases), built.num_warps, built.num_stages]
+    """One row of `COLUMNS`, to be folded."""
+    head = [built.kernel, built.cases, built.num_warps, built.num_stages]
     code, fits = built.code, built.occupancy
     if code is None or fits is None:
         return [*head, "**does not compile**", *["–"] * (len(COLUMNS) - len(head) - 1)]
@@ -69,12 +80,12 @@ def tables(results: Sequence[Built]) -> str:
     text = ""
     for arch, version in dict.fromkeys((r.arch, r.triton) for r in results):
         mine = [row(r) for r in results if (r.arch, r.triton) == (arch, version)]
-        text += f"\n## {arch}, Triton {version}\n\n" + markdown_table(COLUMNS, mine)
+        text += f"\n## {arch}, Triton {version}\n\n" + markdown_table(COLUMNS, folded(mine, 1))
     return text
 
 
 def loop_rows(built: Built) -> Iterator[list[Any]]:
-    """Rows of `LOOP_COLUMNS`."""
+    """Rows of `LOOP_COLUMNS`, to be folded."""
     loops = built.code.main_loops if built.code else []
     tiles = tiles_of(built)
     matched = len(tiles) == len(loops) and any(x.tensor for x in loops)
@@ -84,7 +95,7 @@ def loop_rows(built: Built) -> Iterator[list[Any]]:
             issued = loop.instructions * built.num_warps * tiles[i].iterations
             name, element = tiles[i].name, f"{issued * 32 / tiles[i].elements:.1f}"
         yield [
-            built.triton, built.kernel, shortened(built.cases), name, loop.instructions, element,
+            built.triton, built.kernel, built.cases, name, loop.instructions, element,
             *(loop.mix.get(x, 0) for x in COUNTED), loop.tensor, round(loop.stalls.exposed),
             round(loop.stalls.cycles),
         ]  # fmt: skip
@@ -94,7 +105,7 @@ def page(results: Sequence[Built]) -> str:
     """All tables."""
     versions = " and ".join(f"Triton {x}" for x in dict.fromkeys(r.triton for r in results))
     hopper = [r for r in results if r.arch == "sm_90"]
-    lines = dict.fromkeys(tuple(line) for r in hopper for line in loop_rows(r))
+    lines = folded((line for r in hopper for line in loop_rows(r)), 2)
     head = INTRODUCTION.format(count=len(results), versions=versions)
     return head + LOOPS + markdown_table(LOOP_COLUMNS, lines) + tables(results)
 

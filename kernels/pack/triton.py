@@ -113,6 +113,7 @@ def copy_rows(old: Payload, new: Payload, layout: PageLayout) -> None:
         old_max_frames=old.frames.shape[1],
         new_max_frames=new.frames.shape[1],
         num_warps=NUM_WARPS,
+        maxnreg=255,  # Triton 3.6.0's assembler would rather spill than use more than 40
         **constants,
     )
 

@@ -17,6 +17,7 @@ from bench.gpu.code import Code, Loop
 from bench.gpu.compile import Compiled, sampled, verdict
 from bench.gpu.occupancy import ARCHITECTURES, Occupancy, occupancy
 from bench.gpu.predict import predict, turn_cycles
+from bench.gpu.report import folded
 from bench.gpu.sass import NO_CONTROL, Instruction, find_loops, parse
 from bench.gpu.stalls import BARRIER, LOAD, TABLE, Stalls, of_loop
 from bench.gpu.tiles import Tile
@@ -252,6 +253,11 @@ def test_a_spill_on_record_fails_where_it_is_shipped(
     (line,) = verdict(every, Compiled([], [spilling.fingerprint]))
     assert "spills" in line
     assert verdict(every, Compiled([], [r.fingerprint for r in record])) == []
+
+
+def test_rows_that_differ_in_their_cases_are_folded() -> None:
+    rows = [["a", ["x", "y"], 1], ["b", ["z"], 1], ["a", ["y", "w"], 1]]
+    assert folded(rows, 1) == [["a", "x + 2", 1], ["b", "z", 1]]
 
 
 def test_samples() -> None:

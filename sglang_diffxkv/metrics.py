@@ -21,6 +21,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
     of ``bytes_in_use``.
     """
     layout, ledger, plan = store.layout, store.ledger, store.plan
+    store.settle()  # so that all figures are of one moment
     sums = store.totals.by_layer()
     high, low = sum(sums.high), sum(sums.low)
 
@@ -63,7 +64,10 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
 
 
 def pool_gauges(store: PageStore) -> dict[str, Any]:
-    """The part of `pool_stats` that gauges show, as far as it is known without any wait."""
+    """The part of `pool_stats` that gauges show, as far as it is known without any wait.
+
+    On a GPU tiers may be some steps older or newer than pages are.
+    """
     return _gauges(store, store.totals.lately())
 
 
@@ -79,7 +83,7 @@ def _gauges(store: PageStore, sums: LayerSums) -> dict[str, Any]:
         "bytes_total": store.nbytes,
         "bytes_in_use": store.bytes_in_use,
         "physical_compression": store.physical_compression,
-        "tier_tokens": {"high": high, "low": low, "pruned": entries - high - low},
+        "tier_tokens": {"high": high, "low": low, "pruned": max(0, entries - high - low)},
         "counters": asdict(store.counters),
     }
 

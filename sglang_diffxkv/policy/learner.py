@@ -115,7 +115,8 @@ class PlanLearner:
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="diffxkv-plan")
         work = self._next_and_save if saves else self._next_plan
-        self._solving = self._thread.submit(work, self._sketch.copy(), self.plan)
+        taken, plan = self._sketch.taken(), self.plan
+        self._solving = self._thread.submit(lambda: work(taken(), plan))
         return True
 
     def _next_and_save(self, sketch: ImportanceSketch, plan: Plan | None) -> Plan:

@@ -9,9 +9,12 @@ synchronisation.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from sglang_diffxkv.kernels.gpu.transfer import Download, upload
 
 BINS_PER_OCTAVE = 8
 OCTAVES = 14
@@ -60,11 +63,17 @@ class ImportanceSketch:
 
     def to(self, device: torch.device) -> None:
         """Move it."""
-        self.tokens, self.mass = self.tokens.to(device), self.mass.to(device)
+        if self.tokens.device != device:
+            self.tokens, self.mass = upload(self.tokens, device), upload(self.mass, device)
 
     def copy(self) -> ImportanceSketch:
         """The sketch as it is now, on the host."""
-        return ImportanceSketch(*(x.to("cpu", copy=True) for x in (self.tokens, self.mass)))
+        return self.taken()()
+
+    def taken(self) -> Callable[[], ImportanceSketch]:
+        """A call that gives `copy` as of now, and waits for the device, in whatever thread."""
+        downloads = [Download(x.clone()) for x in (self.tokens, self.mass)]
+        return lambda: ImportanceSketch(*(x.values() for x in downloads))
 
     def difference(self, other: ImportanceSketch) -> float:
         """Share of importance that lies elsewhere: total variation, mean over layers, 0 to 1.

@@ -170,8 +170,6 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def create_prefill_budget(
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
     ) -> DiffXKVPrefillBudget:
-        if self.rows is None or not self.rows.running:
-            self.store.settle()  # no step will come that does
         return DiffXKVPrefillBudget(
             self, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens
         )
@@ -242,9 +240,10 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         Cached pages that may be sealed count as free already: only lossless ones have to go.
         """
         ledger = self.store.ledger
+        if self.tokens_with_raw_page < num_tokens:
+            self.store.settle()
         if self.tokens_with_raw_page >= num_tokens or not ledger.raw_only:
             return
-        self.store.settle()
         held = ledger.raw_only - self.store.num_raw_only_unused(self.held_since)
         self._evict_until(
             tree_cache,

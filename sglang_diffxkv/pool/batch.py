@@ -12,9 +12,6 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.scoring import Sampler
 from sglang_diffxkv.pool.store import NotedQuality, PageStateError, PageStore
 
-READY_PAGES = 8
-"""Places for pages that decode steps seal come in multiples of this."""
-
 
 class BatchPages(NamedTuple):
     """Ragged page lists of the B sequences of a batch, shared by all layers.
@@ -233,17 +230,15 @@ def ready_pages(
 
     Args:
         req_to_token, rows, max_len: as in `gather_pages`. scored_lens: as in `pages_to_seal`.
-        due: how many are expected.
+        due: how many are expected, N.
     """
     index = torch.arange(-(-max_len // PAGE_TOKENS), device=rows.device)
     pages = req_to_token[rows[:, None], index * PAGE_TOKENS].long() // PAGE_TOKENS
     scored = (index + 1) * PAGE_TOKENS <= scored_lens[:, None]
     is_open = store.directory.raw_slot[pages] >= 0
     ready = (scored & is_open & ~store.in_window(pages) & store.may_seal(pages)).flatten()
-    most = -(-due // READY_PAGES) * READY_PAGES
     place = ready.cumsum(0) - 1
-    place = torch.where(ready & (place < most), place, most)
-    found = pages.new_zeros(most + 1).scatter_(0, place, pages.flatten())[:most]
+    place = torch.where(ready & (place < due), place, due)
+    found = pages.new_zeros(due + 1).scatter_(0, place, pages.flatten())[:due]
     again = (found[:, None] == found).tril(-1).any(1)  # two sequences may share one
-    count = ready.sum()
-    return ReadyPages(found, (torch.arange(most, device=rows.device) < count) & ~again)
+    return ReadyPages(found, (torch.arange(due, device=rows.device) < ready.sum()) & ~again)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
@@ -51,10 +52,20 @@ class DiffXKVPrefillBudget(PrefillBudget):
         )
         return tokens - self.current_offset
 
+    def _holds(self, condition: Callable[[], bool]) -> bool:
+        """Whether so, if need be with what was freed and the ledger does not know yet.
+
+        Who is refused on what was known may not be asked for again until somebody else leaves.
+        """
+        if condition():
+            return True
+        self.allocator.store.settle()
+        return condition()
+
     def has_capacity(self) -> bool:
         # Not `remaining_current`: what is short now may be sealed a step later, and SGLang would
         # admit nobody until some request finishes.
-        return not self._closed and self.remaining_total > 0
+        return not self._closed and self._holds(lambda: self.remaining_total > 0)
 
     def _openable(self, tokens: int) -> int:
         """How many of ``tokens`` new ones, in whole pages, raw pages allow to open in this step.
@@ -91,12 +102,13 @@ class DiffXKVPrefillBudget(PrefillBudget):
         chunk_limit: int | None,
         auxiliary_swa_host_hit_length: int = 0,
     ) -> tuple[bool, int | None]:
-        if self._closed or total_tokens >= self.remaining_total:
+        if self._closed or not self._holds(lambda: total_tokens < self.remaining_total):
             return False, None
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
         needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will charge it
         openable = self._openable(needed)
-        if openable > self.remaining_current or self._make_room(openable) < openable:
+        fits = self._holds(lambda: openable <= self.remaining_current)
+        if not fits or self._make_room(openable) < openable:
             return _NOT_IN_THIS_STEP
         if openable == needed:
             return True, chunk_limit
@@ -116,13 +128,16 @@ class DiffXKVPrefillBudget(PrefillBudget):
         """Where the radix cache is off: admits a whole prompt, of which one chunk is opened now."""
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
         needed = self.ceil_paged_tokens(wanted) + self.page_size
-        if self._closed or paged_input > self.remaining_total or needed > self.remaining_current:
-            return False
-        return needed <= self._make_room(needed)
+        fits = not self._closed and self._holds(
+            lambda: paged_input <= self.remaining_total and needed <= self.remaining_current
+        )
+        return fits and needed <= self._make_room(needed)
 
     def available_chunk_tokens(self, chunk_limit: int) -> int | None:
         # An unfinished prompt holds its pages, so it goes on with whatever room there is.
-        wanted = min(chunk_limit + self.page_size, int(self.remaining_current))
+        most = chunk_limit + self.page_size
+        self._holds(lambda: self.remaining_current >= most)
+        wanted = min(most, int(self.remaining_current))
         room = self._make_room(self._openable(wanted)) - self.page_size
         if room > 0:
             return min(chunk_limit, room)

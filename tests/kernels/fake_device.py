@@ -35,9 +35,16 @@ _LAUNCHING += [f"sglang_diffxkv.kernels.{x}" for x in ("decode.plan", "extend.un
 _CACHES = (hadamard, caps._size_table)
 """Of tensors by device."""
 _COPY, _MOVE = "aten::copy_", "aten::_to_copy"
-_WAITS = ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select")
+_WAITS = (
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::equal",
+    "aten::bincount",
+)
 """Their results, or the shapes of these, are for the host; so are those of all unique ones."""
-_UNIQUE = "unique"
+_UNIQUE, _REPEAT = "unique", "aten::repeat_interleave"
+_ROOT = Path(launch.__file__).resolve().parents[2]
 _INDEXES = ("aten::index", "aten::index_put_", "aten::index_put")
 _waits: list[str] = []
 _pinned: list[torch.Tensor] = []
@@ -138,7 +145,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _check_copy(args[0], on_device, None, not kwargs.get("non_blocking"))
     else:
         _check_operands(name, given)
-        if isinstance(next(iter(given), None), OnDevice) and _makes_the_host_wait(name, args):
+        waits_for = _makes_the_host_wait(name, args, kwargs)
+        if isinstance(next(iter(given), None), OnDevice) and waits_for:
             _note_wait(name)
     if target is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -168,8 +176,10 @@ def _check_operands(name: str, given: list[torch.Tensor]) -> None:
         raise RuntimeError(f"{name}: a tensor of the host, {tuple(hosts[0].shape)}, and the device")
 
 
-def _makes_the_host_wait(name: str, args: Any) -> bool:
+def _makes_the_host_wait(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
     """As CUDA has it: values are asked for, or a shape depends on some."""
+    if name == _REPEAT:
+        return kwargs.get("output_size") is None
     if name in _INDEXES:
         indices = [x for x in args[1] if isinstance(x, torch.Tensor)]
         return any(x.dtype == torch.bool for x in indices)
@@ -183,11 +193,9 @@ def _caller() -> traceback.FrameSummary:
 
 
 def _is_ours(caller: traceback.FrameSummary) -> bool:
-    parts = Path(caller.filename).parts
-    others = {"tests", "site-packages"}
-    return not others.intersection(parts) and bool(
-        {"sglang_diffxkv", "kernels", "patches"}.intersection(parts)
-    )
+    path = Path(caller.filename).resolve()
+    ours = ("sglang_diffxkv", "kernels", "patches")
+    return any(path.is_relative_to(_ROOT / folder) for folder in ours)
 
 
 def _note_wait(name: str) -> None:

@@ -132,10 +132,10 @@ class Server:
             out_cache_loc=loc,
         )
         self.backend.batch_rows = [2, 1]
+        Event.launched += 1
         self.backend.init_forward_metadata(batch)
         self._forward(len(loc), batch)
         self.backend.end_of_step()
-        Event.launched += 1
         Event.seen = Event.launched - 1  # the results of the one before are processed now
         assert self.backend.forward_metadata is None and self.backend.decode_batch is None
 

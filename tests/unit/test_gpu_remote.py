@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import children, server, server_page
+from bench.gpu import children, server_kinds, server_page
 from bench.gpu.children import Child
 from bench.gpu.remote import __main__ as remote
 from bench.gpu.remote import pack, unpack
@@ -170,8 +170,11 @@ def test_a_second_try_does_without_flashinfer(tmp_path: Path) -> None:
     (tmp_path / "a/flashinfer").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     path = [str(tmp_path / name) for name in "ab"]
-    assert server.without_flashinfer(os.pathsep.join(path)) == path[1]
-    tiny, full = (server.token_bytes(server.GPU, server.Kind(x, None, ())) for x in (False, True))
+    assert server_kinds.without_flashinfer(os.pathsep.join(path)) == path[1]
+    tiny, full = (
+        server_kinds.token_bytes(server_kinds.GPU, server_kinds.Kind(x, None, ()))
+        for x in (False, True)
+    )
     assert (tiny, full) == (8 * 4 * 128 * 2 * 2, 128 << 10)
 
 

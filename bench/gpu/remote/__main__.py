@@ -64,7 +64,7 @@ class Step(NamedTuple):
 def first(out: Path, dry: bool) -> list[Step]:
     """Kernels. The bench itself keeps to its time, and runs its most telling parts first."""
     small = ("--dry",) if dry else ()
-    seconds = 200 if dry else 240
+    seconds = 300 if dry else 240
     bench = ("-m", "bench.gpu", "--seconds", str(seconds), "--output", str(out), *small)
     checks = ("-m", "bench.gpu.verify", "--small", "decode", "pack")
     alone = (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),)

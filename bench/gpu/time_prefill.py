@@ -251,7 +251,7 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """Chunks in order, for as long as there is time."""
     if "pack" in red:
-        yield {"skipped": "pack, which makes the inputs, failed its checks"}
+        yield {"skipped": "pack, which makes the inputs, crashed or gave NaN"}
         return
     if "extend_unpacked" not in red:
         yield from crossovers(device)

@@ -107,7 +107,7 @@ class Input:
 def run(device: torch.device, deadline: Deadline, red: Collection[str]) -> Iterator[dict[str, Any]]:
     """Every setting beside the shipped one, on a usual mix and on each tier alone."""
     if "decode" in red or "pack" in red:
-        yield {"skipped": "decode, or pack which makes its inputs, failed its checks"}
+        yield {"skipped": "decode, or pack which makes its inputs, crashed or gave NaN"}
         return
     cuda = device.type == "cuda"
     mixes = (USUAL, *PURE) if cuda else (USUAL,)

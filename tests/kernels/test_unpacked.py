@@ -23,7 +23,7 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.kernels.pack import pack
 from tests.kernels.device import DEVICE
-from tests.kernels.fake_device import fake_device, waits
+from tests.kernels.fake_device import DEVICE, fake_device, waits
 from tests.kernels.sealed import Sealed, random_tiers, seal
 from tests.kernels.test_extend import assert_close, indptr, one_thread
 
@@ -232,11 +232,12 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
     with fake_device():
 
         def here(*tensors: torch.Tensor) -> list[Any]:
-            return [x.to("meta") for x in tensors]
+            return [x.to(DEVICE) for x in tensors]
 
-        room = make_scratch(layout, torch.bfloat16, "meta")
-        step = SealedPrefill(*here(queries), PageList(*here(*lists)), new, PREFIX, room)
+        room = make_scratch(layout, torch.bfloat16, DEVICE)
+        mine, pages = here(queries), PageList(*here(*lists))
         with waits() as waited:
+            step = SealedPrefill(*mine, pages, new, PREFIX, room)
             part = step.add(
                 AttentionPart(*here(*before)),
                 *here(q, data.arena, data.frames, data.heads),

@@ -160,6 +160,10 @@ model 56% and 32%; 3.8.0 75–85% and 45–50%, the model 66% and 38%; 3.8.0 wit
 below all of them (41% and 25%, 57% and 32%, 82% and 44%); that tables come from the L2 was added
 after that comparison, and nothing since.
 
+"100%" says that none of these bounds is hit, not that a kernel will get there. If, say, only 65% of
+the issue slots were filled, K4V2 of Llama-3.1-8B would be limited by them: at 83% of the bandwidth
+(564 instructions a tile) under Triton 3.8.0, at 79% (588) under 3.6.0; K8V4 would still not be.
+
 "Per element" counts thread instructions of the main loop, of all its branches, per key or value
 element. A tile of extend meets a block of query rows; one of score all sampled queries. "Loads" is
 what the loop asks memory for, over the payload: the rest is addresses, queries, or padding of

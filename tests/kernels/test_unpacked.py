@@ -23,7 +23,8 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.kernels.pack import pack
 from tests.kernels.device import DEVICE
-from tests.kernels.fake_device import DEVICE, fake_device, waits
+from tests.kernels.fake_device import DEVICE as FAKE
+from tests.kernels.fake_device import fake_device, waits
 from tests.kernels.sealed import Sealed, random_tiers, seal
 from tests.kernels.test_extend import assert_close, indptr, one_thread
 
@@ -232,9 +233,9 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
     with fake_device():
 
         def here(*tensors: torch.Tensor) -> list[Any]:
-            return [x.to(DEVICE) for x in tensors]
+            return [x.to(FAKE) for x in tensors]
 
-        room = make_scratch(layout, torch.bfloat16, DEVICE)
+        room = make_scratch(layout, torch.bfloat16, FAKE)
         mine, pages = here(queries), PageList(*here(*lists))
         with waits() as waited:
             step = SealedPrefill(*mine, pages, new, PREFIX, room)

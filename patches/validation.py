@@ -6,6 +6,7 @@ What it needs of the model is in `model_validation`.
 
 from typing import Any, NamedTuple
 
+import torch
 from sglang.srt.arg_groups.overrides import attention_backends_of, resolving_view
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend
@@ -118,6 +119,11 @@ def check_resolution(server_args: Any) -> None:
         raise ValueError(
             f"SGLang runs this model on attention backend {view.attention_backend!r} whatever was "
             f"asked for: leave out --attention-backend {BACKEND} or choose another model"
+        )
+    if view.device == "cuda" and torch.version.hip:
+        raise ValueError(
+            f"--attention-backend {BACKEND} does not go with ROCm, where SGLang does not order its "
+            "streams as the pool needs it: use a GPU with CUDA, or --device cpu"
         )
     graphs = view.cuda_graph_config
     decode = (Backend.DISABLED, Backend.FULL)[: 1 + captures_decode(server_args)]

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 
+MOST_ARENA_BYTES = 2**32 * 64
+"""Numbers of rows have 32 bits where rows have 64 bytes or more (`payload.arena_row`)."""
+
+
 class DecodeBatch(NamedTuple):
     """The sequences of a decode step, padding left out; lengths include the step's tokens.
 
@@ -38,6 +42,12 @@ class GPUBackend(DiffXKVBackend):
 
     def __init__(self, model_runner: ModelRunner) -> None:
         super().__init__(model_runner)
+        nbytes = self.store.arena.buffer.nbytes
+        if nbytes > MOST_ARENA_BYTES:
+            raise ValueError(
+                f"diffxkv: the pool has {nbytes / 2**30:.0f} GiB of frames, of which kernels reach "
+                f"{MOST_ARENA_BYTES >> 30}: lower memory_bytes"
+            )
         self.decode = DeviceDecode(
             self.store, self.req_to_token_pool.req_to_token, self.config.window
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sglang.srt.arg_groups.overrides import resolving_view
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.plugins import load_plugins
@@ -76,6 +77,11 @@ def test_a_gpu_captures_decode_steps(model: str) -> None:
     assert (graphs.decode.backend, graphs.prefill.backend) == ("full", "disabled")
     graphs = resolving_view(resolve(model, *OURS, *GPU, "--disable-cuda-graph")).cuda_graph_config
     assert (graphs.decode.backend, graphs.prefill.backend) == ("disabled", "disabled")
+
+
+def test_rocm_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in refusal(model, *OURS, *GPU)
 
 
 def test_both_phase_flags_choose_it_too(model: str) -> None:

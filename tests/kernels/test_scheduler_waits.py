@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -166,33 +166,44 @@ def test_who_runs_short_waits_for_what_was_freed() -> None:
     assert server.allocator.check() == []
 
 
-class Filled(NamedTuple):
-    """A server whose frames somebody has taken, who has just freed them."""
+class NoPrefixCache:
+    """As with --disable-radix-cache: nothing can be evicted."""
 
-    server: Server
-    tokens: int
+    def evictable_size(self) -> int:
+        return 0
+
+    def supports_prefix_sharing(self) -> bool:
+        return False
+
+    def supports_mamba(self) -> bool:
+        return False
 
 
-def filled_and_freed() -> Filled:
-    server = started("uniform", Quality.BALANCED)
-    server.cache.sequences.clear()
-    store = server.store
-    taken = server.allocator.alloc(store.ledger.headroom * PAGE_TOKENS)
-    assert taken is not None and store.ledger.headroom == 0
-    server.allocator.free_segment(taken, start_pos=0)
-    assert store.ledger.headroom == 0
-    return Filled(server, len(taken))
+def filled_and_freed() -> Server:
+    """Somebody has just freed sealed pages that took all frames; others still run."""
+    server: Any = started("uniform", Quality.BALANCED)
+    server.cache = NoPrefixCache()
+    store, taken = server.store, []
+    while most := min(16, store.ledger.headroom):
+        slots = server.allocator.alloc(most * PAGE_TOKENS)
+        pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
+        store.ledger.write(len(slots), full=most)
+        store.directory.filled.index_fill_(0, pages, PAGE_TOKENS)
+        store.seal(pages)
+        taken.append(slots)
+    server.allocator.free_segment(torch.cat(taken), start_pos=0)
+    assert store.ledger.frame_headroom == 0 < store.ledger.raw_free
+    return server  # type: ignore[no-any-return]
 
 
 @pytest.mark.usefixtures("device")
 def test_who_would_be_refused_is_admitted_on_what_was_freed() -> None:
     """SGLang asks once, and then nobody until somebody leaves."""
-    server, tokens = filled_and_freed()
+    server = filled_and_freed()
     budget = server.allocator.create_prefill_budget(server.cache)
-    input_len = tokens // 2
     admitted, _ = budget.check_prefill(
-        extend_input_len=input_len, total_tokens=input_len, max_new_tokens=1,
-        input_tokens=input_len, swa_host_hit_length=0, chunk_limit=None,
+        extend_input_len=128, total_tokens=256, max_new_tokens=64, input_tokens=128,
+        swa_host_hit_length=0, chunk_limit=2048,
     )  # fmt: skip
     assert admitted
 
@@ -200,7 +211,7 @@ def test_who_would_be_refused_is_admitted_on_what_was_freed() -> None:
 @pytest.mark.usefixtures("device")
 def test_a_prompt_between_two_chunks_goes_on_with_what_was_freed() -> None:
     """No step comes until it does."""
-    server, _ = filled_and_freed()
+    server = filled_and_freed()
     budget = server.allocator.create_prefill_budget(server.cache)
     assert budget.available_chunk_tokens(128) == 128
 

@@ -9,13 +9,10 @@ with those that ask for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.policy.quality import Quality, QualityError, requested_quality
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
 _MARK = "|diffxkv:"
 _QUALITY = "diffxkv_quality"
 _ALLOCATOR = "diffxkv_allocator"
-_WAITS = "diffxkv_lossless_waits"
 
 
 def follow_rows(req_to_token_pool: Any, allocator: DiffXKVAllocator, rows: RequestRows) -> None:
@@ -54,7 +50,7 @@ def _note(req: Req, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None
     except QualityError as error:  # from a process that loads no plugins, so that it went unchecked
         req.set_finish_with_abort(str(error))
         return
-    setattr(req, _QUALITY, quality)
+    set_quality(req, quality)
     # Whatever a client writes into its key, the last part of it is ours where it matters.
     if quality is not Quality.BALANCED or _MARK in (req.extra_key or ""):
         req.extra_key = f"{req.extra_key or ''}{_MARK}{quality.name.lower()}"
@@ -64,7 +60,7 @@ def _enter_rows(result: list[int] | None, self: Any, reqs: list[Req]) -> None:
     allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
     if allocator is not None and allocator.rows is not None and result:
         step = allocator.store.next_step
-        running = [RunningRequest(_quality(req), step) for req in reqs]
+        running = [RunningRequest(quality_of(req), step) for req in reqs]
         allocator.rows.enter(result, running)
 
 
@@ -74,56 +70,13 @@ def _leave_rows(result: None, self: Any, indices: list[int]) -> None:
         allocator.rows.leave(indices)
 
 
-def _quality(req: Req) -> Quality:
+def set_quality(req: Req, quality: Quality) -> None:
+    setattr(req, _QUALITY, quality)
+
+
+def quality_of(req: Req) -> Quality:
+    """What a request in the scheduler asked for."""
     return getattr(req, _QUALITY, Quality.BALANCED)
-
-
-def _limit_length(self: Any, req: Req) -> None:
-    """Clip a lossless request to the raw pages that it can have, as SGLang clips to the pool."""
-    allocator = self.token_to_kv_pool_allocator
-    if _quality(req) is not Quality.LOSSLESS or req.to_finish is not None:
-        return
-    capacity = allocator.lossless_pages * PAGE_TOKENS
-    room = capacity - len(req.origin_input_ids)
-    if room > 0:
-        params = req.sampling_params
-        asked = room if params.max_new_tokens is None else params.max_new_tokens
-        params.max_new_tokens = min(asked, room)
-        return
-    setattr(req, _QUALITY, Quality.BALANCED)  # so that its refusal waits for no raw pages
-    req.set_finish_with_abort(
-        f"quality 'lossless' keeps a request in raw pages, which hold {capacity} tokens here, but "
-        f"the prompt has {len(req.origin_input_ids)}: shorten it, ask for another quality, or have "
-        "raw_share or memory_bytes raised on the server"
-    )
-
-
-def _admit(
-    original: Callable[..., AddReqResult], self: Any, req: Req, *args: Any, **kwargs: Any
-) -> AddReqResult:
-    """Pass a lossless request over until raw pages can hold it whole beside the others.
-
-    Their pages are not freed by sealing, and a prompt between two chunks cannot be retracted: if
-    two of them might need more than there is, each could wait for the other.
-    """
-    if _quality(req) is not Quality.LOSSLESS:
-        return original(self, req, *args, **kwargs)
-    running = () if self.running_batch is None else self.running_batch.reqs
-    pages = _lossless_pages([*running, *self.can_run_list, req])
-    if hasattr(self, _WAITS) or pages > self.token_to_kv_pool_allocator.lossless_pages:
-        setattr(self, _WAITS, True)  # nor is any shorter one admitted before it
-        return AddReqResult.CONTINUE
-    return original(self, req, *args, **kwargs)
-
-
-def _lossless_pages(reqs: Sequence[Req]) -> int:
-    """Pages that the lossless ones of ``reqs`` hold when they are as long as they may get."""
-    tokens = [
-        len(req.origin_input_ids) + req.sampling_params.max_new_tokens
-        for req in reqs
-        if _quality(req) is Quality.LOSSLESS
-    ]
-    return sum(-(-n // PAGE_TOKENS) for n in tokens)
 
 
 def install() -> None:
@@ -135,9 +88,6 @@ def install() -> None:
     )
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     hook(f"{scheduler}._create_generation_req", _note, HookType.AFTER, ("recv_req",))
-    hook(f"{scheduler}.init_req_max_new_tokens", _limit_length, HookType.BEFORE, ("req",))
-    adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
-    hook(f"{adder}.add_one_req", _admit, HookType.AROUND, ("req",))
     rows = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
     hook(f"{rows}.alloc", _enter_rows, HookType.AFTER, ("reqs",))
     hook(f"{rows}.free_rows", _leave_rows, HookType.AFTER, ("indices",))

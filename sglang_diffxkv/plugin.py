@@ -31,6 +31,7 @@ def _install() -> None:
         forward,
         idle,
         input_buffers,
+        lossless,
         observability,
         pool,
         quality,
@@ -38,7 +39,7 @@ def _install() -> None:
     )
 
     seams = (server_args, pool, input_buffers, forward, observability, check, idle)
-    for seam in (*seams, admission, quality):
+    for seam in (*seams, admission, quality, lossless):
         seam.install()
 
     @register_attention_backend(server_args.BACKEND)

@@ -10,6 +10,7 @@ from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.patches import lossless
 from sglang_diffxkv.patches import quality as seam
 from sglang_diffxkv.policy.diffkv import DiffKVPolicy
 from sglang_diffxkv.policy.lossless import LosslessPolicy
@@ -103,7 +104,7 @@ def entered(scheduler: Any, *arguments: Any, extra_key: str | None = None) -> Fa
     request = FakeRequest(*arguments)
     request.extra_key = extra_key
     seam._note(request, scheduler, request)  # type: ignore[arg-type]
-    seam._limit_length(scheduler, request)  # type: ignore[arg-type]
+    lossless._limit_length(scheduler, request)  # type: ignore[arg-type]
     return request
 
 
@@ -176,7 +177,7 @@ def test_lossless_requests_wait_for_each_other(scheduler: SimpleNamespace) -> No
 
         before = len(adder.can_run_list)
         request = entered(scheduler, prompt, 1, params)
-        seam._admit(original, adder, request)  # type: ignore[arg-type]
+        lossless._admit(original, adder, request)  # type: ignore[arg-type]
         return len(adder.can_run_list) > before
 
     assert admit(60, ask("lossless"))

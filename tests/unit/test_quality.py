@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What requests may ask for, and how the scheduler treats lossless ones; no server."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from fastapi.routing import APIRoute, APIWebSocketRoute
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
@@ -300,3 +303,20 @@ def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
     seam._enter_rows(pool.alloc(requests), pool, requests)
     assert not rows.asked and not rows.quality.any()
+
+
+def test_docs_name_the_endpoints_that_take_prompts() -> None:
+    from sglang.srt.entrypoints.http_server import app
+
+    docs = Path(__file__).parents[2] / "docs" / "quality.md"
+    table = docs.read_text().split("| endpoint |")[1].split("| all others |")[0]
+    named = set(re.findall(r"`(/[^`]+)`", table))
+    served = {
+        route.path
+        for route in app.routes
+        if isinstance(route, APIWebSocketRoute)
+        or (isinstance(route, APIRoute) and route.methods != {"GET"})
+    }
+    assert named <= served
+    prompts = {path for path in served if path.startswith(("/v1/", "/api/")) and "show" not in path}
+    assert prompts <= named, "SGLang serves an endpoint that the table lacks"

@@ -10,7 +10,8 @@ import aiohttp
 import pytest
 import requests
 
-from tests.server.harness import Json, Server
+from tests.server.harness import Server
+from tests.server.workload import quality
 
 TEXT = "what is it? " * 30
 CHAT = [{"role": "user", "content": TEXT}]
@@ -37,14 +38,10 @@ class Way(NamedTuple):
     body: Mapping[str, object] = MappingProxyType({})
 
 
-def custom(level: str) -> Json:
-    return {"custom_params": {"diffxkv": {"quality": level}}}
-
-
 def ways(level: str) -> dict[str, Way]:
     return {
         "header": Way(headers={"X-DiffXKV-Quality": level}),
-        "custom_params": Way(body=custom(level)),
+        "custom_params": Way(body=quality(level)),
         "model": Way(body={"model": f"default:diffxkv={level}"}),
     }
 
@@ -98,9 +95,9 @@ def test_websockets_are_refused_too(workers_server: Server) -> None:
 def test_what_is_said_twice_must_agree(workers_server: Server) -> None:
     headers = {"X-DiffXKV-Quality": "high"}
     model = {"model": "default:diffxkv=high"}
-    for body in (custom("high"), model, custom("high") | model):
+    for body in (quality("high"), model, quality("high") | model):
         assert post(workers_server, "/v1/messages", Way(headers, body)).ok
-    for body in (custom("small"), {"model": "default:diffxkv=small"}, custom("small") | model):
+    for body in (quality("small"), {"model": "default:diffxkv=small"}, quality("small") | model):
         answer = post(workers_server, "/v1/messages", Way(headers, body))
         assert answer.status_code == 400
         assert "do not agree" in answer.text
@@ -110,7 +107,7 @@ def test_prompts_of_a_batch(workers_server: Server) -> None:
     """Each may ask for its own, unless the request as a whole does."""
     server = workers_server
     texts = ["one? " * 60, "two? " * 60, "six? " * 60]
-    params = [GREEDY | custom("high"), GREEDY | custom("small"), GREEDY]
+    params = [GREEDY | quality("high"), GREEDY | quality("small"), GREEDY]
     batch = {"text": texts, "sampling_params": params}
     server.flush_cache()
     assert post(server, "/generate", Way(), **batch).ok

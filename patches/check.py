@@ -8,7 +8,7 @@ what was found is read back with the state.
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.scheduler_components.internal_state import _UpdateHandler
@@ -16,6 +16,9 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 KEY = "diffxkv_check"
 
@@ -54,11 +57,12 @@ def _add_result(result: Any, self: Any, state: dict[str, Any]) -> None:
         state[KEY] = found
 
 
-def _add_route(*args: Any, **kwargs: Any) -> None:
+def add_route(app: FastAPI) -> None:
+    """Add ``POST /diffxkv/check``."""
     from sglang.srt.entrypoints import http_server
     from sglang.srt.managers.io_struct import SetInternalStateReq
 
-    @http_server.app.post("/diffxkv/check")
+    @app.post("/diffxkv/check")
     async def diffxkv_check() -> list[dict[str, Any]] | dict[str, Any]:
         """Violations of the pool's invariants; a list where there are several data-parallel ranks.
 
@@ -77,5 +81,3 @@ def install() -> None:
     )
     hook(f"{state}._update_handlers", _add_handler, HookType.AFTER, ())
     hook(f"{state}._add_memory_usage", _add_result, HookType.AFTER, ("state",))
-    http = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
-    hook(http, _add_route, HookType.BEFORE, ())

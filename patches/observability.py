@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.metrics import PrometheusGauges, pool_gauges, pool_stats
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 SCHEDULER = "sglang.srt.managers.scheduler_components"
 STATE_KEY = "diffxkv"
@@ -51,10 +54,11 @@ def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     _gauges.update(pool_gauges(allocator.store))
 
 
-def _add_route(*args: Any, **kwargs: Any) -> None:
+def add_route(app: FastAPI) -> None:
+    """Add ``GET /diffxkv/stats``."""
     from sglang.srt.entrypoints import http_server
 
-    @http_server.app.get("/diffxkv/stats")
+    @app.get("/diffxkv/stats")
     async def diffxkv_stats() -> list[dict[str, Any]] | dict[str, Any]:
         """Pool statistics; a list with one entry per data-parallel rank where there are several."""
         states = await http_server._global_state.tokenizer_manager.get_internal_state()
@@ -70,5 +74,3 @@ def install() -> None:
     reporter = f"{SCHEDULER}.metrics_reporter.SchedulerMetricsReporter"
     for method in ("report_decode_stats", "report_prefill_stats", "_maybe_log_idle_metrics"):
         hook(f"{reporter}.{method}", _export, HookType.AFTER, ())
-    http = "sglang.srt.entrypoints.http_server._setup_and_run_http_server"
-    hook(http, _add_route, HookType.BEFORE, ())

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: the quality that a request asks for, from ``custom_params`` to the row of its pages.
+"""Seam: the quality that a request asks for, from where it is tokenized to the row of its pages.
 
-It is checked where the request enters the server, so that a mistake is answered with HTTP 400, and
+It is settled where SGLang makes a request's sampling parameters, whatever endpoint it came by, and
 noted where it enters the scheduler. Pages are shared by requests of one quality only: it becomes a
-part of the request's ``extra_key``, SGLang's namespaces in the radix tree. Balanced requests share
-with those that ask for nothing.
+part of the request's ``cache_salt``, which divides the radix tree, and which, unlike ``extra_key``,
+SGLang hashes into the blocks of its KV events and names in them. Balanced requests share with those
+that ask for nothing, and their blocks have SGLang's own hashes.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput
 from sglang.srt.plugins.hook_registry import HookType
 
+from sglang_diffxkv.patches.http_app import ASKED, server_policy
 from sglang_diffxkv.patches.seam import hook
-from sglang_diffxkv.patches.server_args import get_config, is_active
-from sglang_diffxkv.policy.quality import Quality, QualityError, requested_quality
-from sglang_diffxkv.policy.registry import policy_class
+from sglang_diffxkv.patches.server_args import is_active
+from sglang_diffxkv.policy.quality import (
+    Quality,
+    QualityError,
+    agreed,
+    asked_in_params,
+    requested_quality,
+    with_quality,
+)
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
 
@@ -34,10 +43,17 @@ def follow_rows(req_to_token_pool: Any, allocator: DiffXKVAllocator, rows: Reque
     setattr(req_to_token_pool, _ALLOCATOR, allocator)
 
 
-def _check(result: None, self: Any, vocab_size: int) -> None:
+def _settle(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     """A ValueError from here is HTTP 400, for `sglang.Engine` an exception."""
-    if is_active() and self.custom_params:
-        requested_quality(self.custom_params, policy_class(get_config().policy))
+    if not is_active():
+        return
+    params = result.sampling_params
+    asked = agreed(ASKED.get(), asked_in_params(params.custom_params, server_policy()))
+    if asked is None:
+        return
+    if isinstance(result, TokenizedEmbeddingReqInput) and asked.level != "balanced":
+        raise QualityError(f"{asked.where} = {asked.level!r}: only what generates has a quality")
+    params.custom_params = with_quality(params.custom_params, asked)
 
 
 def _note(req: Req, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
@@ -51,9 +67,20 @@ def _note(req: Req, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None
         req.set_finish_with_abort(str(error))
         return
     set_quality(req, quality)
-    # Whatever a client writes into its key, the last part of it is ours where it matters.
-    if quality is not Quality.BALANCED or _MARK in (req.extra_key or ""):
-        req.extra_key = f"{req.extra_key or ''}{_MARK}{quality.name.lower()}"
+    req.cache_salt = namespace(req.cache_salt, quality)
+
+
+def namespace(salt: str | None, quality: Quality) -> str | None:
+    """A client's ``salt``, with the quality of its request as the last part.
+
+    Whatever a client writes, nobody gets into the namespace of another quality than his own. One
+    that writes what we would has it as it is: routers can so look for blocks of one quality.
+    """
+    salt = salt or ""
+    mark = f"{_MARK}{quality.name.lower()}"
+    if salt.endswith(mark) or (quality is Quality.BALANCED and _MARK not in salt):
+        return salt or None
+    return salt + mark
 
 
 def _enter_rows(result: list[int] | None, self: Any, reqs: list[Req]) -> None:
@@ -80,12 +107,8 @@ def quality_of(req: Req) -> Quality:
 
 
 def install() -> None:
-    hook(
-        "sglang.srt.sampling.sampling_params.SamplingParams.verify",
-        _check,
-        HookType.AFTER,
-        ("vocab_size",),
-    )
+    manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+    hook(f"{manager}._create_tokenized_object", _settle, HookType.AFTER, ())
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     hook(f"{scheduler}._create_generation_req", _note, HookType.AFTER, ("recv_req",))
     rows = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"

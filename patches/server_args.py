@@ -43,6 +43,7 @@ def install() -> None:
     add_attention_backend_choices([BACKEND])
     hook(f"{_SERVER_ARGS}.add_cli_args", _add_flag, HookType.AFTER, ("parser",))
     hook(f"{_SERVER_ARGS}.from_cli_args", _carry_config, HookType.AFTER, ("args",))
+    hook(f"{_SERVER_ARGS}.check_server_args", _check_resolved_with_us, HookType.BEFORE, ())
     # Early: before SGLang derives anything from the flags that we set or refuse.
     register_resolution_hook("handle_missing_default_values")(_set_defaults)
     # Before SGLang refuses, in other words, models that need one of its own backends.
@@ -107,6 +108,15 @@ def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     # Which device it is, where the user does not say, is among the defaults that were just set.
     if is_requested(server_args) and not captures_decode(server_args):
         declare_resolution(server_args, BACKEND, disable_decode_cuda_graph=True)
+
+
+def _check_resolved_with_us(self: Any) -> None:
+    """SGLang calls it once it has loaded plugins itself, which may be too late."""
+    if is_requested(self) and not hasattr(self, "_diffxkv"):
+        raise ValueError(
+            f"--attention-backend {BACKEND}: the server arguments were resolved before SGLang's "
+            "plugins were loaded; call sglang.srt.plugins.load_plugins() first"
+        )
 
 
 def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -14,6 +14,8 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 BACKEND = "diffxkv"
+WORKER_APP = "sglang_diffxkv.worker_app:app"
+"""The HTTP application that tokenizer workers serve."""
 
 
 class _Flag(NamedTuple):
@@ -62,6 +64,7 @@ _FLAGS = (
 _VARIABLES = {
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "divides its memory once at start",
     "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "tells its kernels the time before each step",
+    "SGLANG_RUST_SERVER": "reads a request's quality in SGLang's Python server",
 }
 
 
@@ -97,6 +100,12 @@ def check_server_args(server_args: Any) -> None:
     for name, why in _VARIABLES.items():
         if getattr(envs, name).get():
             raise ValueError(f"{name} does not go with {BACKEND}, which {why}: unset it")
+    app = envs.SGLANG_HTTP_SERVER_APP_PATH
+    if view.tokenizer_worker_num > 1 and app.get() not in (app.default, WORKER_APP):
+        raise ValueError(
+            f"SGLANG_HTTP_SERVER_APP_PATH does not go with {BACKEND} and --tokenizer-worker-num "
+            f"{view.tokenizer_worker_num}, whose workers serve {WORKER_APP}: unset it"
+        )
 
 
 def captures_decode(server_args: Any) -> bool:

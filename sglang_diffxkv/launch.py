@@ -46,7 +46,7 @@ class ServerProcess:
         start_timeout: float = START_TIMEOUT_S,
     ) -> None:
         """`env` is added to the environment that the server inherits."""
-        port = _free_port()
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         self.start_seconds = 0.0
@@ -152,7 +152,7 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port below those that the kernel hands out: it is bound many seconds from now, and by then
     anything else on the machine could have been given one of those."""
     for port in random.SystemRandom().sample(range(10000, 32000), 100):

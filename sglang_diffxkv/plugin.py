@@ -29,6 +29,7 @@ def _install() -> None:
         admission,
         check,
         forward,
+        http_app,
         idle,
         input_buffers,
         lossless,
@@ -39,7 +40,7 @@ def _install() -> None:
     )
 
     seams = (server_args, pool, input_buffers, forward, observability, check, idle)
-    for seam in (*seams, admission, quality, lossless):
+    for seam in (*seams, admission, http_app, quality, lossless):
         seam.install()
 
     @register_attention_backend(server_args.BACKEND)

@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quality that a request asks for: how much of its KV is to survive sealing.
 
-A request says it in SGLang's ``custom_params``: ``{"diffxkv": {"quality": "high"}}``. Other keys of
-``custom_params`` belong to custom logit processors and are left alone.
+A request says it in SGLang's ``custom_params``, ``{"diffxkv": {"quality": "high"}}``, whose other
+keys belong to custom logit processors and are left alone; in a header; or, where a router lets
+neither through, at the end of the model's name. Where it says it twice the two must agree.
 """
 
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import IntEnum
+from typing import NamedTuple
 
 from sglang_diffxkv.policy.base import TierPolicy
 
-_PARAM = "custom_params.diffxkv"
+HEADER = "X-DiffXKV-Quality"
+
+_KEY = "diffxkv"
+_PARAM = f"custom_params.{_KEY}"
 _EXAMPLE = '{"quality": "high"}'
+_HEADER_LOOKS_ALIKE = 0.8
 
 
 class Quality(IntEnum):
-    """Levels, by their names in ``custom_params``; a page keeps its request's as this number."""
+    """Levels, by the names that requests give; a page keeps its request's as this number."""
 
     BALANCED = 0
     """What the server is configured for; the default, so its number is that of a fresh page."""
@@ -36,16 +42,25 @@ class QualityError(ValueError):
     """A request that cannot be served; its text is one line that says what is allowed."""
 
 
-def requested_quality(custom_params: object, policy: type[TierPolicy]) -> Quality:
-    """Quality that a request's ``custom_params`` ask for under ``policy``; balanced without any.
+class Asked(NamedTuple):
+    """A quality that a request asks for, in so many words."""
+
+    level: str
+    """One of the levels that the server's policy has."""
+    where: str
+    """Where the request says it, for messages."""
+
+
+def asked_in_params(custom_params: object, policy: type[TierPolicy]) -> Asked | None:
+    """What a request's ``custom_params`` ask for under ``policy``.
 
     Raises:
         QualityError: an unknown key, a wrong type, an unknown level or one that ``policy`` has not.
     """
-    if not isinstance(custom_params, dict) or "diffxkv" not in custom_params:
-        return Quality.BALANCED
-    given = custom_params["diffxkv"]
-    if not isinstance(given, dict):
+    if not isinstance(custom_params, Mapping) or _KEY not in custom_params:
+        return None
+    given = custom_params[_KEY]
+    if not isinstance(given, Mapping):
         raise QualityError(
             f"{_PARAM} = {reprlib.repr(given)} is not allowed; expected an object such as "
             f"{_EXAMPLE}"
@@ -54,22 +69,101 @@ def requested_quality(custom_params: object, policy: type[TierPolicy]) -> Qualit
         if key != "quality":
             hint = _near(key, ["quality"]) or "known keys: quality"
             raise QualityError(f"{_PARAM}: unknown key {reprlib.repr(key)}; {hint}")
-    return _level(given.get("quality", "balanced"), policy)
+    if "quality" not in given:
+        return None
+    return _checked(given["quality"], f"{_PARAM}.quality", policy)
 
 
-def _level(name: object, policy: type[TierPolicy]) -> Quality:
-    level = _LEVELS.get(name) if isinstance(name, str) else None
-    if level is None:
-        hint = " ".join(filter(None, [_near(name, _LEVELS), f"one of: {', '.join(_LEVELS)}"]))
-        raise QualityError(f"{_PARAM}.quality = {reprlib.repr(name)} is not allowed; {hint}")
-    if level in (Quality.HIGH, Quality.SMALL) and not policy.grades_quality:
-        raise QualityError(
-            f"{_PARAM}.quality = {name!r} needs policy 'diffxkv'; this server runs policy "
-            f"{policy.name!r}, which serves: lossless, balanced"
-        )
+def asked_in_headers(headers: Iterable[tuple[str, str]], policy: type[TierPolicy]) -> Asked | None:
+    """What a request's headers, as pairs of name and value, ask for under ``policy``.
+
+    Raises:
+        QualityError: a level as above, two that differ, or a name like that of our header.
+    """
+    asked = None
+    for name, value in headers:
+        if name.lower() == HEADER.lower():
+            asked = agreed(asked, _checked(value.strip(), HEADER, policy))
+        elif _is_meant(name.lower()):
+            raise QualityError(f"unknown header {reprlib.repr(name)}; did you mean {HEADER!r}?")
+    return asked
+
+
+def asked_in_model(model: str, policy: type[TierPolicy]) -> tuple[str, Asked | None]:
+    """The model's name without its last part, ``:diffxkv=LEVEL``, and what that asks for.
+
+    Raises:
+        QualityError: a level as above, or a last part like ours.
+    """
+    name, colon, last = model.rpartition(":")
+    key, equals, level = last.partition("=")
+    if not colon or not equals:
+        return model, None
+    if key == _KEY:
+        return name, _checked(level, f"model ':{_KEY}'", policy)
+    if _near(key, [_KEY]):
+        raise QualityError(f"model: unknown part {reprlib.repr(last)}; did you mean {_KEY!r}?")
+    return model, None
+
+
+def agreed(*asked: Asked | None) -> Asked | None:
+    """What all of ``asked`` that is anything says; None where none is.
+
+    Raises:
+        QualityError: two of them say different things.
+    """
+    said = [each for each in asked if each is not None]
+    for other in said[1:]:
+        if other.level != said[0].level:
+            first = said[0]
+            raise QualityError(
+                f"{first.where} = {first.level!r} and {other.where} = {other.level!r} do not agree"
+            )
+    return said[0] if said else None
+
+
+def with_quality(custom_params: object, asked: Asked) -> dict[str, object]:
+    """``custom_params`` that ask for it, and are otherwise as they were."""
+    others = custom_params if isinstance(custom_params, Mapping) else {}
+    return {**others, _KEY: {"quality": asked.level}}
+
+
+def requested_quality(custom_params: object, policy: type[TierPolicy]) -> Quality:
+    """Quality that a request's ``custom_params`` ask for under ``policy``; balanced without any.
+
+    Raises:
+        QualityError: as `asked_in_params`.
+    """
+    asked = asked_in_params(custom_params, policy)
+    if asked is None:
+        return Quality.BALANCED
+    level = _LEVELS[asked.level]
     if level is Quality.LOSSLESS and policy.is_lossless:
         return Quality.BALANCED  # which loses nothing, so the two may share pages
     return level
+
+
+def _checked(name: object, where: str, policy: type[TierPolicy]) -> Asked:
+    level = _LEVELS.get(name) if isinstance(name, str) else None
+    if level is None or not isinstance(name, str):
+        hint = " ".join(filter(None, [_near(name, _LEVELS), f"one of: {', '.join(_LEVELS)}"]))
+        raise QualityError(f"{where} = {reprlib.repr(name)} is not allowed; {hint}")
+    if level in (Quality.HIGH, Quality.SMALL) and not policy.grades_quality:
+        raise QualityError(
+            f"{where} = {name!r} needs policy 'diffxkv'; this server runs policy "
+            f"{policy.name!r}, which serves: lossless, balanced"
+        )
+    return Asked(name, where)
+
+
+def _is_meant(header: str) -> bool:
+    """Whether a header's name, in lower case, is one that nobody but us would have."""
+    if _KEY in header:
+        return True
+    likely = header.endswith("quality")  # the comparison below is slow
+    return likely and bool(
+        difflib.get_close_matches(header, [HEADER.lower()], cutoff=_HEADER_LOOKS_ALIKE)
+    )
 
 
 def _near(word: object, known: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models and servers that test files share: a server takes half a minute to start."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from sglang_diffxkv.demo_model import write_demo_model
 from tests.server.harness import Server
+from tests.server.workload import assert_healthy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -45,3 +47,13 @@ def stock_server(model: Path) -> Iterator[Server]:
     options += ["--max-total-tokens", 65536, "--constrained-json-disable-any-whitespace"]
     with Server(model, *options) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def workers_server(model: Path) -> Iterator[Server]:
+    """Ours with the default policy, which has every quality; two processes serve HTTP."""
+    args = ["--attention-backend", "diffxkv", "--tokenizer-worker-num", 2]
+    args += ["--diffxkv-config", json.dumps({"memory_bytes": "24MiB"})]
+    with Server(model, *args, "--served-model-name", "default", "--enable-cache-report") as server:
+        yield server
+        assert_healthy(server)

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A subscriber of SGLang's KV events that mirrors the prefix cache, as a router would."""
 
+import hashlib
 import threading
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Self
+from typing import NamedTuple, Self
 
 import msgspec
 import zmq
@@ -15,11 +19,24 @@ from sglang.srt.disaggregation.kv_events import (
 )
 
 
+class Block(NamedTuple):
+    """A page that the server says it holds."""
+
+    tokens: tuple[int, ...]
+    parent: int | None
+    """Hash of the page before it."""
+    salt: str | None
+
+
 class CacheMirror:
-    """Listens on `endpoint` in a thread; `blocks` maps each stored block's hash to its tokens."""
+    """Listens on `endpoint` in a thread; `blocks` has each block that is stored, by its hash.
+
+    `faults` has what a router could not make sense of: blocks that are stored or removed twice.
+    """
 
     def __init__(self, endpoint: str) -> None:
-        self.blocks: dict[int, tuple[int, ...]] = {}
+        self.blocks: dict[int, Block] = {}
+        self.faults: list[str] = []
         self._socket = zmq.Context.instance().socket(zmq.SUB)
         self._socket.connect(endpoint)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
@@ -41,6 +58,18 @@ class CacheMirror:
         self._thread.join()
         self._socket.close()
 
+    def count_by_salt(self) -> Counter[str | None]:
+        return Counter(block.salt for block in list(self.blocks.values()))
+
+    def cached_tokens(self, prompt: Sequence[int], page: int, salt: str | None = None) -> int:
+        """Tokens of `prompt` that a request with that salt should find; one is never looked up."""
+        held = 0
+        for block in block_hashes(prompt[:-1], page, salt):
+            if block not in self.blocks:
+                break
+            held += page
+        return held
+
     def _listen(self) -> None:
         while not self._stop.is_set():
             if self._socket.poll(100):
@@ -49,11 +78,27 @@ class CacheMirror:
 
     def _apply(self, event: BlockStored | BlockRemoved | AllBlocksCleared) -> None:
         if isinstance(event, BlockStored):
-            size = event.block_size
+            parent, size = event.parent_block_hash, event.block_size
             for i, block in enumerate(event.block_hashes):
-                self.blocks[block] = tuple(event.token_ids[i * size : (i + 1) * size])
+                if block in self.blocks:
+                    self.faults.append(f"{block} is stored twice")
+                tokens = tuple(event.token_ids[i * size : (i + 1) * size])
+                self.blocks[block] = Block(tokens, parent, event.cache_salt)
+                parent = block
         elif isinstance(event, BlockRemoved):
             for block in event.block_hashes:
-                del self.blocks[block]
+                if self.blocks.pop(block, None) is None:
+                    self.faults.append(f"{block} is removed, and not there")
         else:
             self.blocks.clear()
+
+
+def block_hashes(tokens: Sequence[int], page: int, salt: str | None) -> Iterator[int]:
+    """Hashes of the whole pages of a prompt, as a router computes them that knows SGLang's."""
+    digest = b""
+    if salt is not None:
+        digest = hashlib.sha256(b"sglang-cache-salt-v1\0" + salt.encode()).digest()
+    for start in range(0, len(tokens) // page * page, page):
+        words = array("I", tokens[start : start + page]).tobytes()
+        digest = hashlib.sha256(digest + words).digest()
+        yield int.from_bytes(digest[:8], "big", signed=True)

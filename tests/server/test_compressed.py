@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.harness import Json, Server
+from tests.server.harness import Server
 from tests.server.kv_events import CacheMirror
-from tests.server.workload import assert_healthy, mixed_prompts, random_tokens
+from tests.server.workload import assert_healthy, mixed_prompts, quality, random_tokens
 
 SCHEMA = {
     "type": "object",
@@ -159,24 +159,53 @@ def test_chat_schema_stream_and_samples(server: Server) -> None:
 
 
 def test_kv_events_mirror_the_cache(server: Server, mirror: CacheMirror) -> None:
+    """Equal prompts in several qualities, and more of them than fits, so that blocks go, too."""
     server.flush_cache()
     mirror.blocks.clear()
-    prompts = mixed_prompts(14, 120, 2000)  # more than fits: blocks are evicted, too
-    server.generate_many([{"prompt": p, "max_new_tokens": 12} for p in prompts])
-    held: Json = {}
-    for _ in range(50):
-        held = server.stats()
-        if len(mirror.blocks) == held["sealed_pages"] + held["open_pages"]:
-            break
-        time.sleep(0.1)
-    assert len(mirror.blocks) == held["sealed_pages"] + held["open_pages"] > 50
-    assert all(len(tokens) == PAGE for tokens in mirror.blocks.values())
-    assert held["counters"]["evicted"] > 0
+    before = server.stats()["counters"]["evicted"]
+    rng = random.Random(14)
+    loose = ["balanced", "high", "small"]
+    prompts = mixed_prompts(14, 36, 2000)
+    crowd = [(prompt, level) for prompt in prompts for level in rng.sample(loose, 2)]
+    crowd[::8] = [(prompt[:600], "lossless") for prompt, _ in crowd[::8]]
+    last = [(p[:300], level) for p in prompts[-9::3] for level in (*loose, "lossless")]
+    for requests in (crowd, last):
+        server.generate_many(
+            [
+                {"prompt": prompt, "max_new_tokens": 12, "sampling": quality(level)}
+                for prompt, level in requests
+            ]
+        )
+    _wait_for(lambda: _by_quality(mirror) == server.stats()["pages_by_quality"])
+    assert _by_quality(mirror) == server.stats()["pages_by_quality"]
+    assert all(_by_quality(mirror).values())
+    assert all(len(block.tokens) == PAGE for block in mirror.blocks.values())
+    assert all(block.parent in {None, *mirror.blocks} for block in mirror.blocks.values())
+    assert server.stats()["counters"]["evicted"] > before
+    for prompt, level in [*crowd[:5], *last]:
+        salt = None if level == "balanced" else f"|diffxkv:{level}"
+        expected = mirror.cached_tokens(prompt, PAGE, salt)
+        answer = server.generate(prompt, max_new_tokens=1, sampling=quality(level))
+        assert answer["meta_info"]["cached_tokens"] == expected
+        _wait_for(lambda: _by_quality(mirror) == server.stats()["pages_by_quality"])
+    assert not mirror.faults
     server.flush_cache()
-    deadline = time.monotonic() + 10
-    while mirror.blocks and time.monotonic() < deadline:
-        time.sleep(0.1)
+    _wait_for(lambda: not mirror.blocks)
     assert not mirror.blocks
+
+
+def _by_quality(mirror: CacheMirror) -> dict[str, int]:
+    """Blocks of each quality, as `/diffxkv/stats` counts pages."""
+    counts = mirror.count_by_salt()
+    levels = {"lossless": 0, "high": 0, "small": 0} | {"balanced": counts[None]}
+    return levels | {salt.split(":")[1]: n for salt, n in counts.items() if salt is not None}
+
+
+def _wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Events arrive a moment after answers."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
 
 
 def test_pressure_with_compression(server: Server) -> None:

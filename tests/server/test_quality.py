@@ -16,6 +16,7 @@ from tests.server.workload import (
     assert_same_outputs,
     mixed_prompts,
     outputs,
+    quality,
     random_tokens,
 )
 
@@ -33,10 +34,6 @@ def server(model: Path) -> Iterator[Server]:
     with Server(model, *args, env=env) as server:
         yield server
         assert_healthy(server)
-
-
-def quality(level: object) -> Json:
-    return {"custom_params": {"diffxkv": {"quality": level}}}
 
 
 def cached_tokens(server: Server, prompt: list[int], sampling: Json | None) -> int:

@@ -16,6 +16,11 @@ def random_tokens(rng: random.Random, length: int) -> list[int]:
     return [rng.randrange(256) for _ in range(length)]
 
 
+def quality(level: object) -> Json:
+    """Sampling parameters that ask for it; none where `level` is None."""
+    return {} if level is None else {"custom_params": {"diffxkv": {"quality": level}}}
+
+
 def mixed_prompts(seed: int, count: int, longest: int = 3000) -> list[list[int]]:
     """Random prompts of 1 to ``longest`` tokens; a third share one of three long prefixes."""
     rng = random.Random(seed)

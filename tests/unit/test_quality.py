@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """What requests may ask for, and how the scheduler treats lossless ones; no server."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from fastapi.routing import APIRoute, APIWebSocketRoute
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
@@ -14,7 +17,17 @@ from sglang_diffxkv.patches import lossless
 from sglang_diffxkv.patches import quality as seam
 from sglang_diffxkv.policy.diffkv import DiffKVPolicy
 from sglang_diffxkv.policy.lossless import LosslessPolicy
-from sglang_diffxkv.policy.quality import Quality, QualityError, requested_quality
+from sglang_diffxkv.policy.quality import (
+    Asked,
+    Quality,
+    QualityError,
+    agreed,
+    asked_in_headers,
+    asked_in_model,
+    asked_in_params,
+    requested_quality,
+    with_quality,
+)
 from sglang_diffxkv.pool.request_rows import RequestRows
 from tests.unit.test_allocator import make_allocator
 
@@ -78,6 +91,81 @@ def test_lossless_is_the_normal_path_of_a_lossless_policy() -> None:
     assert requested_quality(ask("lossless"), LosslessPolicy) is Quality.BALANCED
 
 
+@pytest.mark.parametrize("name", ["X-DiffXKV-Quality", "x-diffxkv-quality"])
+def test_headers(name: str) -> None:
+    headers = [("content-type", "text"), ("x-image-quality", "80"), (name, " high ")]
+    asked = asked_in_headers(headers, GradingPolicy)
+    assert asked == Asked("high", "X-DiffXKV-Quality")
+    assert asked_in_headers([*headers, (name, "high")], GradingPolicy) == asked
+    assert asked_in_headers(headers[:2], GradingPolicy) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("X-DiffXKV-Quality", "hihg", "X-DiffXKV-Quality = 'hihg' is not allowed; did you mean"),
+        ("X-DiffXKV-Quality", "", "X-DiffXKV-Quality = '' is not allowed; one of"),
+        ("X-DiffXKV-Quality", "high, small", "is not allowed"),
+        ("X-DiffXKV-Qualty", "high", "'X-DiffXKV-Qualty'; did you mean 'X-DiffXKV-Quality'?"),
+        ("diffxkv", "high", "unknown header 'diffxkv'"),
+        ("X-DiffKV-Quality", "high", "did you mean 'X-DiffXKV-Quality'?"),
+    ],
+)
+def test_mistakes_in_headers(name: str, value: str, text: str) -> None:
+    with pytest.raises(QualityError) as refusal:
+        asked_in_headers([(name, value)], GradingPolicy)
+    assert text in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "level"),
+    [
+        ("default", "default", None),
+        ("default:diffxkv=small", "default", "small"),
+        ("s3://a/b:adapter:diffxkv=lossless", "s3://a/b:adapter", "lossless"),
+        ("llama3:8b", "llama3:8b", None),
+        ("base:adapter", "base:adapter", None),
+        ("base:rank=8", "base:rank=8", None),
+        ("diffxkv=small", "diffxkv=small", None),
+    ],
+)
+def test_model_names(model: str, name: str, level: str | None) -> None:
+    asked = None if level is None else Asked(level, "model ':diffxkv'")
+    assert asked_in_model(model, GradingPolicy) == (name, asked)
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        ("default:diffxkv=hihg", "model ':diffxkv' = 'hihg' is not allowed; did you mean 'high'?"),
+        ("default:diffkv=high", "unknown part 'diffkv=high'; did you mean 'diffxkv'?"),
+    ],
+)
+def test_mistakes_in_model_names(model: str, text: str) -> None:
+    with pytest.raises(QualityError) as refusal:
+        asked_in_model(model, GradingPolicy)
+    assert text in str(refusal.value)
+
+
+def test_what_is_said_twice_must_agree() -> None:
+    header, model = Asked("high", "header"), Asked("high", "model")
+    assert agreed(None, header, None, model) == header
+    assert agreed(None, None) is None
+    with pytest.raises(QualityError, match="header = 'high' and model = 'small' do not agree"):
+        agreed(header, None, model._replace(level="small"))
+
+
+def test_what_was_asked_becomes_a_parameter() -> None:
+    asked = Asked("small", "header")
+    assert with_quality(None, asked) == ask("small")
+    params = {"bias": 2, "diffxkv": {}}
+    assert with_quality(params, asked) == {"bias": 2} | ask("small")
+    assert params == {"bias": 2, "diffxkv": {}}
+    assert asked_in_params(with_quality(None, asked), GradingPolicy) == Asked(
+        "small", "custom_params.diffxkv.quality"
+    )
+
+
 class FakeRequest(SimpleNamespace):
     """A `Req`, as far as the hooks go."""
 
@@ -86,6 +174,7 @@ class FakeRequest(SimpleNamespace):
             origin_input_ids=[0] * prompt,
             sampling_params=SimpleNamespace(max_new_tokens=max_new_tokens, custom_params=params),
             extra_key=None,
+            cache_salt=None,
             to_finish=None,
             kv=SimpleNamespace(holds_kv=False, kv_allocated_len=0, req_pool_idx=None),
         )
@@ -99,39 +188,48 @@ def scheduler() -> SimpleNamespace:
     return SimpleNamespace(token_to_kv_pool_allocator=make_allocator())
 
 
-def entered(scheduler: Any, *arguments: Any, extra_key: str | None = None) -> FakeRequest:
+def entered(scheduler: Any, *arguments: Any, salt: str | None = None) -> FakeRequest:
     """A request as the scheduler has it after both hooks."""
     request = FakeRequest(*arguments)
-    request.extra_key = extra_key
+    request.extra_key, request.cache_salt = "theirs", salt
     seam._note(request, scheduler, request)  # type: ignore[arg-type]
     lossless._limit_length(scheduler, request)  # type: ignore[arg-type]
     return request
 
 
 def test_namespaces(scheduler: SimpleNamespace) -> None:
-    keys = [
-        entered(scheduler, 5, 5, params, extra_key=key).extra_key
+    requests = [
+        entered(scheduler, 5, 5, params, salt=salt)
         for params in (None, ask("balanced"), ask("lossless"))
-        for key in (None, "tenant")
+        for salt in (None, "tenant")
     ]
-    assert keys == [None, "tenant", None, "tenant", "|diffxkv:lossless", "tenant|diffxkv:lossless"]
+    salts = [request.cache_salt for request in requests]
+    plain = [None, "tenant"]
+    assert salts == [*plain, *plain, "|diffxkv:lossless", "tenant|diffxkv:lossless"]
+    assert {request.extra_key for request in requests} == {"theirs"}
 
 
 def test_namespaces_cannot_be_forged(scheduler: SimpleNamespace) -> None:
-    """No key that a client gives lets a balanced request into the namespace of a lossless one."""
+    """No salt that a client gives lets a balanced request into the namespace of a lossless one."""
     lossless, balanced = ask("lossless"), None
-    taken = {entered(scheduler, 5, 5, lossless, extra_key=key).extra_key for key in _KEYS}
+    taken = {entered(scheduler, 5, 5, lossless, salt=salt).cache_salt for salt in _SALTS}
     assert taken.isdisjoint(
-        entered(scheduler, 5, 5, balanced, extra_key=key).extra_key for key in _KEYS
+        entered(scheduler, 5, 5, balanced, salt=salt).cache_salt for salt in _SALTS
     )
 
 
-_KEYS = [None, "x", "|diffxkv:lossless", "x|diffxkv:lossless", "x|diffxkv:balanced"]
+def test_namespaces_can_be_named(scheduler: SimpleNamespace) -> None:
+    """As a gateway does that looks for blocks by the salt which their events carry."""
+    named = entered(scheduler, 5, 5, ask("lossless"), salt="x|diffxkv:lossless")
+    assert named.cache_salt == entered(scheduler, 5, 5, ask("lossless"), salt="x").cache_salt
+
+
+_SALTS = [None, "x", "|diffxkv:lossless", "x|diffxkv:lossless", "x|diffxkv:balanced"]
 
 
 def test_scheduler_refuses_what_nobody_checked(scheduler: SimpleNamespace) -> None:
     request = entered(scheduler, 5, 5, ask("beautiful"))
-    assert "one of: lossless" in request.to_finish and request.extra_key is None
+    assert "one of: lossless" in request.to_finish and request.cache_salt is None
 
 
 def test_other_pools_are_left_alone() -> None:
@@ -205,3 +303,20 @@ def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
     seam._enter_rows(pool.alloc(requests), pool, requests)
     assert not rows.asked and not rows.quality.any()
+
+
+def test_docs_name_the_endpoints_that_take_prompts() -> None:
+    from sglang.srt.entrypoints.http_server import app
+
+    docs = Path(__file__).parents[2] / "docs" / "quality.md"
+    table = docs.read_text().split("| endpoint |")[1].split("| all others |")[0]
+    named = set(re.findall(r"`(/[^`]+)`", table))
+    served = {
+        route.path
+        for route in app.routes
+        if isinstance(route, APIWebSocketRoute)
+        or (isinstance(route, APIRoute) and route.methods != {"GET"})
+    }
+    assert named <= served
+    prompts = {path for path in served if path.startswith(("/v1/", "/api/")) and "show" not in path}
+    assert prompts <= named, "SGLang serves an endpoint that the table lacks"

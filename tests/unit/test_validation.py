@@ -23,6 +23,7 @@ from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig
 from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.patches.model_validation import check_layers
 from sglang_diffxkv.patches.server_args import fraction_is_given, get_config, is_active
+from sglang_diffxkv.patches.validation import WORKER_APP
 
 OURS = ("--attention-backend", "diffxkv")
 GPU = ("--device", "cuda")
@@ -177,7 +178,12 @@ def test_flag_without_the_backend_is_refused(model: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["SGLANG_ENABLE_POST_CAPTURE_KV_SIZING", "SGLANG_ENABLE_METADATA_GLUE_GRAPH"]
+    "name",
+    [
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING",
+        "SGLANG_ENABLE_METADATA_GLUE_GRAPH",
+        "SGLANG_RUST_SERVER",
+    ],
 )
 def test_variables_it_does_not_go_with(
     model: str, name: str, monkeypatch: pytest.MonkeyPatch
@@ -185,6 +191,44 @@ def test_variables_it_does_not_go_with(
     monkeypatch.setenv(name, "1")
     message = refusal(model, *OURS)
     assert name in message and "unset it" in message
+
+
+def test_tokenizer_workers_serve_our_application(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = (*OURS, "--tokenizer-worker-num", "2")
+    resolve(model, *workers)
+    monkeypatch.setenv("SGLANG_HTTP_SERVER_APP_PATH", WORKER_APP)
+    resolve(model, *workers)
+    monkeypatch.setenv("SGLANG_HTTP_SERVER_APP_PATH", "their.application:app")
+    assert "SGLANG_HTTP_SERVER_APP_PATH does not go with" in refusal(model, *workers)
+    resolve(model, *OURS)
+
+
+def test_programs_that_parse_arguments_load_plugins(model: str) -> None:
+    """The program in the documentation, up to where it serves."""
+    docs = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
+    program = docs.split("```python\n")[1].split("```")[0]
+    assert program.count("    launch_server(") == 1
+    run = _run(program.replace("    launch_server(", "    print("), "--model-path", model)
+    assert "attention_backend='diffxkv'" in run.stdout, run.stderr
+
+
+def test_arguments_that_were_resolved_without_us(model: str) -> None:
+    program = (
+        "import sys\n"
+        "from sglang.srt.server_args import ServerArgs\n"
+        "from sglang.srt.entrypoints.http_server import launch_server\n"
+        "args = dict(model_path=sys.argv[1], device='cpu', attention_backend='diffxkv')\n"
+        "launch_server(ServerArgs(**args))\n"
+    )
+    run = _run(program, model)
+    assert run.returncode and "call sglang.srt.plugins.load_plugins() first" in run.stderr
+
+
+def _run(program: str, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-c", program, *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 PLAIN = {

@@ -16,6 +16,7 @@ from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.prefill_budget import MIN_CHUNK_PAGES, DiffXKVPrefillBudget
 from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.shared_pages import distinct_pages
 from sglang_diffxkv.pool.store import PageStore
 
 SPARE_SHARE = 1 / 256
@@ -158,11 +159,13 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def usage(self, tree_cache: Any) -> float:
         """Share of the scarcer of frames and raw pages that requests hold, from 0 to 1.
 
-        From counters alone. A lossless page that two requests share counts for both here.
+        From counters alone, and the tree's nodes above running lossless requests.
         """
         ledger = self.store.ledger
         free = ledger.frames_free + self.frames_reclaimable(tree_cache.evictable_size())
-        held = ledger.raw_only if self.rows is None else self.rows.lossless_pages
+        held = ledger.raw_only
+        if self.rows is not None:
+            held = distinct_pages(tree_cache, self.rows.lossless)
         raw = ledger.open_pages - ledger.full_pages - max(0, ledger.raw_only - held)
         used = max(1 - free / ledger.frames_total, raw / ledger.raw_total)
         return min(1.0, max(0.0, used))

@@ -238,14 +238,13 @@ def test_bytes_that_lack_preempt_one_at_most() -> None:
     assert allocator.check() == []
 
 
-def test_who_follows_a_shortened_prompt_preempts_nobody(allocator: DiffXKVAllocator) -> None:
-    """Nobody is admitted after it in its step."""
+def test_nobody_is_preempted_beside_an_unfinished_prompt(allocator: DiffXKVAllocator) -> None:
+    """SGLang keeps track of one: nobody is admitted in a step that has shortened it."""
     scheduling = Scheduling(allocator, rows=2)
     scheduling.waiting = [make(prompt(1, 1), 9, BALANCED)]
     scheduling.prefill()
-    scheduling.waiting = [
-        make(prompt(60, 2), 9, BALANCED, 100),
-        make(prompt(1, 3), 9, BALANCED, 50),
-    ]
+    scheduling.waiting = [make(prompt(60, 2), 9, BALANCED, 100)]
+    scheduling.prefill()
+    scheduling.waiting = [make(prompt(1, 3), 9, BALANCED, 50)]
     assert len(scheduling.prefill(preemption=True)) == 1 and scheduling.chunked is not None
     assert scheduling.preempted == 0

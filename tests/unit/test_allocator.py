@@ -388,7 +388,8 @@ def test_longest_request_is_admitted_alone(policy: str) -> None:
     tokens = capacity - 2 * PAGE_TOKENS
     clip = {"token_capacity": allocator.size, "sliding_window_size": None, "chunk_size": 512}
     assert allocator.max_new_tokens_for_memory(tokens, 10**6, **clip) == PAGE_TOKENS - 1
-    assert allocator.max_new_tokens_for_memory(capacity, 1, **clip) is None
+    assert allocator.max_new_tokens_for_memory(capacity, 1, **clip) == 0
+    assert allocator.longest_prompt == tokens
     done, last = 0, lens(-1)
     while done < tokens:
         budget = allocator.create_prefill_budget(cache)

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_schedule
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.quality import quality_of, set_quality
 from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.shared_pages import distinct_pages, paged
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -48,24 +51,91 @@ def _admit(
     Their pages are not freed by sealing, and a prompt between two chunks cannot be retracted: if
     two of them might need more than there is, each could wait for the other.
     """
-    if quality_of(req) is not Quality.LOSSLESS:
-        return original(self, req, *args, **kwargs)
-    running = () if self.running_batch is None else self.running_batch.reqs
-    pages = _lossless_pages([*running, *self.can_run_list, req])
-    if hasattr(self, _WAITS) or pages > self.token_to_kv_pool_allocator.lossless_pages:
-        setattr(self, _WAITS, True)  # nor is any shorter one admitted before it
-        return AddReqResult.CONTINUE
+    if quality_of(req) is Quality.LOSSLESS:
+        if not _fits(self, req) and _preempts():
+            self.preempt_to_schedule(req)
+        if not _fits(self, req):
+            setattr(self, _WAITS, True)  # nor is any shorter one admitted before it
+            return AddReqResult.CONTINUE
     return original(self, req, *args, **kwargs)
 
 
-def _lossless_pages(reqs: Sequence[Req]) -> int:
-    """Pages that the lossless ones of ``reqs`` hold when they are as long as they may get."""
-    tokens = [
-        len(req.origin_input_ids) + req.sampling_params.max_new_tokens
-        for req in reqs
-        if quality_of(req) is Quality.LOSSLESS
+def _preempts() -> bool:
+    schedule = get_schedule()
+    return schedule.enable_priority_scheduling and not schedule.disable_priority_preemption
+
+
+def _preempt(original: Callable[[Any, Req], bool], self: Any, req: Req) -> bool:
+    """Preempt nobody for a request that will not be admitted in this pass.
+
+    The victim would be admitted again at once, and preempted again in the next step. SGLang asks
+    when all rows are taken, `_admit` when raw pages are short: then lossless requests go.
+    """
+    if not isinstance(self.token_to_kv_pool_allocator, DiffXKVAllocator):
+        return original(self, req)
+    if self.memory_budget.closed:
+        return False
+    if quality_of(req) is not Quality.LOSSLESS:
+        return original(self, req)
+    req.init_next_round_input(self.tree_cache)  # whose pages it shares
+    if _fits(self, req):
+        return original(self, req)
+    if not _preempt_lossless(original, self, req):
+        setattr(self, _WAITS, True)  # so that `_admit` passes it over, and SGLang goes on
+    return True
+
+
+def _preempt_lossless(preempt: Callable[[Any, Req], bool], adder: Any, req: Req) -> bool:
+    """Preempt lossless requests, the least important first, until raw pages can hold ``req``.
+
+    Returns:
+        Whether they can; if not, nobody was preempted.
+    """
+    running = adder.running_batch.reqs
+    victims = {r for r in running if _holds_raw_pages(r) and _outranks(adder, req, r)}
+    if not victims or not _fits(adder, req, without=victims):
+        return False
+    preempted, spared = adder.preempt_list, [r for r in running if r not in victims]
+    while not _fits(adder, req):
+        adder.preempt_list = [*preempted, *spared]  # which SGLang leaves alone
+        done = preempt(adder, req)
+        preempted = [*preempted, *adder.preempt_list[len(preempted) + len(spared) :]]
+        adder.preempt_list = preempted
+        if not done:
+            return False
+        req.init_next_round_input(adder.tree_cache)
+    return True
+
+
+def _outranks(adder: Any, req: Req, running: Req) -> bool:
+    """Whether SGLang would preempt ``running`` for ``req``."""
+    more = req.priority - running.priority
+    if get_schedule().schedule_low_priority_values_first:
+        more = -more
+    return bool(more > adder.priority_scheduling_preemption_threshold)
+
+
+def _holds_raw_pages(req: Req) -> bool:
+    return quality_of(req) is Quality.LOSSLESS and not req.finished()
+
+
+def _fits(adder: Any, req: Req, without: Collection[Req] = ()) -> bool:
+    """Whether raw pages can hold ``req`` and those admitted, each as long as it may get.
+
+    A prefix that they share counts once: all who read it have its nodes locked, ``req`` from the
+    moment that it is admitted. What nobody holds is cached, and evicted when its pages are needed.
+    """
+    if hasattr(adder, _WAITS):
+        return False
+    running = () if adder.running_batch is None else adder.running_batch.reqs
+    admitted = [r for r in (*running, *adder.can_run_list) if r not in without]
+    sequences = [
+        paged(r, len(r.origin_input_ids) + r.sampling_params.max_new_tokens)
+        for r in (*admitted, req)
+        if _holds_raw_pages(r)
     ]
-    return sum(-(-n // PAGE_TOKENS) for n in tokens)
+    pages = distinct_pages(adder.tree_cache, sequences)
+    return pages <= adder.token_to_kv_pool_allocator.lossless_pages
 
 
 def install() -> None:
@@ -73,3 +143,4 @@ def install() -> None:
     hook(f"{scheduler}.init_req_max_new_tokens", _limit_length, HookType.BEFORE, ("req",))
     adder = "sglang.srt.managers.schedule_policy.PrefillAdder"
     hook(f"{adder}.add_one_req", _admit, HookType.AROUND, ("req",))
+    hook(f"{adder}.preempt_to_schedule", _preempt, HookType.AROUND, ("req",))

@@ -46,9 +46,13 @@ def check_model_config(model: "ModelConfig", config: DiffXKVConfig, ranks: int) 
 
 
 def _unsupported_kind(model: "ModelConfig") -> str | None:
-    """What the model has instead of, or on top of, plain causal self-attention."""
+    return next((kind for kind, present in kinds_of(model).items() if present), None)
+
+
+def kinds_of(model: "ModelConfig") -> dict[str, bool]:
+    """Kinds of attention that are not plain and causal, and whether the model has them."""
     text = model.hf_text_config
-    kinds = {
+    return {
         "multi-head latent attention (MLA)": model.attention_arch == AttentionArch.MLA,
         "a state-space model for attention": model.attention_arch == AttentionArch.SSM,
         "linear-attention or Mamba layers": mambaish_config(model) is not None,
@@ -63,7 +67,6 @@ def _unsupported_kind(model: "ModelConfig") -> str | None:
         "soft-capped attention logits": bool(getattr(text, "attn_logit_softcapping", None)),
         "no text generation (embedding or reward)": not model.is_generation,
     }
-    return next((kind for kind, present in kinds.items() if present), None)
 
 
 def _unsupported_shape(model: "ModelConfig") -> str | None:

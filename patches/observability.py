@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: pool statistics in ``/server_info``, ``/diffxkv/stats``, Prometheus and token usage."""
+"""Seam: pool statistics in ``/server_info``, ``/diffxkv/stats`` and Prometheus."""
 
 from __future__ import annotations
 
@@ -31,16 +31,6 @@ def _add_memory_usage(result: Any, self: Any, state: dict[str, Any]) -> None:
         state[STATE_KEY] = pool_stats(allocator.store)
 
 
-def _get_token_info(result: Any, self: Any) -> Any:
-    """Token usage by bytes: virtual pages are plenty by design. Leak checks do not read it."""
-    allocator = self.token_to_kv_pool_allocator
-    if not isinstance(allocator, DiffXKVAllocator):
-        return None
-    usage = allocator.usage(self.tree_cache)
-    result.full_token_usage = max(usage, result.full_token_usage)
-    return result
-
-
 def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     global _gauges, _last_export
     allocator = self.scheduler.token_to_kv_pool_allocator
@@ -69,8 +59,6 @@ def add_route(app: FastAPI) -> None:
 def install() -> None:
     state = f"{SCHEDULER}.internal_state.SchedulerInternalStateController._add_memory_usage"
     hook(state, _add_memory_usage, HookType.AFTER, ("state",))
-    observer = f"{SCHEDULER}.pool_stats_observer.SchedulerPoolStatsObserver._get_token_info"
-    hook(observer, _get_token_info, HookType.AFTER, ())
     reporter = f"{SCHEDULER}.metrics_reporter.SchedulerMetricsReporter"
     for method in ("report_decode_stats", "report_prefill_stats", "_maybe_log_idle_metrics"):
         hook(f"{reporter}.{method}", _export, HookType.AFTER, ())

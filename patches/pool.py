@@ -31,11 +31,43 @@ logger = logging.getLogger(__name__)
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
+RAW_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""Of raw pages: what the kernels read and write."""
+
 MOST_RUNNING = 256
 """Requests at once where neither flags nor CUDA graphs say how many."""
 
 _setup: PoolSetup | None = None
 """Made when memory is sized, used when the pool is built moments later in the same process."""
+
+
+def _keep_model_dtype(result: None, self: Any) -> None:
+    """Raw pages stay in the model's dtype where a checkpoint asks for fp8 KV.
+
+    Its scales are for storing fp8, and nobody reads them here: to keep more is to lose less.
+    """
+    if not is_active() or self.kv_cache_dtype in RAW_DTYPES:
+        return
+    logger.info(
+        "diffxkv: the checkpoint asks for KV in %s; raw pages stay in the model's %s, and its KV "
+        "scales are not used",
+        self.kv_cache_dtype,
+        self.dtype,
+    )
+    self.kv_cache_dtype, self.kv_cache_dtype_str = self.dtype, "auto"
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    """
+    Raises:
+        ValueError: no kernel reads or writes raw pages in it.
+    """
+    if dtype not in RAW_DTYPES:
+        raise ValueError(
+            f"diffxkv: KV in {dtype} is not supported, only in "
+            f"{', '.join(str(x).removeprefix('torch.') for x in RAW_DTYPES)}: leave out "
+            "--kv-cache-dtype, or choose another --dtype"
+        )
 
 
 def make_setup(
@@ -44,10 +76,12 @@ def make_setup(
     """Divide the budget for the configurator's model on this rank, as all ranks do.
 
     Raises:
-        ValueError: the budget is too small (one line that says what to raise).
+        ValueError: the budget is too small (one line that says what to raise), or the dtype is
+            unknown.
     """
     from sglang.srt.runtime_context import get_parallel
 
+    _check_dtype(configurator.kv_cache_dtype)
     parallel, model = get_parallel(), configurator.model_config
     config = config.of_rank(parallel.attn_tp_rank, parallel.attn_tp_size)
     agree = make_agreement(parallel.attn_tp_group)
@@ -218,6 +252,8 @@ def _build_allocator(original: Callable[..., Any], self: Any, **kwargs: Any) -> 
 
 
 def install() -> None:
+    runner = "sglang.srt.model_executor.model_runner.ModelRunner.configure_kv_cache_dtype"
+    hook(runner, _keep_model_dtype, HookType.AFTER, ())
     hook(
         f"{CONFIGURATOR}.config_from_budget",
         _config_from_budget,

@@ -87,7 +87,7 @@ def _enter_rows(result: list[int] | None, self: Any, reqs: list[Req]) -> None:
     allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
     if allocator is not None and allocator.rows is not None and result:
         step = allocator.store.next_step
-        running = [RunningRequest(quality_of(req), step) for req in reqs]
+        running = [RunningRequest(quality_of(req), step, req) for req in reqs]
         allocator.rows.enter(result, running)
 
 

@@ -27,6 +27,7 @@ def _install() -> None:
 
     from sglang_diffxkv.patches import (
         admission,
+        capacity,
         check,
         forward,
         http_app,
@@ -39,7 +40,7 @@ def _install() -> None:
         server_args,
     )
 
-    seams = (server_args, pool, input_buffers, forward, observability, check, idle)
+    seams = (server_args, pool, capacity, input_buffers, forward, observability, check, idle)
     for seam in (*seams, admission, http_app, quality, lossless):
         seam.install()
 

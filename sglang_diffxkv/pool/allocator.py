@@ -16,6 +16,7 @@ from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.prefill_budget import MIN_CHUNK_PAGES, DiffXKVPrefillBudget
 from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.shared_pages import distinct_pages
 from sglang_diffxkv.pool.store import PageStore
 
 SPARE_SHARE = 1 / 256
@@ -155,14 +156,27 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         free = ledger.frames_free + self.frames_reclaimable(evictable_tokens)
         return int(free / ledger.worst_frames + 1e-6) * self.page_size
 
+    @property
+    def expected_tokens(self) -> int:
+        """Tokens that fit, as SGLang publishes it: virtual pages are plenty by design."""
+        return self.store.plan.expected_tokens
+
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that surely fits alone, sealed at its worst."""
+        pages = min(self.num_pages, self.store.ledger.largest_sequence)
+        return (pages - 2) * self.page_size
+
     def usage(self, tree_cache: Any) -> float:
         """Share of the scarcer of frames and raw pages that requests hold, from 0 to 1.
 
-        From counters alone. A lossless page that two requests share counts for both here.
+        From counters alone, and the tree's nodes above running lossless requests.
         """
         ledger = self.store.ledger
         free = ledger.frames_free + self.frames_reclaimable(tree_cache.evictable_size())
-        held = ledger.raw_only if self.rows is None else self.rows.lossless_pages
+        held = ledger.raw_only
+        if self.rows is not None:
+            held = distinct_pages(tree_cache, self.rows.lossless)
         raw = ledger.open_pages - ledger.full_pages - max(0, ledger.raw_only - held)
         used = max(1 - free / ledger.frames_total, raw / ledger.raw_total)
         return min(1.0, max(0.0, used))
@@ -284,12 +298,12 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         token_capacity: int,
         sliding_window_size: int | None,
         chunk_size: int | None,
-    ) -> int | None:
-        """Clip to what surely fits alone, sealed at its worst; None: the prompt does not."""
-        worst = min(token_capacity, self.store.ledger.largest_sequence * self.page_size)
+    ) -> int:
+        """Clip to what surely fits alone, sealed at its worst. Prompts longer than `longest_prompt`
+        are refused, or truncated, by what SGLang was told of it (`patches.capacity`)."""
+        worst = min(self.size, self.store.ledger.largest_sequence * self.page_size)
         paged_input = -(-input_tokens // self.page_size) * self.page_size
-        room = worst - paged_input - self.page_size
-        return None if room < 1 else min(max_new_tokens, room - 1)
+        return max(0, min(max_new_tokens, worst - paged_input - self.page_size - 1))
 
     @property
     def lossless_pages(self) -> int:

@@ -66,7 +66,7 @@ class DiffXKVPool(MHATokenToKVPool):
         self.mem_usage = store.nbytes / 2**30
         logger.info(
             "DiffXKV pool: policy=%s, %.1f MiB = %d raw pages (%.1f MiB) + %d frames of %d B "
-            "(%.1f MiB) + directory of %d virtual pages (%.1f MiB); #tokens: %d, "
+            "(%.1f MiB) + directory of %d virtual pages (%.1f MiB); about %d tokens, "
             "the same bytes hold %d uncompressed tokens",
             self.setup.policy.name,
             store.nbytes / mib,
@@ -77,7 +77,7 @@ class DiffXKVPool(MHATokenToKVPool):
             store.arena.nbytes / mib,
             plan.virtual_pages,
             store.directory.nbytes / mib,
-            num_tokens,
+            plan.expected_tokens,
             store.nbytes // plan.dense_page_bytes * self.page_size,
         )
 

@@ -32,7 +32,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
         super().__init__(*args, **kwargs)
         # SGLang keeps track of one unfinished prompt: after one that we shortened or put off,
         # nobody else may be admitted in this pass.
-        self._closed = False
+        self.closed = False
 
     @property
     def remaining_total(self) -> float:
@@ -65,7 +65,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
     def has_capacity(self) -> bool:
         # Not `remaining_current`: what is short now may be sealed a step later, and SGLang would
         # admit nobody until some request finishes.
-        return not self._closed and self._holds(lambda: self.remaining_total > 0)
+        return not self.closed and self._holds(lambda: self.remaining_total > 0)
 
     def _openable(self, tokens: int) -> int:
         """How many of ``tokens`` new ones, in whole pages, raw pages allow to open in this step.
@@ -102,7 +102,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
         chunk_limit: int | None,
         auxiliary_swa_host_hit_length: int = 0,
     ) -> tuple[bool, int | None]:
-        if self._closed or not self._holds(lambda: total_tokens < self.remaining_total):
+        if self.closed or not self._holds(lambda: total_tokens < self.remaining_total):
             return False, None
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
         needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will charge it
@@ -114,7 +114,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
             return True, chunk_limit
         if openable < MIN_CHUNK_PAGES * self.page_size or chunk_limit is None:
             return _NOT_IN_THIS_STEP
-        self._closed = True
+        self.closed = True
         return True, openable - self.page_size
 
     def can_allocate_prefill(
@@ -128,7 +128,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
         """Where the radix cache is off: admits a whole prompt, of which one chunk is opened now."""
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
         needed = self.ceil_paged_tokens(wanted) + self.page_size
-        fits = not self._closed and self._holds(
+        fits = not self.closed and self._holds(
             lambda: paged_input <= self.remaining_total and needed <= self.remaining_current
         )
         return fits and needed <= self._make_room(needed)
@@ -141,11 +141,11 @@ class DiffXKVPrefillBudget(PrefillBudget):
         room = self._make_room(self._openable(wanted)) - self.page_size
         if room > 0:
             return min(chunk_limit, room)
-        self._closed = True
+        self.closed = True
         return None
 
     def fit_chunk(
         self, *, extend_input_len: int, max_new_tokens: int, chunk_limit: int
     ) -> int | None:
-        self._closed = chunk_limit < extend_input_len
+        self.closed = chunk_limit < extend_input_len
         return chunk_limit

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.shared_pages import PagedSequence, paged
 from sglang_diffxkv.pool.store import NotedQuality
 
 
@@ -21,10 +22,12 @@ class RunningRequest(NamedTuple):
     Attributes:
         step: the store's that its prompt, or the last chunk of it, ran in: all pages that it holds
             have been used in that or later.
+        request: SGLang's.
     """
 
     quality: Quality
     step: int
+    request: Any
 
 
 class RequestRows:
@@ -48,9 +51,10 @@ class RequestRows:
         return bool(self._asking)
 
     @property
-    def lossless_pages(self) -> int:
-        """Pages of running lossless requests, those that they share counted for each."""
-        return sum(-(-length // PAGE_TOKENS) for length in self._lossless_lengths.values())
+    def lossless(self) -> list[PagedSequence]:
+        """Running lossless requests, as long as they are."""
+        lengths = self._lossless_lengths.items()
+        return [paged(self.running[row].request, length) for row, length in lengths]
 
     def entered_since(self, step: int) -> int:
         """The first step that somebody who runs entered in; else ``step``, the next one."""

@@ -44,6 +44,12 @@ class PoolPlan(NamedTuple):
     def virtual_tokens(self) -> int:
         return self.virtual_pages * PAGE_TOKENS
 
+    @property
+    def expected_tokens(self) -> int:
+        """Tokens that are expected to fit when all of their pages are sealed."""
+        pages = min(self.virtual_pages, int(self.frames / self.expected_frames))
+        return pages * PAGE_TOKENS
+
 
 def plan_pool(
     budget_bytes: int,

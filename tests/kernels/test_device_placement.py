@@ -20,10 +20,11 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.decode_step import DeviceDecode
-from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
+from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStore
 from tests.kernels.fake_device import DEVICE, Event, fake_device
+from tests.unit.pages import running
 from tests.unit.policies import config_of
 from tests.unit.test_allocator import PrefixCache
 
@@ -160,8 +161,8 @@ def test_serving_stays_on_the_device(policy: str) -> None:
     server = Server(policy)
     store, allocator, cache = server.store, server.allocator, server.cache
     requests = [
-        RunningRequest(Quality.BALANCED, step=0),
-        RunningRequest(Quality.LOSSLESS, step=0),
+        running(Quality.BALANCED, step=0),
+        running(Quality.LOSSLESS, step=0),
     ]
     server.backend.rows.enter([2, 1], requests)
     server.warm_up()

@@ -14,16 +14,16 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import Schedul
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
-from sglang_diffxkv.patches.observability import _get_token_info
+from sglang_diffxkv.patches.capacity import _get_token_info
 from sglang_diffxkv.policy.diffxkv import DiffXKVPolicy
 from sglang_diffxkv.policy.learner import CHECK_PAGES
 from sglang_diffxkv.policy.plan import Plan, solve_plan
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.sketch import ImportanceSketch
-from sglang_diffxkv.pool.request_rows import RunningRequest
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 from tests.kernels.fake_device import DEVICE, fake_device, waits
 from tests.kernels.test_device_placement import HEADS, LAYERS, Server
+from tests.unit.pages import running
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has its own tools")
 
@@ -37,7 +37,7 @@ def device() -> Iterator[None]:
 def started(policy: str, second: Quality, lengths: tuple[int, int] = (130, 62)) -> Server:
     """Two requests that decode; the second one may have asked for a quality."""
     server = Server(policy)
-    requests = [RunningRequest(Quality.BALANCED, 0), RunningRequest(second, 0)]
+    requests = [running(Quality.BALANCED, 0), running(second, 0)]
     server.backend.rows.enter([2, 1], requests)
     server.extend(list(lengths))
     server.backend.decode._full_pages = 0  # as after the decode step that seals what they left
@@ -104,7 +104,7 @@ def test_who_finishes_and_who_enters_does_not_wait(policy: str) -> None:
     with waits() as found:
         before = replace(ledger)
         server.allocator.free_segment(slots, start_pos=0)
-        server.backend.rows.enter([3], [RunningRequest(Quality.LOSSLESS, server.store.next_step)])
+        server.backend.rows.enter([3], [running(Quality.LOSSLESS, server.store.next_step)])
         load_snapshot(server)
         assert ledger == before
         budget = server.allocator.create_prefill_budget(server.cache)

@@ -3,14 +3,22 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.request_rows import RunningRequest
 from sglang_diffxkv.pool.store import NotedQuality, PageStore
 
 EVERY_SLOT = slice(None)
+
+
+def running(quality: Quality, step: int = 0) -> RunningRequest:
+    """A request that shares no page."""
+    request = SimpleNamespace(last_node=0, kv=SimpleNamespace(cache_protected_len=0))
+    return RunningRequest(quality, step, request)
 
 
 def count(store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:

@@ -15,10 +15,10 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
-from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
+from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStateError
-from tests.unit.pages import ask, write
+from tests.unit.pages import ask, running, write
 from tests.unit.policies import config_of
 
 LAYERS, HEADS, DIM = 2, 2, 64
@@ -160,7 +160,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         )
         assert out is not None and len(torch.unique(out)) == tokens
         self.running.append(request._replace(slots=out))
-        entry = RunningRequest(quality, self.allocator.store.next_step)
+        entry = running(quality, self.allocator.store.next_step)
         self.rows.enter([self.free_rows.pop()], [entry])
         self._touch(decodes=False)
 
@@ -356,7 +356,7 @@ def test_nobody_holds_what_the_last_step_used() -> None:
     assert own is not None
     write(allocator.store, own[:1] // PAGE_TOKENS, torch.tensor([0]), torch.tensor([PAGE_TOKENS]))
     ask(allocator.store, own[:1] // PAGE_TOKENS, [Quality.LOSSLESS])
-    allocator.rows.enter([2], [RunningRequest(Quality.LOSSLESS, allocator.store.step)])
+    allocator.rows.enter([2], [running(Quality.LOSSLESS, allocator.store.step)])
     allocator.store.expect(own[:1] // PAGE_TOKENS)
     allocator.rows.stay(2, allocator.store.next_step)
     assert allocator.reclaim(cache, 3 * PAGE_TOKENS)
@@ -388,7 +388,8 @@ def test_longest_request_is_admitted_alone(policy: str) -> None:
     tokens = capacity - 2 * PAGE_TOKENS
     clip = {"token_capacity": allocator.size, "sliding_window_size": None, "chunk_size": 512}
     assert allocator.max_new_tokens_for_memory(tokens, 10**6, **clip) == PAGE_TOKENS - 1
-    assert allocator.max_new_tokens_for_memory(capacity, 1, **clip) is None
+    assert allocator.max_new_tokens_for_memory(capacity, 1, **clip) == 0
+    assert allocator.longest_prompt == tokens
     done, last = 0, lens(-1)
     while done < tokens:
         budget = allocator.create_prefill_budget(cache)

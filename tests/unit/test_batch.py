@@ -17,9 +17,9 @@ from sglang_diffxkv.pool.batch import (
     pages_to_seal,
     ready_pages,
 )
-from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
+from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.store import PageStateError, PageStore
-from tests.unit.pages import EVERY_SLOT, count
+from tests.unit.pages import EVERY_SLOT, count, running
 from tests.unit.test_store import make_store
 
 WINDOW = 64
@@ -164,7 +164,7 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     batch = b.gather()
     rows = RequestRows(len(b.lens) + 3, torch.device("cpu"))
     asked = [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS]
-    requests = [RunningRequest(level, step=0) for level in asked]
+    requests = [running(level, step=0) for level in asked]
     rows.enter(b.rows.tolist(), requests)
     before = torch.tensor([0, 0, 100])  # 2 pages of the last one were opened before
     noted = rows.note_quality(b.rows.tolist(), before.tolist(), b.lens.tolist())
@@ -178,9 +178,9 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     sealable = pages_to_seal(b.store, batch, b.lens).pages.tolist()
     assert set(third).isdisjoint(sealable) and set(first[:9] + second[:1]) < set(sealable)
     assert not set(third) & set(b.store.sealable(EVERY_SLOT, include_window=True).tolist())
-    assert rows.lossless_pages == 5
+    assert [s.length for s in rows.lossless] == [300]
     rows.leave(b.rows.tolist())
-    assert rows.lossless_pages == 0 and not rows.asked
+    assert not rows.lossless and not rows.asked
 
 
 def test_every_page_of_a_batch_counts_as_used() -> None:

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from fastapi.routing import APIRoute, APIWebSocketRoute
-from sglang.srt.managers.schedule_policy import AddReqResult
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
@@ -253,35 +252,6 @@ def test_lossless_prompts_beyond_raw_pages_are_refused(scheduler: SimpleNamespac
     request = entered(scheduler, capacity, 1, ask("lossless"))
     assert f"hold {capacity} tokens here, but the prompt has {capacity}" in request.to_finish
     assert entered(scheduler, capacity, 1).to_finish is None
-
-
-def test_lossless_requests_wait_for_each_other(scheduler: SimpleNamespace) -> None:
-    allocator = scheduler.token_to_kv_pool_allocator
-    pages = allocator.lossless_pages
-    running = [
-        entered(scheduler, 10**4, 10**4),
-        entered(scheduler, (pages - 4) * PAGE_TOKENS, PAGE_TOKENS, ask("lossless")),
-    ]
-    adder = SimpleNamespace(
-        token_to_kv_pool_allocator=allocator,
-        running_batch=SimpleNamespace(reqs=running),
-        can_run_list=[],
-    )
-
-    def admit(prompt: int, params: object) -> bool:
-        def original(self: Any, req: Any) -> AddReqResult:
-            self.can_run_list.append(req)
-            return AddReqResult.CONTINUE
-
-        before = len(adder.can_run_list)
-        request = entered(scheduler, prompt, 1, params)
-        lossless._admit(original, adder, request)  # type: ignore[arg-type]
-        return len(adder.can_run_list) > before
-
-    assert admit(60, ask("lossless"))
-    assert not admit(3 * PAGE_TOKENS, ask("lossless"))
-    assert not admit(60, ask("lossless")), "one that came later would overtake"
-    assert admit(3 * PAGE_TOKENS, None)
 
 
 def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:

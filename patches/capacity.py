@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seam: what SGLang publishes of capacity and use is physical, and in one unit.
+
+Virtual pages are plenty by design, so a share of them says nothing. Capacity, wherever SGLang names
+it (`max_total_num_tokens`: log, ``/server_info``, ``/v1/loads``, Prometheus, KV metrics of
+events), is the tokens that are expected to fit; use is the share of the scarcer of frames and raw
+pages that is taken, of that capacity. Leak checks alone keep the virtual pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+
+SCHEDULER = "sglang.srt.managers.scheduler"
+OBSERVER = f"{SCHEDULER}_components.pool_stats_observer.SchedulerPoolStatsObserver"
+
+
+class PhysicalPoolStats(PoolStats):
+    """Publishes physical tokens; what leak checks read of it (available, evictable) is virtual."""
+
+    def update_scheduler_stats(self, stats: Any) -> None:
+        super().update_scheduler_stats(stats)
+        free = self.full_capacity - self.full_num_used
+        stats.kv_evictable_tokens = min(self.full_evictable_size, free)
+        stats.kv_available_tokens = free - stats.kv_evictable_tokens
+
+
+def _get_token_info(result: PoolStats, self: Any) -> PoolStats | None:
+    allocator = self.token_to_kv_pool_allocator
+    if not isinstance(allocator, DiffXKVAllocator):
+        return None
+    held = 1 - (result.full_available_size + result.full_evictable_size) / allocator.size
+    usage = max(held, allocator.usage(self.tree_cache))
+    return PhysicalPoolStats(
+        full_num_used=round(usage * allocator.expected_tokens),
+        full_token_usage=usage,
+        full_available_size=result.full_available_size,
+        full_evictable_size=result.full_evictable_size,
+        full_capacity=allocator.expected_tokens,
+    )
+
+
+def _get_worker_info(result: tuple[Any, ...], self: Any) -> tuple[Any, ...] | None:
+    """Capacity, and the longest request and prompt, as the scheduler learns and publishes them."""
+    allocator = self.model_runner.token_to_kv_pool_allocator
+    if not isinstance(allocator, DiffXKVAllocator):
+        return None
+    _, *between, length, prompt = result[:6]
+    length = min(length, allocator.longest_prompt + allocator.page_size)
+    prompt = min(prompt, allocator.longest_prompt)
+    return (allocator.expected_tokens, *between, length, prompt, *result[6:])
+
+
+def _check_virtual_pages(original: Callable[[Any], None], self: Any) -> None:
+    """Every virtual page is free, cached or held by somebody."""
+    allocator, published = self.token_to_kv_pool_allocator, self.max_total_num_tokens
+    if isinstance(allocator, DiffXKVAllocator):
+        self.max_total_num_tokens = allocator.size
+    original(self)
+    self.max_total_num_tokens = published
+
+
+def install() -> None:
+    hook(f"{OBSERVER}._get_token_info", _get_token_info, HookType.AFTER, ())
+    worker = "sglang.srt.managers.tp_worker.TpModelWorker"
+    hook(f"{worker}.get_worker_info", _get_worker_info, HookType.AFTER, ())
+    checker = f"{SCHEDULER}.Scheduler.init_invariant_checker"
+    hook(checker, _check_virtual_pages, HookType.AROUND, ())

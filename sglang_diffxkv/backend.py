@@ -11,10 +11,11 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, merge
 from sglang_diffxkv.kernels.extend import (
-    OpenPrefill,
+    OpenList,
     PageList,
+    Prefill,
     PrefixScratch,
-    SealedPrefill,
+    SealedTables,
     make_scratch,
 )
 from sglang_diffxkv.kernels.gpu.device import on_gpu
@@ -57,8 +58,7 @@ class StepMetadata(NamedTuple):
         queries: which queries score the open pages; None where the policy needs no scores.
         seq_lens, prefix_lens: int64 [B], with and without this step's tokens.
         q_indptr: int32 [B + 1], new tokens of each sequence.
-        prefill: attention over the open pages of a prefill; None in a decode step.
-        sealed_prefill: the same over sealed ones; None where there are none.
+        prefill: attention of a prefill; None in a decode step.
         nothing_to_seal: whether no sequence has a full page that has been scored.
     """
 
@@ -68,8 +68,7 @@ class StepMetadata(NamedTuple):
     seq_lens: torch.Tensor
     prefix_lens: torch.Tensor
     q_indptr: torch.Tensor
-    prefill: OpenPrefill | None
-    sealed_prefill: SealedPrefill | None
+    prefill: Prefill | None
     nothing_to_seal: bool
 
 
@@ -140,20 +139,14 @@ class DiffXKVBackend(AttentionBackend):
         if noted is not None:
             quality = self.rows.quality[fb.req_pool_indices]
             note_quality(store, pages, prefix_lens, quality, noted)
-        prefill = sealed_prefill = None
+        prefill = None
         if not is_decode:
-            prefill = OpenPrefill(
+            starts = prefix_lens.to(torch.int32)
+            prefill = Prefill(
                 q_indptr,
-                prefix_lens.to(torch.int32),
-                pages.open_indptr,
-                pages.slots,
-                pages.position,
+                OpenList(starts, pages.open_indptr, pages.slots, pages.position),
                 pages.last_len,
-            )
-        if not is_decode and pages.any_sealed:
-            sealed_prefill = SealedPrefill(
-                q_indptr,
-                PageList(pages.sealed_indptr, pages.sealed),
+                PageList(pages.sealed_indptr, pages.sealed) if pages.any_sealed else None,
                 fb.extend_seq_lens_cpu,
                 fb.extend_prefix_lens_cpu,
                 self.scratch,
@@ -166,7 +159,6 @@ class DiffXKVBackend(AttentionBackend):
             prefix_lens=prefix_lens,
             q_indptr=q_indptr,
             prefill=prefill,
-            sealed_prefill=sealed_prefill,
             nothing_to_seal=scored < PAGE_TOKENS,
         )
 
@@ -200,12 +192,13 @@ class DiffXKVBackend(AttentionBackend):
         step, index, q = self._begin(q, k, v, layer, save_kv_cache)
         assert step.prefill is not None
         store, raw = self.store, self.store.raw
-        part = step.prefill.run(q, raw.keys[index], raw.values[index], layer.scaling)
-        if step.sealed_prefill is not None:
-            tables = store.arena.buffer, store.directory.frames[index], store.directory.heads[index]
-            part = step.sealed_prefill.add(
-                part, self._for_sealed(q), *tables, store.layout, layer.scaling
-            )
+        tables = SealedTables(
+            store.arena.buffer,
+            store.directory.frames[index],
+            store.directory.heads[index],
+            store.layout,
+        )
+        part = step.prefill.run(q, raw.keys[index], raw.values[index], tables, layer.scaling)
         return self._finish(q, part, step, index, layer)
 
     def forward_decode(

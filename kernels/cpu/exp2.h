@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "lanes.h"
+
 namespace diffxkv {
 
 // 2^x below 2e-7 relative error, x clamped to [-126, 126]: -inf gives 2^-126, in effect nothing.
@@ -24,6 +26,28 @@ inline float fast_exp2(float x) {
     float power;
     std::memcpy(&power, &bits, sizeof power);
     return y * power;
+}
+
+typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
+
+// The same in every lane, for x <= 126; NaN gives 2^-126, too.
+inline Lanes fast_exp2(Lanes x) {
+    x = max_lanes(x, broadcast(-126.f));
+    const Lanes shifted = x + 12582912.f;  // 1.5 * 2^23: x is rounded in the last bits
+    const Lanes r = x - (shifted - 12582912.f);
+    Lanes y = broadcast(1.535336188319500e-4f);
+    y = y * r + 1.339887440266574e-3f;
+    y = y * r + 9.618437357674640e-3f;
+    y = y * r + 5.550332471162809e-2f;
+    y = y * r + 2.402264791363012e-1f;
+    y = y * r + 6.931472028550421e-1f;
+    y = y * r + 1.f;
+    IntLanes bits, whole;
+    std::memcpy(&bits, &y, sizeof bits);
+    std::memcpy(&whole, &shifted, sizeof whole);
+    bits += whole << 23;
+    std::memcpy(&y, &bits, sizeof y);
+    return y;
 }
 
 }  // namespace diffxkv

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from sglang_diffxkv.kernels.cpu.build import is_built, load_library
 from sglang_diffxkv.kernels.decode.cpu import LIBRARY as DECODE
+from sglang_diffxkv.kernels.extend.cpu import LIBRARY as EXTEND
 from sglang_diffxkv.kernels.pack.cpu import LIBRARY as PACK
 from sglang_diffxkv.kernels.score.cpu import LIBRARY as SCORE
 
@@ -23,7 +24,7 @@ def load_all(*, scores: bool) -> None:
     Args:
         scores: whether the policy grades tokens by their scores.
     """
-    libraries = (DECODE, PACK, SCORE) if scores else (DECODE, PACK)
+    libraries = (DECODE, EXTEND, PACK, SCORE) if scores else (DECODE, EXTEND, PACK)
     begin, missing = time.monotonic(), [x for x in libraries if not is_built(*x)]
     with ThreadPoolExecutor(len(libraries)) as pool:
         list(pool.map(lambda library: load_library(*library), libraries))

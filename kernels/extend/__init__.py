@@ -6,16 +6,20 @@ The two parts of a sequence are disjoint and are merged by `attention_part.merge
 
 from __future__ import annotations
 
+from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
 from sglang_diffxkv.kernels.extend.open import extend_open
-from sglang_diffxkv.kernels.extend.prefill import OpenPrefill, PageList, SealedPrefill
+from sglang_diffxkv.kernels.extend.prefill import OpenPrefill, Prefill, SealedPrefill
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, make_scratch
 from sglang_diffxkv.kernels.extend.sealed import extend_sealed
 
 __all__ = [
+    "OpenList",
     "OpenPrefill",
     "PageList",
+    "Prefill",
     "PrefixScratch",
     "SealedPrefill",
+    "SealedTables",
     "extend_open",
     "extend_sealed",
     "make_scratch",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 
 import torch
 
@@ -13,20 +12,10 @@ from sglang_diffxkv.kernels.attention_part import AttentionPart
 LOG2_E = math.log2(math.e)
 
 
-@cache
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What to compute attention of this dtype in: fp32, or bf16 where the CPU multiplies it.
-
-    Elsewhere torch emulates 16-bit products, slower than it computes in fp32.
-    """
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if dtype == torch.bfloat16 and native else torch.float32
-
-
-def heads_first(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """[L, H, D] of any dtype to contiguous [H, L, D], which torch's kernel reads fastest."""
+def heads_first(x: torch.Tensor) -> torch.Tensor:
+    """[L, H, D] of any dtype to contiguous fp32 [H, L, D], which torch's kernel reads fastest."""
     length, h, d = x.shape
-    return torch.empty(h, length, d, dtype=dtype).copy_(x.transpose(0, 1))
+    return torch.empty(h, length, d).copy_(x.transpose(0, 1))
 
 
 def attend_all(
@@ -43,9 +32,9 @@ def attend_all(
 
     Args:
         q: [T, Hq, D] of any dtype.
-        k, v: [H, L, D] of one dtype, which is computed in.
+        k, v: fp32 [H, L, D].
         sm_scale: factor of the scores.
-        bias: [H, L] of k's dtype, added to the scores of each head's tokens, or None.
+        bias: fp32 [H, L], added to the scores of each head's tokens, or None.
     """
     t, hq, d = q.shape
     h = k.shape[0]

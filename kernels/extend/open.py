@@ -1,25 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many queries over open raw pages: earlier tokens without a mask, the new tokens causally.
 
-Splitting at the first new token keeps both products dense: no [T, L] mask is ever made, and earlier
-pages may have gaps between them, as sealed pages may lie in between. On a GPU a Triton kernel does
-it in one pass; `prefill` prefers FlashInfer.
+Earlier pages may have gaps between them, as sealed pages may lie in between. On a GPU a Triton
+kernel does it (`prefill` prefers FlashInfer), on a CPU compiled C++ (`cpu`). Without a compiler it
+is torch, split at the first new token: both products are then dense, and no [T, L] mask is made.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from typing import NamedTuple
 
 import torch
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part, merge
+from sglang_diffxkv.kernels.extend import cpu
 from sglang_diffxkv.kernels.extend.dense import (
     attend_all,
     attend_causal,
-    compute_dtype,
     heads_first,
 )
+from sglang_diffxkv.kernels.extend.lists import OpenList
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
@@ -37,8 +37,8 @@ def extend_open(
 ) -> AttentionPart:
     """Causal attention of every query over the tokens of its sequence's open pages.
 
-    Computed in fp32, or in bf16 where q is and the CPU multiplies it natively. Slots after a
-    sequence's last query are not read into the computation.
+    Computed in fp32 on a CPU. Slots after a sequence's last query are not read into the
+    computation.
 
     Args:
         q: [T, Hq, D], the new queries; those of a sequence have consecutive positions.
@@ -59,71 +59,23 @@ def extend_open(
         return triton.extend_open(
             q, q_indptr, q_position, k_raw, v_raw, indptr, slots, page_position, sm_scale
         )
-    sequences = list_sequences(q_indptr, q_position, indptr, slots, page_position)
-    return attend_sequences(q, k_raw, v_raw, sequences, sm_scale)
-
-
-class OpenSequence(NamedTuple):
-    """New tokens of one sequence, and the open pages that they attend to.
-
-    Attributes:
-        rows: of the batch's queries. prior: tokens in ``slots`` before the first new one.
-        slots: raw pages up to that of the last new token: int64 [n], or a slice where they follow
-            each other, which needs no copy of them.
-    """
-
-    rows: slice
-    prior: int
-    slots: torch.Tensor | slice
-
-
-def list_sequences(
-    q_indptr: torch.Tensor,
-    q_position: torch.Tensor,
-    indptr: torch.Tensor,
-    slots: torch.Tensor,
-    page_position: torch.Tensor,
-) -> list[OpenSequence]:
-    """What all layers of a step share, on the host; arguments as in `extend_open`.
-
-    Raises:
-        ValueError: a page of new tokens is not listed.
-    """
-    sequences = []
-    queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()
-    positions, every_slot = page_position.tolist(), slots.tolist()
-    for b, start in enumerate(starts):
-        rows = slice(queries[b], queries[b + 1])
-        if rows.start == rows.stop:
-            continue
-        new = rows.stop - rows.start
-        prior = _tokens_before(positions[bounds[b] : bounds[b + 1]], start, new)
-        used = every_slot[bounds[b] : bounds[b] + -(-(prior + new) // PAGE_TOKENS)]
-        sequences.append(OpenSequence(rows, prior, _index(used)))
-    return sequences
-
-
-def _index(slots: list[int]) -> torch.Tensor | slice:
-    first = slots[0]
-    if slots == list(range(first, first + len(slots))):
-        return slice(first, first + len(slots))
-    return torch.tensor(slots)
-
-
-def attend_sequences(
-    q: torch.Tensor,
-    k_raw: torch.Tensor,
-    v_raw: torch.Tensor,
-    sequences: list[OpenSequence],
-    sm_scale: float,
-) -> AttentionPart:
-    """Attention of one layer on the CPU; arguments as in `extend_open`."""
+    library = cpu.library()
+    if library is not None:
+        lists = OpenList(q_position, indptr, slots, page_position)
+        step = cpu.Extend(library, q_indptr, lists, None)
+        return step.run(q, (k_raw, v_raw), None, sm_scale, rotate=False)
     parts = []
-    dtype = compute_dtype(q.dtype)
-    for rows, prior, slots in sequences:
-        tokens = prior + rows.stop - rows.start
-        k, v = (heads_first(raw[slots].flatten(0, 1)[:tokens], dtype) for raw in (k_raw, v_raw))
-        parts.append(_attend(q[rows], k, v, prior, sm_scale))
+    queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()
+    for b, start in enumerate(starts):
+        mine = q[queries[b] : queries[b + 1]]
+        if len(mine) == 0:
+            continue
+        listed = slice(bounds[b], bounds[b + 1])
+        prior = _tokens_before(page_position[listed].tolist(), start, len(mine))
+        tokens = prior + len(mine)
+        used = slots[listed][: -(-tokens // PAGE_TOKENS)].long()
+        k, v = (heads_first(raw[used].flatten(0, 1)[:tokens]) for raw in (k_raw, v_raw))
+        parts.append(_attend(mine, k, v, prior, sm_scale))
     return concat_parts(parts) if parts else empty_part(q)
 
 

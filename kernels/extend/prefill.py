@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of one step's new tokens for all layers, planned once: what serves which part.
 
-Open pages are FlashInfer's where that was made ready on a GPU (`flashinfer`), ours elsewhere.
-Sealed pages are ours everywhere: heads keep different numbers of tokens, so FlashInfer would be
-planned for each layer anew, and wait for the device each time.
+On a CPU one compiled kernel does all pages. On a GPU open pages are FlashInfer's where that was
+made ready (`flashinfer`), ours elsewhere. Sealed pages are ours everywhere: heads keep different
+numbers of tokens, so FlashInfer would be planned for each layer anew, and wait for the device each
+time.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart, merge
-from sglang_diffxkv.kernels.extend import flashinfer
-from sglang_diffxkv.kernels.extend.open import (
-    OpenSequence,
-    attend_sequences,
-    extend_open,
-    list_sequences,
-)
+from sglang_diffxkv.kernels.extend import cpu, flashinfer
+from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
+from sglang_diffxkv.kernels.extend.open import extend_open
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
 from sglang_diffxkv.kernels.extend.sealed import extend_sealed
+from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.rotation import rotate
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -57,7 +56,6 @@ class OpenPrefill:
         self._q_indptr, self._q_position = q_indptr, q_position
         self._indptr, self._slots, self._page_position = indptr, slots, page_position
         self._last_len = last_len
-        self._sequences: list[OpenSequence] | None = None
         self._planned: tuple[BatchPrefillWithPagedKVCacheWrapper, float] | None = None
 
     def run(
@@ -69,25 +67,14 @@ class OpenPrefill:
         """
         where = (self._indptr, self._slots, self._page_position)
         if not flashinfer.supports(q):
-            if not q.is_cpu:
-                new = self._q_indptr, self._q_position
-                return extend_open(q, *new, k_raw, v_raw, *where, sm_scale)
-            if self._sequences is None:
-                self._sequences = list_sequences(self._q_indptr, self._q_position, *where)
-            return attend_sequences(q, k_raw, v_raw, self._sequences, sm_scale)
+            new = self._q_indptr, self._q_position
+            return extend_open(q, *new, k_raw, v_raw, *where, sm_scale)
         if self._planned is None or self._planned[1] != sm_scale:
             wrapper = flashinfer.plan(
                 q, self._q_indptr, k_raw, self._indptr, self._slots, self._last_len, sm_scale
             )
             self._planned = wrapper, sm_scale
         return flashinfer.run(self._planned[0], q, k_raw, v_raw)
-
-
-class PageList(NamedTuple):
-    """Sealed pages of each of B sequences: int32 [B + 1], into int32 [N]."""
-
-    indptr: torch.Tensor
-    pages: torch.Tensor
 
 
 class SealedPrefill:
@@ -150,6 +137,58 @@ class SealedPrefill:
             lists = *tables, *self._unpacked
             extend_unpacked(part, q, self._q_indptr, *lists, layout, sm_scale, self._scratch)
         return part
+
+
+class Prefill:
+    """Attention of one step's new tokens over all pages of their sequences."""
+
+    def __init__(
+        self,
+        q_indptr: torch.Tensor,
+        open_list: OpenList,
+        last_len: torch.Tensor,
+        sealed: PageList | None,
+        new: list[int],
+        prefix: list[int],
+        scratch: PrefixScratch | None,
+    ) -> None:
+        """Note what all layers share; arguments as in `OpenPrefill` and `SealedPrefill`.
+
+        Args:
+            sealed: None if no sequence has sealed pages.
+        """
+        library = None if on_gpu(q_indptr) else cpu.library()
+        if library is not None:
+            self._compiled: cpu.Extend | None = cpu.Extend(library, q_indptr, open_list, sealed)
+            return
+        self._compiled = None
+        self._open = OpenPrefill(q_indptr, *open_list, last_len)
+        self._sealed: SealedPrefill | None = None
+        if sealed is not None:
+            self._sealed = SealedPrefill(q_indptr, sealed, new, prefix, scratch)
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k_raw: torch.Tensor,
+        v_raw: torch.Tensor,
+        tables: SealedTables,
+        sm_scale: float,
+    ) -> AttentionPart:
+        """Attention of one layer.
+
+        Args:
+            q: [T, Hq, D], not rotated. k_raw, v_raw: as in `extend_open`.
+            tables: of the sealed pages.
+            sm_scale: factor of the scores.
+        """
+        rotates = tables.layout.rotates
+        if self._compiled is not None:
+            return self._compiled.run(q, (k_raw, v_raw), tables, sm_scale, rotate=rotates)
+        part = self._open.run(q, k_raw, v_raw, sm_scale)
+        if self._sealed is None:
+            return part
+        return self._sealed.add(part, rotate(q.float()) if rotates else q, *tables, sm_scale)
 
 
 def _select(sealed: PageList, chosen: torch.Tensor, most: int) -> PageList:

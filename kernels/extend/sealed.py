@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many queries over sealed pages: dequantise a bounded block of pages, then dense attention.
+"""Many queries over sealed pages.
 
-On a GPU a Triton kernel reads the sealed bytes themselves.
+On a GPU a Triton kernel reads the sealed bytes themselves, on a CPU compiled C++ (`cpu`). Without a
+compiler torch dequantises a bounded block of pages, then attends to it as to dense tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part, merge
+from sglang_diffxkv.kernels.extend import cpu
 from sglang_diffxkv.kernels.extend.dense import attend_all
+from sglang_diffxkv.kernels.extend.lists import PageList, SealedTables
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import head_counts, unpack_into
@@ -51,6 +54,11 @@ def extend_sealed(
         return triton.extend_sealed(
             q, q_indptr, arena, frames, heads, indptr, pages, layout, sm_scale
         )
+    library = cpu.library()
+    if library is not None:
+        step = cpu.Extend(library, q_indptr, None, PageList(indptr, pages))
+        tables = SealedTables(arena, frames, heads, layout)
+        return step.run(q, None, tables, sm_scale, rotate=False)
     parts = []
     page_bytes = 2 * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim * 4
     block_pages = max(1, BLOCK_BYTES // page_bytes)

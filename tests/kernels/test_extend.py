@@ -13,15 +13,18 @@ import torch
 
 from sglang_diffxkv.kernels import extend as ops
 from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
-from sglang_diffxkv.kernels.extend import naive, sealed, triton
+from sglang_diffxkv.kernels.cpu import build
+from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
+from sglang_diffxkv.kernels.extend import cpu, naive, sealed, triton
 from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PAGE_TOKENS, PRUNED, make_layout
 from sglang_diffxkv.kernels.pack import pack
+from sglang_diffxkv.kernels.rotation import rotate
 from tests.kernels.device import DEVICE
 from tests.kernels.sealed import random_tiers, seal
 
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-IMPLEMENTATIONS = [ops, triton]
+IMPLEMENTATIONS = ["none", *available_isas(), "triton"]
+"""The torch fallback (instruction set "none"), each compiled variant, and the GPU's."""
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +34,16 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    if request.param == "triton":
+        return triton
+    monkeypatch.setenv(ISA_VARIABLE, request.param)
+    # A library that fails to compile must not pass as the fallback.
+    assert (cpu.library() is None) == (request.param == "none")
+    return ops
 
 
 def indptr(*counts: int) -> torch.Tensor:
@@ -58,7 +71,6 @@ def assert_close(part: AttentionPart, expected: AttentionPart, tolerance: float)
     assert ((part.lse - expected.lse)[~empty].abs() <= lse_tolerance).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["torch", "triton"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize(
     ("high", "low", "dtype", "group"),
@@ -209,7 +221,6 @@ OPEN_CASES = {
 }
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=["torch", "triton"])
 @pytest.mark.parametrize("case", OPEN_CASES)
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "heads", "group"),
@@ -227,11 +238,16 @@ def test_open(
     check_open(implementation, OPEN_CASES[case], dtype, head_dim, heads, group)
 
 
-@pytest.mark.parametrize(("head_dim", "group"), [(96, 5), (256, 8)])
-def test_open_of_other_dimensions(head_dim: int, group: int) -> None:
+@pytest.mark.parametrize(("head_dim", "group"), [(96, 5), (256, 8), (64, 7)])
+def test_open_of_other_dimensions(implementation: ModuleType, head_dim: int, group: int) -> None:
     torch.manual_seed(head_dim)
     check_open(
-        triton, [(70, 19, [0, 1]), (0, 0, []), (130, 3, [1, 2])], torch.bfloat16, head_dim, 2, group
+        implementation,
+        [(70, 19, [0, 1]), (0, 0, []), (130, 3, [1, 2])],
+        torch.bfloat16,
+        head_dim,
+        2,
+        group,
     )
 
 
@@ -270,7 +286,7 @@ def check_open(
     )
     part = implementation.extend_open(*on_device(implementation, args))
     assert part.out.isfinite().all() and part.lse.isfinite().all()
-    tolerance = 1e-3 if implementation is triton else TOLERANCE[dtype]
+    tolerance = 1e-3 if implementation is triton else 3e-6
     assert_close(part, naive.extend_open(*args), tolerance)
 
 
@@ -305,3 +321,59 @@ def part_over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionPar
         for h in range(q.shape[1]):
             part.out[t, h], part.lse[t, h] = naive.attend_one(q[t, h], k, v, 0.2)
     return part
+
+
+COMPILED = [isa for isa in available_isas() if build._compiler()]
+
+
+@pytest.fixture(params=COMPILED)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(ISA_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize(
+    ("threads", "new", "tiers", "head_dim", "group"),
+    [
+        (1, [150, 0, 1, 20], "K8V4", 64, 3),
+        (2, [40, 0, 1, 5], "raw", 96, 4),
+        (5, [2, 0, 1, 5], "K2V2", 80, 7),
+    ],
+)
+def test_one_pass_over_sealed_and_open_pages(
+    isa: str, threads: int, new: list[int], tiers: str, head_dim: int, group: int
+) -> None:
+    """Tiles of several blocks, or split over their pages; queries that are strided, and rotated."""
+    torch.manual_seed(head_dim)
+    layout = make_layout(
+        head_dim=head_dim, num_kv_heads=2, raw_itemsize=4, high=FORMATS[tiers], low=FORMATS["K4V2"]
+    )
+    data = seal(layout, pages=18, dtype=torch.float32, pack=pack, tiers=random_tiers(1, 18, 2))
+    sealed_pages, open_pages = (17, 3, 16, 0), ([17, 18, 19], [], [16], [0])
+    q_position = torch.tensor([17 * 64 + 5, 0, 16 * 64 + 63, 40])
+    k, v = torch.full((2, 8, PAGE_TOKENS, 2, head_dim), torch.nan)
+    slots = torch.tensor([6, 1, 3, 0, 5])
+    for slot, written in zip(slots.tolist(), (64, 64, 27, 64, 60), strict=True):
+        k[slot, :written], v[slot, :written] = torch.randn(2, written, 2, head_dim)
+    queries = indptr(*new)
+    q = torch.randn(sum(new), 3, 2 * group, head_dim)[:, 1]
+    open_list = ops.OpenList(
+        q_position,
+        indptr(*map(len, open_pages)),
+        slots,
+        torch.tensor([page for pages in open_pages for page in pages]),
+    )
+    sealed_list = ops.PageList(indptr(*sealed_pages), torch.arange(36).int() % 18)
+    step = ops.Prefill(queries, open_list, torch.ones(4), sealed_list, new, [1] * 4, None)
+    tables = ops.SealedTables(data.arena, data.frames, data.heads, layout)
+    torch.set_num_threads(threads)
+    part = step.run(q, k, v, tables, 0.1)
+    torch.set_num_threads(1)  # the reference
+    rotated = rotate(q.double()).float() if layout.rotates else q
+    q = q.contiguous()
+    expected = merge(
+        naive.extend_sealed(rotated, queries, *tables[:3], *sealed_list, layout, 0.1),
+        naive.extend_open(q, queries, q_position, k, v, *open_list[1:], 0.1),
+    )
+    assert_close(part, expected, 3e-6)
+    assert_close(step.run(q, k, v, tables, 0.1), part, 1e-6)

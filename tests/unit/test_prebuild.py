@@ -8,10 +8,11 @@ import pytest
 
 from sglang_diffxkv.kernels.cpu import build, prebuild
 from sglang_diffxkv.kernels.decode import cpu as decode
+from sglang_diffxkv.kernels.extend import cpu as extend
 from sglang_diffxkv.kernels.pack import cpu as pack
 from sglang_diffxkv.kernels.score import cpu as score
 
-USERS = (decode.kernels, pack.library, score.kernel)
+USERS = (decode.kernels, extend.library, pack.library, score.kernel)
 
 
 @pytest.fixture(autouse=True)
@@ -31,10 +32,10 @@ def test_nothing_is_compiled_afterwards(
     prebuild.load_all(scores=True)
     told = [record.message for record in caplog.records]
     assert [line.split(" in ")[0] for line in told] == [
-        "diffxkv: compiled C++ kernels (decode, pack)",
+        "diffxkv: compiled C++ kernels (decode, extend, pack)",
         "diffxkv: compiled C++ kernels (score)",
     ]
-    assert len(list(tmp_path.rglob("*.so"))) == 3
+    assert len(list(tmp_path.rglob("*.so"))) == 4
     monkeypatch.setattr(build, "_compile", None)
     misses = build._load.cache_info().misses
     assert all(use() is not None for use in USERS)

@@ -55,14 +55,16 @@ def _fits(dtype: torch.dtype, *tensors: torch.Tensor) -> bool:
 
 def _rms_norm(compiled: LayerKernels) -> Callable[..., Any]:
     def forward(
-        self: Any, x: torch.Tensor, residual: torch.Tensor | None = None, *args: Any, **kwargs: Any
+        self: Any,
+        x: torch.Tensor,
+        residual: torch.Tensor | None = None,
+        post_residual_addition: torch.Tensor | None = None,
+        quant_linear: Any = None,  # which plain implementations do not look at
     ) -> Any:
-        attributes = self.__dict__
-        plain = not args and not any(value is not None for value in kwargs.values())
-        plain = plain and not any(attributes.get(flag) for flag in _FLAGS)
-        weight = self.weight
+        attributes, weight = self.__dict__, self.weight
+        plain = post_residual_addition is None and not any(attributes.get(x) for x in _FLAGS)
         if not plain or not _fits(x.dtype, x, weight, *(() if residual is None else (residual,))):
-            return self.forward_native(x, residual, *args, **kwargs)
+            return self.forward_native(x, residual, post_residual_addition)
         out = compiled.rms_norm(x, weight, attributes["variance_epsilon"], residual)
         return out if residual is None else (out, residual)
 

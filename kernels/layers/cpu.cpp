@@ -43,10 +43,11 @@ float sum_of_squares(const float* x, int64_t n) {
     return sum;
 }
 
-// Rotates the pairs of one head [2 * half]: neighbours, or halves (`neox`).
-template <class T>
-void rotate_pairs(T* x, const T* cos, const T* sin, int64_t half, bool neox) {
-    const int64_t step = neox ? 1 : 2, apart = neox ? half : 1;
+// Rotates the pairs of one head [2 * half]: neighbours, or halves (`Neox`).
+template <bool Neox, class T>
+void rotate_pairs(T* x, const T* cos, const T* sin, int64_t half) {
+    constexpr int64_t step = Neox ? 1 : 2;
+    const int64_t apart = Neox ? half : 1;
 #pragma omp simd
     for (int64_t i = 0; i < half; ++i) {
         const float a = to_float(x[i * step]), b = to_float(x[i * step + apart]);
@@ -97,8 +98,13 @@ extern "C" void diffxkv_rotary(uint8_t* x, int64_t stride, int64_t tokens, int64
         each_row(tokens, heads * dim, 0, threads, [&](int64_t t, float*) {
             const T* cos = reinterpret_cast<const T*>(cache) + positions[t] * rotary;
             T* token = reinterpret_cast<T*>(x) + t * stride;
-            for (int64_t h = 0; h < heads; ++h)
-                rotate_pairs(token + h * dim, cos, cos + half, half, neox);
+            for (int64_t h = 0; h < heads; ++h) {
+                if (neox) {
+                    rotate_pairs<true>(token + h * dim, cos, cos + half, half);
+                } else {
+                    rotate_pairs<false>(token + h * dim, cos, cos + half, half);
+                }
+            }
         });
     });
 }

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_diffxkv.backend import DiffXKVBackend
-from sglang_diffxkv.kernels.gpu.transfer import upload
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.pool.batch import gather_pages, pages_to_seal, ready_pages
+from sglang_diffxkv.pool.batch import ready_pages
 from sglang_diffxkv.pool.decode_step import DecodeStep, DeviceDecode
+from sglang_diffxkv.step_backend import DecodeBatch, StepBackend
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -24,19 +22,7 @@ MOST_ARENA_BYTES = 2**32 * 64
 """Numbers of rows have 32 bits where rows have 64 bytes or more (`payload.arena_row`)."""
 
 
-class DecodeBatch(NamedTuple):
-    """The sequences of a decode step, padding left out; lengths include the step's tokens.
-
-    Attributes:
-        rows, seq_lens: int64 [B]. seq_lens_cpu: int64 [B] on the host.
-    """
-
-    rows: torch.Tensor
-    seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor
-
-
-class GPUBackend(DiffXKVBackend):
+class GPUBackend(StepBackend):
     """Prefills as everywhere; of decode steps only the first one after a prefill may wait for the
     device."""
 
@@ -52,7 +38,6 @@ class GPUBackend(DiffXKVBackend):
             self.store, self.req_to_token_pool.req_to_token, self.config.window
         )
         self.decode_step: DecodeStep | None = None
-        self.decode_batch: DecodeBatch | None = None
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -81,24 +66,12 @@ class GPUBackend(DiffXKVBackend):
             return
         real = fb.batch_size - getattr(fb, "num_padding", 0)
         batch = DecodeBatch(fb.req_pool_indices[:real], fb.seq_lens[:real], fb.seq_lens_cpu[:real])
-        self.store.begin_step(decodes=True)
-        self._note_tokens(batch, fb.out_cache_loc)
+        self.begin_decode(batch, fb.out_cache_loc)
         self.decode.tick(real)
-        self.decode_batch = batch
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         fb = forward_batch
         self.decode_step = self.decode.begin(fb.req_pool_indices, fb.seq_lens)
-
-    def _note_tokens(self, batch: DecodeBatch, loc: torch.Tensor) -> None:
-        """Count the step's tokens; note what they asked for whose next page was opened for it."""
-        noted = self._count_tokens(batch.seq_lens_cpu - 1, batch.seq_lens_cpu)
-        if noted is None:
-            return
-        opened = (batch.seq_lens_cpu % PAGE_TOKENS == 1).nonzero().flatten()
-        index = upload(opened, loc.device)
-        quality = self.rows.quality[batch.rows[index]]
-        self.store.set_quality(loc[index] // PAGE_TOKENS, quality, noted)
 
     def forward_decode(
         self,
@@ -116,25 +89,11 @@ class GPUBackend(DiffXKVBackend):
         q, k, v = (x.view(len(x), -1, layer.qk_head_dim) for x in (q, k, v))
         return self.decode.attend(step, index, q, k, v, layer.scaling).out.flatten(1)
 
-    def end_of_step(self) -> None:
-        batch, self.decode_batch = self.decode_batch, None
-        if batch is None:
-            super().end_of_step()
-            self.decode.expect_full_pages()
-        elif due := self.decode.pages_due(batch.seq_lens_cpu):
-            self._seal(batch, due)
-
     def _seal(self, batch: DecodeBatch, due: float) -> None:
-        """Seal what is full, scored and not recent.
-
-        After a prefill that may be any number of pages, and many of one sequence, which are judged
-        together: to list them is to wait for the device, as prefills do.
-        """
+        if math.isinf(due):
+            super()._seal(batch, due)
+            return
         store, table = self.store, self.req_to_token_pool.req_to_token
         seq_lens, longest = batch.seq_lens.long(), int(batch.seq_lens_cpu.max())
         scored = seq_lens - 1 if store.policy.needs_scores else seq_lens
-        if math.isinf(due):
-            pages = gather_pages(store, table, batch.rows, seq_lens, longest)
-            store.seal(*pages_to_seal(store, pages, scored))
-        else:
-            store.seal_ready(*ready_pages(store, table, batch.rows, scored, longest, int(due)))
+        store.seal_ready(*ready_pages(store, table, batch.rows, scored, longest, int(due)))

@@ -51,10 +51,10 @@ def _install() -> None:
 
         check_applied()
         check_layers(model_runner.model)
+        _prepare_kernels(model_runner)
         backend = _backend_class(model_runner)(model_runner)
         allocator = model_runner.token_to_kv_pool_allocator
         quality.follow_rows(model_runner.req_to_token_pool, allocator, backend.rows)
-        _prepare_kernels(backend)
         return backend
 
 
@@ -66,14 +66,19 @@ def _backend_class(model_runner: Any) -> Any:
 
         return GPUBackend
     from sglang_diffxkv.backend import DiffXKVBackend
+    from sglang_diffxkv.cpu_backend import CPUBackend
+    from sglang_diffxkv.kernels.decode.layer import available
 
-    return DiffXKVBackend
+    return CPUBackend if available() else DiffXKVBackend
 
 
-def _prepare_kernels(backend: Any) -> None:
+def _prepare_kernels(model_runner: Any) -> None:
     """Compile what runs on a CPU now: the first request would wait for it otherwise."""
     from sglang_diffxkv.kernels.cpu.prebuild import load_all
     from sglang_diffxkv.kernels.gpu.device import on_gpu
+    from sglang_diffxkv.patches import layers
 
-    if not on_gpu(backend.req_to_token_pool.req_to_token):
-        load_all(scores=backend.store.policy.needs_scores)
+    store = getattr(model_runner.token_to_kv_pool, "store", None)
+    if store is not None and not on_gpu(model_runner.req_to_token_pool.req_to_token):
+        load_all(scores=store.policy.needs_scores)
+        layers.install()

@@ -10,8 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from sglang_diffxkv.kernels.cpu.build import is_built, load_library
 from sglang_diffxkv.kernels.decode.cpu import LIBRARY as DECODE
 from sglang_diffxkv.kernels.extend.cpu import LIBRARY as EXTEND
+from sglang_diffxkv.kernels.layers.cpu import LIBRARY as LAYERS
 from sglang_diffxkv.kernels.pack.cpu import LIBRARY as PACK
 from sglang_diffxkv.kernels.score.cpu import LIBRARY as SCORE
+from sglang_diffxkv.kernels.step.cpu import LIBRARY as STEP
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,7 @@ def load_all(*, scores: bool) -> None:
     Args:
         scores: whether the policy grades tokens by their scores.
     """
-    libraries = (DECODE, EXTEND, PACK, SCORE) if scores else (DECODE, EXTEND, PACK)
+    libraries = [DECODE, EXTEND, LAYERS, PACK, STEP, *([SCORE] if scores else [])]
     begin, missing = time.monotonic(), [x for x in libraries if not is_built(*x)]
     with ThreadPoolExecutor(len(libraries)) as pool:
         list(pool.map(lambda library: load_library(*library), libraries))

@@ -16,8 +16,8 @@ from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.layout import PageLayout
 
 LOG2_E = math.log2(math.e)
-LIBRARY = "decode", (Path(__file__).with_name("cpu.cpp"),)
-"""Its name and sources."""
+LIBRARY = "decode", tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "layer.cpp"))
+"""Its name and sources; layer.cpp is layer.py's."""
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _SEALED = (_P, _I, _I, _P, _P, _I, _P, _I, _P, _P, _P, _I, _P, _P, _I)

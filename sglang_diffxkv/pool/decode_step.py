@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -14,15 +13,11 @@ import torch
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.score import score_decode
-from sglang_diffxkv.kernels.step import PageNotes, StepPages, begin_decode
+from sglang_diffxkv.kernels.step import StepPages, begin_decode
 from sglang_diffxkv.kernels.write import write_tokens
+from sglang_diffxkv.pool.batch import page_notes
 from sglang_diffxkv.pool.store import PageStore
-
-SEAL_SHARE = 1 / 8
-"""Pages per running sequence that wait to be sealed until a decode step seals: each time costs some
-launches a layer, each page that waits a raw page."""
 
 
 class DecodeStep(NamedTuple):
@@ -51,40 +46,13 @@ class DeviceDecode:
         device = req_to_token.device
         self._clock = torch.zeros(2, dtype=torch.int64, device=device)
         self._num_real = torch.zeros(1, dtype=torch.int32, device=device)
-        self._full_pages = 0.0
-        d = store.directory
-        counts = store.raw.counts if store.policy.needs_scores else None
-        self._notes = PageNotes(
-            d.raw_slot, d.position, d.context, d.filled, d.window_step, d.last_used, counts
-        )
+        self._notes = page_notes(store)
 
     def tick(self, num_real: int) -> None:
         """Tell the device the time, and how many sequences of the batch are no padding."""
         self._clock[:1].fill_(self.store.step)  # assigned, a number waits for the device
         self._clock[1:].fill_(self.store.decode_step)
         self._num_real.fill_(num_real)
-
-    def expect_full_pages(self) -> None:
-        """There may be any number of full pages, as after a prefill: the next step is to seal."""
-        self._full_pages = math.inf
-
-    def pages_due(self, seq_lens: torch.Tensor) -> float:
-        """How many pages have left the recent windows since the last time, if it is to seal now.
-
-        Args:
-            seq_lens: int64 [B] on the host, of the running sequences, this step's tokens included.
-
-        Returns:
-            0 as long as they are too few, infinity where their number is not known.
-        """
-        # A page's last token is scored by the step after its own.
-        window = max(self.window, int(self.store.policy.needs_scores))
-        left = (seq_lens >= window + PAGE_TOKENS) & ((seq_lens - window) % PAGE_TOKENS == 0)
-        self._full_pages += int(left.sum())
-        if self._full_pages < max(1, SEAL_SHARE * len(seq_lens)):
-            return 0
-        due, self._full_pages = self._full_pages, 0.0
-        return due
 
     def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> DecodeStep:
         """Look up the batch's pages, note their use, and divide the work.

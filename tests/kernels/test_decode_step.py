@@ -13,6 +13,7 @@ from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import score_open
 from sglang_diffxkv.pool.batch import count_scores, decode_queries, gather_pages, note_use
 from sglang_diffxkv.pool.decode_step import DeviceDecode
+from sglang_diffxkv.pool.full_pages import FullPages
 from sglang_diffxkv.pool.store import PageStore
 from tests.kernels.builders import error_norm
 from tests.unit.test_store import DIM, HEADS, LAYERS, make_store
@@ -102,24 +103,22 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
 
 
 def test_when_decode_steps_seal() -> None:
-    world = World("uniform")
-    decode = DeviceDecode(world.store, world.req_to_token, WINDOW)
+    full_pages = FullPages(WINDOW, needs_scores=False)
     inside, leaving, again = torch.tensor([100] * 16), torch.tensor([128] * 16), torch.tensor([191])
-    assert not decode.pages_due(inside)
-    assert decode.pages_due(leaving)
-    assert not decode.pages_due(inside)
+    assert not full_pages.due(inside)
+    assert full_pages.due(leaving)
+    assert not full_pages.due(inside)
     one = inside.clone()
     one[3] = 192
-    assert not decode.pages_due(one)  # two of 16 are worth the wait, one is not
-    assert decode.pages_due(one)
-    assert not decode.pages_due(again)
-    decode.expect_full_pages()
-    assert decode.pages_due(again)
+    assert not full_pages.due(one)  # two of 16 are worth the wait, one is not
+    assert full_pages.due(one)
+    assert not full_pages.due(again)
+    full_pages.expect_any()
+    assert full_pages.due(again)
 
 
-@pytest.mark.parametrize(("policy", "full"), [("uniform", 64), ("diffxkv", 65)])
-def test_without_a_window_pages_seal_once_full_and_scored(policy: str, full: int) -> None:
-    world = World(policy)
-    decode = DeviceDecode(world.store, world.req_to_token, window=0)
-    sealing = [n for n in range(1, 140) if decode.pages_due(torch.tensor([n]))]
+@pytest.mark.parametrize(("needs_scores", "full"), [(False, 64), (True, 65)])
+def test_without_a_window_pages_seal_once_full_and_scored(needs_scores: bool, full: int) -> None:
+    full_pages = FullPages(0, needs_scores)
+    sealing = [n for n in range(1, 140) if full_pages.due(torch.tensor([n]))]
     assert sealing == [full, full + PAGE_TOKENS]

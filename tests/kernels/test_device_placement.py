@@ -20,6 +20,7 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.decode_step import DeviceDecode
+from sglang_diffxkv.pool.full_pages import FullPages
 from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStore
@@ -63,6 +64,7 @@ class Server:
         backend.req_to_token_pool = SimpleNamespace(req_to_token=self.table)
         backend.rows = self.allocator.rows = RequestRows(4, self.table.device)
         backend.decode = DeviceDecode(store, self.table, WINDOW)
+        backend.full_pages = FullPages(WINDOW, store.policy.needs_scores)
         backend.decode_step = backend.decode_batch = backend.forward_metadata = None
         self.lens = [0, 0]
         self._checks = True

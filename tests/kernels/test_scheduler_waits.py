@@ -40,7 +40,7 @@ def started(policy: str, second: Quality, lengths: tuple[int, int] = (130, 62)) 
     requests = [running(Quality.BALANCED, 0), running(second, 0)]
     server.backend.rows.enter([2, 1], requests)
     server.extend(list(lengths))
-    server.backend.decode._full_pages = 0  # as after the decode step that seals what they left
+    server.backend.full_pages._waiting = 0  # as after the decode step that seals what they left
     return server
 
 
@@ -258,7 +258,7 @@ def test_who_waits_is_noticed() -> None:
     with waits() as found:
         pool_stats(server.store)
         assert len(found) == 1 and "totals.py" in found[0], "one read of the sums by layer"
-    server.backend.decode.expect_full_pages()
+    server.backend.full_pages.expect_any()
     with waits() as found:
         server.decode(checks=False)
         assert any("batch.py" in wait for wait in found), f"sealing lists pages: {found}"

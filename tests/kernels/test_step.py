@@ -3,15 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.step import PageNotes, naive, triton
+from sglang_diffxkv.kernels.step import PageNotes, StepPages, cpu, naive, triton
 from tests.kernels.device import DEVICE
 
 PAGES = 120
 POISON = -77
+
+Args = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def make_notes(gen: torch.Generator, scores: bool) -> PageNotes:
@@ -29,9 +34,30 @@ def copied(notes: PageNotes, device: torch.device) -> PageNotes:
     return PageNotes(*(None if t is None else t.clone().to(device) for t in notes))
 
 
+class Run(NamedTuple):
+    """A kernel's answer; its notes are in `notes`."""
+
+    pages: StepPages
+    notes: PageNotes
+
+
+def on_gpu(args: Args, clock: torch.Tensor, notes: PageNotes, window: int) -> Run:
+    notes = copied(notes, DEVICE)
+    moved = (x.to(DEVICE) for x in args)
+    return Run(triton.begin_decode(*moved, clock.to(DEVICE), notes, window), notes)
+
+
+def on_cpu(args: Args, clock: torch.Tensor, notes: PageNotes, window: int) -> Run:
+    notes = copied(notes, torch.device("cpu"))
+    table, rows, lengths, num_real = args
+    kernel = cpu.StepKernel(table, notes, window, sealed=notes.raw_slot < 0)
+    return Run(kernel.begin(rows, lengths, int(num_real), *clock.tolist()), notes)
+
+
 @pytest.mark.parametrize("scores", [True, False])
 @pytest.mark.parametrize("window", [0, 64, 200])
-def test_begin_decode(window: int, scores: bool) -> None:
+@pytest.mark.parametrize("run", [on_gpu, on_cpu])
+def test_begin_decode(run: Callable[..., Run], window: int, scores: bool) -> None:
     gen = torch.Generator().manual_seed(window)
     lengths = [1, 64, 65, 130, 2240, 999, 5, 5]  # two of padding
     width = 2500
@@ -45,10 +71,9 @@ def test_begin_decode(window: int, scores: bool) -> None:
     # Pages that two sequences share are noted by both; either's note may stay.
     args = (req_to_token, rows, torch.tensor(lengths), torch.tensor([6], dtype=torch.int32))
     clock = torch.tensor([1 << 33, 77])
-    expected_notes, actual_notes = copied(notes, torch.device("cpu")), copied(notes, DEVICE)
+    expected_notes = copied(notes, torch.device("cpu"))
     expected = naive.begin_decode(*args, clock, expected_notes, window)
-    on_device = (x.to(DEVICE) for x in args)
-    actual = triton.begin_decode(*on_device, clock.to(DEVICE), actual_notes, window)
+    actual, actual_notes = run(args, clock, notes, window)
     for name in ("lengths", "count", "last_len", "rows"):
         assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
     assert actual.count[6:].tolist() == [0, 0]
@@ -68,3 +93,16 @@ def test_begin_decode(window: int, scores: bool) -> None:
         )
         assert torch.equal(ours[alone], want[alone]), name
     assert (expected_notes.last_used == 1 << 33).any()
+
+
+def test_free_pages_are_noticed() -> None:
+    notes = make_notes(torch.Generator().manual_seed(1), scores=True)
+    table = torch.arange(PAGES * PAGE_TOKENS, dtype=torch.int32)[None]
+    sealed = notes.raw_slot < 0
+    closed = int((notes.raw_slot[1:] < 0).nonzero()[0]) + 1
+    sealed[closed] = False
+    begin = cpu.StepKernel(table, notes, 64, sealed).begin
+    row, step = torch.tensor([0]), (1, 1, 1)
+    begin(row, torch.tensor([closed * PAGE_TOKENS]), *step)
+    with pytest.raises(ValueError, match="free page"):
+        begin(row, torch.tensor([closed * PAGE_TOKENS + 1]), *step)

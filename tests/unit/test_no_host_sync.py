@@ -16,6 +16,7 @@ from sglang_diffxkv.gpu_backend import GPUBackend
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.decode_step import DeviceDecode
+from sglang_diffxkv.pool.full_pages import FullPages
 from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStore
@@ -42,6 +43,7 @@ def meta_backend(policy: str) -> GPUBackend:
     backend.store, backend.req_to_token_pool = store, SimpleNamespace(req_to_token=table)
     backend.rows = RequestRows(8, table.device)
     backend.decode = DeviceDecode(store, table, window=64)
+    backend.full_pages = FullPages(64, store.policy.needs_scores)
     backend.decode_step = backend.decode_batch = backend.forward_metadata = None
 
     def write(layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -98,7 +100,7 @@ def test_decode_steps_do_not_wait_for_the_device(policy: str) -> None:
 def test_a_step_that_seals_does_wait() -> None:
     """The test would notice: sealing lists pages, which needs their number."""
     backend = meta_backend("uniform")
-    backend.decode.expect_full_pages()
+    backend.full_pages.expect_any()
     with recorded(), pytest.raises((NotImplementedError, RuntimeError)):
         decode(backend, meta_batch([70, 130, 3, 999, 500]))
 

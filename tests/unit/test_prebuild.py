@@ -32,10 +32,10 @@ def test_nothing_is_compiled_afterwards(
     prebuild.load_all(scores=True)
     told = [record.message for record in caplog.records]
     assert [line.split(" in ")[0] for line in told] == [
-        "diffxkv: compiled C++ kernels (decode, extend, pack)",
+        "diffxkv: compiled C++ kernels (decode, extend, layers, pack, step)",
         "diffxkv: compiled C++ kernels (score)",
     ]
-    assert len(list(tmp_path.rglob("*.so"))) == 4
+    assert len(list(tmp_path.rglob("*.so"))) == 6
     monkeypatch.setattr(build, "_compile", None)
     misses = build._load.cache_info().misses
     assert all(use() is not None for use in USERS)

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decode step on a CPU: one call of C++ for the batch, and one for each layer."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.decode.layer import DecodeLayers, LayerTables
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.step import StepPages
+from sglang_diffxkv.kernels.step.cpu import StepKernel
+from sglang_diffxkv.pool.batch import page_notes
+from sglang_diffxkv.pool.store import PageStateError, PageStore
+
+
+class HostDecode:
+    """Decode steps of one page store; there is a compiler.
+
+    Args:
+        req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
+        window: recent tokens that a running sequence wants to keep raw.
+    """
+
+    def __init__(self, store: PageStore, req_to_token: torch.Tensor, window: int) -> None:
+        self.store = store
+        d, raw = store.directory, store.raw
+        scores = raw.scores if store.policy.needs_scores else None
+        tables = (store.arena.buffer, d.frames, d.heads, d.raw_slot, raw.keys, raw.values, scores)
+        self._layers = DecodeLayers(LayerTables(*tables, store.layout))
+        self._step = StepKernel(req_to_token, page_notes(store), window, d.sealed)
+
+    def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> StepPages:
+        """Look up the batch's pages, and note their use.
+
+        Args:
+            rows, seq_lens: int64 [B].
+
+        Raises:
+            PageStateError: a page is free, or a sequence's last one sealed.
+        """
+        store = self.store
+        try:
+            pages = self._step.begin(rows, seq_lens, len(rows), store.step, store.decode_step)
+        except ValueError as problem:
+            raise PageStateError(str(problem)) from problem
+        if int(pages.rows.min()) < PAGE_TOKENS:
+            raise PageStateError("write into a page that is not open")
+        self._layers.begin(pages)
+        return pages
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+    ) -> AttentionPart:
+        """`DecodeLayers.attend` of this step, of whatever dtype and strides the model has."""
+        return self._layers.attend(layer, *(self._fitting(x) for x in (q, k, v)), sm_scale)
+
+    def _fitting(self, x: torch.Tensor) -> torch.Tensor:
+        dtype, dim = self._layers.dtype, x.shape[2]
+        if x.dtype == dtype and x.stride(2) == 1 and x.stride(1) == dim:
+            return x
+        return x.to(dtype).contiguous()

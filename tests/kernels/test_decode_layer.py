@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer of a decode step in one call, against the float64 references of what it does."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from sglang_diffxkv.kernels.attention_part import merge
+from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
+from sglang_diffxkv.kernels.decode import AttentionPart, layer, naive
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.score import naive as score_naive
+from sglang_diffxkv.kernels.step import StepPages
+from tests.kernels.builders import build_sealed, error_norm, layout_of, random_tiers
+
+KV_HEADS, LAYERS = 2, 2
+LENGTHS = [130, 1, 64, 777, 65]
+SHARED = 0
+"""The raw slot of a page that the last two sequences share."""
+OUT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
+"""Rounding of the output to its dtype; sealed tiers add what `test_decode.py` allows for them."""
+
+
+class Case(NamedTuple):
+    """Arguments; `raw` is what raw pages hold once the new tokens are written."""
+
+    tables: layer.LayerTables
+    pages: StepPages
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def make_case(layout: PageLayout, group: int, dtype: torch.dtype, scores: bool) -> Case:
+    """Every third page sealed, the others open; what nobody may read is NaN."""
+    gen = torch.Generator().manual_seed(group + layout.head_dim)
+    counts = torch.tensor([-(-n // PAGE_TOKENS) for n in LENGTHS])
+    num_pages = int(counts.sum()) + 1
+    sealed = build_sealed(
+        layout, random_tiers(num_pages, KV_HEADS, (0.3, 0.5, 0.2), gen), gen, dtype
+    )
+    table = torch.full((len(LENGTHS), int(counts.max()) + 1), 1 << 30, dtype=torch.int32)
+    raw_slot = torch.full((num_pages,), -1, dtype=torch.int32)
+    slots = torch.randperm(2 * num_pages, generator=gen).int() + 1
+    shape = (2 * num_pages + 1, PAGE_TOKENS, KV_HEADS, layout.head_dim)
+    keys, values = (
+        [torch.full(shape, torch.nan, dtype=dtype) for _ in range(LAYERS)] for _ in range(2)
+    )
+    ids = torch.randperm(num_pages, generator=gen).int()
+    shared, next_page = ids[0], 1
+    rows = torch.zeros(len(LENGTHS), dtype=torch.int64)
+    for b, length in enumerate(LENGTHS):
+        for place in range(int(counts[b])):
+            last = place == counts[b] - 1
+            page = ids[next_page]
+            next_page += 1
+            if place == 0 and not last and b >= 3:
+                page = shared
+            table[b, place] = page
+            if place % 3 != 1 or last:
+                slot = SHARED if page == shared else int(slots[page])
+                raw_slot[page] = slot
+                n = min(PAGE_TOKENS, length - place * PAGE_TOKENS)
+                for raw in (*keys, *values):
+                    raw[slot, :n] = torch.randn(shape[1:], generator=gen)[:n].to(dtype)
+            if last:
+                rows[b] = slot * PAGE_TOKENS + (length - 1) % PAGE_TOKENS
+    arena, frames, heads = sealed.arena, sealed.frames, sealed.heads
+    accum = torch.rand(LAYERS, shape[0], KV_HEADS, PAGE_TOKENS, generator=gen) if scores else None
+    tables = layer.LayerTables(
+        arena,
+        torch.stack([frames.new_full(frames.shape, -1), frames]),
+        torch.stack([torch.zeros_like(heads), heads]),
+        raw_slot,
+        keys,
+        values,
+        accum,
+        layout,
+    )
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
+    last_len = (lengths - 1) % PAGE_TOKENS + 1
+    pages = StepPages(table, lengths, counts.int(), last_len, rows)
+    # As slices of one product, which is how models make them.
+    width = (group + 2) * KV_HEADS
+    qkv = torch.randn(len(LENGTHS), width + 1, layout.head_dim, generator=gen).to(dtype)
+    q, k, v, _ = qkv.split([group * KV_HEADS, KV_HEADS, KV_HEADS, 1], dim=1)
+    return Case(tables, pages, q, k, v)
+
+
+def reference(case: Case, index: int, sm_scale: float) -> AttentionPart:
+    """The same in float64, on the raw pages as they are; scores are added, too."""
+    tables, pages, layout = case.tables, case.pages, case.tables.layout
+    places = torch.arange(pages.table.shape[1])
+    valid = places < pages.count[:, None]
+    slots = tables.raw_slot[pages.table.where(valid, 0).long()]
+    is_open, is_sealed = valid & (slots >= 0), valid & (slots < 0)
+    indptr = [torch.tensor([0, *mask.sum(1).cumsum(0)]).int() for mask in (is_open, is_sealed)]
+    keys, values = tables.keys[index], tables.values[index]
+    opened = naive.decode_open(
+        case.q, keys, values, indptr[0], slots[is_open], pages.last_len, sm_scale
+    )
+    q = rotate(case.q.double()).float() if layout.rotates else case.q
+    listed = pages.table[is_sealed]
+    where = tables.arena, tables.frames[index], tables.heads[index], indptr[1], listed
+    part = merge(opened, naive.decode_sealed(q, *where, layout, sm_scale))
+    if tables.scores is not None:
+        args = (pages.lengths, keys, pages.table, tables.raw_slot, tables.scores[index])
+        score_naive.score_decode(case.q, part.lse, *args, sm_scale)
+    return part
+
+
+@pytest.fixture(params=available_isas())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(ISA_VARIABLE, request.param)
+    assert layer.available()
+    return str(request.param)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("scores", [True, False])
+@pytest.mark.parametrize("formats", [("K8V4", "K4V2"), ("raw", "K4V4")])
+@pytest.mark.parametrize(
+    ("dim", "group", "dtype"),
+    [
+        (64, 2, torch.float32),
+        (128, 4, torch.bfloat16),
+        (80, 1, torch.float16),
+        (96, 3, torch.float32),
+        (48, 5, torch.bfloat16),
+        (256, 1, torch.float32),
+    ],
+)
+def test_layer(
+    isa: str,
+    dim: int,
+    group: int,
+    dtype: torch.dtype,
+    formats: tuple[str, str],
+    scores: bool,
+    threads: int,
+) -> None:
+    layout = layout_of(*formats, head_dim=dim, kv_heads=KV_HEADS, itemsize=dtype.itemsize)
+    case = make_case(layout, group, dtype, scores)
+    sm_scale = 1.7 * dim**-0.5
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        layers = layer.DecodeLayers(case.tables)
+        layers.begin(case.pages)
+        for index in range(LAYERS):
+            accum = None if not scores else case.tables.scores[index].clone()
+            part = layers.attend(index, case.q, case.k, case.v, sm_scale)
+            for raw, new in ((case.tables.keys, case.k), (case.tables.values, case.v)):
+                assert torch.equal(raw[index].flatten(0, 1)[case.pages.rows], new)
+            actual = None if accum is None else case.tables.scores[index].clone()
+            if accum is not None:
+                case.tables.scores[index].copy_(accum)
+            expected = reference(case, index, sm_scale)
+            tolerance = 3e-4 if isa == "avx512" else 1e-5
+            assert part.out.dtype == dtype
+            assert error_norm(part.out, expected.out) < tolerance + OUT[dtype]
+            assert (part.lse - expected.lse).abs().max() < tolerance
+            if accum is not None:
+                gained = actual - accum, case.tables.scores[index] - accum
+                assert error_norm(*gained) < tolerance
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    layout = layout_of(head_dim=64)
+    tables = make_case(layout, 1, torch.float32, True).tables
+    with pytest.raises(ValueError, match="not contiguous"):
+        layer.DecodeLayers(tables._replace(heads=tables.heads[:, ::2]))
+    with pytest.raises(ValueError, match="raw pages"):
+        layer.DecodeLayers(tables._replace(keys=[x[:, :32] for x in tables.keys]))
+    with pytest.raises(ValueError, match="raw pages"):
+        layer.DecodeLayers(tables._replace(keys=[x.bfloat16() for x in tables.keys]))

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
-from fastapi.responses import ORJSONResponse
+from fastapi.responses import JSONResponse
 from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 from starlette.datastructures import Headers
@@ -66,7 +66,7 @@ class QualityMiddleware:
 
 async def _refuse(error: QualityError, scope: Scope, receive: Receive, send: Send) -> None:
     content = {"error": {"message": str(error), "type": "invalid_request_error", "code": 400}}
-    response = ORJSONResponse(content, status_code=400)
+    response = JSONResponse(content, status_code=400)
     if scope["type"] == "websocket":
         await WebSocket(scope, receive, send).send_denial_response(response)
     else:

@@ -13,11 +13,12 @@ but import it by a path that is SGLang's to set, and by which they find `sglang_
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
-from fastapi.responses import ORJSONResponse
+from fastapi.responses import JSONResponse
 from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 from starlette.datastructures import Headers
@@ -65,7 +66,7 @@ class QualityMiddleware:
 
 async def _refuse(error: QualityError, scope: Scope, receive: Receive, send: Send) -> None:
     content = {"error": {"message": str(error), "type": "invalid_request_error", "code": 400}}
-    response = ORJSONResponse(content, status_code=400)
+    response = JSONResponse(content, status_code=400)
     if scope["type"] == "websocket":
         await WebSocket(scope, receive, send).send_denial_response(response)
     else:
@@ -77,11 +78,26 @@ async def _read(original: Callable[[Any], Awaitable[Any]], self: Any) -> Any:
     is_first = not hasattr(self, "_json")  # SGLang keeps the parsed body, and asks again for it
     body = await original(self)
     if is_first and isinstance(body, dict) and is_active():
-        try:
+        with _http_400():
             ASKED.set(_asked_in_body(body))
-        except QualityError as error:
-            raise HTTPException(400, str(error)) from error
     return body
+
+
+def _read_form(*args: Any, model: str, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The one endpoint that generates and has no JSON body."""
+    if is_active():
+        with _http_400():
+            model, asked = asked_in_model(model, server_policy())
+            ASKED.set(agreed(ASKED.get(), asked))
+    return args, {"model": model, **kwargs}
+
+
+@contextmanager
+def _http_400() -> Iterator[None]:
+    try:
+        yield
+    except QualityError as error:
+        raise HTTPException(400, str(error)) from error
 
 
 def _asked_in_body(body: dict[str, Any]) -> Asked | None:
@@ -130,3 +146,5 @@ def install() -> None:
     http = "sglang.srt.entrypoints.http_server"
     hook(f"{http}._setup_and_run_http_server", _before_serving, HookType.BEFORE, ())
     hook(f"{http}.ORJSONRequest.json", _read, HookType.AROUND, ())
+    audio = "sglang.srt.entrypoints.openai.serving_transcription.OpenAIServingTranscription"
+    hook(f"{audio}.create_transcription", _read_form, HookType.BEFORE, ("model",))

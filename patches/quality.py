@@ -43,12 +43,14 @@ def follow_rows(req_to_token_pool: Any, allocator: DiffXKVAllocator, rows: Reque
     setattr(req_to_token_pool, _ALLOCATOR, allocator)
 
 
-def _settle(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+def _settle(result: Any, self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     """A ValueError from here is HTTP 400, for `sglang.Engine` an exception."""
     if not is_active():
         return
-    params = result.sampling_params
-    asked = agreed(ASKED.get(), asked_in_params(params.custom_params, server_policy()))
+    policy, params = server_policy(), result.sampling_params
+    asked = agreed(ASKED.get(), asked_in_params(obj.sampling_params.get("custom_params"), policy))
+    if asked is None:  # so that what the server prefers holds
+        asked = asked_in_params(params.custom_params, policy)
     if asked is None:
         return
     if isinstance(result, TokenizedEmbeddingReqInput) and asked.level != "balanced":
@@ -63,7 +65,7 @@ def _note(req: Req, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None
     try:
         policy = type(allocator.store.policy)
         quality = requested_quality(recv_req.sampling_params.custom_params, policy)
-    except QualityError as error:  # from a process that loads no plugins, so that it went unchecked
+    except QualityError as error:  # it came by another way than through SGLang's tokenizer
         req.set_finish_with_abort(str(error))
         return
     set_quality(req, quality)
@@ -108,7 +110,7 @@ def quality_of(req: Req) -> Quality:
 
 def install() -> None:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
-    hook(f"{manager}._create_tokenized_object", _settle, HookType.AFTER, ())
+    hook(f"{manager}._create_tokenized_object", _settle, HookType.AFTER, ("obj",))
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     hook(f"{scheduler}._create_generation_req", _note, HookType.AFTER, ("recv_req",))
     rows = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"

@@ -79,6 +79,22 @@ def test_misspelt_headers_are_http_400(workers_server: Server, header: str) -> N
     assert "did you mean 'X-DiffXKV-Quality'?" in answer.json()["error"]["message"]
 
 
+def test_forms_are_checked_too(workers_server: Server) -> None:
+    """Our model takes no audio, but says so only when its turn comes."""
+    for name, way in ways("losless").items():
+        if name == "custom_params":
+            continue
+        answer = requests.post(
+            workers_server.url + "/v1/audio/transcriptions",
+            data=dict(way.body),
+            files={"file": b"RIFF"},
+            headers=dict(way.headers),
+            timeout=60,
+        )
+        assert answer.status_code == 400
+        assert "did you mean 'lossless'?" in answer.text
+
+
 def test_websockets_are_refused_too(workers_server: Server) -> None:
     async def status() -> int:
         async with aiohttp.ClientSession() as session:

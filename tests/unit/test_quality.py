@@ -2,6 +2,8 @@
 """What requests may ask for, and how the scheduler treats lossless ones; no server."""
 
 import re
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -9,11 +11,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from fastapi.routing import APIRoute, APIWebSocketRoute
+from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches import lossless
 from sglang_diffxkv.patches import quality as seam
+from sglang_diffxkv.patches.http_app import ASKED
 from sglang_diffxkv.policy.diffkv import DiffKVPolicy
 from sglang_diffxkv.policy.lossless import LosslessPolicy
 from sglang_diffxkv.policy.quality import (
@@ -273,6 +277,48 @@ def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
     seam._enter_rows(pool.alloc(requests), pool, requests)
     assert not rows.asked and not rows.quality.any()
+
+
+@pytest.fixture
+def settle(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
+    """`settle(own, preferred, header)`: the parameters of a request, once it is tokenized."""
+    monkeypatch.setattr(seam, "is_active", lambda: True)
+    monkeypatch.setattr(seam, "server_policy", lambda: GradingPolicy)
+
+    def run(own: Any, preferred: Any = None, header: str | None = None, kind: Any = None) -> Any:
+        token = ASKED.set(None if header is None else Asked(header, "header"))
+        params = SimpleNamespace(custom_params=preferred if own is None else own)
+        result = (kind or SimpleNamespace)(sampling_params=params)
+        try:
+            seam._settle(result, None, SimpleNamespace(sampling_params={"custom_params": own}))
+        finally:
+            ASKED.reset(token)
+        return params.custom_params
+
+    yield run
+
+
+def test_what_a_request_says_becomes_its_parameter(settle: Callable[..., Any]) -> None:
+    assert settle(None) is None
+    assert settle({"bias": 1}) == {"bias": 1}
+    assert settle(ask("high")) == ask("high") == settle(ask("high"), header="high")
+    assert settle({"bias": 1}, header="small") == {"bias": 1} | ask("small")
+    assert settle(None, preferred=ask("small")) == ask("small")
+    assert settle(None, preferred=ask("small"), header="high") == ask("high")
+    for arguments in ({"own": ask("high"), "header": "small"}, {"own": ask("losless")}):
+        with pytest.raises(QualityError):
+            settle(**arguments)
+
+
+def test_what_does_not_generate_has_no_quality(settle: Callable[..., Any]) -> None:
+    kind = partial(
+        TokenizedEmbeddingReqInput, input_text="", input_ids=[1], mm_inputs=None, token_type_ids=[]
+    )
+    assert settle(None, kind=kind) is None
+    assert settle(None, header="balanced", kind=kind) == ask("balanced")
+    for arguments in ({"own": ask("lossless")}, {"own": None, "header": "high"}):
+        with pytest.raises(QualityError, match="only what generates has a quality"):
+            settle(**arguments, kind=kind)
 
 
 def test_docs_name_the_endpoints_that_take_prompts() -> None:

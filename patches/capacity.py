@@ -10,6 +10,7 @@ pages that is taken, of that capacity. Leak checks alone keep the virtual pages.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
@@ -22,8 +23,18 @@ SCHEDULER = "sglang.srt.managers.scheduler"
 OBSERVER = f"{SCHEDULER}_components.pool_stats_observer.SchedulerPoolStatsObserver"
 
 
+@dataclass
 class PhysicalPoolStats(PoolStats):
-    """Publishes physical tokens; what leak checks read of it (available, evictable) is virtual."""
+    """Publishes physical tokens; what leak checks read of it (available, evictable) is virtual.
+
+    Attributes:
+        tokens_running: that requests hold, however few bytes they take: the log's ``#token``.
+    """
+
+    tokens_running: int = 0
+
+    def get_decode_usage_msg_parts(self) -> list[str]:
+        return [f"#token: {self.tokens_running}, token usage: {self.full_token_usage:.2f}"]
 
     def update_scheduler_stats(self, stats: Any) -> None:
         super().update_scheduler_stats(stats)
@@ -36,14 +47,15 @@ def _get_token_info(result: PoolStats, self: Any) -> PoolStats | None:
     allocator = self.token_to_kv_pool_allocator
     if not isinstance(allocator, DiffXKVAllocator):
         return None
-    held = 1 - (result.full_available_size + result.full_evictable_size) / allocator.size
-    usage = max(held, allocator.usage(self.tree_cache))
+    held = allocator.size - result.full_available_size - result.full_evictable_size
+    usage = max(held / allocator.size, allocator.usage(self.tree_cache))
     return PhysicalPoolStats(
         full_num_used=round(usage * allocator.expected_tokens),
         full_token_usage=usage,
         full_available_size=result.full_available_size,
         full_evictable_size=result.full_evictable_size,
         full_capacity=allocator.expected_tokens,
+        tokens_running=held,
     )
 
 

@@ -60,3 +60,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_compile_backend(self, mode: str | None = None) -> str:
         # Inductor would compile C++ for small per-step helpers: seconds of start-up for nothing.
         return "eager"
+
+    def get_torch_profiler_activity_str(self) -> str:
+        # /start_profile asks out-of-tree platforms; without an answer it ends the scheduler.
+        return "CPU"
+
+    def get_torch_profiler_activity(self) -> torch.profiler.ProfilerActivity:
+        return torch.profiler.ProfilerActivity.CPU

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of extend attention against SGLang's `torch_native`, and of packing and unpacking.
 
-One layer of 32/8 heads, head_dim 128. The contestants of a case run in turn, so that whatever else
-the machine does hits all alike; minimum and median over the rounds.
+One layer. The contestants of a case run in turn, so that whatever else the machine does hits all
+alike: times are minimum and median over the rounds, ratios are of each round.
 
-    python bench/kernels/extend.py [--rounds 7]     # writes bench/results/extend.{md,json}
+    python bench/kernels/extend.py [--rounds 7] [--threads 1 2]   # bench/results/extend.{md,json}
 """
 
 from __future__ import annotations
@@ -15,19 +15,43 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from sglang_diffxkv.kernels.attention_part import merge
-from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
-from sglang_diffxkv.kernels.layout import FORMATS, HIGH, LOW, PAGE_TOKENS, PRUNED, make_layout
+from sglang_diffxkv.kernels.extend import OpenList, PageList, Prefill, SealedTables
+from sglang_diffxkv.kernels.layout import (
+    FORMATS,
+    HIGH,
+    LOW,
+    PAGE_TOKENS,
+    PRUNED,
+    PageLayout,
+    make_layout,
+)
 from sglang_diffxkv.kernels.pack import cpu, measure, pack, torch_ops
 
-HQ, H, D = 32, 8, 128
-SCALE = D**-0.5
 RESULTS = Path(__file__).parents[1] / "results"
+
+
+class Shape(NamedTuple):
+    """Heads of queries and of keys, and elements of one."""
+
+    heads: int
+    kv_heads: int
+    dim: int
+
+    @property
+    def layout(self) -> PageLayout:
+        high, low = FORMATS["K8V4"], FORMATS["K4V2"]
+        return make_layout(
+            head_dim=self.dim, num_kv_heads=self.kv_heads, raw_itemsize=2, high=high, low=low
+        )
+
+
+LLAMA_8B, SMOLLM2_135M = Shape(32, 8, 128), Shape(9, 3, 64)
 
 
 class Case(NamedTuple):
@@ -38,12 +62,16 @@ class Case(NamedTuple):
     new: int
     sealed: bool
     dtype: torch.dtype
+    shape: Shape = LLAMA_8B
 
     @property
     def title(self) -> str:
         kind = "sealed" if self.sealed else "open"
         prefix = f" after {self.prefix} {kind}" if self.prefix else ""
-        return f"{self.batch} × {self.new} new{prefix}, {str(self.dtype).removeprefix('torch.')}"
+        dtype = str(self.dtype).removeprefix("torch.")
+        heads, kv_heads, dim = self.shape
+        shape = "" if self.shape == LLAMA_8B else f", {heads}/{kv_heads} heads of {dim}"
+        return f"{self.batch} × {self.new} new{prefix}, {dtype}{shape}"
 
 
 CASES = [
@@ -56,7 +84,7 @@ CASES = [
         (1, 2048, 256, True),
         (8, 1024, 1, True),
     )
-]
+] + [Case(16, 0, 512, False, dtype, SMOLLM2_135M) for dtype in (torch.bfloat16, torch.float32)]
 
 
 class Prepared(NamedTuple):
@@ -70,23 +98,18 @@ class Prepared(NamedTuple):
     arena: torch.Tensor
 
 
-LAYOUT = make_layout(
-    head_dim=D, num_kv_heads=H, raw_itemsize=2, high=FORMATS["K8V4"], low=FORMATS["K4V2"]
-)
-
-
 def prepare(case: Case) -> Prepared:
     per_sequence = -(-(case.prefix + case.new) // PAGE_TOKENS)
-    pages = case.batch * per_sequence
-    k, v = torch.randn(2, pages, PAGE_TOKENS, H, D).to(case.dtype)
-    q = torch.randn(case.batch * case.new, HQ, D).to(case.dtype)
-    choice = torch.multinomial(torch.tensor([0.25, 0.5, 0.25]), pages * H * PAGE_TOKENS, True)
-    tiers = torch.tensor([HIGH, LOW, PRUNED], dtype=torch.uint8)[choice].view(pages, H, -1)
-    heads, _ = measure(tiers, LAYOUT)
-    frames = torch.randperm(pages * LAYOUT.max_frames).int().view(pages, -1)
-    arena = torch.zeros(frames.numel(), LAYOUT.frame_bytes, dtype=torch.uint8)
+    pages, (hq, h, d), layout = case.batch * per_sequence, case.shape, case.shape.layout
+    k, v = torch.randn(2, pages, PAGE_TOKENS, h, d).to(case.dtype)
+    q = torch.randn(case.batch * case.new, hq, d).to(case.dtype)
+    choice = torch.multinomial(torch.tensor([0.25, 0.5, 0.25]), pages * h * PAGE_TOKENS, True)
+    tiers = torch.tensor([HIGH, LOW, PRUNED], dtype=torch.uint8)[choice].view(pages, h, -1)
+    heads, _ = measure(tiers, layout)
+    frames = torch.randperm(pages * layout.max_frames).int().view(pages, -1)
+    arena = torch.zeros(frames.numel(), layout.frame_bytes, dtype=torch.uint8)
     args = (k, v, torch.arange(pages), tiers, torch.zeros_like(tiers), frames, heads)
-    pack(*args, arena, LAYOUT)
+    pack(*args, arena, layout)
     return Prepared(q, k, v, per_sequence, args, arena)
 
 
@@ -101,32 +124,30 @@ def stock(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
     rows = torch.arange(case.batch)
     return lambda: backend._run_sdpa_forward_extend(
         data.q, torch.empty_like(data.q), *caches, table, rows, prefix + new, prefix, new,
-        scaling=SCALE, enable_gqa=True, causal=True,
+        scaling=case.shape.dim**-0.5, enable_gqa=True, causal=True,
     )  # fmt: skip
 
 
 def ours(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
-    """Sealed prefix (where the case says so) and open pages, merged."""
+    """Sealed prefix (where the case says so) and open pages, as the backend attends to them."""
     pages = torch.arange(case.batch * data.per_sequence).int().view(case.batch, -1)
-    queries = torch.arange(case.batch + 1).int() * case.new
-    old = case.prefix // PAGE_TOKENS if case.sealed else 0
-    positions = torch.arange(old, data.per_sequence).int().repeat(case.batch)
-    starts = torch.full((case.batch,), case.prefix).int()
-    *_, frames, heads = data.seal_args
     counts = torch.arange(case.batch + 1).int()
-    sealed_pages, open_pages = pages[:, :old].reshape(-1), pages[:, old:].reshape(-1)
+    old = case.prefix // PAGE_TOKENS if case.sealed else 0
+    open_list = OpenList(
+        torch.full((case.batch,), case.prefix),
+        counts * (data.per_sequence - old),
+        pages[:, old:].reshape(-1),
+        torch.arange(old, data.per_sequence).repeat(case.batch),
+    )
+    sealed = PageList(counts * old, pages[:, :old].reshape(-1)) if old else None
+    last_len = torch.full((case.batch,), (case.prefix + case.new - 1) % PAGE_TOKENS + 1)
+    sizes = [case.new] * case.batch, [case.prefix] * case.batch
+    step = Prefill(counts * case.new, open_list, last_len, sealed, *sizes, None)
+    *_, frames, heads = data.seal_args
+    tables = SealedTables(data.arena, frames, heads, case.shape.layout)
 
     def run() -> torch.Tensor:
-        part = extend_open(
-            data.q, queries, starts, data.k, data.v, counts * (data.per_sequence - old),
-            open_pages, positions, SCALE,
-        )  # fmt: skip
-        if old:
-            more = extend_sealed(
-                data.q, queries, data.arena, frames, heads, counts * old, sealed_pages, LAYOUT,
-                SCALE,
-            )  # fmt: skip
-            part = merge(part, more)
+        part = step.run(data.q, data.k, data.v, tables, case.shape.dim**-0.5)
         return part.out.to(data.q.dtype)
 
     return run
@@ -134,67 +155,85 @@ def ours(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
 
 def packing() -> dict[str, Callable[[], None]]:
     """Packing and unpacking 32 pages of one layer, C++ and torch."""
-    data = prepare(Case(1, 31 * PAGE_TOKENS, 1, True, torch.bfloat16))
+    case = Case(1, 31 * PAGE_TOKENS, 1, True, torch.bfloat16)
+    data, (_, h, d), layout = prepare(case), case.shape, case.shape.layout
     *_, frames, heads = data.seal_args
     n = len(frames)
-    k, v = torch.zeros(2, n * H * PAGE_TOKENS, D)
-    first = torch.arange(n * H).view(n, H) * PAGE_TOKENS
-    reading = (data.arena, frames, heads, torch.arange(n), first, LAYOUT, torch.bfloat16, k, v)
+    k, v = torch.zeros(2, n * h * PAGE_TOKENS, d)
+    first = torch.arange(n * h).view(n, h) * PAGE_TOKENS
+    reading = (data.arena, frames, heads, torch.arange(n), first, layout, torch.bfloat16, k, v)
     return {
-        "pack 32 pages, C++": lambda: cpu.pack(*data.seal_args, data.arena, LAYOUT),
-        "pack 32 pages, torch": lambda: torch_ops.pack(*data.seal_args, data.arena, LAYOUT),
+        "pack 32 pages, C++": lambda: cpu.pack(*data.seal_args, data.arena, layout),
+        "pack 32 pages, torch": lambda: torch_ops.pack(*data.seal_args, data.arena, layout),
         "unpack 32 pages, C++": lambda: cpu.unpack_into(*reading),
         "unpack 32 pages, torch": lambda: torch_ops.unpack_into(*reading),
     }
 
 
-def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict[str, float]]:
-    """Minimum and median milliseconds of each, interleaved, after one warm-up round."""
+def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each in every round, interleaved, after one warm-up round."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(rounds + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if round_:
-                samples[name].append(1e3 * (time.perf_counter() - start))
-    return {
-        name: {"min_ms": round(min(x), 2), "median_ms": round(sorted(x)[len(x) // 2], 2)}
-        for name, x in samples.items()
-    }
+                samples[name].append(round(1e3 * (time.perf_counter() - start), 3))
+    return samples
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
-    torch.manual_seed(0)
+def cell(samples: list[float]) -> str:
+    return f"{min(samples):.2f} / {median(samples):.2f}"
+
+
+def attention(rounds: int) -> tuple[list[str], dict[str, object]]:
+    """Rows of the table, and all samples."""
     lines = [
-        "# Extend attention on the CPU",
-        "",
-        f"`python bench/kernels/extend.py --rounds {rounds}`, {torch.get_num_threads()} threads, "
-        f"load average {os.getloadavg()[0]:.1f} at the start. "
-        f"One layer, {HQ}/{H} heads, head_dim {D}; sealed prefixes K8V4/K4V2, tiers 25/50/25. "
-        "Milliseconds, minimum / median, runs interleaved.",
-        "",
-        "| case | torch_native | ours | times faster (min) |",
-        "|---|---|---|---|",
+        "| case | torch_native | ours | times faster: by minima | per round: median (range) |",
+        "|---|---|---|---|---|",
     ]
     results: dict[str, object] = {}
     for case in CASES:
         data = prepare(case)
         times = timed({"stock": stock(case, data), "ours": ours(case, data)}, rounds)
         results[case.title] = times
-        cells = [f"{x['min_ms']} / {x['median_ms']}" for x in times.values()]
-        ratio = times["stock"]["min_ms"] / times["ours"]["min_ms"]
-        lines.append(f"| {case.title} | {cells[0]} | {cells[1]} | {ratio:.2f} |")
-    lines += ["", "| operation | ms, minimum / median |", "|---|---|"]
-    for name, x in timed(packing(), rounds).items():
-        results[name] = x
-        lines.append(f"| {name} | {x['min_ms']} / {x['median_ms']} |")
+        stocks, mine = times.values()
+        ratios = [a / b for a, b in zip(stocks, mine, strict=True)]
+        spread = f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        minima = min(stocks) / min(mine)
+        lines.append(f"| {case.title} | {cell(stocks)} | {cell(mine)} | {minima:.2f} | {spread} |")
+    return lines, results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    threads = " ".join(map(str, args.threads))
+    lines = [
+        "# Extend attention on the CPU",
+        "",
+        f"`python bench/kernels/extend.py --rounds {args.rounds} --threads {threads}`, "
+        f"load average {os.getloadavg()[0]:.1f} at the start. One layer, 32/8 heads of 128 if not "
+        "said otherwise; sealed prefixes K8V4/K4V2, tiers 25/50/25. Milliseconds, minimum / "
+        "median, runs interleaved.",
+    ]
+    results: dict[str, object] = {}
+    for number in args.threads:
+        torch.set_num_threads(number)
+        rows, samples = attention(args.rounds)
+        lines += ["", f"## {number} thread{'s' * (number > 1)}", "", *rows]
+        lines += ["", "| operation | ms, minimum / median |", "|---|---|"]
+        for name, x in timed(packing(), args.rounds).items():
+            samples[name] = x
+            lines.append(f"| {name} | {cell(x)} |")
+        results[f"{number} threads"] = samples
     text = "\n".join(lines) + "\n"
     print(text)
     (RESULTS / "extend.md").write_text(text)
-    (RESULTS / "extend.json").write_text(json.dumps(results, indent=1) + "\n")
+    (RESULTS / "extend.json").write_text(json.dumps(results) + "\n")
 
 
 if __name__ == "__main__":

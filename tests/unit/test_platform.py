@@ -38,6 +38,9 @@ def test_activate(
 def test_class_is_what_sglang_asks_for() -> None:
     chosen = _load_platform_class(CHOSEN)()
     assert chosen.is_out_of_tree()
+    # What /start_profile asks of it.
+    activity = getattr(torch.profiler.ProfilerActivity, chosen.get_torch_profiler_activity_str())
+    assert activity == chosen.get_torch_profiler_activity()
     assert chosen.get_default_attention_backend() == "torch_native"
     assert not chosen.capabilities.supports_triton
     assert not chosen.capabilities.graph_capture

@@ -76,9 +76,10 @@ def _prepare_kernels(model_runner: Any) -> None:
     """Compile what runs on a CPU now: the first request would wait for it otherwise."""
     from sglang_diffxkv.kernels.cpu.prebuild import load_all
     from sglang_diffxkv.kernels.gpu.device import on_gpu
-    from sglang_diffxkv.patches import layers
+    from sglang_diffxkv.patches import layers, linear
 
     store = getattr(model_runner.token_to_kv_pool, "store", None)
     if store is not None and not on_gpu(model_runner.req_to_token_pool.req_to_token):
         load_all(scores=store.policy.needs_scores)
         layers.install()
+        linear.widen(model_runner.model)

@@ -40,6 +40,7 @@ LOADS = {
         "--gsp-system-prompt-len 512 --gsp-question-len 64 --gsp-output-len 64"
     ),
 }
+WARM_UP = "random-ids --num-prompts 4 --random-input-len 200 --random-output-len 16"
 """Dataset and its options, as `sglang.benchmark.serving` takes them."""
 METRICS = (
     "output_throughput",
@@ -122,8 +123,7 @@ def main() -> None:
     ):
         servers = {"stock": stock, "diffxkv": ours}
         for server in servers.values():
-            for load in LOADS.values():
-                ask(server, options.model, load, seed=10**6)  # to warm up
+            ask(server, options.model, WARM_UP, seed=10**6)
         for name, found in run_rounds(servers, options.model, loads, done, options.rounds).items():
             rounds.setdefault(name, []).extend(found)
     result: Json = {"loads": LOADS, "runs": runs}

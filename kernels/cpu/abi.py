@@ -35,6 +35,11 @@ def layout_words(layout: PageLayout) -> ctypes.Array[ctypes.c_int64]:
         layout.max_frames,
         layout.align,
     )
+    return int64_words(*words)
+
+
+def int64_words(*words: int) -> ctypes.Array[ctypes.c_int64]:
+    """A struct of C++ whose members are all of 64 bits: numbers and addresses."""
     return (ctypes.c_int64 * len(words))(*words)
 
 

@@ -3,8 +3,9 @@
 
 Both functions return an :class:`AttentionPart`; :func:`merge` joins them. On a GPU they run Triton
 kernels (``triton.py``, which does both kinds of pages in one launch for those who plan a step with
-``plan.py``), on a CPU compiled C++ (``cpu.cpp``), without a compiler vectorised torch
-(``torch_ops.py``); ``naive.py`` is the reference.
+``plan.py``), on a CPU compiled C++ (``cpu.cpp``; ``layer.cpp`` does all of a layer of a decode
+step in one call), without a compiler vectorised torch (``torch_ops.py``); ``naive.py`` is the
+reference.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, layout_words
+from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, int64_words, layout_words
 from sglang_diffxkv.kernels.cpu.build import load_library
 from sglang_diffxkv.kernels.decode.cpu import LIBRARY
 from sglang_diffxkv.kernels.decode.part import AttentionPart
@@ -73,7 +73,7 @@ class DecodeLayers:
         self.dtype = tables.keys[0].dtype
         self._pointers = [_pointers(tables.keys), _pointers(tables.values)]
         scores = tables.scores
-        self._words = _words(
+        self._words = int64_words(
             ctypes.addressof(layout_words(tables.layout)),
             DTYPE_CODES[self.dtype],
             int(tables.layout.rotates),
@@ -87,13 +87,13 @@ class DecodeLayers:
             0 if scores is None else scores.data_ptr(),
             0 if scores is None else scores.stride(0),
         )
-        self._batch = _words(0, 0, 0, 0, 0, 0)
+        self._batch = int64_words(0, 0, 0, 0, 0, 0)
         self._pages: StepPages | None = None
 
     def begin(self, pages: StepPages) -> None:
         """A step of these sequences; every one has a token, and the last one's page is open."""
         self._pages = pages
-        self._batch = _words(
+        self._batch = int64_words(
             *pages.table.shape,
             pages.table.data_ptr(),
             pages.lengths.data_ptr(),
@@ -150,9 +150,5 @@ def _check(tables: LayerTables) -> None:
         raise ValueError("a table is not contiguous")
 
 
-def _words(*words: int) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(words))(*words)
-
-
 def _pointers(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_int64]:
-    return _words(*(t.data_ptr() for t in tensors))
+    return int64_words(*(t.data_ptr() for t in tensors))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of a decode step, looked up and noted in the directory on the device."""
+"""The pages of a decode step, looked up and noted in the directory on its device."""
 
 from __future__ import annotations
 
@@ -63,7 +63,8 @@ def begin_decode(
     """Look up the pages of a decode batch, and note that they are about to be used.
 
     Does what ``pool.batch.gather_pages``, `note_use` and `count_scores` do, with shapes that depend
-    on the batch size only: no host sync, fit for a CUDA graph.
+    on the batch size only: no host sync, fit for a CUDA graph. On a CPU this is the reference;
+    servers use ``cpu.StepKernel``, which keeps what stays from step to step.
 
     Args:
         req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_diffxkv.kernels.cpu.abi import int64_words
 from sglang_diffxkv.kernels.cpu.build import load_library
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.step import PageNotes, StepPages
@@ -42,7 +43,7 @@ class StepKernel:
         self._table, self._window = req_to_token, window
         first, *rest, counts = notes
         words = [first, sealed, *rest, counts]
-        self._notes = _words(*(0 if t is None else t.data_ptr() for t in words))
+        self._notes = int64_words(*(0 if t is None else t.data_ptr() for t in words))
 
     def begin(
         self,
@@ -67,7 +68,7 @@ class StepKernel:
             *ints.unbind(),
             torch.empty(batch, dtype=torch.int64),
         )
-        out = _words(pages.table.data_ptr(), width, *(t.data_ptr() for t in pages[1:]))
+        out = int64_words(pages.table.data_ptr(), width, *(t.data_ptr() for t in pages[1:]))
         known = self._call(
             self._table.data_ptr(),
             self._table.stride(0),
@@ -84,7 +85,3 @@ class StepKernel:
         if not known:
             raise ValueError("a sequence of the batch has a free page")
         return pages
-
-
-def _words(*words: int) -> ctypes.Array[ctypes.c_int64]:
-    return (ctypes.c_int64 * len(words))(*words)

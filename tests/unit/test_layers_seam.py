@@ -11,12 +11,13 @@ import torch
 from sglang.kernels.fused_op import BaseFusedOp
 from sglang.srt.layers.activation import SiluAndMul
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
+from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
 
 from sglang_diffxkv.kernels.layers import kernels
-from sglang_diffxkv.patches import layers
+from sglang_diffxkv.patches import layers, linear
 
 KEY = "test"
 
@@ -79,3 +80,33 @@ def test_silu_and_mul(registered: dict[type, Any], dtype: torch.dtype) -> None:
     x = torch.randn(5, 128).to(dtype)
     torch.testing.assert_close(forward(x), layer.forward_native(x))
     assert torch.equal(forward(x[:, ::2]), layer.forward_native(x[:, ::2]))
+
+
+@pytest.mark.parametrize("tokens", [3, linear.MANY_TOKENS, 300])
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linear(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, biased: bool, tokens: int
+) -> None:
+    monkeypatch.setattr(linear, "SLICE", 48 * 10)
+    layer = torch.nn.Linear(48, 37, bias=biased).to(dtype)
+    x = torch.randn(tokens, 48).to(dtype)
+    plain, wide = (method() for method in (UnquantizedLinearMethod, linear.WideLinearMethod))
+    expected, actual = (method.apply(layer, x, layer.bias) for method in (plain, wide))
+    close = {"rtol": 1e-2, "atol": 1e-3} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(actual, expected, **close)
+
+
+def test_unquantized_layers_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "current_platform", SimpleNamespace(is_out_of_tree=lambda: True))
+    monkeypatch.setattr(linear.platform, "machine", lambda: "x86_64")
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.ReLU())
+    other = object()
+    model[0].quant_method, model[1].quant_method = UnquantizedLinearMethod(), other
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    linear.widen(model)
+    assert type(model[0].quant_method) is UnquantizedLinearMethod
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    linear.widen(model)
+    assert type(model[0].quant_method) is linear.WideLinearMethod
+    assert model[1].quant_method is other

@@ -62,10 +62,12 @@ class StepKernel:
         """
         batch, context = len(rows), self._table.shape[1]
         width = -(-context // PAGE_TOKENS)
-        ints = torch.empty(3, batch, dtype=torch.int32)
+        lengths, count, last_len = torch.empty(3, batch, dtype=torch.int32).unbind()
         pages = StepPages(
             torch.empty(batch, width, dtype=torch.int32),
-            *ints.unbind(),
+            lengths,
+            count,
+            last_len,
             torch.empty(batch, dtype=torch.int64),
         )
         out = int64_words(pages.table.data_ptr(), width, *(t.data_ptr() for t in pages[1:]))

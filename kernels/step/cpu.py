@@ -63,13 +63,9 @@ class StepKernel:
         batch, context = len(rows), self._table.shape[1]
         width = -(-context // PAGE_TOKENS)
         lengths, count, last_len = torch.empty(3, batch, dtype=torch.int32).unbind()
-        pages = StepPages(
-            torch.empty(batch, width, dtype=torch.int32),
-            lengths,
-            count,
-            last_len,
-            torch.empty(batch, dtype=torch.int64),
-        )
+        table = torch.empty(batch, width, dtype=torch.int32)
+        new_rows = torch.empty(batch, dtype=torch.int64)
+        pages = StepPages(table, lengths, count, last_len, new_rows)
         out = int64_words(pages.table.data_ptr(), width, *(t.data_ptr() for t in pages[1:]))
         known = self._call(
             self._table.data_ptr(),

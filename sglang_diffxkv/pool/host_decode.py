@@ -53,7 +53,7 @@ class HostDecode:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> AttentionPart:
         """`DecodeLayers.attend` of this step, of whatever dtype and strides the model has."""
-        q, k, v = self._fitting(q), self._fitting(k), self._fitting(v)
+        q, k, v = (self._fitting(x) for x in (q, k, v))
         return self._layers.attend(layer, q, k, v, sm_scale)
 
     def _fitting(self, x: torch.Tensor) -> torch.Tensor:

@@ -58,12 +58,17 @@ def ours(config: Json, *args: object) -> tuple[object, ...]:
 
 
 STOCK = ("--attention-backend", "torch_native", "--page-size", 64, "--max-total-tokens", 16384)
+KEPT: Json = {"learn_share": 0}
+"""No plan is learnt from traffic."""
 VARIANTS = (
     Variant("stock", STOCK, {}),
     Variant("policy lossless", ours({"policy": "lossless"}), {}),
     Variant("quality lossless", ours({}), LOSSLESS),
     Variant("quality balanced", ours({}), {}),
-    Variant("balanced, --disable-radix-cache", ours({}, "--disable-radix-cache"), {}),
+    Variant("balanced, learn_share 0", ours(KEPT), {}),
+    Variant(
+        "balanced, learn_share 0, --disable-radix-cache", ours(KEPT, "--disable-radix-cache"), {}
+    ),
 )
 
 

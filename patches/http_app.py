@@ -22,6 +22,7 @@ from fastapi.responses import JSONResponse
 from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookType
 from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.websockets import WebSocket
 
 from sglang_diffxkv.patches import check, observability
@@ -131,7 +132,8 @@ def extend(app: FastAPI) -> None:
     """Add the middleware and our endpoints to SGLang's application, before it serves."""
     observability.add_route(app)
     check.add_route(app)
-    app.add_middleware(QualityMiddleware)
+    # Innermost: what it refuses has SGLang's CORS headers, and comes after its API keys.
+    app.user_middleware.append(Middleware(QualityMiddleware))
 
 
 def _before_serving(*args: Any, **kwargs: Any) -> None:

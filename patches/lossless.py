@@ -89,7 +89,7 @@ def _preempt_lossless(preempt: Callable[[Any, Req], bool], adder: Any, req: Req)
     """Preempt lossless requests, the least important first, until raw pages can hold ``req``.
 
     Returns:
-        Whether they can; if not, nobody was preempted.
+        Whether they can; if it shows beforehand that they cannot, nobody is preempted.
     """
     running = adder.running_batch.reqs
     victims = {r for r in running if _holds_raw_pages(r) and _outranks(adder, req, r)}

@@ -57,16 +57,16 @@ def _keep_model_dtype(result: None, self: Any) -> None:
     self.kv_cache_dtype, self.kv_cache_dtype_str = self.dtype, "auto"
 
 
-def _check_dtype(dtype: torch.dtype) -> None:
+def _check_dtype(dtype: torch.dtype, model: torch.dtype) -> None:
     """
     Raises:
-        ValueError: no kernel reads or writes raw pages in it.
+        ValueError: no kernel reads or writes raw pages in it, or it is not the model's.
     """
-    if dtype not in RAW_DTYPES:
+    if dtype not in RAW_DTYPES or dtype != model:
+        known = ", ".join(str(x).removeprefix("torch.") for x in RAW_DTYPES)
         raise ValueError(
-            f"diffxkv: KV in {dtype} is not supported, only in "
-            f"{', '.join(str(x).removeprefix('torch.') for x in RAW_DTYPES)}: leave out "
-            "--kv-cache-dtype, or choose another --dtype"
+            f"diffxkv: KV in {dtype} of a model in {model} is not supported, only in the model's "
+            f"dtype, and in {known}: leave out --kv-cache-dtype, or choose another --dtype"
         )
 
 
@@ -81,8 +81,8 @@ def make_setup(
     """
     from sglang.srt.runtime_context import get_parallel
 
-    _check_dtype(configurator.kv_cache_dtype)
     parallel, model = get_parallel(), configurator.model_config
+    _check_dtype(configurator.kv_cache_dtype, model.dtype)
     config = config.of_rank(parallel.attn_tp_rank, parallel.attn_tp_size)
     agree = make_agreement(parallel.attn_tp_group)
     num_layers = configurator.layer_info.num_effective_layers

@@ -26,6 +26,7 @@ from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.patches.validation import (
     BACKEND,
     captures_decode,
+    check_kv_dtype,
     check_resolution,
     check_server_args,
     is_requested,
@@ -122,8 +123,9 @@ def _check_resolved_with_us(self: Any) -> None:
 def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
     if is_requested(server_args):
         with _refusing(server_args):
-            ranks = resolving_view(server_args).tp_size
-            check_model_config(model_config_of(server_args), server_args._diffxkv, ranks)
+            view, model = resolving_view(server_args), model_config_of(server_args)
+            check_kv_dtype(view.kv_cache_dtype, model.dtype)
+            check_model_config(model, server_args._diffxkv, view.tp_size)
     previous(server_args)
 
 

@@ -108,6 +108,19 @@ def check_server_args(server_args: Any) -> None:
         )
 
 
+def check_kv_dtype(asked: str, model: torch.dtype) -> None:
+    """Check `--kv-cache-dtype` against the dtype that the model runs in.
+
+    Raises:
+        ValueError: they differ.
+    """
+    if asked != "auto" and model != torch.bfloat16:
+        raise ValueError(
+            f"--kv-cache-dtype {asked} does not go with --attention-backend {BACKEND} and a model "
+            f"in {str(model).removeprefix('torch.')}, whose dtype raw pages have; leave it out"
+        )
+
+
 def captures_decode(server_args: Any) -> bool:
     """Whether decode steps may be captured in CUDA graphs: on the device that has kernels for it.
 

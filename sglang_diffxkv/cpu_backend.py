@@ -45,6 +45,7 @@ class CPUBackend(StepBackend):
     ) -> torch.Tensor:
         """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
         assert save_kv_cache  # models that write it themselves are hooked
-        index, tokens = layer.layer_id - self.token_to_kv_pool.start_layer, len(q)
-        q, k, v = (x.view(tokens, -1, layer.qk_head_dim) for x in (q, k, v))
-        return self.decode.attend(index, q, k, v, layer.scaling).out.view(tokens, -1)
+        index, dim = layer.layer_id - self.token_to_kv_pool.start_layer, layer.qk_head_dim
+        k, v = (x.view(-1, layer.tp_k_head_num, dim) for x in (k, v))
+        part = self.decode.attend(index, q.view(-1, layer.tp_q_head_num, dim), k, v, layer.scaling)
+        return part.out.flatten(1)

@@ -73,7 +73,7 @@ class Layer {
                   tables.heads + layer * tables.heads_layer, tables.frames_page,
                   tables.heads_page},
           pages_(tables, batch),
-          logits_(pages_.open.size() * layout_.kv_heads * group_ * kPageTokens) {}
+          logits_(scores_ ? new float[pages_.open.size() * page_logits()] : nullptr) {}
 
     void write(Heads k, Heads v) {
         const int64_t bytes = layout_.raw_itemsize;
@@ -125,7 +125,8 @@ class Layer {
         explicit Worker(Layer& layer)
             : layer_(layer), open_(layer.dtype_, layer.group_, layer.layout_.head_dim),
               streams_(layer.layout_, layer.dtype_, layer.group_),
-              q_(2 * layer.group_ * layer.layout_.head_dim) {}
+              q_(2 * layer.group_ * layer.layout_.head_dim),
+              unscored_(layer.scores_ ? 0 : layer.group_ * kPageTokens) {}
 
         void run(const Item& item, Heads q, const Partial& partial) {
             const Layer& on = layer_;
@@ -164,17 +165,20 @@ class Layer {
             const int64_t at =
                 page.slot * kPageTokens * on.token_bytes_ + head * on.row_bytes_;
             open_.attend(on.keys_ + at, on.values_ + at, on.token_bytes_,
-                         std::min(left, kPageTokens), on.logits(opened, head));
+                         std::min(left, kPageTokens),
+                         on.scores_ ? on.logits(opened, head) : unscored_.data());
         }
 
         Layer& layer_;
         OpenEngine<Dim> open_;
         SealedStreams streams_;
-        std::vector<float> q_;
+        std::vector<float> q_, unscored_;
     };
 
+    int64_t page_logits() const { return layout_.kv_heads * group_ * kPageTokens; }
+
     float* logits(int64_t opened, int64_t head) {
-        return logits_.data() + (opened * layout_.kv_heads + head) * group_ * kPageTokens;
+        return logits_.get() + opened * page_logits() + head * group_ * kPageTokens;
     }
 
     void score_page(int64_t opened, int64_t head, const float* lse) {
@@ -206,7 +210,7 @@ class Layer {
     float* scores_;
     SealedPages sealed_;
     Pages pages_;
-    std::vector<float> logits_;  // [open pages][H][G][64], base 2
+    std::unique_ptr<float[]> logits_;  // [open pages][H][G][64], base 2; null: nothing is scored
 };
 
 }  // namespace

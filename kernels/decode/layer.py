@@ -114,7 +114,7 @@ class DecodeLayers:
                 to one is contiguous.
 
         Returns:
-            Its output is of q's dtype.
+            Its output is of the pool's dtype.
         """
         batch, heads = q.shape[:2]
         out = torch.empty(q.shape, dtype=self.dtype)

@@ -116,7 +116,8 @@ class Extend:
 
         Args:
             q: [T, Hq, D]; tokens may be strided. Tiers of raw elements have its dtype.
-            raw: keys and values [R, 64, H, D], looked at if there are open pages.
+            raw: keys and values [R, 64, H, D], looked at if there are open pages; tiers of raw
+                elements have their dtype then.
             tables: looked at if there are sealed pages.
             sm_scale: factor of the scores.
             rotate: whether to rotate q for the sealed keys.
@@ -138,7 +139,8 @@ class Extend:
         if self._sealed is not None:
             assert tables is not None
             _point_to_sealed(self._sealed, tables)
-            self._sealed.raw_dtype, self._sealed.rotated = query.dtype, rotate
+            self._sealed.raw_dtype = query.dtype if raw is None else DTYPE_CODES[raw[0].dtype]
+            self._sealed.rotated = rotate
         part = AttentionPart(
             torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:2], dtype=torch.float32)
         )

@@ -19,7 +19,7 @@ HEADER = "X-DiffXKV-Quality"
 _KEY = "diffxkv"
 _PARAM = f"custom_params.{_KEY}"
 _EXAMPLE = '{"quality": "high"}'
-_HEADER_LOOKS_ALIKE = 0.8
+_LOOKS_ALIKE = 0.8
 
 
 class Quality(IntEnum):
@@ -95,15 +95,18 @@ def asked_in_model(model: str, policy: type[TierPolicy]) -> tuple[str, Asked | N
     Raises:
         QualityError: a level as above, or a last part like ours.
     """
-    name, colon, last = model.rpartition(":")
+    name, *parts = model.split(":")
+    *others, last = parts or [""]
     key, equals, level = last.partition("=")
-    if not colon or not equals:
+    ours = key == _KEY and bool(equals)
+    for part in others if ours else parts:
+        if difflib.get_close_matches(part.partition("=")[0].lower(), [_KEY], cutoff=_LOOKS_ALIKE):
+            raise QualityError(
+                f"model: unknown part {reprlib.repr(part)}; did you mean ':{_KEY}=…' at its end?"
+            )
+    if not ours:
         return model, None
-    if key == _KEY:
-        return name, _checked(level, f"model ':{_KEY}'", policy)
-    if _near(key, [_KEY]):
-        raise QualityError(f"model: unknown part {reprlib.repr(last)}; did you mean {_KEY!r}?")
-    return model, None
+    return ":".join([name, *others]), _checked(level, f"model ':{_KEY}'", policy)
 
 
 def agreed(*asked: Asked | None) -> Asked | None:
@@ -161,9 +164,7 @@ def _is_meant(header: str) -> bool:
     if _KEY in header:
         return True
     likely = header.endswith("quality")  # the comparison below is slow
-    return likely and bool(
-        difflib.get_close_matches(header, [HEADER.lower()], cutoff=_HEADER_LOOKS_ALIKE)
-    )
+    return likely and bool(difflib.get_close_matches(header, [HEADER.lower()], cutoff=_LOOKS_ALIKE))
 
 
 def _near(word: object, known: Iterable[str]) -> str:

@@ -141,7 +141,13 @@ def test_model_names(model: str, name: str, level: str | None) -> None:
     ("model", "text"),
     [
         ("default:diffxkv=hihg", "model ':diffxkv' = 'hihg' is not allowed; did you mean 'high'?"),
-        ("default:diffkv=high", "unknown part 'diffkv=high'; did you mean 'diffxkv'?"),
+        (
+            "default:diffkv=high",
+            "unknown part 'diffkv=high'; did you mean ':diffxkv=…' at its end?",
+        ),
+        ("default:diffxkv:high", "unknown part 'diffxkv'; did you mean"),
+        ("default:diffxkv=high:adapter", "unknown part 'diffxkv=high'; did you mean"),
+        ("a:diffxkv=high:diffxkv=high", "unknown part 'diffxkv=high'; did you mean"),
     ],
 )
 def test_mistakes_in_model_names(model: str, text: str) -> None:

@@ -103,7 +103,7 @@ def test_other_backends_are_left_alone(model: str) -> None:
     [
         ("--page-size", "64"),
         ("--disable-radix-cache",),
-        ("--kv-cache-dtype", "bf16"),
+        ("--kv-cache-dtype", "bf16", "--dtype", "bfloat16"),
         ("--chunked-prefill-size", "128", "--enable-mixed-chunk"),
         ("--tokenizer-worker-num", "2"),
         ("--cuda-graph-backend-decode", "disabled"),
@@ -125,6 +125,7 @@ def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
         (("--disaggregation-mode", "prefill"), ["--disaggregation-mode prefill"]),
         (("--kv-cache-dtype", "fp8_e4m3"), ["--kv-cache-dtype fp8_e4m3", "use auto"]),
         (("--kv-cache-dtype", "nvfp4"), ["--kv-cache-dtype nvfp4", "use auto"]),
+        (("--kv-cache-dtype", "bf16", "--dtype", "float32"), ["bf16", "a model in float32"]),
         (("--chunked-prefill-size", "-1"), ["--chunked-prefill-size -1", "multiple of 64"]),
         (("--chunked-prefill-size", "100"), ["--chunked-prefill-size 100", "multiple of 64"]),
         (("--pp-size", "2"), ["--pp-size 2", "only tensor-parallel ranks", "use 1"]),

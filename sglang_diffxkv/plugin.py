@@ -36,12 +36,13 @@ def _install() -> None:
         lossless,
         observability,
         pool,
+        profiling,
         quality,
         server_args,
     )
 
     seams = (server_args, pool, capacity, input_buffers, forward, observability, check, idle)
-    for seam in (*seams, admission, http_app, quality, lossless):
+    for seam in (*seams, admission, http_app, quality, lossless, profiling):
         seam.install()
 
     @register_attention_backend(server_args.BACKEND)

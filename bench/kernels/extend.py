@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of extend attention against SGLang's `torch_native`, and of packing and unpacking.
+"""Speed of extend attention against SGLang's `torch_native`; of scoring, packing and unpacking.
 
 One layer. The contestants of a case run in turn, so that whatever else the machine does hits all
 alike: times are minimum and median over the rounds, ratios are of each round.
@@ -32,6 +32,7 @@ from sglang_diffxkv.kernels.layout import (
     make_layout,
 )
 from sglang_diffxkv.kernels.pack import cpu, measure, pack, torch_ops
+from sglang_diffxkv.kernels.score import score_open
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -170,6 +171,22 @@ def packing() -> dict[str, Callable[[], None]]:
     }
 
 
+def scoring(queries: int = 64, tokens: int = 1024) -> dict[str, Callable[[], None]]:
+    """Scores of one sequence's open pages, half of its queries from the end as `diffxkv` has it."""
+    pages, (hq, h, d) = tokens // PAGE_TOKENS, LLAMA_8B
+    strided = torch.arange(queries // 2) * (tokens // queries)
+    position = torch.cat([strided, torch.arange(tokens - queries // 2, tokens)]).int()
+    q = torch.randn(queries, hq, d).bfloat16()
+    key = torch.randn(pages, PAGE_TOKENS, h, d).bfloat16()
+    lse = 8 + torch.rand(queries, hq)
+    ends, slots = (torch.tensor([0, n]).int() for n in (queries, pages)), torch.arange(pages).int()
+    q_indptr, indptr = ends
+    args = (q, lse, q_indptr, position, key, indptr, slots, slots)
+    accum = torch.zeros(pages, h, PAGE_TOKENS)
+    title = f"score {queries} queries of 1 × {tokens}, {hq}/{h} heads of {d}"
+    return {title: lambda: score_open(*args, accum, d**-0.5)}
+
+
 def timed(runs: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each in every round, interleaved, after one warm-up round."""
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -226,7 +243,7 @@ def main() -> None:
         rows, samples = attention(args.rounds)
         lines += ["", f"## {number} thread{'s' * (number > 1)}", "", *rows]
         lines += ["", "| operation | ms, minimum / median |", "|---|---|"]
-        for name, x in timed(packing(), args.rounds).items():
+        for name, x in timed(scoring() | packing(), args.rounds).items():
             samples[name] = x
             lines.append(f"| {name} | {cell(x)} |")
         results[f"{number} threads"] = samples

@@ -21,11 +21,11 @@ struct Left {
 };
 
 // One strip: to[r, :] = (Add: to[r, :] * scale) + sum over k < depth of left(r, k) * right[k, :].
-// right and to have kVectors * kLanes columns, of which the first V * kLanes are computed.
-template <int V, bool Add>
+// right and to have Columns * kLanes columns, of which the first V * kLanes are computed.
+template <int V, bool Add, int Columns = kVectors>
 inline void multiply_strip(Left left, const float* right, int64_t depth, const Lanes* scale,
                            float* to) {
-    constexpr int columns = kVectors * kLanes;
+    constexpr int columns = Columns * kLanes;
     Lanes sum[kStrip][V];
 #pragma GCC unroll 8
     for (int r = 0; r < kStrip; ++r)

@@ -17,8 +17,8 @@ LOG2_E = math.log2(math.e)
 LIBRARY = "score", (Path(__file__).with_name("cpu.cpp"),)
 """Its name and sources."""
 
-_P, _I = ctypes.c_void_p, ctypes.c_int64
-_SCORE = (_P, _P, _P, _P, _I, _I, _I, _I, _P, _I, _I, _P, _P, _P, _P, _I, _I)
+_P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_SCORE = (_P, _I, _F, _P, _P, _P, _I, _I, _I, _I, _P, _I, _I, _P, _P, _P, _P, _I, _I)
 
 
 class ScoreKernel:
@@ -41,10 +41,12 @@ class ScoreKernel:
         accum: torch.Tensor,
         sm_scale: float,
     ) -> None:
-        scaled = (q.float() * (sm_scale * LOG2_E)).contiguous()
+        q = q.contiguous()
         kv_heads, dim = k_raw.shape[2:]
         self._score(
-            pointer(scaled),
+            pointer(q),
+            DTYPE_CODES[q.dtype],
+            sm_scale * LOG2_E,
             pointer(lse),
             pointer(q_indptr),
             pointer(q_position),

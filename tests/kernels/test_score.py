@@ -97,11 +97,11 @@ def test_scores(name: str, dtype: torch.dtype, group: int, dim: int) -> None:
 
 
 @pytest.mark.parametrize(("group", "dim"), [(7, 96), (8, 256)])
-def test_scores_of_other_dimensions(group: int, dim: int) -> None:
+def test_scores_of_other_dimensions(name: str, group: int, dim: int) -> None:
     """Queries that come in several blocks, and sequences without pages between others."""
     queries = [[], list(range(1, 90, 2)), [], [69]]
     sequences = random_sequences([0, 90, 0, 70], queries, group, dim, torch.bfloat16)
-    check_scores("triton", sequences, dim)
+    check_scores(name, sequences, dim)
 
 
 def check_scores(name: str, sequences: Sequences, dim: int) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import requests
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -264,3 +265,14 @@ def error(actual: list[float], expected: list[float]) -> float:
     """Relative, by norm."""
     a, b = torch.tensor(actual), torch.tensor(expected)
     return float((a - b).norm() / b.norm())
+
+
+def test_profiling_does_not_end_the_scheduler(server: Server, tmp_path: Path) -> None:
+    body = {"num_steps": 2, "output_dir": str(tmp_path)}
+    server.post("/start_profile", body | {"activities": ["CPU"]})
+    server.generate([1, 2, 3], max_new_tokens=6)
+    wait_for(lambda: list(tmp_path.glob("*.trace.json.gz")))
+    for activity in ("MEM", "CUDA_PROFILER", "RPD"):
+        with pytest.raises(requests.HTTPError, match="need a GPU"):
+            server.post("/start_profile", body | {"activities": [activity]})
+    server.generate([1, 2, 3], max_new_tokens=6)

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """When the CPU platform offers itself."""
 
+import inspect
 from types import SimpleNamespace
 
 import pytest
 import torch
 from sglang.srt.platforms import _load_platform_class
+from sglang.srt.platforms.device_mixin import DeviceMixin
+from sglang.srt.platforms.interface import SRTPlatform
 
 from sglang_diffxkv import platform
 
@@ -44,6 +47,23 @@ def test_class_is_what_sglang_asks_for() -> None:
     assert chosen.get_default_attention_backend() == "torch_native"
     assert not chosen.capabilities.supports_triton
     assert not chosen.capabilities.graph_capture
+
+
+def test_whatever_a_cpu_server_asks_is_answered() -> None:
+    """By a flag or an HTTP request: a question without an answer ends the scheduler.
+
+    Drafts are asked about where the platform supports speculation, and SGLang refuses it before.
+    """
+    unanswered = {
+        name
+        for base in (DeviceMixin, SRTPlatform)
+        for name, method in vars(base).items()
+        if inspect.isfunction(method)
+        and "NotImplementedError" in method.__code__.co_names
+        and getattr(platform.CpuPlatform, name) is method
+    }
+    assert unanswered == {"get_default_speculative_draft_attention_backend"}
+    assert not platform.CpuPlatform().supports_speculative_algorithm("DFLASH")
 
 
 def test_ranks_divide_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

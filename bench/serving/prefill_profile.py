@@ -34,6 +34,7 @@ PARTS: tuple[tuple[str, str, str], ...] = (
     ("ours", "score", r"score_open .*kernels/score/"),
     ("ours", "write", r"write .*sglang_diffxkv/pool/"),
     ("ours", "queries that score, output", r"forward_extend .*sglang_diffxkv/"),
+    ("model", "linear layers", r"patches/linear\.py"),  # ours to call, the model's to need
     *DECODE_PARTS,
 )
 """As there: owner, name and pattern of a frame, the first to fit any frame wins."""
@@ -91,10 +92,10 @@ def report(runs: Json) -> str:
         times = [c["rounds_ms"] for c in columns.values()]
         rows.append(["round, ms: median", *(f"{median(x):.1f}" for x in times)])
         rows.append(["round, ms: least to most", *(f"{min(x):.1f} to {max(x):.1f}" for x in times)])
-        for owner, name, _ in PARTS:
-            shares = [c["parts"].get(f"{owner}: {name}", 0) for c in columns.values()]
+        for part in dict.fromkeys(f"{owner}: {name}" for owner, name, _ in PARTS):
+            shares = [c["parts"].get(part, 0) for c in columns.values()]
             if any(shares):
-                rows.append([f"{owner}: {name}", *(f"{100 * x:.1f} %" for x in shares)])
+                rows.append([part, *(f"{100 * x:.1f} %" for x in shares)])
         sections.append(
             f"## {load.batch} at once, prompts of {load.prompt} tokens\n\n{table(rows)}"
         )

@@ -95,7 +95,7 @@ class Profile(NamedTuple):
     lines: Counter[str]
 
 
-def sample_stacks(pid: int, seconds: float) -> list[tuple[list[str], int]]:
+def sample_stacks(pid: int, seconds: int) -> list[tuple[list[str], int]]:
     """Stacks, outermost frame first, with how often each was seen."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "stacks.txt"
@@ -113,7 +113,7 @@ def sample_stacks(pid: int, seconds: float) -> list[tuple[list[str], int]]:
     return stacks
 
 
-def run(server: Server, load: Load, seconds: float) -> Profile:
+def run(server: Server, load: Load, seconds: int) -> Profile:
     """Profile one load: first the time of a step alone, then where it goes."""
     rng = random.Random(load.batch)
     scheduler = processes(server)["scheduler"].pid
@@ -189,7 +189,7 @@ def report(result: Json) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--state", default="after", help="name of our column")
-    parser.add_argument("--seconds", type=float, default=4)
+    parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--lines", type=int, default=0, help="print the most frequent stacks")
     parser.add_argument("--name", default="decode_profile", help="of the files in bench/results")

@@ -20,14 +20,18 @@ ifdef ARGS
 test: env
 	$(BIN)/python -m pytest $(ARGS)
 else
-# The tests of servers keep little more than one core busy: the others run beside them. Those of
-# kernels are a process of their own: without a GPU it is one of Triton's interpreter.
+# The tests of servers keep little more than one core busy: the others run beside them, and after
+# them servers that nobody else uses. Those of kernels are a process of their own: without a GPU it
+# is one of Triton's interpreter.
+OWN_SERVERS := $(addprefix tests/server/test_,public_reports.py sglang_kits.py tp.py)
 test: env
 	@mkdir -p build
-	@(export OMP_NUM_THREADS=1; $(BIN)/python -m pytest tests/kernels; kernels=$$?; \
-		$(BIN)/python -m pytest tests/unit && exit $$kernels) >build/unit.log 2>&1 & \
-	$(BIN)/python -m pytest tests/server; servers=$$?; \
-	wait $$!; others=$$?; cat build/unit.log; exit $$((servers | others))
+	@(export OMP_NUM_THREADS=1; failed=0; \
+		for tests in tests/kernels tests/unit "$(OWN_SERVERS)"; do \
+			$(BIN)/python -m pytest $$tests || failed=1; \
+		done; exit $$failed) >build/others.log 2>&1 & \
+	$(BIN)/python -m pytest tests/server $(addprefix --ignore=,$(OWN_SERVERS)); servers=$$?; \
+	wait $$!; others=$$?; cat build/others.log; exit $$((servers | others))
 endif
 
 BENCHES := kernels.decode kernels.extend kernels.formats \

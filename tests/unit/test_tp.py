@@ -231,7 +231,9 @@ def test_sizes_follow_from_what_ranks_agree_on(
         solve_plan(1, 0.95, sketch, layout).save(tmp_path / f"plan-{rank}.json")
     config = DiffXKVConfig(target=0.95, plan=str(tmp_path / "plan-{rank}.json"))
     configurator = SimpleNamespace(
-        model_config=SimpleNamespace(head_dim=64, get_num_kv_heads=lambda ranks: 2 // ranks),
+        model_config=SimpleNamespace(
+            head_dim=64, dtype=torch.bfloat16, get_num_kv_heads=lambda ranks: 2 // ranks
+        ),
         layer_info=SimpleNamespace(num_effective_layers=3),
         kv_cache_dtype=torch.bfloat16,
         device="cpu",

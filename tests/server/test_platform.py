@@ -115,5 +115,5 @@ def test_servers_that_are_told_nothing_leave_memory_to_others(model: Path, tmp_p
         assert logs and all(x.index(" C++ kernels (") < x.index("ready to roll") for x in logs)
         built = sorted(tmp_path.rglob("*.so"))
         first, second = (server.generate(TEXT * 9)["output_ids"] for server in servers)
-        assert len(built) == 3 and sorted(tmp_path.rglob("*.so")) == built
+        assert len(built) == 6 and sorted(tmp_path.rglob("*.so")) == built
         assert len(first) == 16 and first == second

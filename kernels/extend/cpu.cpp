@@ -92,7 +92,7 @@ class Worker {
             const int64_t first = i * kPageTokens;
             panel_.clear();
             for (; i < end && panel_.fits(kPageTokens); ++i)
-                panel_.add_open(open, in_.queries.kv_heads, slots[i], rows.head, 0,
+                panel_.add_open(open, in_.queries.kv_heads, slots[i], rows.head,
                                 std::min(kPageTokens, visible - i * kPageTokens));
             tile_.attend_causal(panel_, first, seen);
         }

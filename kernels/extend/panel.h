@@ -47,13 +47,12 @@ class Panel {
     // Columns of the values, [D, tokens].
     Left values(int64_t d) const { return {values_.data() + d, 1, stride()}; }
 
-    // Tokens [begin, end) of one raw page.
-    void add_open(const OpenPages& in, int64_t kv_heads, int64_t slot, int64_t head, int64_t begin,
-                  int64_t end) {
+    // The first tokens of one raw page.
+    void add_open(const OpenPages& in, int64_t kv_heads, int64_t slot, int64_t head, int64_t tokens) {
         const int64_t itemsize = in.dtype == kFloat32 ? 4 : 2;
         const int64_t row_bytes = dim_ * itemsize, token_bytes = kv_heads * row_bytes;
-        int64_t at = slot * in.page_stride * itemsize + begin * token_bytes + head * row_bytes;
-        for (int64_t t = begin; t < end; ++t, at += token_bytes, ++size_) {
+        int64_t at = slot * in.page_stride * itemsize + head * row_bytes;
+        for (int64_t t = 0; t < tokens; ++t, at += token_bytes, ++size_) {
             const DType dtype = static_cast<DType>(in.dtype);
             row_to_float(in.key + at, 0, dtype, dim_, keys_.data() + size_ * stride());
             row_to_float(in.value + at, 0, dtype, dim_, values_.data() + size_ * stride());

@@ -62,11 +62,11 @@ void rotate_pairs(T* x, const T* cos, const T* sin, int64_t half) {
 
 using namespace diffxkv;
 
-// out = norm(x + residual) * weight, residual += x; residual may be null, out may be x. Rows are
-// contiguous; weight is of weight_dtype, all else of dtype.
+// out = norm(x + residual) * weight, residual += x; residual may be null. Rows are contiguous, and all is
+// of dtype.
 extern "C" void diffxkv_rms_norm(const uint8_t* x, uint8_t* residual, const uint8_t* weight,
-                                 int64_t weight_dtype, uint8_t* out, int64_t rows, int64_t dim,
-                                 float eps, int64_t dtype, int64_t threads) {
+                                 uint8_t* out, int64_t rows, int64_t dim, float eps,
+                                 int64_t dtype, int64_t threads) {
     const auto type = static_cast<DType>(dtype);
     const int64_t bytes = dim * (type == kFloat32 ? 4 : 2);
     each_row(rows, dim, 2 * dim, threads, [&](int64_t r, float* row) {
@@ -80,7 +80,7 @@ extern "C" void diffxkv_rms_norm(const uint8_t* x, uint8_t* residual, const uint
         }
         const float mean = sum_of_squares(row, dim) / static_cast<float>(dim);
         const float scale = 1.f / std::sqrt(mean + eps);
-        row_to_float(weight, 0, static_cast<DType>(weight_dtype), dim, other);
+        row_to_float(weight, 0, type, dim, other);
 #pragma omp simd
         for (int64_t i = 0; i < dim; ++i) row[i] = row[i] * scale * other[i];
         float_to_row(row, type, dim, out + r * bytes);

@@ -16,7 +16,7 @@ LIBRARY = "layers", (Path(__file__).with_name("cpu.cpp"),)
 """Its name and sources."""
 
 _P, _I, _F, _B = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_bool
-_RMS_NORM = (_P, _P, _P, _I, _P, _I, _I, _F, _I, _I)
+_RMS_NORM = (_P, _P, _P, _P, _I, _I, _F, _I, _I)
 _ROTARY = (_P, _I, _I, _I, _I, _I, _P, _P, _B, _I, _I)
 _SILU = (_P, _P, _I, _I, _I, _I)
 
@@ -41,7 +41,7 @@ class LayerKernels:
         """RMSNorm of x [..., D], or of the sum with ``residual``, which then becomes that sum.
 
         Args:
-            x, residual: contiguous, fp32, bf16 or fp16. weight: [D], of that dtype or fp32.
+            x, residual, weight [D]: contiguous, fp32, bf16 or fp16, all of one dtype.
 
         Returns:
             Of x's shape and dtype.
@@ -51,7 +51,6 @@ class LayerKernels:
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             weight.data_ptr(),
-            DTYPE_CODES[weight.dtype],
             out.data_ptr(),
             x.numel() // dim,
             dim,

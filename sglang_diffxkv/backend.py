@@ -19,9 +19,10 @@ from sglang_diffxkv.kernels.extend import (
     make_scratch,
 )
 from sglang_diffxkv.kernels.gpu.device import on_gpu
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.kernels.sealed_basis import from_sealed
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.batch import (
     BatchPages,
@@ -42,11 +43,6 @@ if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
     from sglang.srt.model_executor.model_runner import ModelRunner
-
-
-SealedArguments = tuple[
-    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, PageLayout
-]
 
 
 class StepMetadata(NamedTuple):
@@ -198,7 +194,8 @@ class DiffXKVBackend(AttentionBackend):
             store.directory.heads[index],
             store.layout,
         )
-        part = step.prefill.run(q, raw.keys[index], raw.values[index], tables, layer.scaling)
+        means = store.means.by_layer[index]
+        part = step.prefill.run(q, raw.keys[index], raw.values[index], tables, means, layer.scaling)
         return self._finish(q, part, step, index, layer)
 
     def forward_decode(
@@ -223,8 +220,7 @@ class DiffXKVBackend(AttentionBackend):
             layer.scaling,
         )
         if pages.any_sealed:
-            sealed = self._sealed(index, pages)
-            part = merge(part, decode_sealed(self._for_sealed(q), *sealed, layer.scaling))
+            part = merge(part, self._decode_sealed(index, q, pages, layer.scaling))
         return self._finish(q, part, step, index, layer)
 
     def _begin(
@@ -244,20 +240,17 @@ class DiffXKVBackend(AttentionBackend):
         index = layer.layer_id - self.token_to_kv_pool.start_layer
         return step, index, q.reshape(-1, layer.tp_q_head_num, dim)
 
-    def _sealed(self, index: int, pages: BatchPages) -> SealedArguments:
-        """What the kernels need to read the batch's sealed pages of one layer."""
-        return (
-            self.store.arena.buffer,
-            self.store.directory.frames[index],
-            self.store.directory.heads[index],
-            pages.sealed_indptr,
-            pages.sealed,
-            self.store.layout,
-        )
-
-    def _for_sealed(self, q: torch.Tensor) -> torch.Tensor:
-        """Queries [T, Hq, D] that see sealed keys as `q` would see the raw ones."""
-        return rotate(q.float()) if self.store.layout.rotates else q
+    def _decode_sealed(
+        self, index: int, q: torch.Tensor, pages: BatchPages, sm_scale: float
+    ) -> AttentionPart:
+        """Attention of q [B, Hq, D] over the batch's sealed pages of one layer."""
+        store, d = self.store, self.store.directory
+        lists = pages.sealed_indptr, pages.sealed
+        sealed = store.arena.buffer, d.frames[index], d.heads[index], *lists, store.layout
+        if not store.layout.rotates:
+            return decode_sealed(q, *sealed, sm_scale)
+        part = decode_sealed(rotate(q.float()), *sealed, sm_scale)
+        return from_sealed(part, q, store.means.by_layer[index], sm_scale)
 
     def _finish(
         self,

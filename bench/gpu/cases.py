@@ -80,6 +80,10 @@ class Setting(NamedTuple):
     def arena(self) -> torch.Tensor:
         return torch.empty(FRAMES, self.layout.frame_bytes, dtype=torch.uint8, device="meta")
 
+    def means(self) -> torch.Tensor | None:
+        shape = 2, self.model.kv_heads, self.model.head_dim
+        return torch.empty(shape, device="meta") if self.layout.rotates else None
+
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Frame table and head records of `PAGES` pages."""
         return ints(PAGES, self.layout.max_frames), ints(PAGES, self.model.kv_heads, 2)
@@ -129,7 +133,7 @@ def _decode(s: Setting) -> None:
         mine = plan.layer(layer)
         q, raw, frames = s.queries(BATCH), s.raw_pages(), s.tables()[0]
         arguments = (q, q, s.arena(), frames, heads[layer], raw, raw, mine, s.layout, s.sm_scale)
-        attend(*arguments, dtype=s.dtype)
+        attend(*arguments, means=s.means(), dtype=s.dtype)
 
 
 def _decode_parts(s: Setting) -> None:

@@ -16,6 +16,7 @@ from bench.gpu.inputs import Layers
 from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import head_counts, torch_ops
+from sglang_diffxkv.kernels.sealed_basis import from_sealed
 
 LOG2_E = math.log2(math.e)
 
@@ -72,7 +73,12 @@ def attend(q: torch.Tensor, tokens: Tokens, sm_scale: float) -> AttentionPart:
 
 
 def decode_layer(
-    layers: Layers, layer: int, q: torch.Tensor, q_sealed: torch.Tensor, sm_scale: float
+    layers: Layers,
+    layer: int,
+    q: torch.Tensor,
+    q_sealed: torch.Tensor,
+    sm_scale: float,
+    means: torch.Tensor | None = None,
 ) -> AttentionPart:
     """Every sequence's query over its open and its sealed pages."""
     outs, lses = [], []
@@ -82,7 +88,10 @@ def decode_layer(
         sealed = sealed_tokens(
             *layers.tables(layer), layers.sealed_pages[mine], layers.layout, layers.k_raw.dtype
         )
-        parts.append(attend(q_sealed[b : b + 1], sealed, sm_scale))
+        found = attend(q_sealed[b : b + 1], sealed, sm_scale)
+        if means is not None:
+            found = from_sealed(found, q[b : b + 1], means, sm_scale)
+        parts.append(found)
         if layers.sequences.raw_slot is not None:
             parts.append(attend(q[b : b + 1], _open_tokens(layers, layer, b), sm_scale))
         whole = merge64(parts)

@@ -17,6 +17,7 @@ from sglang_diffxkv.kernels.decode import naive
 from sglang_diffxkv.kernels.decode.plan import plan_decode
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
 from sglang_diffxkv.kernels.pack import torch_ops
+from sglang_diffxkv.kernels.sealed_basis import from_sealed
 
 
 class Case(NamedTuple):
@@ -99,13 +100,20 @@ def draw(case: Case, device: torch.device) -> Layers:
 
 
 def naive_layer(
-    layers: Layers, layer: int, q: torch.Tensor, q_sealed: torch.Tensor, sm_scale: float
+    layers: Layers,
+    layer: int,
+    q: torch.Tensor,
+    q_sealed: torch.Tensor,
+    sm_scale: float,
+    means: torch.Tensor | None = None,
 ) -> AttentionPart:
     """The readable reference over both kinds of pages."""
     cpu = torch.device("cpu")
     lists = layers.sealed_indptr, layers.sealed_pages
     arguments = (q_sealed, *layers.tables(layer), *lists, layers.layout, sm_scale)
     sealed = naive.decode_sealed(*to(cpu, *arguments))
+    if means is not None:
+        sealed = from_sealed(sealed, *to(cpu, q, means, sm_scale))
     sequences = layers.sequences
     if sequences.raw_slot is None:
         return sealed
@@ -121,7 +129,10 @@ def naive_layer(
 
 
 def check(case: Case, device: torch.device, *, large: bool) -> Found:
-    """Both layers with one plan; queries of sealed and of open pages differ."""
+    """Both layers with one plan; queries of sealed and of open pages differ.
+
+    In the second layer what is found in sealed pages comes back from their basis.
+    """
     layers = draw(case, device)
     triton, sm_scale = kernels("decode"), case.dim**-0.5
     shape = (2, len(case.drops), case.kv_heads * case.group, case.dim)
@@ -129,12 +140,12 @@ def check(case: Case, device: torch.device, *, large: bool) -> Found:
     plan = plan_decode(layers.sequences, layers.heads, layers.layout)
     found = []
     reference = decode_layer if large else naive_layer
-    for layer in range(2):
+    for layer, means in enumerate((None, torch.randn(2, case.kv_heads, case.dim, device=device))):
         part = triton.attend(
             q[layer], q_sealed[layer], *layers.tables(layer), layers.k_raw[layer],
-            layers.v_raw[layer], plan.layer(layer), layers.layout, sm_scale,
+            layers.v_raw[layer], plan.layer(layer), layers.layout, sm_scale, means=means,
         )  # fmt: skip
-        expected = reference(layers, layer, q[layer], q_sealed[layer], sm_scale)
+        expected = reference(layers, layer, q[layer], q_sealed[layer], sm_scale, means)
         found.append(compare(part, expected))
     return worst(found)
 

@@ -13,7 +13,8 @@ namespace {
 // Everything that stays while the server runs; layer.py passes it as words of 64 bits.
 struct Tables {
     const Layout* layout;
-    int64_t raw_dtype, rotates;
+    int64_t raw_dtype;
+    const float* means;  // [L, 2, H, D], which sealed rows lack; null: they are the model's own
     const uint8_t* arena;
     const int32_t *frames, *heads, *raw_slot;
     int64_t frames_layer, frames_page, heads_layer, heads_page;  // strides in int32 words
@@ -69,6 +70,8 @@ class Layer {
           row_bytes_(layout_.row_bytes(0)), token_bytes_(layout_.kv_heads * row_bytes_),
           scale_(scale), keys_(tables.keys[layer]), values_(tables.values[layer]),
           scores_(tables.scores ? tables.scores + layer * tables.scores_layer : nullptr),
+          means_(tables.means ? tables.means + layer * 2 * layout_.kv_heads * layout_.head_dim
+                              : nullptr),
           sealed_{tables.arena, tables.frames + layer * tables.frames_layer,
                   tables.heads + layer * tables.heads_layer, tables.frames_page,
                   tables.heads_page},
@@ -125,7 +128,8 @@ class Layer {
         explicit Worker(Layer& layer)
             : layer_(layer), open_(layer.dtype_, layer.group_, layer.layout_.head_dim),
               streams_(layer.layout_, layer.dtype_, layer.group_),
-              q_(2 * layer.group_ * layer.layout_.head_dim),
+              q_(2 * layer.group_ * layer.layout_.head_dim), max_(layer.group_), sum_(layer.group_),
+              out_(layer.group_ * layer.layout_.head_dim),
               unscored_(layer.scores_ ? 0 : layer.group_ * kPageTokens) {}
 
         void run(const Item& item, Heads q, const Partial& partial) {
@@ -137,7 +141,7 @@ class Layer {
             row_to_float(group, 0, on.dtype_, width, plain);
             for (int64_t i = 0; i < width; ++i) plain[i] *= on.scale_;
             std::copy(plain, plain + width, rotated);
-            if (on.tables_.rotates)
+            if (on.means_)
                 for (int64_t g = 0; g < on.group_; ++g) rotate_row(rotated + g * dim, dim);
             open_.begin(plain);
             streams_.begin(rotated);
@@ -154,10 +158,34 @@ class Layer {
                 }
             }
             open_.finish(partial);
-            streams_.finish(partial);
+            if (on.means_) {
+                finish_sealed(partial, plain, on.means_ + item.head * dim);
+            } else {
+                streams_.finish(partial);
+            }
         }
 
        private:
+        // Back from the basis of sealed pages (kernels/sealed_basis.py). q: scaled, not rotated.
+        void finish_sealed(const Partial& partial, const float* q, const float* key) {
+            const int64_t dim = layer_.layout_.head_dim;
+            const float* value = key + layer_.layout_.kv_heads * dim;
+            std::fill(max_.begin(), max_.end(), kMinusInf);
+            std::fill(sum_.begin(), sum_.end(), 0.f);
+            std::fill(out_.begin(), out_.end(), 0.f);
+            streams_.finish({max_.data(), sum_.data(), out_.data()});
+            for (int64_t g = 0; g < layer_.group_; ++g, q += dim) {
+                float lacking = 0.f, *row = &out_[g * dim];
+#pragma omp simd reduction(+ : lacking)
+                for (int64_t d = 0; d < dim; ++d) lacking += q[d] * key[d];
+                rotate_row(row, dim);
+#pragma omp simd
+                for (int64_t d = 0; d < dim; ++d) row[d] += sum_[g] * value[d];
+                merge_group(partial, g, dim, {max_[g] + lacking, sum_[g]},
+                            [&](int64_t d) { return row[d]; });
+            }
+        }
+
         void attend_open(int64_t opened, int64_t head) {
             Layer& on = layer_;
             const OpenPage& page = on.pages_.open[opened];
@@ -172,7 +200,7 @@ class Layer {
         Layer& layer_;
         OpenEngine<Dim> open_;
         SealedStreams streams_;
-        std::vector<float> q_, unscored_;
+        std::vector<float> q_, max_, sum_, out_, unscored_;
     };
 
     int64_t page_logits() const { return layout_.kv_heads * group_ * kPageTokens; }
@@ -208,6 +236,7 @@ class Layer {
     float scale_;
     uint8_t *keys_, *values_;
     float* scores_;
+    const float* means_;
     SealedPages sealed_;
     Pages pages_;
     std::unique_ptr<float[]> logits_;  // [open pages][H][G][64], base 2; null: nothing is scored

@@ -14,6 +14,7 @@ from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, layout_words, threads
 from sglang_diffxkv.kernels.cpu.build import load_library
 from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.rotation import rotate
 
 LOG2_E = math.log2(math.e)
 LIBRARY = "extend", (Path(__file__).with_name("cpu.cpp"),)
@@ -66,7 +67,7 @@ class SealedArgs(ctypes.Structure):
         ("indptr", _P),
         ("pages", _P),
         ("raw_dtype", _I),
-        ("rotated", _I),
+        ("means", _P),
     )
 
 
@@ -109,8 +110,7 @@ class Extend:
         raw: tuple[torch.Tensor, torch.Tensor] | None,
         tables: SealedTables | None,
         sm_scale: float,
-        *,
-        rotate: bool,
+        means: torch.Tensor | None = None,
     ) -> AttentionPart:
         """Attention of one layer.
 
@@ -120,7 +120,8 @@ class Extend:
                 elements have their dtype then.
             tables: looked at if there are sealed pages.
             sm_scale: factor of the scores.
-            rotate: whether to rotate q for the sealed keys.
+            means: fp32 [2, H, D], which sealed rows lack; q and the output are then of the model's
+                basis (`sealed_basis`), else of the sealed pages'.
 
         Raises:
             ValueError: a page of new tokens is not listed, or shapes and strides do not fit.
@@ -140,7 +141,8 @@ class Extend:
             assert tables is not None
             _point_to_sealed(self._sealed, tables)
             self._sealed.raw_dtype = query.dtype if raw is None else DTYPE_CODES[raw[0].dtype]
-            self._sealed.rotated = rotate
+            turned = None if means is None else rotate(means).contiguous()
+            self._sealed.means = None if turned is None else turned.data_ptr()
         part = AttentionPart(
             torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:2], dtype=torch.float32)
         )

@@ -63,7 +63,7 @@ def extend_open(
     if library is not None:
         lists = OpenList(q_position, indptr, slots, page_position)
         step = cpu.Extend(library, q_indptr, lists, None)
-        return step.run(q, (k_raw, v_raw), None, sm_scale, rotate=False)
+        return step.run(q, (k_raw, v_raw), None, sm_scale)
     parts = []
     queries, starts, bounds = q_indptr.tolist(), q_position.tolist(), indptr.tolist()
     for b, start in enumerate(starts):

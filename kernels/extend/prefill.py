@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart, merge
+from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
 from sglang_diffxkv.kernels.extend import cpu, flashinfer
 from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
 from sglang_diffxkv.kernels.extend.open import extend_open
@@ -22,6 +22,7 @@ from sglang_diffxkv.kernels.extend.sealed import extend_sealed
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.sealed_basis import from_sealed
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -110,9 +111,8 @@ class SealedPrefill:
             self._fused = _select(sealed, ~unpacks, most[0])
             self._unpacked = _select(sealed, unpacks, most[1])
 
-    def add(
+    def run(
         self,
-        part: AttentionPart,
         q: torch.Tensor,
         arena: torch.Tensor,
         frames: torch.Tensor,
@@ -120,16 +120,12 @@ class SealedPrefill:
         layout: PageLayout,
         sm_scale: float,
     ) -> AttentionPart:
-        """Attention of one layer over sealed pages, merged with that over others.
-
-        Args:
-            part: of the same queries over other tokens; may be written.
-            q, arena, frames, heads, layout, sm_scale: as in `extend_sealed`.
-        """
+        """Attention of one layer; arguments as in `extend_sealed`."""
         tables = arena, frames, heads
         if self._fused is not None:
-            found = extend_sealed(q, self._q_indptr, *tables, *self._fused, layout, sm_scale)
-            part = merge(part, found)
+            part = extend_sealed(q, self._q_indptr, *tables, *self._fused, layout, sm_scale)
+        else:
+            part = empty_part(q)
         if self._unpacked is not None:
             from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked  # needs Triton
 
@@ -173,22 +169,27 @@ class Prefill:
         k_raw: torch.Tensor,
         v_raw: torch.Tensor,
         tables: SealedTables,
+        means: torch.Tensor,
         sm_scale: float,
     ) -> AttentionPart:
         """Attention of one layer.
 
         Args:
             q: [T, Hq, D], not rotated. k_raw, v_raw: as in `extend_open`.
-            tables: of the sealed pages.
+            tables: of the sealed pages. means: fp32 [2, H, D], which they lack where they rotate.
             sm_scale: factor of the scores.
         """
         rotates = tables.layout.rotates
         if self._compiled is not None:
-            return self._compiled.run(q, (k_raw, v_raw), tables, sm_scale, rotate=rotates)
+            model_basis = means if rotates else None
+            return self._compiled.run(q, (k_raw, v_raw), tables, sm_scale, model_basis)
         part = self._open.run(q, k_raw, v_raw, sm_scale)
         if self._sealed is None:
             return part
-        return self._sealed.add(part, rotate(q.float()) if rotates else q, *tables, sm_scale)
+        if not rotates:
+            return merge(part, self._sealed.run(q, *tables, sm_scale))
+        sealed = self._sealed.run(rotate(q.float()), *tables, sm_scale)
+        return merge(part, from_sealed(sealed, q, means, sm_scale))
 
 
 def _select(sealed: PageList, chosen: torch.Tensor, most: int) -> PageList:

@@ -63,6 +63,23 @@ class QueryTile {
         }
     }
 
+    // Back from the basis of sealed pages (kernels/sealed_basis.py), in which the queries still are,
+    // and the means of keys and of values.
+    void leave_sealed(const float* key, const float* value) {
+        for (int64_t r = 0; r < rows_.count; r += kLanes) {
+            Block& block = blocks_[r / kColumns];
+            const int64_t column = r % kColumns, v = column / kLanes;
+            Lanes lacking{};
+            for (int64_t d = 0; d < in_.dim; ++d) {
+                lacking += load_lanes(block.q.data() + d * kColumns + column) * key[d];
+                float* out = block.out.data() + d * kColumns + column;
+                store_lanes(out, load_lanes(out) + block.sum[v] * value[d]);
+            }
+            block.max[v] += lacking;
+            rotate(block.out.data() + column);
+        }
+    }
+
     // Every row attends to the whole panel.
     void attend(const Panel& panel) {
         for (int64_t b = 0; b < used_blocks(); ++b) attend_block(b, panel, panel.size(), nullptr);
@@ -123,7 +140,7 @@ class QueryTile {
         }
     }
 
-    // Block Hadamard transform over head_dim: `rotate` of kernels/rotation.py.
+    // Block Hadamard transform over head_dim of kLanes columns: `rotate` of kernels/rotation.py.
     void rotate(float* q) {
         const int64_t block = in_.dim & -in_.dim;
         const float scale = 1.f / std::sqrt(static_cast<float>(block));

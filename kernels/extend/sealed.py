@@ -58,7 +58,7 @@ def extend_sealed(
     if library is not None:
         step = cpu.Extend(library, q_indptr, None, PageList(indptr, pages))
         tables = SealedTables(arena, frames, heads, layout)
-        return step.run(q, None, tables, sm_scale, rotate=False)
+        return step.run(q, None, tables, sm_scale)
     parts = []
     page_bytes = 2 * PAGE_TOKENS * layout.num_kv_heads * layout.head_dim * 4
     block_pages = max(1, BLOCK_BYTES // page_bytes)

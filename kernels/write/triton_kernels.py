@@ -6,6 +6,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_diffxkv.kernels.gpu.hadamard import hadamard_rows
+
 
 @triton.jit
 def write_kernel(
@@ -48,23 +50,4 @@ def write_kernel(
     at = block[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     inside = (block < BLOCKS)[:, None]
     x = tl.load(q + token * q_stride + at, mask=inside, other=0).to(tl.float32)
-    tl.store(rotated + token * (BLOCKS * SIZE) + at, _hadamard(x) * SCALE, mask=inside)
-
-
-@triton.jit
-def _hadamard(x):
-    """Rows of ``x`` [N, SIZE] times Sylvester's matrix.
-
-    Each turn sums and subtracts neighbours, and puts all sums before all differences: after
-    log2(SIZE) turns every element has met every other one, and all are back in their places.
-    """
-    for _ in tl.static_range(_log2(x.shape[1])):
-        even, odd = tl.split(tl.reshape(x, [x.shape[0], x.shape[1] // 2, 2]))
-        x = tl.reshape(tl.permute(tl.join(even + odd, even - odd), (0, 2, 1)), x.shape)
-    return x
-
-
-@triton.constexpr_function
-def _log2(n):
-    """Of a power of two."""
-    return n.bit_length() - 1
+    tl.store(rotated + token * (BLOCKS * SIZE) + at, hadamard_rows(x) * SCALE, mask=inside)

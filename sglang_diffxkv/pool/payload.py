@@ -9,7 +9,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.kernels.pack import pack
-from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.sealed_basis import to_sealed
 from sglang_diffxkv.pool.raw_pages import RawPages
 
 
@@ -17,7 +17,7 @@ class GradedTokens(NamedTuple):
     """Tokens of one layer, and what becomes of those of S pages.
 
     Attributes:
-        keys, values: [R, 64, H, D], keys as sealed pages hold them (`PageLayout.rotates`).
+        keys, values: [R, 64, H, D], as sealed pages hold them (`PageLayout.rotates`).
         tiers: uint8 [S, H, 64]. codes: uint8 [S, H, 64], ``kernels.pack.encode_importance``.
     """
 
@@ -36,14 +36,19 @@ class SealableRows(NamedTuple):
 
 
 def rows_to_seal(
-    raw: RawPages, layout: PageLayout, layer: int, slots: torch.Tensor
+    raw: RawPages, layout: PageLayout, layer: int, slots: torch.Tensor, means: torch.Tensor
 ) -> SealableRows:
-    """The raw pages at ``slots`` (int64 [S]) of one layer; rotated copies where pages rotate."""
+    """The raw pages at ``slots`` (int64 [S]) of one layer, in the basis of sealed pages.
+
+    Args:
+        means: fp32 [2, H, D], of this layer, looked at where pages rotate.
+    """
     keys, values = raw.keys[layer], raw.values[layer]
     if not layout.rotates:
         return SealableRows(keys, values, slots)
     rows = torch.arange(len(slots), device=slots.device)
-    return SealableRows(rotate(keys[slots].float()), values[slots].float(), rows)
+    sealed = (to_sealed(x[slots], mean) for x, mean in zip((keys, values), means, strict=True))
+    return SealableRows(*sealed, rows)
 
 
 def write_payload(

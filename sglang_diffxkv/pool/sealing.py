@@ -40,6 +40,9 @@ def write_sealed(
             count=context.count * ready[:, None],
         )
     store.policy.observe(context)
+    at_once = store.plan.workspace.packed_pages
+    if layout.rotates and not store.counters.sealed:
+        store.means.learn(store.raw, slots, context.position, ready, at_once)
     tiers = store.policy.assign(context)  # [S, L, H, 64]
     if ready is not None:
         tiers = tiers.masked_fill(~ready[:, None, None, None], PRUNED)
@@ -57,10 +60,9 @@ def write_sealed(
         x.transpose(0, 1).contiguous() for x in (tiers, codes, frames, measured.heads)
     )
     for layer in range(num_layers):
-        for part in torch.arange(len(slots), device=slots.device).split(
-            store.plan.workspace.packed_pages
-        ):
-            keys, values, rows = rows_to_seal(store.raw, layout, layer, slots[part])
+        for part in torch.arange(len(slots), device=slots.device).split(at_once):
+            means = store.means.by_layer[layer]
+            keys, values, rows = rows_to_seal(store.raw, layout, layer, slots[part], means)
             tokens = GradedTokens(keys, values, tiers[layer, part], codes[layer, part])
             placed = frames[layer, part], heads[layer, part]
             write_payload(tokens, rows, *placed, store.arena.buffer, layout)

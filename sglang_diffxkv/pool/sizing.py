@@ -8,6 +8,7 @@ from typing import NamedTuple
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.raw_pages import RawPages
+from sglang_diffxkv.pool.sealed_means import SealedMeans
 from sglang_diffxkv.pool.totals import Totals
 from sglang_diffxkv.pool.workspace import Workspace, plan_workspace
 
@@ -89,10 +90,12 @@ def plan_pool(
 
     workspace = plan_workspace(budget_bytes, layout, num_layers)
     fixed = workspace.nbytes + attention_bytes + Totals.bytes_for(num_layers)
+    fixed += SealedMeans.bytes_for(num_layers, layout.num_kv_heads, layout.head_dim)
     raw_pages = (
         int((budget_bytes - attention_bytes) * raw_share) // raw_bytes - 1
     )  # one more slot for padded tokens
-    rest = budget_bytes - fixed - (raw_pages + 1) * raw_bytes - (raw_pages + 1) * entry_bytes
+    # Two entries of the directory are no pages: those of padded tokens, and of none.
+    rest = budget_bytes - fixed - (raw_pages + 1) * raw_bytes - (raw_pages + 2) * entry_bytes
     frames = int(rest / (frame_bytes + virtual_slack * entry_bytes / expected))
     if raw_pages < MIN_RAW_PAGES or frames < MIN_RAW_PAGES * worst:
         need = max(

@@ -21,6 +21,7 @@ from sglang_diffxkv.pool.ledger import Ledger, Share
 from sglang_diffxkv.pool.page_states import PageStates, read_states
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.raw_pages import RawPages
+from sglang_diffxkv.pool.sealed_means import SealedMeans
 from sglang_diffxkv.pool.sealing import write_sealed
 from sglang_diffxkv.pool.sizing import PoolPlan
 from sglang_diffxkv.pool.totals import Totals
@@ -98,6 +99,8 @@ class PageStore:
             dtype,
             device,
         )
+        shape = plan.num_layers, layout.num_kv_heads, layout.head_dim
+        self.means = SealedMeans(*shape, device)
         self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
         self.totals = Totals(plan.num_layers, device)
         self.retention: RetentionMeter | None = None
@@ -393,6 +396,7 @@ class PageStore:
     def nbytes(self) -> int:
         """Every byte that the store has allocated, or will take when it works."""
         tables = self.directory.nbytes + self.arena.nbytes + self.raw.nbytes + self.totals.nbytes
+        tables += self.means.nbytes
         meter = 0 if self.retention is None else self.retention.nbytes
         beside = self.plan.workspace.nbytes + self.plan.attention_bytes
         return tables + meter + self.policy.nbytes + beside

@@ -14,6 +14,7 @@ from sglang_diffxkv.kernels.decode import AttentionPart, layer, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import naive as score_naive
+from sglang_diffxkv.kernels.sealed_basis import from_sealed
 from sglang_diffxkv.kernels.step import StepPages
 from tests.kernels.builders import build_sealed, error_norm, layout_of, random_tiers
 
@@ -79,6 +80,7 @@ def make_case(layout: PageLayout, group: int, dtype: torch.dtype, scores: bool) 
         keys,
         values,
         accum,
+        torch.randn(LAYERS, 2, KV_HEADS, layout.head_dim, generator=gen),
         layout,
     )
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
@@ -106,7 +108,10 @@ def reference(case: Case, index: int, sm_scale: float) -> AttentionPart:
     q = rotate(case.q.double()).float() if layout.rotates else case.q
     listed = pages.table[is_sealed]
     where = tables.arena, tables.frames[index], tables.heads[index], indptr[1], listed
-    part = merge(opened, naive.decode_sealed(q, *where, layout, sm_scale))
+    sealed = naive.decode_sealed(q, *where, layout, sm_scale)
+    if layout.rotates:
+        sealed = from_sealed(sealed, case.q, tables.means[index], sm_scale)
+    part = merge(opened, sealed)
     if tables.scores is not None:
         args = (pages.lengths, keys, pages.table, tables.raw_slot, tables.scores[index])
         score_naive.score_decode(case.q, part.lse, *args, sm_scale)

@@ -11,6 +11,7 @@ from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.kernels.sealed_basis import from_sealed
 from sglang_diffxkv.pool.batch import count_scores, decode_queries, gather_pages, note_use
 from sglang_diffxkv.pool.decode_step import DeviceDecode
 from sglang_diffxkv.pool.full_pages import FullPages
@@ -61,7 +62,10 @@ class World:
         part = decode_open(q, raw.keys[layer], raw.values[layer], *opened, SCALE)
         sealed = (store.arena.buffer, d.frames[layer], d.heads[layer], pages.sealed_indptr)
         q_sealed = rotate(q) if store.layout.rotates else q
-        part = merge(part, decode_sealed(q_sealed, *sealed, pages.sealed, store.layout, SCALE))
+        found = decode_sealed(q_sealed, *sealed, pages.sealed, store.layout, SCALE)
+        if store.layout.rotates:
+            found = from_sealed(found, q, store.means.by_layer[layer], SCALE)
+        part = merge(part, found)
         if store.policy.needs_scores:
             scoring = decode_queries(self.lens)
             lse = part.lse - scoring.log2_seen

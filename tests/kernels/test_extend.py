@@ -20,6 +20,7 @@ from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PAGE_TOKENS, PRUNED, make_layout
 from sglang_diffxkv.kernels.pack import pack
 from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.sealed_basis import from_sealed
 from tests.kernels.device import DEVICE
 from tests.kernels.sealed import random_tiers, seal
 
@@ -367,13 +368,15 @@ def test_one_pass_over_sealed_and_open_pages(
     step = ops.Prefill(queries, open_list, torch.ones(4), sealed_list, new, [1] * 4, None)
     tables = ops.SealedTables(data.arena, data.frames, data.heads, layout)
     torch.set_num_threads(threads)
-    part = step.run(q, k, v, tables, 0.1)
+    means = torch.randn(2, 2, head_dim)
+    part = step.run(q, k, v, tables, means, 0.1)
     torch.set_num_threads(1)  # the reference
     rotated = rotate(q.double()).float() if layout.rotates else q
     q = q.contiguous()
-    expected = merge(
-        naive.extend_sealed(rotated, queries, *tables[:3], *sealed_list, layout, 0.1),
-        naive.extend_open(q, queries, q_position, k, v, *open_list[1:], 0.1),
-    )
+    sealed = naive.extend_sealed(rotated, queries, *tables[:3], *sealed_list, layout, 0.1)
+    if layout.rotates:
+        sealed = from_sealed(sealed, q, means, 0.1)
+    opened = naive.extend_open(q, queries, q_position, k, v, *open_list[1:], 0.1)
+    expected = merge(sealed, opened)
     assert_close(part, expected, 3e-6)
-    assert_close(step.run(q, k, v, tables, 0.1), part, 1e-6)
+    assert_close(step.run(q, k, v, tables, means, 0.1), part, 1e-6)

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the store seals and what the backend asks of it fit together: rotated, or not at all."""
+"""What the store seals and what attention asks of it fit together: rotated, or not at all."""
 
 import pytest
 import torch
 
-from sglang_diffxkv.backend import DiffXKVBackend
 from sglang_diffxkv.config import Tiers
 from sglang_diffxkv.kernels.decode import decode_sealed
 from sglang_diffxkv.kernels.extend import extend_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.sealed_basis import from_sealed
 from tests.kernels.builders import error_norm
 from tests.unit.test_store import DIM, HEADS, LAYERS, make_store
 
@@ -38,18 +39,19 @@ def test_attention_over_sealed_pages(policy: str, tiers: Tiers, rotates: bool, m
     context = torch.full((PAGES,), PAGES * PAGE_TOKENS)
     store.touch(pages, torch.arange(PAGES), context, window=0)
     store.seal(pages)
-    backend = DiffXKVBackend.__new__(DiffXKVBackend)
-    backend.store = store
     q = torch.randn(1, GROUP * HEADS, DIM, generator=gen)
     indptr = torch.tensor([0, PAGES], dtype=torch.int32)
     for layer in range(LAYERS):
         tables = store.directory.frames[layer], store.directory.heads[layer]
         where = store.arena.buffer, *tables, indptr, pages.int(), store.layout, SCALE
-        decoded = decode_sealed(backend._for_sealed(q), *where)
+        queries = rotate(q) if rotates else q
         one = torch.tensor([0, 1], dtype=torch.int32)
-        extended = extend_sealed(backend._for_sealed(q), one, *where)
+        parts = decode_sealed(queries, *where), extend_sealed(queries, one, *where)
+        if rotates:
+            means = store.means.by_layer[layer]
+            parts = tuple(from_sealed(part, q, means, SCALE) for part in parts)
         expected = attention(q, k[layer].flatten(0, 1), v[layer].flatten(0, 1))
-        for part in (decoded, extended):
+        for part in parts:
             assert error_norm(part.out, expected) < most
 
 

@@ -244,8 +244,11 @@ def check_payload(
             kept = got.kept[0, head]
             position = got.position[0, head][kept].long()
             assert torch.unique(position).numel() == position.numel()
-            keys = rotate(got.k) if store.layout.rotates else got.k
-            for values, written in zip((keys, got.v), contents, strict=True):
+            read = got.k, got.v
+            if store.layout.rotates:
+                means = store.means.by_layer[layer][:, :, None]
+                read = rotate(got.k) + means[0], rotate(got.v) + means[1]
+            for values, written in zip(read, contents, strict=True):
                 expected = written[layer, position, head]
                 if exact:
                     assert position.numel() == PAGE_TOKENS

@@ -5,10 +5,12 @@ With each version of Triton in `compilers`. Fails where one does not compile, sp
 wants more shared memory than there is.
 
     python -m bench.gpu.compile [--triton 3.8.0] [--arch sm_90] [--only decode]
+    python -m bench.gpu.compile --update
     python -m bench.gpu.compile --check [--seed WORD]
     python -m bench.gpu.compile --report
 
-Without filters it writes the record, bench/results/kernels_compiled.json, and its pages. --check
+Without filters it writes the record, bench/results/kernels_compiled.json, and its pages. --update
+compiles what is not on record, and strikes off what ships no more. --check
 compiles what is not on record and a sample of what is, and fails if the record is not true, or
 bad. --report writes the pages anew from the record.
 """
@@ -100,6 +102,17 @@ def check(seed: str, processes: int | None) -> list[str]:
     return found
 
 
+def updated(processes: int | None) -> list[Built]:
+    """The record of today's kernels, of which those that it has are not compiled again."""
+    record, results = load(RECORD), []
+    for version in VERSIONS:
+        mine = {r.fingerprint: r for r in record if r.triton == version}
+        compiled = compile_with(version, list(ARCHITECTURES), (), processes, mine)
+        results += [mine[x] for x in compiled.seen] + compiled.results
+        print(f"Triton {version}: {len(compiled.results)} compiled")
+    return results
+
+
 def write_pages(results: Sequence[Built]) -> None:
     """Write what was compiled, and what that predicts."""
     (RESULTS / "kernels_compiled.md").write_text(page(results))
@@ -115,6 +128,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--arch", action="append", choices=ARCHITECTURES, help="only this one")
     parser.add_argument("--only", action="append", help="only cases of this operation")
     parser.add_argument("--processes", type=int, help="default: one per core")
+    parser.add_argument("--update", action="store_true", help="the record, where it lacks")
     parser.add_argument("--check", action="store_true", help="against the record")
     parser.add_argument("--seed", default="", help="of --check's sample")
     parser.add_argument("--report", action="store_true", help="write pages from the record")
@@ -129,6 +143,11 @@ def main() -> None:
     install()
     if args.check:
         found = check(args.seed, args.processes)
+    elif args.update:
+        results = updated(args.processes)
+        save(RECORD, results)
+        write_pages(results)
+        found = problems(results)
     else:
         archs, only = args.arch or list(ARCHITECTURES), args.only or []
         versions = args.triton or VERSIONS

@@ -31,6 +31,8 @@ class SealContext(NamedTuple):
     each by itself."""
     quality: torch.Tensor
     """int64 [S]: `Quality` that the page's request asked for."""
+    means: torch.Tensor | None = None
+    """float32 [L, 2, H, D] that sealed rows of any page lack (`kernels.sealed_basis`)."""
 
 
 _KNOBS = ("target", "plan", "save_plan", "high_layers")
@@ -131,6 +133,11 @@ class TierPolicy(ABC):
     def plan_number(self) -> int:
         """Number of the plan that pages are sealed under; 0 where there is none."""
         return 0
+
+    @property
+    def means(self) -> torch.Tensor | None:
+        """Means of an earlier run that sealed rows are to lack: float32 [L, 2, H, D]."""
+        return None
 
     def plan_report(self) -> dict[str, Any] | None:
         """The plan in force, as the statistics show it."""

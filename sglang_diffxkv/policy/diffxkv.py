@@ -86,6 +86,10 @@ class DiffXKVPolicy(TierPolicy):
         plan = self.learner.plan
         return 0 if plan is None else plan.number
 
+    @property
+    def means(self) -> torch.Tensor | None:
+        return self.learner.means
+
     def plan_report(self) -> dict[str, Any] | None:
         plan = self.learner.plan
         qualities = {} if plan is None else plan.qualities
@@ -101,6 +105,7 @@ class DiffXKVPolicy(TierPolicy):
 
     def observe(self, ctx: SealContext) -> None:
         self.learner.take_over()
+        self.learner.means = ctx.means
         if self.learner.wants_pages():
             importance, _ = self._weigh(ctx)
             wrong = ~ctx.importance.isfinite().all(2).all(1)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import logging
 import random
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.policy.plan import Plan, Shape, load_sketch, solve_plan
+from sglang_diffxkv.policy.plan import Plan, Shape, load_plan, solve_plan
 from sglang_diffxkv.policy.sketch import ImportanceSketch
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,14 @@ class PlanLearner:
         """Sketched since the plan was written to `save_plan`."""
         self._saving = 0
         """Of these, those that are being written."""
+        self.means: torch.Tensor | None = None
+        """Of the plan's file, or those that sealed rows lack."""
         self.plan: Plan | None = None
         if config.plan is not None:
-            number, found = load_sketch(Path(config.plan), Shape.of(layout, num_layers))
-            self.plan = self._solve(number, found)
-            self._sketch = found.copy()
+            saved = load_plan(Path(config.plan), Shape.of(layout, num_layers))
+            self.means = saved.means
+            self.plan = self._solve(saved.number, saved.sketch)
+            self._sketch = saved.sketch.copy()
 
     @property
     def nbytes(self) -> int:
@@ -139,7 +143,8 @@ class PlanLearner:
         return self._solve(plan.number + 1, sketch)
 
     def _solve(self, number: int, sketch: ImportanceSketch) -> Plan:
-        return solve_plan(number, self._target, sketch, self._layout, self._high_layers)
+        plan = solve_plan(number, self._target, sketch, self._layout, self._high_layers)
+        return replace(plan, means=self.means)
 
 
 def high_layers(config: DiffXKVConfig, num_layers: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.sketch import BINS_PER_OCTAVE, ImportanceSketch
 from sglang_diffxkv.policy.target import Target, low_utility, prices_of, raw_page_bytes
 
-FORMAT = 1
+FORMAT = 2
 """Of plan files; raised whenever their meaning changes."""
 _NEVER = float(torch.finfo(torch.float32).max)
 
@@ -67,6 +67,8 @@ class Plan:
     qualities: dict[Quality, LayerPlans]
     sketch: ImportanceSketch
     """What it was solved from."""
+    means: torch.Tensor | None = None
+    """fp32 [L, 2, H, D] that sealed rows lack (`kernels.sealed_basis`); None: not known."""
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, in one step: a reader never sees half of it."""
@@ -81,6 +83,7 @@ class Plan:
                     for quality, layers in self.qualities.items()
                 },
                 "sketch": self.sketch.to_json(),
+                "means": None if self.means is None else _rounded(self.means.tolist()),
             }
         )
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -88,8 +91,23 @@ class Plan:
         part.replace(path)
 
 
-def load_sketch(path: Path, shape: Shape) -> tuple[int, ImportanceSketch]:
-    """Number and sketch of a plan file; the plan follows from the sketch and the target.
+def _rounded(numbers: Any) -> Any:
+    """Nested lists of numbers with as many digits as matter: their text is most of the file."""
+    if isinstance(numbers, list):
+        return [_rounded(x) for x in numbers]
+    return float(f"{numbers:.5g}")
+
+
+class SavedPlan(NamedTuple):
+    """What a plan file has of a plan; all else follows from the target."""
+
+    number: int
+    sketch: ImportanceSketch
+    means: torch.Tensor | None
+
+
+def load_plan(path: Path, shape: Shape) -> SavedPlan:
+    """Read a plan file.
 
     Raises:
         ConfigError: no such file, not a plan, or one of another model.
@@ -104,6 +122,9 @@ def load_sketch(path: Path, shape: Shape) -> tuple[int, ImportanceSketch]:
         number, sketch = int(found["number"]), ImportanceSketch.from_json(found["sketch"], "cpu")
         if sketch.tokens.shape[:2] != (other.layers, other.kv_heads):
             raise ValueError("sketch and shape differ")
+        means = None if found["means"] is None else torch.tensor(found["means"])
+        if means is not None and means.shape != (other.layers, 2, other.kv_heads, other.head_dim):
+            raise ValueError("means and shape differ")
     except OSError as error:
         raise ConfigError(f"plan {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -122,7 +143,7 @@ def load_sketch(path: Path, shape: Shape) -> tuple[int, ImportanceSketch]:
             f"of {other.head_dim}, this one has {shape.layers} of {shape.kv_heads} of "
             f"{shape.head_dim}: calibrate with this model"
         )
-    return number, sketch
+    return SavedPlan(number, sketch, means)
 
 
 def solve_plan(

@@ -68,8 +68,9 @@ class SealedMeans:
             found = torch.zeros_like(means)
             for part, slot in zip(weight.split(at_once), slots.split(at_once), strict=True):
                 for mean, pages in zip(found, rows, strict=True):
-                    tokens = pages[slot].float().flatten(0, 1).flatten(1)
+                    # What is no number must spoil nothing for all who come later.
+                    tokens = pages[slot].float().nan_to_num_(0.0, 0.0, 0.0)
+                    tokens = tokens.flatten(0, 1).flatten(1)
                     mean += (part.flatten() @ tokens).view_as(mean)
-            # A request whose keys are no numbers must not spoil those of all others.
-            means.copy_(torch.where(learns & found.isfinite().all(), found, means))
+            means.copy_(torch.where(learns, found, means))
         self._is_set |= learns

@@ -39,10 +39,10 @@ def write_sealed(
             importance=context.importance.masked_fill(~ready[:, None, None, None], 0),
             count=context.count * ready[:, None],
         )
-    store.policy.observe(context)
     at_once = store.plan.workspace.packed_pages
     if layout.rotates and not store.counters.sealed:
         store.means.learn(store.raw, slots, context.position, ready, at_once)
+    store.policy.observe(context)
     tiers = store.policy.assign(context)  # [S, L, H, 64]
     if ready is not None:
         tiers = tiers.masked_fill(~ready[:, None, None, None], PRUNED)
@@ -93,4 +93,5 @@ def seal_context(
         context=context,
         sequence=sequence,
         quality=d.quality[pages].long(),
+        means=store.means.by_layer,
     )

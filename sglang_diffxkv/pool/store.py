@@ -101,6 +101,8 @@ class PageStore:
         )
         shape = plan.num_layers, layout.num_kv_heads, layout.head_dim
         self.means = SealedMeans(*shape, device)
+        if policy.means is not None:
+            self.means.set(policy.means)
         self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
         self.totals = Totals(plan.num_layers, device)
         self.retention: RetentionMeter | None = None

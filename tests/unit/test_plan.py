@@ -2,7 +2,7 @@
 """Sketches, the plans solved from them, their files, and learning them from traffic."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import FORMATS, PageLayout, make_layout
 from sglang_diffxkv.policy.learner import CHECK_PAGES, FIRST_PLAN_PAGES, PlanLearner
-from sglang_diffxkv.policy.plan import Shape, load_sketch, solve_plan
+from sglang_diffxkv.policy.plan import Shape, load_plan, solve_plan
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.sketch import BINS, HALF_LIFE_TOKENS, ImportanceSketch, bin_of
 from sglang_diffxkv.policy.target import raw_page_bytes
@@ -116,17 +116,19 @@ def test_high_layers_stay_high() -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    plan = solve_plan(7, 0.9, sketch_of(10), LAYOUT)
+    means = 100 * torch.randn(LAYERS, 2, HEADS, LAYOUT.head_dim)
+    plan = replace(solve_plan(7, 0.9, sketch_of(10), LAYOUT), means=means)
     plan.save(tmp_path / "plan.json")
-    number, sketch = load_sketch(tmp_path / "plan.json", Shape.of(LAYOUT, LAYERS))
+    number, sketch, read = load_plan(tmp_path / "plan.json", Shape.of(LAYOUT, LAYERS))
     assert number == 7
+    torch.testing.assert_close(read, means, rtol=1e-4, atol=0)
     torch.testing.assert_close(sketch.mass, plan.sketch.mass, rtol=1e-5, atol=0)
     again = solve_plan(7, 0.9, sketch, LAYOUT)
     for quality, layers in plan.qualities.items():
         for name, values in asdict(layers).items():
             assert asdict(again.qualities[quality])[name] == pytest.approx(values, rel=1e-3)
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["format"] == 1 and found["shape"]["layers"] == LAYERS
+    assert found["format"] == 2 and found["shape"]["layers"] == LAYERS
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -135,10 +137,10 @@ def test_file_round_trip(tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("{", "not one that `sglang-diffxkv calibrate` writes"),
-        ('{"format": 99}', "format 99, expected 1: calibrate again"),
-        ('{"format": 1, "shape": {}}', "not one that"),
+        ('{"format": 99}', "format 99, expected 2: calibrate again"),
+        ('{"format": 2, "shape": {}}', "not one that"),
         (
-            '{"format": 1, "number": 1, "shape": {"layers": 4, "kv_heads": 2, "head_dim": 128, '
+            '{"format": 2, "number": 1, "shape": {"layers": 4, "kv_heads": 2, "head_dim": 128, '
             '"high": "K8V4", "low": "K4V2"}, "sketch": {"layers": 4, "kv_heads": 2, '
             '"bins": [[0, 0, -1, 3.0, 1.0]]}}',
             "not one that",
@@ -220,7 +222,7 @@ def test_saves_at_rest(tmp_path: Path) -> None:
     found.observe(*traffic(5))
     found.on_idle()
     found.wait()
-    assert load_sketch(path, Shape.of(LAYOUT, LAYERS))[0] == 1
+    assert load_plan(path, Shape.of(LAYOUT, LAYERS)).number == 1
     path.unlink()
     found.on_idle()  # nothing new
     found.wait()
@@ -230,7 +232,7 @@ def test_saves_at_rest(tmp_path: Path) -> None:
     found.on_idle()
     found.wait()
     assert found.plan is first  # the same traffic, but all of it in the file
-    number, sketch = load_sketch(path, Shape.of(LAYOUT, LAYERS))
+    number, sketch, _ = load_plan(path, Shape.of(LAYOUT, LAYERS))
     assert number == 1 and float(sketch.tokens[0, 0].sum()) > 1.8 * float(
         first.sketch.tokens[0, 0].sum()
     )

@@ -9,18 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
-import requests
-
+from sglang_diffxkv.eval.client import TOP, Client
 from sglang_diffxkv.eval.prompts import Cell, Prompt
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 AT_ONCE = 16
 """Prompts in flight, and so in the pool at least."""
-WARM_TOKENS = 4
-"""Generated while the cache is filled: a page is sealed once a later step has scored it."""
-TOP = 256
-"""Likeliest tokens of each distribution that are compared; the others count as one."""
-_TIMEOUT_S = 600.0
 
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
@@ -57,7 +51,7 @@ def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool)
         CacheError: an answer was computed without the cached pages it was to be read from.
         requests.RequestException: the server refused a request, or is gone.
     """
-    client = _Client(url)
+    client = Client(url)
     answers: list[Answer] = []
     stats = []
     for start in range(0, len(cell.prompts), AT_ONCE):
@@ -66,13 +60,13 @@ def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool)
         for prompt in {(p.namespace, tuple(p.warm)): p for p in prompts}.values():
             # One by one: SGLang splits the last prompt of a full batch, and a policy would judge
             # its two parts by themselves.
-            client.warm(prompt)
-        given = together(client.answer, prompts)
+            client.warm(prompt.warm, prompt.namespace)
+        given = together(lambda prompt: _answer(client, prompt), prompts)
         if is_ours:
             stats.append(client.stats())
         if forced is not None:
-            wanted = forced[start : start + AT_ONCE]
-            found = together(client.distributions, list(zip(prompts, wanted, strict=True)))
+            wanted = zip(prompts, forced[start : start + AT_ONCE], strict=True)
+            found = together(lambda item: _forced(client, *item), wanted)
             given = [
                 answer._replace(distributions=rows)
                 for answer, rows in zip(given, found, strict=True)
@@ -98,54 +92,28 @@ def check_cached(prompt: Prompt, answer: Answer) -> None:
         )
 
 
-class _Client:
-    def __init__(self, url: str) -> None:
-        self._url = url
+def _answer(client: Client, prompt: Prompt) -> Answer:
+    most = 2 * prompt.answer_tokens + 16
+    found = client.generate(
+        prompt.ids, prompt.namespace, most, return_logprob=True, top_logprobs_num=TOP
+    )
+    meta = found["meta_info"]
+    ids = [token for _, token, _ in meta["output_token_logprobs"]]
+    rows = _distributions(meta["output_top_logprobs"])
+    return Answer(found["text"], ids, rows, meta["cached_tokens"])
 
-    def flush(self) -> None:
-        # Its own timeout: how long to wait until the scheduler is idle.
-        url = f"{self._url}/flush_cache?timeout=30"
-        requests.post(url, timeout=_TIMEOUT_S).raise_for_status()
 
-    def stats(self) -> dict[str, Any]:
-        response = requests.get(f"{self._url}/diffxkv/stats", timeout=_TIMEOUT_S)
-        response.raise_for_status()
-        stats: dict[str, Any] = response.json()
-        return stats
-
-    def warm(self, prompt: Prompt) -> None:
-        self._generate(prompt, prompt.warm, WARM_TOKENS, ignore_eos=True)
-
-    def answer(self, prompt: Prompt) -> Answer:
-        most = 2 * prompt.answer_tokens + 16
-        found = self._generate(prompt, prompt.ids, most, return_logprob=True, top_logprobs_num=TOP)
-        meta = found["meta_info"]
-        ids = [token for _, token, _ in meta["output_token_logprobs"]]
-        rows = _distributions(meta["output_top_logprobs"])
-        return Answer(found["text"], ids, rows, meta["cached_tokens"])
-
-    def distributions(self, item: tuple[Prompt, list[int]]) -> list[Distribution]:
-        prompt, ids = item
-        found = self._generate(
-            prompt,
-            prompt.ids + ids,
-            1,
-            return_logprob=True,
-            logprob_start_len=len(prompt.ids) - 1,
-            top_logprobs_num=TOP,
-        )
-        # SGLang gives none before the first of these tokens, the prompt's last.
-        return _distributions(found["meta_info"]["input_top_logprobs"][1:])
-
-    def _generate(
-        self, prompt: Prompt, ids: list[int], tokens: int, ignore_eos: bool = False, **body: Any
-    ) -> Any:
-        sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": ignore_eos}
-        request = {"input_ids": ids, "sampling_params": sampling, "extra_key": prompt.namespace}
-        response = requests.post(f"{self._url}/generate", json=request | body, timeout=_TIMEOUT_S)
-        if not response.ok:
-            raise requests.HTTPError(f"HTTP {response.status_code}: {response.text}")
-        return response.json()
+def _forced(client: Client, prompt: Prompt, ids: list[int]) -> list[Distribution]:
+    found = client.generate(
+        prompt.ids + ids,
+        prompt.namespace,
+        1,
+        return_logprob=True,
+        logprob_start_len=len(prompt.ids) - 1,
+        top_logprobs_num=TOP,
+    )
+    # SGLang gives none before the first of these tokens, the prompt's last.
+    return _distributions(found["meta_info"]["input_top_logprobs"][1:])
 
 
 def _distributions(rows: list[Any]) -> list[Distribution]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from pydantic import ByteSize
 
-from sglang_diffxkv.config import ConfigError
+from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.eval.ask import AT_ONCE, CellAnswers, ask
 from sglang_diffxkv.eval.prompts import Cell, make_cells
 from sglang_diffxkv.eval.score import Row, score
 from sglang_diffxkv.eval.tasks.registry import NAMES
-from sglang_diffxkv.eval.variants import FULL, KNOBS, Shape, Variant, make_variant
+from sglang_diffxkv.eval.variants import FULL, KNOBS, VARIANTS, Shape, Variant, make_variant
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.launch import ServerProcess
 
@@ -82,25 +82,28 @@ def load_model(path: Path) -> Model:
     )
 
 
-def make_variants(options: Options, model: Model) -> list[Variant]:
+def make_variants(
+    options: Options, model: Model, configs: Mapping[str, DiffXKVConfig | None] = VARIANTS
+) -> list[Variant]:
     """Full KV first, as all others are compared with it; then a variant per policy and target.
 
-    Those with a target are made for one length each. A target that a policy cannot meet is left
-    out, with a warning.
+    They start from `configs`; those with a target are made for one length each. A target that a
+    policy cannot meet is left out, with a warning.
 
     Raises:
         ConfigError: an unknown name, or nothing but targets that cannot be met.
     """
     shape = Shape(model.head_dim, model.kv_heads, ITEMSIZE, 0)
-    variants = [make_variant(FULL, None, shape)]
+    variants = [make_variant(FULL, None, shape, configs)]
     refused = None
     for name in dict.fromkeys(options.policies):
         if name not in KNOBS or not options.targets:
-            variants.append(make_variant(name, None, shape))
+            variants.append(make_variant(name, None, shape, configs))
             continue
         for target, length in product(options.targets, options.lengths):
             try:
-                variants.append(make_variant(name, target, shape._replace(tokens=length)))
+                sized = shape._replace(tokens=length)
+                variants.append(make_variant(name, target, sized, configs))
             except ConfigError as error:
                 refused = error
                 log.warning("left out: %s", error)
@@ -141,9 +144,8 @@ def compare(
     with tempfile.TemporaryDirectory(prefix="diffxkv-eval-") as folder:
         for variant in variants:
             log_file = Path(folder) / "server.log"
-            with ServerProcess(
-                *_arguments(path, device, model, variant, cells), log=log_file
-            ) as server:
+            arguments = server_arguments(path, device, model, variant, _longest(cells))
+            with ServerProcess(*arguments, log=log_file) as server:
                 for i, cell in enumerate(cells):
                     if variant.length not in (None, cell.length):
                         continue
@@ -158,14 +160,18 @@ def compare(
                     yield score(variant, cell, found, full[i])
 
 
-def _arguments(
-    path: Path, device: str, model: Model, variant: Variant, cells: Sequence[Cell]
+def _longest(cells: Sequence[Cell]) -> int:
+    return max(len(ids) for cell in cells for p in cell.prompts for ids in (p.ids, p.warm))
+
+
+def server_arguments(
+    path: Path, device: str, model: Model, variant: Variant, longest: int, at_once: int = AT_ONCE
 ) -> list[object]:
-    longest = max(len(ids) for cell in cells for p in cell.prompts for ids in (p.ids, p.warm))
+    """Of a server whose pool holds `at_once` prompts of `longest` tokens with room to spare."""
     whole = -(-(longest + _SLACK) // PAGE_TOKENS) * PAGE_TOKENS
-    tokens = int(_ROOM * AT_ONCE) * whole
+    tokens = int(_ROOM * at_once) * whole
     options: list[object] = ["--model-path", path, "--device", device, "--dtype", DTYPE]
-    options += ["--max-running-requests", AT_ONCE, "--page-size", PAGE_TOKENS]
+    options += ["--max-running-requests", at_once, "--page-size", PAGE_TOKENS]
     # A prompt is compressed once it is whole, as the papers have it.
     options += ["--chunked-prefill-size", whole]
     if device == "cpu":

@@ -56,15 +56,20 @@ VARIANTS: Mapping[str, DiffXKVConfig | None] = {
 """Without a target; `uniform` is the format that a target picks."""
 
 
-def make_variant(name: str, target: float | None, shape: Shape) -> Variant:
-    """The variant `name`, its knob set so that its physical compression meets `target`.
+def make_variant(
+    name: str,
+    target: float | None,
+    shape: Shape,
+    configs: Mapping[str, DiffXKVConfig | None] = VARIANTS,
+) -> Variant:
+    """The variant `name` of `configs`, its knob set so that its compression meets `target`.
 
     Raises:
         ConfigError: no such variant, or one that cannot meet the target at this length.
     """
-    if name not in VARIANTS:
-        raise ConfigError(f"unknown policy {name!r}; one of: {', '.join(VARIANTS)}")
-    config = VARIANTS[name]
+    if name not in configs:
+        raise ConfigError(f"unknown policy {name!r}; one of: {', '.join(configs)}")
+    config = configs[name]
     if target is None or config is None or name not in KNOBS:
         return Variant(name, config)
     return Variant(name, KNOBS[name](config, target, shape), target, shape.tokens)

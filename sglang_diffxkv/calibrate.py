@@ -161,9 +161,10 @@ def _prompts(args: argparse.Namespace) -> list[str | list[int]]:
         return list(read_prompts(args.prompts))
     from sglang_diffxkv.eval.prompts import make_cells
     from sglang_diffxkv.eval.run import load_model
+    from sglang_diffxkv.eval.tasks.registry import choose_suite
 
-    tokenizer = load_model(args.model).tokenizer
-    cells = make_cells(tokenizer, _TASKS, [args.length], args.samples, seed=7)
+    tokenizer, suite = load_model(args.model).tokenizer, choose_suite(args.model)
+    cells = make_cells(tokenizer, _TASKS, [args.length], args.samples, seed=7, suite=suite)
     return [prompt.ids for cell in cells for prompt in cell.prompts]
 
 

@@ -22,10 +22,12 @@ from bench.accuracy.attention import importances, retained_by_snapkv, retention,
 from bench.serving.common import RESULTS, table, write_results
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.eval.dtype import fast_dtype
 from sglang_diffxkv.eval.plot import Point, error_bars, points
 from sglang_diffxkv.eval.prompts import Cell, make_cells
 from sglang_diffxkv.eval.run import Model, compare, load_model
 from sglang_diffxkv.eval.score import Row
+from sglang_diffxkv.eval.tasks.registry import choose_suite
 from sglang_diffxkv.eval.variants import FULL, VARIANTS, Variant
 
 TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]
@@ -101,16 +103,16 @@ def plot_retention(path: Path, retained: Sequence[float], kept: Sequence[Point])
     """Exact match against retention; both in the order of `SHARES`."""
     figure = Figure(figsize=(5, 4), layout="constrained")
     panel = figure.subplots()
-    y = [point.exact_match for point in kept]
+    y = [point.accuracy for point in kept]
     panel.errorbar(retained, y, error_bars(kept), marker="o", capsize=2)
-    panel.set(xlabel="retention R, mean over layers and heads", ylabel="exact match")
+    panel.set(xlabel="retention R, mean over layers and heads", ylabel="accuracy")
     panel.grid(alpha=0.3)
     figure.savefig(path)
 
 
 def accuracy_table(found: Sequence[Point], rows: Sequence[Row], head: str) -> str:
     """A line per point; `rows` give its KL, the mean over tasks with its 95 % interval."""
-    lines: list[list[object]] = [[head, "exact match", "95 %", "mean KL", "compression", "samples"]]
+    lines: list[list[object]] = [[head, "accuracy", "95 %", "mean KL", "compression", "samples"]]
     for point in found:
         kl = [row.mean_kl for row in rows if row.policy == point.policy]
         half = [(row.mean_kl_high - row.mean_kl) ** 2 for row in rows if row.policy == point.policy]
@@ -118,7 +120,7 @@ def accuracy_table(found: Sequence[Point], rows: Sequence[Row], head: str) -> st
         lines.append(
             [
                 point.policy,
-                f"{point.exact_match:.1%}",
+                f"{point.accuracy:.1%}",
                 f"{point.low:.1%}–{point.high:.1%}",
                 "–" if point.policy == FULL else f"{sum(kl) / len(kl):.2g} ± {interval:.1g}",
                 f"{1 / point.bytes_share:.2f}",
@@ -135,7 +137,7 @@ def measure(
     rows = []
     for row in compare(path, device, model, variants(), cells):
         rows.append(row)
-        print(row.policy, row.task, f"{row.exact_match:.1%}", flush=True)
+        print(row.policy, row.task, f"{row.accuracy:.1%}", flush=True)
     found = {
         cell.task: importances(path, [prompt.ids for prompt in cell.prompts]) for cell in cells
     }
@@ -153,10 +155,10 @@ def report(rows: list[Row], found: dict[str, list[torch.Tensor]], about: str) ->
     ]
     plot_layers(RESULTS / "ddid_layers.png", every)
     plot_retention(RESULTS / "ddid_retention.png", retained, kept)
-    kept_lines: list[list[object]] = [["tokens kept", "R", "exact match", "95 %"]]
+    kept_lines: list[list[object]] = [["tokens kept", "R", "accuracy", "95 %"]]
     for share, value, point in zip(SHARES, retained, kept, strict=True):
         ends = f"{point.low:.1%}–{point.high:.1%}"
-        kept_lines.append([f"{share:.0%}", f"{value:.3f}", f"{point.exact_match:.1%}", ends])
+        kept_lines.append([f"{share:.0%}", f"{value:.3f}", f"{point.accuracy:.1%}", ends])
     highs = [pooled[_alphas(high, _LOW)] for high in ALPHA_HIGH]
     lows = [pooled[_alphas(_HIGH, low)] for low in ALPHA_LOW]
     text = "\n\n".join(
@@ -196,8 +198,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    model = load_model(options.model)
-    cells = make_cells(model.tokenizer, TASKS, [options.length], options.samples, seed=1)
+    model = load_model(options.model, fast_dtype(options.device))
+    suite = choose_suite(options.model)
+    cells = make_cells(
+        model.tokenizer, TASKS, [options.length], options.samples, seed=1, suite=suite
+    )
     rows, found = measure(model, cells, options.device, options.model)
     about = (
         f"Model: {options.model.name}, {model.layers} layers, {model.kv_heads} KV heads. "

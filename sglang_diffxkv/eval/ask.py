@@ -10,7 +10,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from sglang_diffxkv.eval.client import TOP, Client
-from sglang_diffxkv.eval.prompts import Cell, Prompt
+from sglang_diffxkv.eval.prompts import Cell, Prompt, Stop
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 AT_ONCE = 16
@@ -40,12 +40,19 @@ class CacheError(RuntimeError):
     """Answers that were not read from the cache, and so tell nothing about it."""
 
 
-def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool) -> CellAnswers:
+def ask(
+    url: str,
+    cell: Cell,
+    forced: Sequence[list[int]] | None,
+    is_ours: bool,
+    done: Callable[[], None] = lambda: None,
+) -> CellAnswers:
     """Answers to all prompts of `cell`, `AT_ONCE` at a time, from a cache with nothing else in it.
 
     Args:
         forced: ids of the answers whose tokens' distributions are wanted, one per prompt; None
             stands for the answers that are given here.
+        done: called after each request, of which there are `count_requests`.
 
     Raises:
         CacheError: an answer was computed without the cached pages it was to be read from.
@@ -54,19 +61,19 @@ def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool)
     client = Client(url)
     answers: list[Answer] = []
     stats = []
-    for start in range(0, len(cell.prompts), AT_ONCE):
-        prompts = cell.prompts[start : start + AT_ONCE]
+    for prompts in _batches(cell):
         client.flush()
-        for prompt in {(p.namespace, tuple(p.warm)): p for p in prompts}.values():
+        for prompt in _to_warm(prompts):
             # One by one: SGLang splits the last prompt of a full batch, and a policy would judge
             # its two parts by themselves.
             client.warm(prompt.warm, prompt.namespace)
-        given = together(lambda prompt: _answer(client, prompt), prompts)
+            done()
+        given = together(lambda prompt: _answer(client, prompt, cell.stop), prompts, done)
         if is_ours:
             stats.append(client.stats())
         if forced is not None:
-            wanted = zip(prompts, forced[start : start + AT_ONCE], strict=True)
-            found = together(lambda item: _forced(client, *item), wanted)
+            wanted = zip(prompts, forced[len(answers) :], strict=False)
+            found = together(lambda item: _forced(client, *item), wanted, done)
             given = [
                 answer._replace(distributions=rows)
                 for answer, rows in zip(given, found, strict=True)
@@ -75,6 +82,20 @@ def ask(url: str, cell: Cell, forced: Sequence[list[int]] | None, is_ours: bool)
     for prompt, answer in zip(cell.prompts, answers, strict=True):
         check_cached(prompt, answer)
     return CellAnswers(answers, stats)
+
+
+def count_requests(cell: Cell, is_forced: bool) -> int:
+    """Requests that `ask` sends, with answers of full KV or without."""
+    warmed = sum(len(_to_warm(prompts)) for prompts in _batches(cell))
+    return warmed + (2 if is_forced else 1) * len(cell.prompts)
+
+
+def _batches(cell: Cell) -> list[list[Prompt]]:
+    return [cell.prompts[i : i + AT_ONCE] for i in range(0, len(cell.prompts), AT_ONCE)]
+
+
+def _to_warm(prompts: Sequence[Prompt]) -> list[Prompt]:
+    return list({(p.namespace, tuple(p.warm)): p for p in prompts}.values())
 
 
 def check_cached(prompt: Prompt, answer: Answer) -> None:
@@ -92,10 +113,14 @@ def check_cached(prompt: Prompt, answer: Answer) -> None:
         )
 
 
-def _answer(client: Client, prompt: Prompt) -> Answer:
-    most = 2 * prompt.answer_tokens + 16
+def _answer(client: Client, prompt: Prompt, stop: Stop) -> Answer:
     found = client.generate(
-        prompt.ids, prompt.namespace, most, return_logprob=True, top_logprobs_num=TOP
+        prompt.ids,
+        prompt.namespace,
+        prompt.max_tokens,
+        stop=stop,
+        return_logprob=True,
+        top_logprobs_num=TOP,
     )
     meta = found["meta_info"]
     ids = [token for _, token, _ in meta["output_token_logprobs"]]
@@ -135,7 +160,16 @@ def divergence(full: Distribution, other: Distribution) -> float:
     return max(0.0, kl)
 
 
-def together(call: Callable[[_In], _Out], items: Iterable[_In]) -> list[_Out]:
-    """`call` for all items at once, `AT_ONCE` at most; raises what any of them raises."""
+def together(
+    call: Callable[[_In], _Out], items: Iterable[_In], done: Callable[[], None] = lambda: None
+) -> list[_Out]:
+    """`call` for all items at once, `AT_ONCE` at most; raises what any of them raises.
+
+    `done` is called after each, in the items' order.
+    """
+    found = []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(call, items))
+        for item in pool.map(call, items):
+            found.append(item)
+            done()
+    return found

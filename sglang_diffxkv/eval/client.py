@@ -8,6 +8,8 @@ from typing import Any
 
 import requests
 
+from sglang_diffxkv.eval.prompts import Stop
+
 TOP = 256
 """Likeliest tokens of each distribution that are compared; the others count as one."""
 WARM_TOKENS = 4
@@ -44,13 +46,17 @@ class Client:
         namespace: str,
         tokens: int,
         ignore_eos: bool = False,
+        stop: Stop | None = None,
         **body: Any,
     ) -> Any:
         """The likeliest continuation of `ids`, `tokens` at most; `body` is added to the request.
 
         Requests of one `namespace` share cached pages.
         """
-        sampling = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": ignore_eos}
+        sampling: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": tokens}
+        sampling["ignore_eos"] = ignore_eos
+        if stop is not None:
+            sampling |= {"stop_token_ids": stop.token_ids, "stop": stop.strings}
         request = {"input_ids": ids, "sampling_params": sampling, "extra_key": namespace}
         response = requests.post(f"{self._url}/generate", json=request | body, timeout=_TIMEOUT_S)
         if not response.ok:

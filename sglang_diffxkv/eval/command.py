@@ -30,6 +30,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="names, with commas (default: %(default)s); full, SGLang's own pool, always runs",
     )
     parser.add_argument("--tasks", default=TASKS, help="names, with commas (default: %(default)s)")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="that servers compute in (default: what the machine is fast at)",
+    )
+    parser.add_argument(
+        "--filler",
+        choices=("documentation", "noise", "words"),
+        help="text that needles are hidden in: Python's documentation, RULER's noise, or generated "
+        "sentences (default: documentation; the bundled model knows words alone)",
+    )
     parser.add_argument("--lengths", default="1024,2048", help="tokens of a prompt, with commas")
     parser.add_argument(
         "--samples", default="50", help="per task and length (default: %(default)s)"
@@ -55,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     from sglang_diffxkv.config import ConfigError
     from sglang_diffxkv.eval.ask import CacheError
-    from sglang_diffxkv.eval.report import lines, write
+    from sglang_diffxkv.eval.report import write
     from sglang_diffxkv.eval.run import evaluate
     from sglang_diffxkv.launch import ServerError
 
@@ -65,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
         options = _options(args)
         for row in evaluate(options):
             rows.append(row)
-            print(lines([row]).splitlines()[-1], file=sys.stderr, flush=True)
     except (ConfigError, ServerError, CacheError, requests.RequestException) as error:
         print("\n".join(getattr(error, "__notes__", [])), end="", file=sys.stderr)
         print(f"sglang-diffxkv eval: {error}", file=sys.stderr)
@@ -79,8 +89,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> Options:
+    from sglang_diffxkv.eval.dtype import fast_dtype
     from sglang_diffxkv.eval.run import Options
 
+    device = args.device or default_device()
     return Options(
         model=args.model,
         policies=_names(args.policies),
@@ -88,8 +100,10 @@ def _options(args: argparse.Namespace) -> Options:
         lengths=[_number(text, int) for text in _names(args.lengths)],
         samples=_number(args.samples, int),
         seed=args.seed,
-        device=args.device or default_device(),
+        device=device,
         targets=[_number(text, float) for text in _names(args.target_compression)],
+        dtype=args.dtype or fast_dtype(device),
+        filler=args.filler,
     )
 
 

@@ -19,7 +19,7 @@ class Point(NamedTuple):
     length: int
     bytes_share: float
     """Of what SGLang's own pool takes; mean over tasks."""
-    exact_match: float
+    accuracy: float
     low: float
     high: float
     samples: int
@@ -36,22 +36,22 @@ def points(rows: Sequence[Row]) -> list[Point]:
 
 def _point(policy: str, target: float | None, length: int, rows: Sequence[Row]) -> Point:
     samples = sum(row.samples for row in rows)
-    rate = sum(row.exact_match * row.samples for row in rows) / samples
+    rate = sum(row.accuracy * row.samples for row in rows) / samples
     # As if the answers about one document were all right or all wrong: never too narrow.
     documents = sum(row.documents for row in rows)
-    exact = wilson(rate * documents, documents)
+    right = wilson(rate * documents, documents)
     share = sum(1 / row.physical_compression for row in rows) / len(rows)
     recall = sum(row.recall * row.samples for row in rows) / samples
-    return Point(policy, target, length, share, *exact, samples, recall)
+    return Point(policy, target, length, share, *right, samples, recall)
 
 
 def error_bars(found: Sequence[Point]) -> list[list[float]]:
-    """Lengths of the intervals below and above the exact match of each point; [2, N]."""
-    return [[p.exact_match - p.low for p in found], [p.high - p.exact_match for p in found]]
+    """Lengths of the intervals below and above the accuracy of each point; [2, N]."""
+    return [[p.accuracy - p.low for p in found], [p.high - p.accuracy for p in found]]
 
 
 def plot(path: Path, rows: Sequence[Row]) -> None:
-    """Write a picture: exact match above, recall below, a column for each length."""
+    """Write a picture: accuracy above, recall below, a column for each length."""
     from matplotlib.figure import Figure
 
     found = points(rows)
@@ -66,11 +66,11 @@ def plot(path: Path, rows: Sequence[Row]) -> None:
             x = [p.bytes_share for p in curve]
             ends = error_bars(curve)
             style: dict[str, Any] = {"marker": "os^vD*Px<>d"[i % 11], "label": policy}
-            above.errorbar(x, [p.exact_match for p in curve], ends, capsize=2, **style)
+            above.errorbar(x, [p.accuracy for p in curve], ends, capsize=2, **style)
             below.plot(x, [p.recall for p in curve], **style)
         above.set(title=f"{length:,} tokens")
         below.set(xlabel="bytes, relative to full KV", xscale="log")
-    for panel, name in zip(panels[:, 0], ("exact match", "recall"), strict=True):
+    for panel, name in zip(panels[:, 0], ("accuracy", "recall"), strict=True):
         panel.set_ylabel(name)
     for panel in panels.flat:
         panel.grid(alpha=0.3)

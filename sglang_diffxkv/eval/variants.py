@@ -19,17 +19,16 @@ class Variant(NamedTuple):
     name: str
     config: DiffXKVConfig | None
     target: float | None = None
-    """Physical compression that it was made for."""
+    """Physical compression that it was made for, of 16-bit elements."""
     length: int | None = None
     """Of the prompts that it was made for; None: any."""
 
 
 class Shape(NamedTuple):
-    """What bytes depend on: the model, and the length of prompts."""
+    """What bytes depend on: the model, and the length of prompts. Raw elements take 16 bits."""
 
     head_dim: int
     kv_heads: int
-    itemsize: int
     tokens: int
 
 
@@ -37,6 +36,8 @@ def _uniform(name: str) -> DiffXKVConfig:
     return DiffXKVConfig(policy="uniform", tiers=Tiers(high=name, low="K2V2"))
 
 
+ITEMSIZE = 2
+"""Bytes of a raw element in all figures, whatever the dtype that a model is asked in."""
 FULL = "full"
 VARIANTS: Mapping[str, DiffXKVConfig | None] = {
     FULL: None,
@@ -75,6 +76,14 @@ def make_variant(
     return Variant(name, KNOBS[name](config, target, shape), target, shape.tokens)
 
 
+def served(config: DiffXKVConfig, itemsize: int) -> DiffXKVConfig:
+    """What a server whose raw elements take `itemsize` bytes is told: it counts in its own."""
+    high, _ = policy_class(config.policy).formats(config)
+    if config.target is None or config.target < 1 or high.is_raw:
+        return config
+    return replace(config, target=config.target * itemsize / ITEMSIZE)
+
+
 def _set_caps(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
     """A share of every layer's bytes: exact, as the policy keeps to it."""
     layout = _layout(shape, *policy_class(config.policy).formats(config))
@@ -90,7 +99,7 @@ def _set_caps(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConf
 
 def _set_target(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
     """The compression of sealed pages; the policies keep to it within a per cent or two."""
-    dense = 2 * shape.kv_heads * shape.head_dim * shape.itemsize * PAGE_TOKENS
+    dense = 2 * shape.kv_heads * shape.head_dim * ITEMSIZE * PAGE_TOKENS
     allowed = _page_bytes(config, target, shape)
     if not 0 < allowed < dense:
         raise ConfigError(_too_much(config, target, shape))
@@ -128,7 +137,7 @@ KNOBS: Mapping[str, Callable[[DiffXKVConfig, float, Shape], DiffXKVConfig]] = {
 
 def _page_bytes(config: DiffXKVConfig, target: float, shape: Shape) -> float:
     """Bytes that a sealed (page, layer) may take so that all pages of a prompt meet the target."""
-    dense = 2 * shape.kv_heads * shape.head_dim * shape.itemsize
+    dense = 2 * shape.kv_heads * shape.head_dim * ITEMSIZE
     sealed = max(0, shape.tokens - config.window) // PAGE_TOKENS
     raw = -(-shape.tokens // PAGE_TOKENS) - sealed
     if not sealed:
@@ -140,7 +149,7 @@ def _layout(shape: Shape, high: TierFormat, low: TierFormat) -> PageLayout:
     return make_layout(
         head_dim=shape.head_dim,
         num_kv_heads=shape.kv_heads,
-        raw_itemsize=shape.itemsize,
+        raw_itemsize=ITEMSIZE,
         high=high,
         low=low,
     )

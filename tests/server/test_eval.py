@@ -33,18 +33,18 @@ def test_eval_reports_what_a_policy_costs(tmp_path, capsys):
         assert row["samples"] == SAMPLES and row["length"] == 640
         # The prompt's last, incomplete page is computed again.
         assert row["cached"] > 0.85
-        assert row["exact_match_low"] <= row["exact_match"] <= row["exact_match_high"]
+        assert row["accuracy_low"] <= row["accuracy"] <= row["accuracy_high"]
     for row in full:
-        assert row["exact_match"] >= 0.9
+        assert row["accuracy"] >= 0.9
         assert row["physical_compression"] == 1
     for row in ours:
-        assert row["exact_match"] >= 0.75
+        assert row["accuracy"] >= 0.75
         assert row["physical_compression"] > 2
         assert row["sealed"] > 0.8 and row["under_pressure"] == 0
         assert 0 < row["mean_kl"] < 0.5
         assert row["kept_high"] + row["kept_low"] + row["pruned"] == pytest.approx(1)
     # Both ask the same questions, so full KV gives the same answers.
-    assert full[1]["exact_match"] == full[2]["exact_match"]
+    assert full[1]["accuracy"] == full[2]["accuracy"]
     assert output.with_suffix(".md").read_text() in capsys.readouterr().out
     assert output.with_suffix(".png").stat().st_size > 1000
 

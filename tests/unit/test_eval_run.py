@@ -16,7 +16,7 @@ MODEL = load_model(BUNDLED)
 
 
 def options(**changes: object) -> Options:
-    plain = Options(Path("model"), ["int8", "diffkv"], ["vt"], [1024, 2048], 1, 0, "cpu", [])
+    plain = Options(Path("model"), ["int8", "diffkv"], ["vt"], [1024, 2048], 1, 0, "cpu", [], "float32", None)
     return plain._replace(**changes)
 
 

@@ -8,16 +8,16 @@ from scipy.stats import binomtest
 from sglang_diffxkv.config import ConfigError
 from sglang_diffxkv.eval.ask import Answer, CellAnswers, divergence
 from sglang_diffxkv.eval.plot import plot, points
-from sglang_diffxkv.eval.prompts import Cell, Prompt
+from sglang_diffxkv.eval.prompts import Cell, Prompt, Stop
 from sglang_diffxkv.eval.report import markdown
-from sglang_diffxkv.eval.score import Row, by_document, contains, hit_rate, mean, score, wilson
+from sglang_diffxkv.eval.score import Row, by_document, found_share, hit_rate, mean, score, wilson
 from sglang_diffxkv.eval.tasks.base import Question
 from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape, Variant, make_variant
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.caps import full_bytes
 from sglang_diffxkv.policy.registry import make_policy
 
-SHAPE = Shape(head_dim=64, kv_heads=2, itemsize=2, tokens=1024)
+SHAPE = Shape(head_dim=64, kv_heads=2, tokens=1024)
 
 
 def logs(weights):
@@ -72,9 +72,9 @@ def test_samples_of_one_document_count_once():
 
 
 def test_references_are_whole_words():
-    assert contains("The code is Bat.", ("bat",))
-    assert not contains("bath", ("bat",))
-    assert not contains("bat", ("bat", "bath"))
+    assert found_share("The code is Bat.", ("bat",)) == 1
+    assert found_share("bath", ("bat",)) == 0
+    assert found_share("bat", ("bat", "bath")) == 0.5
 
 
 def answer(text, first, tokens=1):
@@ -84,7 +84,7 @@ def answer(text, first, tokens=1):
 def test_score():
     question = Question("What?", "a is b", ("a", "b"))
     prompts = [Prompt([1] * 100, [1] * 100, question, i, str(i), 1) for i in range(4)]
-    cell = Cell("vt", 100, prompts)
+    cell = Cell("vt", 100, prompts, Stop([], []))
     full = CellAnswers([answer("a is b", 1)] * 4, [])
     texts = ["a is b", " a  is b\n", "b then a", "no"]
     stats = {
@@ -104,7 +104,7 @@ def test_score():
         answers=[a._replace(distributions=a.distributions * 2) for a in full.answers]
     )
     row = score(Variant("diffkv", VARIANTS["diffkv"]), cell, given, full)
-    assert (row.exact_match, row.recall, row.agreement) == (0.5, 0.75, 0.5)
+    assert (row.accuracy, row.recall, row.agreement) == (0.5, 0.75, 0.5)
     assert row.physical_compression == pytest.approx((2000 + 2000) / (1000 + 500))
     assert (row.kept_high, row.kept_low, row.pruned) == (0.5, 0.3, 0.2)
     assert row.sealed == pytest.approx(3 * PAGE_TOKENS / 250)
@@ -161,7 +161,7 @@ def row(policy, length, exact, compression):
         length=length,
         samples=100,
         documents=100,
-        exact_match=exact,
+        accuracy=exact,
         physical_compression=compression,
     )
 
@@ -170,7 +170,7 @@ def test_points_pool_the_tasks(tmp_path):
     rows = [row("a", 64, 0.9, 2), row("a", 64, 0.7, 4), row("b", 64, 1, 1), row("b", 128, 1, 1)]
     first, *_ = found = points(rows)
     assert len(found) == 3
-    assert first.exact_match == pytest.approx(0.8)
+    assert first.accuracy == pytest.approx(0.8)
     assert first.bytes_share == pytest.approx((0.5 + 0.25) / 2)
     assert first.samples == 200
     assert first.recall == 0

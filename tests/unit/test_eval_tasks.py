@@ -135,7 +135,7 @@ def test_prompts(task, tokenizer):
     for prompt in cell.prompts:
         assert prompt.ids[-1] == end
         assert 350 < len(prompt.ids) < 620
-        assert prompt.answer_tokens >= 1
+        assert prompt.max_tokens >= 18
         assert (prompt.warm == prompt.ids) == (task != "shared_prefix")
     if task not in SHARED_TASKS:
         assert len({prompt.namespace for prompt in cell.prompts}) == 11

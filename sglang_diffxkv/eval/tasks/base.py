@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a task is: it writes a sample, a context of known content with questions about it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from sglang_diffxkv.eval.tasks.words import Filler
-
+Filler = Callable[[Random], Iterator[str]]
+"""Endless sentences that say nothing of use."""
 Message = tuple[str, str]
 """Role (`user` or `assistant`) and text."""
 
@@ -14,9 +14,16 @@ Message = tuple[str, str]
 class Question(NamedTuple):
     text: str
     answer: str
-    """What the bundled model was trained to say."""
+    """What a perfect model says, after the prefix."""
     references: tuple[str, ...]
     """What an answer must contain, as RULER's string match has it."""
+    prefix: str = ""
+    """How the assistant's turn begins, as RULER has it: what follows is the answer."""
+    max_tokens: int | None = None
+    """Of an answer at most; None: twice what `answer` takes, and 16."""
+    exact: bool = True
+    """Whether nothing but `answer` is right, as the bundled model was trained to give it; else
+    whatever has all `references` in it is."""
 
 
 class Sample(NamedTuple):
@@ -24,12 +31,14 @@ class Sample(NamedTuple):
 
     context: tuple[Message, ...]
     questions: tuple[Question, ...]
+    separator: str = " "
+    """Between the context and a question in one message."""
 
     def messages(self, question: Question) -> tuple[Message, ...]:
         """The conversation up to and with `question`."""
         role, text = self.context[-1]
         if role == "user":
-            return (*self.context[:-1], ("user", f"{text} {question.text}"))
+            return (*self.context[:-1], ("user", f"{text}{self.separator}{question.text}"))
         return (*self.context, ("user", question.text))
 
 
@@ -49,19 +58,13 @@ class Scene(NamedTuple):
 Maker = Callable[[Scene], Sample]
 
 
-def sentence(scene: Scene) -> str:
-    """A sentence that says nothing of use."""
-    rng, (nouns, verbs, adverbs) = scene.rng, scene.filler
-    start = f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}"
-    return f"{start} {rng.choice(adverbs)}." if rng.random() < 0.5 else f"{start}."
-
-
 def hide(scene: Scene, needles: Sequence[str]) -> str:
     """Text of the budgeted length: `needles` in their order, at random places among filler."""
     length = sum(scene.size(f" {needle}") for needle in needles)
-    hay = []
+    hay: list[str] = []
+    sentences = scene.filler(scene.rng)
     while length < scene.budget:
-        hay.append(sentence(scene))
+        hay.append(next(sentences))
         length += scene.size(f" {hay[-1]}")
     places = sorted(scene.rng.randint(0, len(hay)) for _ in needles)
     for place, needle in zip(reversed(places), reversed(needles), strict=True):

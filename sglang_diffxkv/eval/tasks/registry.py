@@ -1,11 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tasks by name."""
+"""Tasks by name, in the language that a model understands."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
-from sglang_diffxkv.eval.tasks.base import Maker
+from sglang_diffxkv.bundled_model import BUNDLED
+from sglang_diffxkv.config import ConfigError
+from sglang_diffxkv.eval.tasks.base import Filler, Maker
 from sglang_diffxkv.eval.tasks.copying import copy
 from sglang_diffxkv.eval.tasks.counting import cwe, fwe
+from sglang_diffxkv.eval.tasks.english import copying, counting, needles, tracking
+from sglang_diffxkv.eval.tasks.english import recall as chat
+from sglang_diffxkv.eval.tasks.fillers import FILLERS
 from sglang_diffxkv.eval.tasks.recall import recall
 from sglang_diffxkv.eval.tasks.records import record, records
 from sglang_diffxkv.eval.tasks.retrieval import (
@@ -15,6 +22,7 @@ from sglang_diffxkv.eval.tasks.retrieval import (
     niah_single,
 )
 from sglang_diffxkv.eval.tasks.tracking import vt
+from sglang_diffxkv.eval.tasks.words import HELD_OUT
 
 TASKS: dict[str, Maker] = {
     maker.__name__: maker
@@ -32,6 +40,47 @@ TASKS: dict[str, Maker] = {
         records,
     )
 }
+"""In the language that the bundled model was trained on, and the only one it knows."""
+ENGLISH_TASKS: dict[str, Maker] = {
+    maker.__name__: maker
+    for maker in (
+        needles.niah_single,
+        needles.niah_multikey,
+        needles.niah_multiquery,
+        needles.kv_lookup,
+        tracking.vt,
+        counting.cwe,
+        counting.fwe,
+        copying.copy,
+        chat.recall,
+        copying.record,
+        copying.records,
+    )
+}
+"""The same in plain English."""
+
+
+class Suite(NamedTuple):
+    """What a model is asked."""
+
+    tasks: Mapping[str, Maker]
+    filler: Filler
+
+
+BUNDLED_SUITE = Suite(TASKS, HELD_OUT)
+
+
+def choose_suite(model: Path, filler: str | None = None) -> Suite:
+    """Tasks that `model` understands, in the text `filler`; None: one that suits it.
+
+    Raises:
+        ConfigError: the bundled model is to read more than words.
+    """
+    if model.resolve() != BUNDLED.resolve():
+        return Suite(ENGLISH_TASKS, FILLERS[filler or "documentation"])
+    if filler not in (None, "words"):
+        raise ConfigError(f"the bundled model reads no {filler}: it knows the filler words alone")
+    return BUNDLED_SUITE
 
 
 class Shared(NamedTuple):

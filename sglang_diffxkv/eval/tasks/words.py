@@ -6,7 +6,9 @@ The words of filler text are split in two: the bundled model was trained on text
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 _LISTS = {
@@ -23,14 +25,20 @@ WORDS = tuple(dict.fromkeys((*ANIMALS, *THINGS, *COLORS, *JOBS, *NAMES, *CITIES)
 """All that can be a key, a value or an item of a list; none twice."""
 
 
-class Filler(NamedTuple):
-    """The vocabulary of filler sentences."""
+class Vocabulary(NamedTuple):
+    """Words of filler text, which is generated when it is called."""
 
     nouns: tuple[str, ...]
     verbs: tuple[str, ...]
     adverbs: tuple[str, ...]
 
+    def __call__(self, rng: Random) -> Iterator[str]:
+        nouns, verbs, adverbs = self
+        while True:
+            start = f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}"
+            yield f"{start} {rng.choice(adverbs)}." if rng.random() < 0.5 else f"{start}."
 
-TRAIN = Filler(_SCENES[0::2], _VERBS[0::2], _ADVERBS[0::2])
-HELD_OUT = Filler(_SCENES[1::2], _VERBS[1::2], _ADVERBS[1::2])
+
+TRAIN = Vocabulary(_SCENES[0::2], _VERBS[0::2], _ADVERBS[0::2])
+HELD_OUT = Vocabulary(_SCENES[1::2], _VERBS[1::2], _ADVERBS[1::2])
 EVERY = (*WORDS, *_VERBS, *_ADVERBS)

@@ -9,6 +9,7 @@ from types import FrameType
 
 from sglang_diffxkv import calibrate
 from sglang_diffxkv.eval import command
+from sglang_diffxkv.models import command as model_command
 
 DEMO_HELP = "serve a small embedded model on sealed pages, and compare with stock SGLang's pool"
 
@@ -44,6 +45,9 @@ def _parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", help=calibrate.HELP, description=calibrate.HELP)
     calibrate.add_options(calibration)
     calibration.set_defaults(run=calibrate.run)
+    model = commands.add_parser("model", help=model_command.HELP, description=model_command.HELP)
+    model_command.add_options(model)
+    model.set_defaults(run=model_command.run)
     return parser
 
 

@@ -2,12 +2,14 @@
 """Models and servers that test files share: a server takes half a minute to start."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from sglang_diffxkv.demo_model import write_demo_model
+from sglang_diffxkv.models.prepare import prepare
 from tests.server.harness import Server
 from tests.server.workload import assert_healthy
 
@@ -37,6 +39,15 @@ def make_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 def model(make_model: Callable[..., Path]) -> Path:
     """The default demo model: 4 layers, 8 heads, 2 KV heads, head_dim 64."""
     return make_model()
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """SmolLM2-135M-Instruct in bf16, downloaded and converted as users have it done."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    yield prepare("smollm2", folder / "checkpoint", cache=folder / "cache")
+    # pytest keeps the folders of several sessions.
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session")

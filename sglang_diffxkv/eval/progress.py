@@ -10,13 +10,11 @@ from tqdm import tqdm
 
 
 class Progress:
-    """A bar over all requests on stderr, where that is a terminal, and lines above it."""
+    """A bar on stderr, where that is a terminal, and lines above it."""
 
-    def __init__(self, requests: int) -> None:
+    def __init__(self, count: int, unit: str = " requests") -> None:
         # The mean rate since the start: servers' starts are in it, as they are in what is left.
-        self._bar = tqdm(
-            total=requests, unit=" requests", smoothing=0, disable=None, file=sys.stderr
-        )
+        self._bar = tqdm(total=count, unit=unit, smoothing=0, disable=None, file=sys.stderr)
 
     def __enter__(self) -> Self:
         return self
@@ -29,7 +27,7 @@ class Progress:
         self._bar.set_description(text)
 
     def advance(self) -> None:
-        """One request is answered."""
+        """One more is done."""
         self._bar.update()
 
     def line(self, text: str) -> None:

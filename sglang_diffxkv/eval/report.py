@@ -117,12 +117,12 @@ def summary(rows: Sequence[Row]) -> str:
                 f"{1 / point.bytes_share:.2f}",
             )
         )
-    return _table([("policy", "samples, all tasks", "accuracy", "KL", "compression"), *body])
+    return table([("policy", "samples, all tasks", "accuracy", "KL", "compression"), *body])
 
 
 def lines(rows: Sequence[Row]) -> str:
     """A line per row, under a head."""
-    return _table([_HEAD, *map(_cells, rows)])
+    return table([_HEAD, *map(_cells, rows)])
 
 
 _HEAD = (
@@ -141,7 +141,7 @@ _HEAD = (
 )
 
 
-def _table(cells: Sequence[Sequence[str]]) -> str:
+def table(cells: Sequence[Sequence[str]]) -> str:
     head, *body = [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join([head, "|" + " --- |" * len(cells[0]), *body])
 

@@ -102,7 +102,7 @@ def score(variant: Variant, cell: Cell, found: CellAnswers, full: CellAnswers) -
         output_tokens=sum(len(answer.ids) for answer in answers) / len(answers),
         prompt_tokens=tokens / len(prompts),
         cached=sum(answer.cached_tokens for answer in answers) / tokens,
-        **_pool(found.stats),
+        **pool_figures(found.stats),
     )
 
 
@@ -190,7 +190,7 @@ def _kl(full: Answer, other: Answer) -> float:
     return sum(values) / len(values)
 
 
-def _pool(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def pool_figures(stats: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Figures of the pool, all batches taken together."""
     if not stats:
         shares = dict.fromkeys(("kept_high", "kept_low", "pruned", "sealed"))

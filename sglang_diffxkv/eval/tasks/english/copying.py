@@ -57,7 +57,7 @@ def _records(scene: Scene, count: int) -> Sample:
     questions = [
         question(
             f"Write the record of {name} as a JSON object with the keys {', '.join(FIELDS)}.",
-            f"The record of {name} as a JSON object is:",
+            f'{{"{next(iter(FIELDS))}":',
             list(found[name].values()),
             NIAH_TOKENS,
         )

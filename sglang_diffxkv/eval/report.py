@@ -13,6 +13,7 @@ from sglang_diffxkv.eval.score import TELLS, Row, failures, telling
 from sglang_diffxkv.eval.variants import FULL
 
 if TYPE_CHECKING:
+    from sglang_diffxkv.eval.documents.score import DocumentRow
     from sglang_diffxkv.eval.run import Options
 
 _NOTE = (
@@ -83,7 +84,7 @@ def _failed(rows: Sequence[Row]) -> str:
     )
 
 
-def label(row: Row | Point) -> str:
+def label(row: Row | Point | DocumentRow) -> str:
     """Name of the row's variant."""
     return row.policy if row.target is None else f"{row.policy} at {row.target:g}×"
 

@@ -127,6 +127,7 @@ def _write(args: argparse.Namespace, options: Options, rows: Sequence[Any]) -> s
 def _options(args: argparse.Namespace) -> Options:
     from sglang_diffxkv.eval.dtype import fast_dtype
     from sglang_diffxkv.eval.run import Options
+    from sglang_diffxkv.eval.tasks.registry import default_filler
 
     device = args.device or default_device()
     return Options(
@@ -139,7 +140,7 @@ def _options(args: argparse.Namespace) -> Options:
         device=device,
         targets=[_number(text, float) for text in _names(args.target_compression)],
         dtype=args.dtype or fast_dtype(device),
-        filler=args.filler,
+        filler=args.filler or default_filler(args.model),
     )
 
 

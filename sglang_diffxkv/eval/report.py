@@ -47,7 +47,8 @@ def write(rows: Sequence[Row], command: str, options: Options, output: Path | No
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(content, indent=1) + "\n")
         output.with_suffix(".md").write_text(page)
-        plot(output.with_suffix(".png"), telling(rows))
+        if telling(rows):
+            plot(output.with_suffix(".png"), telling(rows))
     return page
 
 

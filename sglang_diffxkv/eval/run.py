@@ -59,8 +59,8 @@ class Options(NamedTuple):
     """Physical compressions that policies with a knob are set to; none: as configured."""
     dtype: str
     """That servers compute in, one of `ITEMSIZES`."""
-    filler: str | None
-    """Name of the text that needles are hidden in; None: one that suits the model."""
+    filler: str
+    """Name of the text that needles are hidden in."""
 
 
 class Model(NamedTuple):

@@ -9,6 +9,7 @@ from sglang_diffxkv.cli import main
     [
         (["--policies", "snap"], "unknown policy 'snap'; one of: full"),
         (["--tasks", "niah"], "unknown task 'niah'; one of: niah_single"),
+        (["--filler", "noise"], "the bundled model reads no noise"),
         (["--lengths", "1k"], "'1k' is not a positive number"),
         (["--samples", "0"], "'0' is not a positive number"),
         (["--target-compression", "nan"], "'nan' is not a positive number"),

@@ -1,22 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which servers an evaluation starts, and which answers it refuses to count."""
 
+import io
+import json
 import logging
+import sys
 from pathlib import Path
 
 import pytest
 
 from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.eval.ask import Answer, CacheError, check_cached
-from sglang_diffxkv.eval.prompts import Prompt
-from sglang_diffxkv.eval.run import Options, load_model, make_variants
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.eval.ask import Answer, CacheError, check_cached, count_requests
+from sglang_diffxkv.eval.progress import Progress
+from sglang_diffxkv.eval.prompts import Prompt, make_cells
+from sglang_diffxkv.eval.run import Options, load_model, make_variants, server_arguments
 from sglang_diffxkv.eval.tasks.base import Question
+from sglang_diffxkv.eval.variants import Variant
 
 MODEL = load_model(BUNDLED)
 
 
 def options(**changes: object) -> Options:
-    plain = Options(Path("model"), ["int8", "diffkv"], ["vt"], [1024, 2048], 1, 0, "cpu", [], "float32", None)
+    lengths = [1024, 2048]
+    plain = Options(
+        Path("model"), ["int8", "diffkv"], ["vt"], lengths, 1, 0, "cpu", [], "float32", "words"
+    )
     return plain._replace(**changes)
 
 
@@ -40,6 +49,49 @@ def test_a_target_out_of_reach_is_left_out(caplog):
         found = make_variants(options(policies=["streaming"], targets=[3.0, 40.0]), MODEL)
     assert [(v.target, v.length) for v in found[1:]] == [(3.0, 1024), (3.0, 2048)]
     assert "cannot reach a compression of 40" in caplog.text
+
+
+def test_requests_are_counted_before_they_are_sent():
+    tasks = ["niah_single", "shared_prefix"]
+    single, shared = make_cells(MODEL.tokenizer, tasks, [600], samples=20, seed=0)
+    assert count_requests(single, is_forced=False) == 20 + 20
+    assert count_requests(single, is_forced=True) == 20 + 2 * 20
+    # Seven questions a document, sixteen at once: the third document's come in two batches.
+    assert count_requests(shared, is_forced=False) == 3 + 1 + 20
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO(), Terminal()])
+def test_progress(stream, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with Progress(3) as progress:
+        progress.describe("full: vt")
+        for _ in range(3):
+            progress.advance()
+        progress.line("full: accuracy 90%")
+    shown = stream.getvalue()
+    assert "full: accuracy 90%\n" in shown
+    if stream.isatty():
+        assert "full: vt" in shown and "3/3" in shown
+    else:
+        assert shown == "full: accuracy 90%\n"
+
+
+def test_fp32_pools_have_room_for_as_many_tokens():
+    sizes = []
+    for dtype in ("bfloat16", "float32"):
+        model = MODEL._replace(dtype=dtype)
+        variant = Variant("diffxkv", DiffXKVConfig(target=4.0))
+        arguments = server_arguments(Path("m"), "cpu", model, variant, longest=500)
+        assert arguments[arguments.index("--dtype") + 1] == dtype
+        config = json.loads(str(arguments[-1]))
+        sizes.append(config["memory_bytes"])
+        assert config["target"] == {"bfloat16": 4, "float32": 8}[dtype]
+    assert sizes[1] == 2 * sizes[0]
 
 
 def test_answers_must_come_from_the_cache():

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
@@ -9,8 +11,20 @@ from sglang_diffxkv.config import ConfigError
 from sglang_diffxkv.eval.ask import Answer, CellAnswers, divergence
 from sglang_diffxkv.eval.plot import plot, points
 from sglang_diffxkv.eval.prompts import Cell, Prompt, Stop
-from sglang_diffxkv.eval.report import markdown
-from sglang_diffxkv.eval.score import Row, by_document, found_share, hit_rate, mean, score, wilson
+from sglang_diffxkv.eval.report import markdown, outcome, write
+from sglang_diffxkv.eval.run import Options
+from sglang_diffxkv.eval.score import (
+    Row,
+    by_document,
+    failures,
+    found_share,
+    hit_rate,
+    is_right,
+    mean,
+    score,
+    telling,
+    wilson,
+)
 from sglang_diffxkv.eval.tasks.base import Question
 from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape, Variant, make_variant
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
@@ -164,6 +178,44 @@ def row(policy, length, exact, compression):
         accuracy=exact,
         physical_compression=compression,
     )
+
+
+def test_other_models_are_right_when_every_reference_is_there():
+    question = Question("What?", "1 and 2", ("1", "2"), exact=False)
+    assert is_right(question, "They are 2 and 1.") and not is_right(question, "They are 2 and 11.")
+    assert not is_right(question._replace(exact=True), "They are 1 and 2.")
+
+
+def test_cells_that_full_kv_fails_are_named_and_left_out(tmp_path):
+    full = [row("full", 64, 0.9, 1), row("full", 64, 0.6, 1), row("full", 128, 0.1, 1)]
+    full = [r._replace(task=task) for r, task in zip(full, ("qa", "vt", "vt"), strict=True)]
+    ours = [r._replace(policy="diffxkv", physical_compression=3, accuracy=0.5) for r in full]
+    assert failures(full + ours) == full[1:]
+    assert telling(full + ours) == [full[0], ours[0]]
+    output = tmp_path / "eval.json"
+    options = Options(Path("m"), [], [], [64, 128], 1, 0, "cpu", [], "float32", "noise")
+    page = write(full + ours, "eval", options, output)
+    assert "left out of summaries and plot: vt at 64 tokens (60%), vt at 128 tokens (10%)" in page
+    assert "Model m, in float32 on cpu. Filler: noise." in page
+    assert "| full | 100 | 90.0%" in page and "| full | 200 |" not in page
+    assert page.count("| diffxkv | vt |") == 2
+    failed = json.loads(output.read_text())["full_kv_fails"]
+    assert failed == [
+        {"task": "vt", "length": 64, "accuracy": 0.6},
+        {"task": "vt", "length": 128, "accuracy": 0.1},
+    ]
+    assert output.with_suffix(".png").exists()
+    # Nothing to draw where all of them fail.
+    write([full[2]], "eval", options, tmp_path / "none.json")
+    assert not (tmp_path / "none.png").exists()
+    assert "left out" not in markdown([full[0], ours[0]], "Title", "about")
+
+
+def test_a_line_per_variant():
+    found = row("diffxkv", 64, 0.9, 4)._replace(target=4.0, mean_kl=0.0123)
+    line = outcome([found, found._replace(accuracy=0.7)], 61.4)
+    assert line == "diffxkv at 4×: accuracy 80.0%, KL 0.012, compression 4.00, 2 cells in 61 s"
+    assert "KL" not in outcome([row("full", 64, 0.9, 1)], 1)
 
 
 def test_points_pool_the_tasks(tmp_path):

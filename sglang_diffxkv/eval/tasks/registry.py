@@ -70,17 +70,28 @@ class Suite(NamedTuple):
 BUNDLED_SUITE = Suite(TASKS, HELD_OUT)
 
 
+def default_filler(model: Path) -> str:
+    """Name of the filler that suits `model`."""
+    return "words" if is_bundled(model) else "documentation"
+
+
 def choose_suite(model: Path, filler: str | None = None) -> Suite:
-    """Tasks that `model` understands, in the text `filler`; None: one that suits it.
+    """Tasks that `model` understands, in the text `filler`; None: the one that suits it.
 
     Raises:
         ConfigError: the bundled model is to read more than words.
     """
-    if model.resolve() != BUNDLED.resolve():
-        return Suite(ENGLISH_TASKS, FILLERS[filler or "documentation"])
-    if filler not in (None, "words"):
+    filler = filler or default_filler(model)
+    if not is_bundled(model):
+        return Suite(ENGLISH_TASKS, FILLERS[filler])
+    if filler != "words":
         raise ConfigError(f"the bundled model reads no {filler}: it knows the filler words alone")
     return BUNDLED_SUITE
+
+
+def is_bundled(model: Path) -> bool:
+    """Whether it is the model that was trained on the language of `TASKS`."""
+    return model.resolve() == BUNDLED.resolve()
 
 
 class Shared(NamedTuple):

@@ -124,7 +124,7 @@ def environment() -> dict[str, str | int]:
 def command() -> str:
     """How this run was started, as a user would type it."""
     main = sys.modules["__main__"].__spec__
-    module = main.name if main else Path(sys.argv[0]).name
+    module = main.name.removesuffix(".__main__") if main else Path(sys.argv[0]).name
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
 
 

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our policies and the peers, on the same model, documents and bytes, without a server.
+
+The peers live in an environment of their own:
+
+    uv venv peers && uv pip install --python peers/bin/python -r bench/accuracy/peers.txt
+    python -m bench.accuracy.real_models MODEL --peers-python peers/bin/python
+
+Answers are kept in `bench/results/real_models.json`: a run that was interrupted goes on where it
+was, and `--again ours` asks our policies anew while the peers' answers stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from bench.accuracy.real_models.methods import methods
+from bench.accuracy.real_models.ours import ModelShape, Sealer
+from bench.accuracy.real_models.plot import plot
+from bench.accuracy.real_models.protocol import (
+    Answer,
+    Sample,
+    mean_nll,
+    measure,
+    write_samples,
+)
+from bench.accuracy.real_models.reader import LayerPrefix, Reader
+from bench.accuracy.real_models.report import report
+from bench.accuracy.real_models.results import OURS, PEERS, Results, fingerprint, load
+from bench.serving.common import RESULTS, write_results
+from sglang_diffxkv.eval.documents.corpus import load_documents
+
+LENGTHS = (1024, 2048, 3072, 4096)
+"""Of documents in tokens, in turns; half of each is prefilled."""
+AFTER = 256
+"""Tokens after that, at which distributions are compared."""
+BENCH = Path(__file__).parents[2]
+
+
+def make_samples(model: Path, count: int, lengths: Sequence[int]) -> list[Sample]:
+    """The first `count` documents of the default corpus that are long enough."""
+    tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+    samples: list[Sample] = []
+    for document in load_documents(None):
+        length = lengths[len(samples) % len(lengths)]
+        ids = tokenizer(document.text, verbose=False).input_ids
+        if len(samples) < count and len(ids) >= length:
+            half = length // 2
+            samples.append(Sample(document.name, ids[: half + min(half, AFTER)], half))
+    if len(samples) < count:
+        raise SystemExit(f"the corpus has {len(samples)} documents that are long enough")
+    return samples
+
+
+def ask_ours(reader: Reader, samples: Sequence[Sample], results: Results, path: Path) -> None:
+    """Every policy about every document, as far as there is no answer yet."""
+    shape = model_shape(reader)
+    sealers: dict[tuple[str, float | None], Sealer] = {}
+    for sample in tqdm(samples, "ours"):
+        asked = [
+            method
+            for method in methods(shape, sample.compressed)
+            if not results.knows(OURS, method.name, method.target, sample.name)
+        ]
+        if not asked:
+            continue
+        states = reader.prefill(sample.before)
+        everything = [LayerPrefix(*pair) for pair in zip(states.keys, states.values, strict=True)]
+        full = reader.log_probabilities(sample.after, sample.prefilled, everything)
+        results.full[sample.name] = mean_nll(full, sample)
+        for method in asked:
+            key = method.name, method.target
+            if key not in sealers:
+                sealers[key] = Sealer(method.config, shape)
+            sealed = sealers[key].seal(states, method.config.window)
+            found = reader.log_probabilities(sample.after, sample.prefilled, sealed.prefix)
+            answer = measure(full, found, sample, sealed.nbytes)
+            results.add(OURS, *key, sample.name, answer)
+        save(results, path)
+
+
+def ask_peers(
+    python: Path, model: Path, samples: Sequence[Sample], results: Results, path: Path
+) -> None:
+    """The same of the peers, in their own environment."""
+    known = {name for row in results.rows if row.family == PEERS for name in row.answers}
+    asked = [sample for sample in samples if sample.name not in known]
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "bench").symlink_to(BENCH)
+        file = Path(folder) / "samples.json"
+        write_samples(file, asked)
+        process = subprocess.Popen(
+            [python, "-m", "bench.accuracy.peers", model, file],
+            env=os.environ | {"PYTHONPATH": folder, "PYTHONSAFEPATH": "1"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        for line in tqdm(process.stdout, "peers", total=len(asked)):
+            said = json.loads(line)
+            results.packages = said["packages"]
+            for name, target, answer in said["answers"]:
+                results.add(PEERS, name, target, said["document"], Answer(**answer))
+            save(results, path)
+        if process.wait():
+            raise SystemExit("the peers failed; what they said is above")
+
+
+def model_shape(reader: Reader) -> ModelShape:
+    config = reader.model.config
+    return ModelShape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+
+def save(results: Results, path: Path) -> None:
+    path.write_text(json.dumps({"results": results.to_json()}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint")
+    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="multiples of 128")
+    parser.add_argument("--peers-python", type=Path, help="where bench/accuracy/peers.txt is")
+    parser.add_argument(
+        "--only", choices=(OURS, PEERS), help="leave the others' answers as they are"
+    )
+    parser.add_argument("--again", choices=(OURS, PEERS), help="forget these answers first")
+    parser.add_argument("--name", default="real_models", help="of the files in bench/results")
+    options = parser.parse_args()
+    if options.only != OURS and options.peers_python is None:
+        parser.error("--peers-python is missing: see bench/accuracy/peers.txt; or --only ours")
+    path = RESULTS / f"{options.name}.json"
+    samples = make_samples(options.model, options.documents, options.lengths)
+    reader = Reader(options.model)
+    results = load(path, new_results(reader, options.model, samples))
+    if options.again is not None:
+        results.forget(options.again)
+    if options.only != PEERS:
+        ask_ours(reader, samples, results, path)
+    if options.only != OURS:
+        ask_peers(options.peers_python, options.model, samples, results, path)
+    write_results(
+        options.name,
+        f"{options.model.name}: our policies and the peers",
+        {"results": results.to_json()},
+        report(results, samples),
+    )
+    plot(path.with_suffix(".png"), results)
+
+
+def new_results(reader: Reader, model: Path, samples: Sequence[Sample]) -> Results:
+    return Results(
+        asked=fingerprint(model.name, samples),
+        token_bytes=model_shape(reader).token_bytes,
+        tokens={sample.name: sample.compressed for sample in samples},
+    )
+
+
+if __name__ == "__main__":
+    main()

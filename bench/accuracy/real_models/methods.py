@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our policies, each with its knob set for a physical compression of what it compresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from bench.accuracy.real_models.ours import FRAME_ID_BYTES, ITEM_BYTES, ModelShape, entry_bytes
+from bench.accuracy.real_models.protocol import TARGETS, WINDOW
+from sglang_diffxkv.config import DiffXKVConfig, Tiers
+from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, make_layout
+from sglang_diffxkv.policy.registry import policy_class
+
+QUANTIZED = (3.2, 32 / 9, 16 / 3, 6.4)
+"""Compressions of codes of 4 and of 2 bits with a 16-bit scale and zero to 32 or 64 of them."""
+POLICIES = ("diffxkv", "diffkv", "xkv", "snapkv")
+UNIFORM = ("K8V8", "K8V4", "K4V4", "K4V2", "K2V2")
+
+
+class Method(NamedTuple):
+    """A configuration; `target` is the compression it was set for, None where it is what it is."""
+
+    name: str
+    target: float | None
+    config: DiffXKVConfig
+
+
+def methods(shape: ModelShape, tokens: int) -> Iterator[Method]:
+    """What is compared on prompts that leave `tokens` to compress."""
+    for target in TARGETS:
+        for name in POLICIES:
+            yield Method(name, target, _with_knob(name, target, shape, tokens))
+        yield Method("streaming", target, _streaming(target, tokens))
+    for target in QUANTIZED:
+        yield Method("diffxkv", target, _with_knob("diffxkv", target, shape, tokens))
+    yield Method("diffxkv, default", None, DiffXKVConfig())
+    for tier in UNIFORM:
+        config = DiffXKVConfig(policy="uniform", tiers=Tiers(high=tier, low="K2V2"))
+        yield Method(f"uniform {tier}", None, config)
+
+
+def _with_knob(name: str, target: float, shape: ModelShape, tokens: int) -> DiffXKVConfig:
+    """What `eval` would set, for frames, their ids and directory entries together."""
+    config = VARIANTS[name]
+    assert config is not None
+    high, low = policy_class(config.policy).formats(config)
+    layout = make_layout(
+        head_dim=shape.head_dim,
+        num_kv_heads=shape.kv_heads,
+        raw_itemsize=ITEM_BYTES,
+        high=high,
+        low=low,
+    )
+    dense = shape.token_bytes * PAGE_TOKENS
+    frames = dense / target - entry_bytes(shape, layout)
+    frames *= layout.frame_bytes / (layout.frame_bytes + FRAME_ID_BYTES)
+    asked = Shape(shape.head_dim, shape.kv_heads, ITEM_BYTES, tokens)
+    found = KNOBS[name](replace(config, window=0), dense / frames, asked)
+    return replace(found, window=WINDOW)
+
+
+def _streaming(target: float, tokens: int) -> DiffXKVConfig:
+    """As many whole pages before the window as there are bytes for."""
+    config = DiffXKVConfig(policy="streaming")
+    pages = int(tokens / target - config.sink) // PAGE_TOKENS
+    return replace(config, window=WINDOW + pages * PAGE_TOKENS)

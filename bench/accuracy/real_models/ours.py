@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt's pages, sealed by the code that a server runs: page store, scores, policy, payloads.
+
+Raw elements are counted as those of bf16. Pages of quantizing policies are sealed from fp32, those
+of policies that keep raw tokens are bf16.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from bench.accuracy.real_models.protocol import WINDOW
+from bench.accuracy.real_models.reader import LayerPrefix, Prefix, States
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.pack import head_counts, unpack
+from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.policy.registry import make_policy
+from sglang_diffxkv.pool.batch import (
+    BatchPages,
+    ScoringQueries,
+    count_scores,
+    extend_queries,
+    gather_pages,
+    note_use,
+    pages_to_seal,
+)
+from sglang_diffxkv.pool.directory import PageDirectory
+from sglang_diffxkv.pool.sizing import FREE_LIST_BYTES, plan_pool
+from sglang_diffxkv.pool.store import PageStore
+
+ITEM_BYTES = 2
+"""Of a raw element, whatever it is kept in here."""
+FRAME_ID_BYTES = 4
+BUDGET = 4 << 30
+"""Of a store, which takes what is written of it."""
+
+
+class ModelShape(NamedTuple):
+    """What a store depends on."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def token_bytes(self) -> int:
+        """Of a token's keys and values in SGLang's own pool in bf16."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * ITEM_BYTES
+
+
+def entry_bytes(shape: ModelShape, layout: PageLayout) -> int:
+    """Of a page in the directory and in SGLang's list of free ones."""
+    return PageDirectory.bytes_per_page(shape.layers, layout) + FREE_LIST_BYTES
+
+
+class Sealed(NamedTuple):
+    """What is left of a prompt.
+
+    Attributes:
+        prefix: of all its tokens, the window's raw.
+        nbytes: of what is not in the window: frames, their ids, entries of the directory, and raw
+            pages that a longer window holds back.
+        high, low: shares of the (token, head, layer) entries of sealed pages.
+    """
+
+    prefix: Prefix
+    nbytes: float
+    high: float
+    low: float
+
+
+class Sealer:
+    """A store for one configuration, which learns from prompt to prompt as a server's does."""
+
+    def __init__(self, config: DiffXKVConfig, shape: ModelShape) -> None:
+        self.config, self.shape = config, shape
+        policy = make_policy(
+            config,
+            head_dim=shape.head_dim,
+            num_kv_heads=shape.kv_heads,
+            raw_itemsize=ITEM_BYTES,
+            num_layers=shape.layers,
+        )
+        layout = policy.layout
+        is_raw = layout.high.is_raw or layout.low.is_raw
+        plan = plan_pool(BUDGET, layout, shape.layers, policy.caps, 1.0, config.raw_share)
+        dtype = torch.bfloat16 if is_raw else torch.float32
+        self.store = PageStore(plan, layout, policy, dtype)
+
+    def seal(self, states: States, window: int = WINDOW) -> Sealed:
+        """All but the last `window` tokens of a prompt of n, both multiples of 64."""
+        store, tokens = self.store, states.keys.shape[2]
+        pages = torch.arange(tokens // PAGE_TOKENS) + 1
+        slots = torch.arange(PAGE_TOKENS, tokens + PAGE_TOKENS, dtype=torch.int32)[None]
+        lens = torch.tensor([tokens])
+        store.begin_step(decodes=True)
+        store.open(pages)
+        batch = gather_pages(store, slots, torch.tensor([0]), lens, tokens)
+        note_use(store, batch, lens, window)
+        store.ledger.write(tokens, full=len(pages))
+        for layer in range(self.shape.layers):
+            for raw, side in ((store.raw.keys, states.keys), (store.raw.values, states.values)):
+                by_page = side[layer].transpose(0, 1).unflatten(0, (-1, PAGE_TOKENS))
+                raw[layer][batch.slots.long()] = by_page.to(raw[layer].dtype)
+        if store.policy.needs_scores:
+            self._score(states, batch)
+        store.seal(*pages_to_seal(store, batch, lens))
+        found = self._read(states, pages)
+        store.clear()
+        if hasattr(store.policy, "learner"):
+            store.policy.learner.wait()
+        return found
+
+    def _score(self, states: States, batch: BatchPages) -> None:
+        """As a prefill step does, of a prompt in one chunk."""
+        tokens, scale = states.keys.shape[2], self.shape.head_dim**-0.5
+        queries = extend_queries(
+            torch.arange(tokens),
+            torch.tensor([0, tokens], dtype=torch.int32),
+            torch.tensor([0]),
+            [tokens],
+            self.config.score_queries,
+            self.store.policy.sample,
+        )
+        rows = torch.arange(tokens) if queries.rows is None else queries.rows
+        for layer in range(self.shape.layers):
+            q = states.queries[layer, :, rows]
+            score_open(
+                q.transpose(0, 1).contiguous(),
+                (_lse(q, states.keys[layer], queries, scale) - queries.log2_seen).contiguous(),
+                queries.indptr,
+                queries.position,
+                self.store.raw.keys[layer],
+                batch.open_indptr,
+                batch.slots,
+                batch.position,
+                self.store.raw.scores[layer],
+                scale,
+            )
+        count_scores(self.store, batch, queries)
+
+    def _read(self, states: States, pages: torch.Tensor) -> Sealed:
+        """All that the prompt's pages hold now."""
+        d, layout = self.store.directory, self.store.layout
+        sealed = pages[d.sealed[pages]]
+        end = len(sealed) * PAGE_TOKENS
+        prefix = []
+        for layer in range(self.shape.layers):
+            found = unpack(
+                self.store.arena.buffer,
+                d.frames[layer],
+                d.heads[layer],
+                sealed,
+                layout,
+                torch.float32,
+                self.store.raw.keys[layer].dtype,
+            )
+            keys = rotate(found.k) if layout.rotates else found.k
+            part = _in_order(keys, found.v, found.position, found.kept)
+            open_tokens = states.keys[layer, :, end:], states.values[layer, :, end:]
+            prefix.append(part.followed_by(*open_tokens))
+        frames = int(d.num_frames[sealed].sum())
+        entry = entry_bytes(self.shape, layout)
+        held_back = states.keys.shape[2] - WINDOW - end
+        nbytes = frames * (layout.frame_bytes + FRAME_ID_BYTES) + len(sealed) * entry
+        high, low = (
+            float(count.sum()) / max(1, count.numel() * PAGE_TOKENS)
+            for count in head_counts(d.heads[:, sealed])
+        )
+        return Sealed(prefix, nbytes + held_back * self.shape.token_bytes, high, low)
+
+
+def _lse(
+    q: torch.Tensor, keys: torch.Tensor, queries: ScoringQueries, scale: float
+) -> torch.Tensor:
+    """Base-2 LSE [S, Hq] of causal attention of q [Hq, S, D] to keys [H, n, D]."""
+    scores = q.unflatten(0, (len(keys), -1)) @ keys[:, None].transpose(-1, -2)
+    later = torch.arange(keys.shape[1]) > queries.position[:, None]
+    lse = (scores * scale).masked_fill(later, -torch.inf).logsumexp(-1)
+    return lse.flatten(0, 1).T / math.log(2)
+
+
+def _in_order(
+    keys: torch.Tensor, values: torch.Tensor, position: torch.Tensor, kept: torch.Tensor
+) -> LayerPrefix:
+    """Rows of pages [N, H, 64, ...] in storage order, as tokens [H, N * 64, ...] in order."""
+    page, head, row = kept.nonzero(as_tuple=True)
+    token = page * PAGE_TOKENS + position[page, head, row].long()
+    n, heads, _, dim = keys.shape
+    out = keys.new_zeros(2, heads, n * PAGE_TOKENS, dim)
+    out[0, head, token], out[1, head, token] = keys[page, head, row], values[page, head, row]
+    mask = torch.zeros(heads, n * PAGE_TOKENS, dtype=torch.bool)
+    mask[head, token] = True
+    return LayerPrefix(out[0], out[1], None if bool(mask.all()) else mask)

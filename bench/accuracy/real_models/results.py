@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers by method and document, kept in a file from run to run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from bench.accuracy.real_models.protocol import Answer, Sample
+
+OURS, PEERS = "ours", "peers"
+
+
+@dataclass
+class Row:
+    """One method; `answers` by document."""
+
+    family: str
+    name: str
+    target: float | None
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+
+@dataclass
+class Results:
+    """All that is known.
+
+    Attributes:
+        asked: hash of what was asked of which model; answers to anything else are forgotten.
+        tokens: of each document, those compressed. token_bytes: of one of them in 16 bit.
+        full: mean negative log-likelihood with full KV, nats, by document.
+        packages: versions of the peers'.
+    """
+
+    asked: str
+    token_bytes: int
+    tokens: dict[str, int]
+    full: dict[str, float] = field(default_factory=dict)
+    packages: dict[str, str] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    def add(
+        self, family: str, name: str, target: float | None, document: str, answer: Answer
+    ) -> None:
+        for row in self.rows:
+            if (row.family, row.name, row.target) == (family, name, target):
+                break
+        else:
+            row = Row(family, name, target)
+            self.rows.append(row)
+        row.answers[document] = answer
+
+    def forget(self, family: str) -> None:
+        self.rows = [row for row in self.rows if row.family != family]
+
+    def knows(self, family: str, name: str, target: float | None, document: str) -> bool:
+        return any(
+            (row.family, row.name, row.target) == (family, name, target) and document in row.answers
+            for row in self.rows
+        )
+
+    def to_json(self) -> dict[str, object]:
+        fields = asdict(self)
+        for row in fields["rows"]:
+            row["answers"] = {
+                document: {key: float(f"{x:.6g}") for key, x in answer._asdict().items()}
+                for document, answer in row["answers"].items()
+            }
+        return fields
+
+
+def fingerprint(model: str, samples: Sequence[Sample]) -> str:
+    return hashlib.sha256(json.dumps([model, samples]).encode()).hexdigest()[:16]
+
+
+def load(path: Path, new: Results) -> Results:
+    """What the file at `path` knows, if that was asked of the same model and documents."""
+    if not path.exists():
+        return new
+    fields = json.loads(path.read_text())["results"]
+    if fields["asked"] != new.asked:
+        return new
+    rows = [
+        Row(row["family"], row["name"], row["target"],
+            {document: Answer(**answer) for document, answer in row["answers"].items()})
+        for row in fields.pop("rows")
+    ]  # fmt: skip
+    return Results(**fields, rows=rows)

@@ -160,8 +160,11 @@ class Sealer:
                 torch.float32,
                 self.store.raw.keys[layer].dtype,
             )
-            keys = rotate(found.k) if layout.rotates else found.k
-            part = _in_order(keys, found.v, found.position, found.kept)
+            keys, values = found.k, found.v
+            if layout.rotates:
+                means = self.store.means.by_layer[layer][:, :, None]
+                keys, values = rotate(keys) + means[0], rotate(values) + means[1]
+            part = _in_order(keys, values, found.position, found.kept)
             open_tokens = states.keys[layer, :, end:], states.values[layer, :, end:]
             prefix.append(part.followed_by(*open_tokens))
         frames = int(d.num_frames[sealed].sum())

@@ -37,7 +37,7 @@ inline uint16_t to_half(float x) {
 }
 
 // Share of a row's min/max range that codes cover: CLIP of quantize.py.
-inline float clip(int64_t bits) { return bits == 2 ? 0.65f : bits == 4 ? 0.95f : 1.f; }
+inline float clip(int64_t bits) { return bits == 2 ? 0.8f : 1.f; }
 
 // Codes, in split-plane order, of one row against its clipped range; meta gets scale and zero, the
 // row is overwritten.

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 FP16_MAX = 65504.0
-CLIP = {8: 1.0, 4: 0.95, 2: 0.65}
+CLIP = {8: 1.0, 4: 1.0, 2: 0.8}
 """By bits: share of a row's min/max range that codes cover, about its centre; what lies outside
 saturates (``docs/decisions/007``)."""
 

@@ -3,6 +3,7 @@
 
 import json
 import re
+from dataclasses import astuple
 from random import Random
 
 import pytest
@@ -100,7 +101,7 @@ def test_a_table_ends_where_keys_do():
 
 
 def test_filler_of_evaluation_is_not_that_of_training():
-    for held_out, trained in zip(HELD_OUT, TRAIN, strict=True):
+    for held_out, trained in zip(astuple(HELD_OUT), astuple(TRAIN), strict=True):
         assert held_out and trained and not set(held_out) & set(trained)
 
 

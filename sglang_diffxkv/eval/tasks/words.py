@@ -7,9 +7,9 @@ The words of filler text are split in two: the bundled model was trained on text
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import NamedTuple
 
 _LISTS = {
     kind: tuple(" ".join(lines).split())
@@ -25,7 +25,8 @@ WORDS = tuple(dict.fromkeys((*ANIMALS, *THINGS, *COLORS, *JOBS, *NAMES, *CITIES)
 """All that can be a key, a value or an item of a list; none twice."""
 
 
-class Vocabulary(NamedTuple):
+@dataclass(frozen=True)
+class Vocabulary:
     """Words of filler text, which is generated when it is called."""
 
     nouns: tuple[str, ...]
@@ -33,7 +34,7 @@ class Vocabulary(NamedTuple):
     adverbs: tuple[str, ...]
 
     def __call__(self, rng: Random) -> Iterator[str]:
-        nouns, verbs, adverbs = self
+        nouns, verbs, adverbs = self.nouns, self.verbs, self.adverbs
         while True:
             start = f"The {rng.choice(nouns)} {rng.choice(verbs)} the {rng.choice(nouns)}"
             yield f"{start} {rng.choice(adverbs)}." if rng.random() < 0.5 else f"{start}."

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The basis in which sealed keys and values are quantized, and the way back for what is read.
 
-Rows lose a mean that all sealed tokens of a KV head share, and are rotated (`kernels.rotation`):
-k' = R (k - m), v' = R (v - n). Queries R q then give scores that all lack q.m, which softmax does
-not see but the LSE does, and outputs R (o - n).
-
-A layer's means are one tensor, fp32 [2, H, D]: of keys, and of values.
+Keys lose a mean that all sealed ones of a KV head share, and both are rotated (`kernels.rotation`):
+k' = R (k - m), v' = R v. Queries R q then give outputs R o, and scores that all lack q.m, which
+softmax does not see but the LSE does.
 """
 
 from __future__ import annotations
@@ -20,26 +18,25 @@ from sglang_diffxkv.kernels.rotation import rotate
 LOG2_E = math.log2(math.e)
 
 
-def to_sealed(rows: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-    """Keys or values [..., H, D] as sealed pages hold them; fp32.
+def to_sealed_keys(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Keys [..., H, D] as sealed pages hold them; fp32.
 
     Args:
         mean: fp32 [H, D].
     """
-    return rotate(rows.float() - mean)
+    return rotate(keys.float() - mean)
 
 
 def from_sealed(
-    part: AttentionPart, q: torch.Tensor, means: torch.Tensor, sm_scale: float
+    part: AttentionPart, q: torch.Tensor, key_mean: torch.Tensor, sm_scale: float
 ) -> AttentionPart:
     """Attention over sealed rows, as it would be over the model's own.
 
     Args:
-        part: of q [T, Hq, D], rotated, over sealed pages; where it is empty, so is the result.
+        part: of q [T, Hq, D], rotated, over sealed pages.
         q: not rotated.
-        means: fp32 [2, H, D], contiguous. sm_scale: factor of q.k.
+        key_mean: fp32 [H, D]. sm_scale: factor of q.k.
     """
-    group = q.shape[1] // means.shape[1]
-    keys, values = means.repeat_interleave(group, 1)
-    lacking = (q.float() * keys).sum(-1) * (sm_scale * LOG2_E)
-    return AttentionPart(rotate(part.out) + values, part.lse + lacking)
+    mean = key_mean.repeat_interleave(q.shape[1] // len(key_mean), 0)
+    lacking = (q.float() * mean).sum(-1) * (sm_scale * LOG2_E)
+    return AttentionPart(rotate(part.out), part.lse + lacking)

@@ -194,8 +194,8 @@ class DiffXKVBackend(AttentionBackend):
             store.directory.heads[index],
             store.layout,
         )
-        means = store.means.by_layer[index]
-        part = step.prefill.run(q, raw.keys[index], raw.values[index], tables, means, layer.scaling)
+        mean = store.key_means.by_layer[index]
+        part = step.prefill.run(q, raw.keys[index], raw.values[index], tables, mean, layer.scaling)
         return self._finish(q, part, step, index, layer)
 
     def forward_decode(
@@ -250,7 +250,7 @@ class DiffXKVBackend(AttentionBackend):
         if not store.layout.rotates:
             return decode_sealed(q, *sealed, sm_scale)
         part = decode_sealed(rotate(q.float()), *sealed, sm_scale)
-        return from_sealed(part, q, store.means.by_layer[index], sm_scale)
+        return from_sealed(part, q, store.key_means.by_layer[index], sm_scale)
 
     def _finish(
         self,

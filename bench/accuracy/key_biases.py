@@ -62,7 +62,7 @@ def biased(model: Path, where: str, output: Path) -> None:
 
 
 def configs() -> Iterator[tuple[str, DiffXKVConfig, bool]]:
-    """Name, configuration, and whether sealed rows are centred."""
+    """Name, configuration, and whether sealed keys are centred."""
     for name, config in (
         ("uniform K8V4", DiffXKVConfig(policy="uniform", tiers=Tiers("K8V4", "K4V2"))),
         ("uniform K4V4", DiffXKVConfig(policy="uniform", tiers=Tiers("K4V4", "K4V2"))),
@@ -78,7 +78,7 @@ def ask(reader: Reader, samples: list[Sample]) -> tuple[dict[str, list[Answer]],
     sealers = {name: Sealer(config, shape) for name, config, _ in configs()}
     for name, _, centred in configs():
         if not centred:
-            sealers[name].store.means.set(torch.zeros(()))
+            sealers[name].store.key_means.set(torch.zeros(()))
     found: dict[str, list[Answer]] = {name: [] for name in sealers}
     losses = []
     for sample in samples:

@@ -80,8 +80,8 @@ class Setting(NamedTuple):
     def arena(self) -> torch.Tensor:
         return torch.empty(FRAMES, self.layout.frame_bytes, dtype=torch.uint8, device="meta")
 
-    def means(self) -> torch.Tensor | None:
-        shape = 2, self.model.kv_heads, self.model.head_dim
+    def key_mean(self) -> torch.Tensor | None:
+        shape = self.model.kv_heads, self.model.head_dim
         return torch.empty(shape, device="meta") if self.layout.rotates else None
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,7 +133,7 @@ def _decode(s: Setting) -> None:
         mine = plan.layer(layer)
         q, raw, frames = s.queries(BATCH), s.raw_pages(), s.tables()[0]
         arguments = (q, q, s.arena(), frames, heads[layer], raw, raw, mine, s.layout, s.sm_scale)
-        attend(*arguments, means=s.means(), dtype=s.dtype)
+        attend(*arguments, key_mean=s.key_mean(), dtype=s.dtype)
 
 
 def _decode_parts(s: Setting) -> None:

@@ -33,7 +33,7 @@ def decode_launches(model: Model, batch: int, pages: int) -> list[Launch]:
     raw_shape = LAYERS, 2 * batch, PAGE_TOKENS, model.kv_heads, model.dim
     raw = torch.empty(raw_shape, dtype=torch.bfloat16, device="meta")
     q = raw.new_empty(LAYERS, batch, model.heads, model.dim)
-    means = raw.new_empty(2, model.kv_heads, model.dim, dtype=torch.float32)
+    mean = raw.new_empty(model.kv_heads, model.dim, dtype=torch.float32)
     arena = raw.new_empty(total, layout.frame_bytes, dtype=torch.uint8)
     frames, heads = ints(LAYERS, total, layout.max_frames), ints(LAYERS, total, model.kv_heads, 2)
     with recorded() as launches:
@@ -41,6 +41,6 @@ def decode_launches(model: Model, batch: int, pages: int) -> list[Launch]:
         for i in range(LAYERS):
             kernels("decode").attend(
                 q[i], q[i], arena, frames[i], heads[i], raw[i], raw[i], plan.layer(i), layout, 1.0,
-                means=means,
+                key_mean=mean,
             )  # fmt: skip
     return launches

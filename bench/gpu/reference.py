@@ -78,7 +78,7 @@ def decode_layer(
     q: torch.Tensor,
     q_sealed: torch.Tensor,
     sm_scale: float,
-    means: torch.Tensor | None = None,
+    key_mean: torch.Tensor | None = None,
 ) -> AttentionPart:
     """Every sequence's query over its open and its sealed pages."""
     outs, lses = [], []
@@ -89,8 +89,8 @@ def decode_layer(
             *layers.tables(layer), layers.sealed_pages[mine], layers.layout, layers.k_raw.dtype
         )
         found = attend(q_sealed[b : b + 1], sealed, sm_scale)
-        if means is not None:
-            found = from_sealed(found, q[b : b + 1], means, sm_scale)
+        if key_mean is not None:
+            found = from_sealed(found, q[b : b + 1], key_mean, sm_scale)
         parts.append(found)
         if layers.sequences.raw_slot is not None:
             parts.append(attend(q[b : b + 1], _open_tokens(layers, layer, b), sm_scale))

@@ -65,12 +65,12 @@ def our_candidates(load: Load, layers: Layers, copies: int) -> dict[str, Candida
     plan = plan_decode(layers.sequences, layers.heads, layers.layout)
     q = torch.randn(copies, load.batch, load.model.heads, load.model.dim, device=device)
     q = q.to(torch.bfloat16)
-    means = torch.randn(2, load.model.kv_heads, load.model.dim, device=device)
+    mean = torch.randn(load.model.kv_heads, load.model.dim, device=device)
 
     def attend(i: int) -> None:
         triton.attend(
             q[i], q[i], *layers.tables(i), layers.k_raw[i], layers.v_raw[i], plan.layer(i),
-            layers.layout, sm_scale, means=means,
+            layers.layout, sm_scale, key_mean=mean,
         )  # fmt: skip
 
     merge = merging(attend, plan, copies)

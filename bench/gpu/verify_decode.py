@@ -105,15 +105,15 @@ def naive_layer(
     q: torch.Tensor,
     q_sealed: torch.Tensor,
     sm_scale: float,
-    means: torch.Tensor | None = None,
+    key_mean: torch.Tensor | None = None,
 ) -> AttentionPart:
     """The readable reference over both kinds of pages."""
     cpu = torch.device("cpu")
     lists = layers.sealed_indptr, layers.sealed_pages
     arguments = (q_sealed, *layers.tables(layer), *lists, layers.layout, sm_scale)
     sealed = naive.decode_sealed(*to(cpu, *arguments))
-    if means is not None:
-        sealed = from_sealed(sealed, *to(cpu, q, means, sm_scale))
+    if key_mean is not None:
+        sealed = from_sealed(sealed, *to(cpu, q, key_mean, sm_scale))
     sequences = layers.sequences
     if sequences.raw_slot is None:
         return sealed
@@ -140,12 +140,12 @@ def check(case: Case, device: torch.device, *, large: bool) -> Found:
     plan = plan_decode(layers.sequences, layers.heads, layers.layout)
     found = []
     reference = decode_layer if large else naive_layer
-    for layer, means in enumerate((None, torch.randn(2, case.kv_heads, case.dim, device=device))):
+    for layer, key_mean in enumerate((None, torch.randn(case.kv_heads, case.dim, device=device))):
         part = triton.attend(
             q[layer], q_sealed[layer], *layers.tables(layer), layers.k_raw[layer],
-            layers.v_raw[layer], plan.layer(layer), layers.layout, sm_scale, means=means,
+            layers.v_raw[layer], plan.layer(layer), layers.layout, sm_scale, key_mean=key_mean,
         )  # fmt: skip
-        expected = reference(layers, layer, q[layer], q_sealed[layer], sm_scale, means)
+        expected = reference(layers, layer, q[layer], q_sealed[layer], sm_scale, key_mean)
         found.append(compare(part, expected))
     return worst(found)
 

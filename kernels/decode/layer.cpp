@@ -14,7 +14,7 @@ namespace {
 struct Tables {
     const Layout* layout;
     int64_t raw_dtype;
-    const float* means;  // [L, 2, H, D], which sealed rows lack; null: they are the model's own
+    const float* key_means;  // [L, H, D], which sealed keys lack; null: they are the model's own
     const uint8_t* arena;
     const int32_t *frames, *heads, *raw_slot;
     int64_t frames_layer, frames_page, heads_layer, heads_page;  // strides in int32 words
@@ -70,8 +70,9 @@ class Layer {
           row_bytes_(layout_.row_bytes(0)), token_bytes_(layout_.kv_heads * row_bytes_),
           scale_(scale), keys_(tables.keys[layer]), values_(tables.values[layer]),
           scores_(tables.scores ? tables.scores + layer * tables.scores_layer : nullptr),
-          means_(tables.means ? tables.means + layer * 2 * layout_.kv_heads * layout_.head_dim
-                              : nullptr),
+          key_mean_(tables.key_means
+                        ? tables.key_means + layer * layout_.kv_heads * layout_.head_dim
+                        : nullptr),
           sealed_{tables.arena, tables.frames + layer * tables.frames_layer,
                   tables.heads + layer * tables.heads_layer, tables.frames_page,
                   tables.heads_page},
@@ -141,7 +142,7 @@ class Layer {
             row_to_float(group, 0, on.dtype_, width, plain);
             for (int64_t i = 0; i < width; ++i) plain[i] *= on.scale_;
             std::copy(plain, plain + width, rotated);
-            if (on.means_)
+            if (on.key_mean_)
                 for (int64_t g = 0; g < on.group_; ++g) rotate_row(rotated + g * dim, dim);
             open_.begin(plain);
             streams_.begin(rotated);
@@ -158,8 +159,8 @@ class Layer {
                 }
             }
             open_.finish(partial);
-            if (on.means_) {
-                finish_sealed(partial, plain, on.means_ + item.head * dim);
+            if (on.key_mean_) {
+                finish_sealed(partial, plain, on.key_mean_ + item.head * dim);
             } else {
                 streams_.finish(partial);
             }
@@ -167,9 +168,8 @@ class Layer {
 
        private:
         // Back from the basis of sealed pages (kernels/sealed_basis.py). q: scaled, not rotated.
-        void finish_sealed(const Partial& partial, const float* q, const float* key) {
+        void finish_sealed(const Partial& partial, const float* q, const float* mean) {
             const int64_t dim = layer_.layout_.head_dim;
-            const float* value = key + layer_.layout_.kv_heads * dim;
             std::fill(max_.begin(), max_.end(), kMinusInf);
             std::fill(sum_.begin(), sum_.end(), 0.f);
             std::fill(out_.begin(), out_.end(), 0.f);
@@ -177,10 +177,8 @@ class Layer {
             for (int64_t g = 0; g < layer_.group_; ++g, q += dim) {
                 float lacking = 0.f, *row = &out_[g * dim];
 #pragma omp simd reduction(+ : lacking)
-                for (int64_t d = 0; d < dim; ++d) lacking += q[d] * key[d];
+                for (int64_t d = 0; d < dim; ++d) lacking += q[d] * mean[d];
                 rotate_row(row, dim);
-#pragma omp simd
-                for (int64_t d = 0; d < dim; ++d) row[d] += sum_[g] * value[d];
                 merge_group(partial, g, dim, {max_[g] + lacking, sum_[g]},
                             [&](int64_t d) { return row[d]; });
             }
@@ -236,7 +234,7 @@ class Layer {
     float scale_;
     uint8_t *keys_, *values_;
     float* scores_;
-    const float* means_;
+    const float* key_mean_;
     SealedPages sealed_;
     Pages pages_;
     std::unique_ptr<float[]> logits_;  // [open pages][H][G][64], base 2; null: nothing is scored

@@ -38,7 +38,7 @@ class LayerTables(NamedTuple):
         raw_slot: int32 [V], raw page of each open page, negative for all others.
         keys, values: per layer [R, 64, H, D], fp32, bf16 or fp16.
         scores: fp32 [L, R, H, 64], added to; None: nothing is scored.
-        means: fp32 [L, 2, H, D], which sealed rows lack where they rotate (`sealed_basis`).
+        key_means: fp32 [L, H, D], which sealed keys lack where they rotate (`sealed_basis`).
         layout: of sealed pages.
     """
 
@@ -49,7 +49,7 @@ class LayerTables(NamedTuple):
     keys: Sequence[torch.Tensor]
     values: Sequence[torch.Tensor]
     scores: torch.Tensor | None
-    means: torch.Tensor
+    key_means: torch.Tensor
     layout: PageLayout
 
 
@@ -78,7 +78,7 @@ class DecodeLayers:
         self._words = int64_words(
             ctypes.addressof(layout_words(tables.layout)),
             DTYPE_CODES[self.dtype],
-            tables.means.data_ptr() if tables.layout.rotates else 0,
+            tables.key_means.data_ptr() if tables.layout.rotates else 0,
             tables.arena.data_ptr(),
             tables.frames.data_ptr(),
             tables.heads.data_ptr(),
@@ -143,13 +143,13 @@ def _check(tables: LayerTables) -> None:
     layout = tables.layout
     page = (PAGE_TOKENS, layout.num_kv_heads, layout.head_dim)
     raw = [*tables.keys, *tables.values]
-    rest = [tables.arena, tables.frames, tables.heads, tables.raw_slot, tables.means]
+    rest = [tables.arena, tables.frames, tables.heads, tables.raw_slot, tables.key_means]
     rest += [] if tables.scores is None else [tables.scores]
     fits = all(t.shape[1:] == page and t.dtype == raw[0].dtype for t in raw)
     if not fits or raw[0].itemsize != layout.raw_itemsize or raw[0].dtype not in DTYPE_CODES:
         raise ValueError(f"raw pages {tuple(raw[0].shape)} of {raw[0].dtype} against {layout}")
-    if tables.means.shape != (len(tables.keys), 2, layout.num_kv_heads, layout.head_dim):
-        raise ValueError(f"means {tuple(tables.means.shape)} against {layout}")
+    if tables.key_means.shape != (len(tables.keys), layout.num_kv_heads, layout.head_dim):
+        raise ValueError(f"key means {tuple(tables.key_means.shape)} against {layout}")
     if not all(t.is_contiguous() for t in (*raw, *rest)):
         raise ValueError("a table is not contiguous")
 

@@ -15,7 +15,7 @@ def merge_items(
     part_lse,
     row_start,
     q,
-    means,
+    key_mean,
     out,
     lse,
     score_scale,
@@ -35,7 +35,7 @@ def merge_items(
         parts, part_lse: fp32 [N, GROUP, DIM] and [N, GROUP].
         row_start: int32 [B * H * 3 + 1].
         q: [B, Hq, D], not rotated; ``q_stride`` elements from one sequence's to the next one's.
-        means: fp32 [2, H, D], which sealed rows lack.
+        key_mean: fp32 [H, D], which sealed keys lack.
         score_scale: sm_scale * log2(e).
         out: [B * Hq, DIM], of any float type; lse: fp32 [B * Hq]. 0 and -inf where nothing was
             attended.
@@ -55,10 +55,8 @@ def merge_items(
         at += query % (KV_HEADS * GROUP) * DIM
         inside = column < DIM
         elements = tl.load(q + at + column, mask=inside, other=0).to(tl.float32)
-        means += row % KV_HEADS * DIM
-        key_mean = tl.load(means + column, mask=inside, other=0)
-        value_mean = tl.load(means + KV_HEADS * DIM + column, mask=inside, other=0)
-        lacking = tl.sum(elements * key_mean, 0) * score_scale
+        mean = tl.load(key_mean + row % KV_HEADS * DIM + column, mask=inside, other=0)
+        lacking = tl.sum(elements * mean, 0) * score_scale
     tops = tl.full([PARTS], -float("inf"), tl.float32)
     for at in range(first, end, PARTS):
         part = at + tl.arange(0, PARTS)
@@ -75,7 +73,7 @@ def merge_items(
         open_total, open_sum = _sum_items(
             parts, part_lse, first, sealed, base, member, GROUP, DIM, DIM_BLOCK, PARTS
         )
-        merged = tl.reshape(merged, [DIM_BLOCK]) + value_mean * total + open_sum
+        merged = tl.reshape(merged, [DIM_BLOCK]) + open_sum
         total += open_total
     else:
         total, merged = _sum_items(

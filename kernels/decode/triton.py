@@ -36,7 +36,7 @@ def attend(
     sm_scale: float,
     *,
     has_sealed: bool = True,
-    means: torch.Tensor | None = None,
+    key_mean: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> AttentionPart:
     """Attention of every sequence's query over all its pages, of one layer.
@@ -50,7 +50,7 @@ def attend(
         k_raw, v_raw: as `decode.decode_open` takes them.
         plan: this layer's, from `plan_decode`.
         has_sealed: whether any page may be sealed; the arena is not read if not.
-        means: fp32 [2, H, D], contiguous, which sealed rows lack: what is found in sealed pages is
+        key_mean: fp32 [H, D], contiguous, which sealed keys lack: what is found in sealed pages is
             brought back from their basis (`sealed_basis`). None: it is left in that.
         dtype: of the output, to which it is rounded at the end.
     """
@@ -124,7 +124,7 @@ def attend(
         part_lse=part_lse,
         row_start=plan.row_start,
         q=q,
-        means=part.lse if means is None else means,
+        key_mean=part.lse if key_mean is None else key_mean,
         out=part.out,
         lse=part.lse,
         score_scale=sm_scale * LOG2_E,
@@ -134,7 +134,7 @@ def attend(
         DIM=dim,
         DIM_BLOCK=blocks["DIM_BLOCK"],
         PARTS=_MERGE_PARTS,
-        TURNS=means is not None,
+        TURNS=key_mean is not None,
         SIZE=dim & -dim,
         SCALE=(dim & -dim) ** -0.5,
         num_warps=4,

@@ -69,7 +69,7 @@ class Worker {
    private:
     void attend_sealed(const Rows& rows, int64_t begin, int64_t end) {
         const SealedPages& sealed = *in_.sealed;
-        tile_.load(sealed.means != nullptr);
+        tile_.load(sealed.key_mean != nullptr);
         panel_.clear();
         const int32_t* pages = sealed.pages + sealed.indptr[rows.sequence];
         for (int64_t i = begin; i < end; ++i) {
@@ -81,10 +81,7 @@ class Worker {
             panel_.add_sealed(sealed, pages[i], rows.head);
         }
         if (panel_.size()) tile_.attend(panel_);
-        if (!sealed.means) return;
-        const Queries& q = in_.queries;
-        const float* means = sealed.means + rows.head * q.dim;
-        tile_.leave_sealed(means, means + q.kv_heads * q.dim);
+        if (sealed.key_mean) tile_.leave_sealed(sealed.key_mean + rows.head * in_.queries.dim);
     }
 
     void attend_open(const Rows& rows, int64_t begin, int64_t end) {

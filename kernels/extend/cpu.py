@@ -67,7 +67,7 @@ class SealedArgs(ctypes.Structure):
         ("indptr", _P),
         ("pages", _P),
         ("raw_dtype", _I),
-        ("means", _P),
+        ("key_mean", _P),
     )
 
 
@@ -110,7 +110,7 @@ class Extend:
         raw: tuple[torch.Tensor, torch.Tensor] | None,
         tables: SealedTables | None,
         sm_scale: float,
-        means: torch.Tensor | None = None,
+        key_mean: torch.Tensor | None = None,
     ) -> AttentionPart:
         """Attention of one layer.
 
@@ -120,7 +120,7 @@ class Extend:
                 elements have their dtype then.
             tables: looked at if there are sealed pages.
             sm_scale: factor of the scores.
-            means: fp32 [2, H, D], which sealed rows lack; q and the output are then of the model's
+            key_mean: fp32 [H, D], which sealed keys lack; q and the output are then of the model's
                 basis (`sealed_basis`), else of the sealed pages'.
 
         Raises:
@@ -141,8 +141,8 @@ class Extend:
             assert tables is not None
             _point_to_sealed(self._sealed, tables)
             self._sealed.raw_dtype = query.dtype if raw is None else DTYPE_CODES[raw[0].dtype]
-            turned = None if means is None else rotate(means).contiguous()
-            self._sealed.means = None if turned is None else turned.data_ptr()
+            turned = None if key_mean is None else rotate(key_mean).contiguous()
+            self._sealed.key_mean = None if turned is None else turned.data_ptr()
         part = AttentionPart(
             torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:2], dtype=torch.float32)
         )

@@ -25,8 +25,8 @@ struct SealedPages {
     int64_t frames_stride, heads_stride;  // int32 words per page
     const int32_t *indptr, *pages;        // [B + 1], [N]
     int64_t raw_dtype;
-    // [2, H, D], rotated, which sealed rows lack; null: queries and outputs are in their basis.
-    const float* means;
+    // [H, D], rotated, which sealed keys lack; null: queries and outputs are in their basis.
+    const float* key_mean;
 
     HeadRecord record(int64_t page, int64_t head) const {
         return head_record(heads + page * heads_stride + 2 * head);

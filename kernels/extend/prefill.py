@@ -169,27 +169,28 @@ class Prefill:
         k_raw: torch.Tensor,
         v_raw: torch.Tensor,
         tables: SealedTables,
-        means: torch.Tensor,
+        key_mean: torch.Tensor,
         sm_scale: float,
     ) -> AttentionPart:
         """Attention of one layer.
 
         Args:
             q: [T, Hq, D], not rotated. k_raw, v_raw: as in `extend_open`.
-            tables: of the sealed pages. means: fp32 [2, H, D], which they lack where they rotate.
+            tables: of the sealed pages. key_mean: fp32 [H, D], which their keys lack where they
+                rotate.
             sm_scale: factor of the scores.
         """
         rotates = tables.layout.rotates
         if self._compiled is not None:
-            model_basis = means if rotates else None
-            return self._compiled.run(q, (k_raw, v_raw), tables, sm_scale, model_basis)
+            mean = key_mean if rotates else None
+            return self._compiled.run(q, (k_raw, v_raw), tables, sm_scale, mean)
         part = self._open.run(q, k_raw, v_raw, sm_scale)
         if self._sealed is None:
             return part
         if not rotates:
             return merge(part, self._sealed.run(q, *tables, sm_scale))
         sealed = self._sealed.run(rotate(q.float()), *tables, sm_scale)
-        return merge(part, from_sealed(sealed, q, means, sm_scale))
+        return merge(part, from_sealed(sealed, q, key_mean, sm_scale))
 
 
 def _select(sealed: PageList, chosen: torch.Tensor, most: int) -> PageList:

@@ -64,18 +64,15 @@ class QueryTile {
     }
 
     // Back from the basis of sealed pages (kernels/sealed_basis.py), in which the queries still are,
-    // and the means of keys and of values.
-    void leave_sealed(const float* key, const float* value) {
+    // and the mean.
+    void leave_sealed(const float* key_mean) {
         for (int64_t r = 0; r < rows_.count; r += kLanes) {
             Block& block = blocks_[r / kColumns];
-            const int64_t column = r % kColumns, v = column / kLanes;
+            const int64_t column = r % kColumns;
             Lanes lacking{};
-            for (int64_t d = 0; d < in_.dim; ++d) {
-                lacking += load_lanes(block.q.data() + d * kColumns + column) * key[d];
-                float* out = block.out.data() + d * kColumns + column;
-                store_lanes(out, load_lanes(out) + block.sum[v] * value[d]);
-            }
-            block.max[v] += lacking;
+            for (int64_t d = 0; d < in_.dim; ++d)
+                lacking += load_lanes(block.q.data() + d * kColumns + column) * key_mean[d];
+            block.max[column / kLanes] += lacking;
             rotate(block.out.data() + column);
         }
     }

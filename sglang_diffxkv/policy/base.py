@@ -31,8 +31,8 @@ class SealContext(NamedTuple):
     each by itself."""
     quality: torch.Tensor
     """int64 [S]: `Quality` that the page's request asked for."""
-    means: torch.Tensor | None = None
-    """float32 [L, 2, H, D] that sealed rows of any page lack (`kernels.sealed_basis`)."""
+    key_means: torch.Tensor | None = None
+    """float32 [L, H, D] that sealed keys of any page lack (`kernels.sealed_basis`)."""
 
 
 _KNOBS = ("target", "plan", "save_plan", "high_layers")
@@ -135,8 +135,8 @@ class TierPolicy(ABC):
         return 0
 
     @property
-    def means(self) -> torch.Tensor | None:
-        """Means of an earlier run that sealed rows are to lack: float32 [L, 2, H, D]."""
+    def key_means(self) -> torch.Tensor | None:
+        """Means of an earlier run that sealed keys are to lack: float32 [L, H, D]."""
         return None
 
     def plan_report(self) -> dict[str, Any] | None:

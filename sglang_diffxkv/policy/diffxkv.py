@@ -87,8 +87,8 @@ class DiffXKVPolicy(TierPolicy):
         return 0 if plan is None else plan.number
 
     @property
-    def means(self) -> torch.Tensor | None:
-        return self.learner.means
+    def key_means(self) -> torch.Tensor | None:
+        return self.learner.key_means
 
     def plan_report(self) -> dict[str, Any] | None:
         plan = self.learner.plan
@@ -105,7 +105,7 @@ class DiffXKVPolicy(TierPolicy):
 
     def observe(self, ctx: SealContext) -> None:
         self.learner.take_over()
-        self.learner.means = ctx.means
+        self.learner.key_means = ctx.key_means
         if self.learner.wants_pages():
             importance, _ = self._weigh(ctx)
             wrong = ~ctx.importance.isfinite().all(2).all(1)

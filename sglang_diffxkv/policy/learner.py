@@ -52,12 +52,12 @@ class PlanLearner:
         """Sketched since the plan was written to `save_plan`."""
         self._saving = 0
         """Of these, those that are being written."""
-        self.means: torch.Tensor | None = None
-        """Of the plan's file, or those that sealed rows lack."""
+        self.key_means: torch.Tensor | None = None
+        """Of the plan's file, or those that sealed keys lack."""
         self.plan: Plan | None = None
         if config.plan is not None:
             saved = load_plan(Path(config.plan), Shape.of(layout, num_layers))
-            self.means = saved.means
+            self.key_means = saved.key_means
             self.plan = self._solve(saved.number, saved.sketch)
             self._sketch = saved.sketch.copy()
 
@@ -144,7 +144,7 @@ class PlanLearner:
 
     def _solve(self, number: int, sketch: ImportanceSketch) -> Plan:
         plan = solve_plan(number, self._target, sketch, self._layout, self._high_layers)
-        return replace(plan, means=self.means)
+        return replace(plan, key_means=self.key_means)
 
 
 def high_layers(config: DiffXKVConfig, num_layers: int) -> tuple[int, ...]:

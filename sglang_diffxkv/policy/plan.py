@@ -67,8 +67,8 @@ class Plan:
     qualities: dict[Quality, LayerPlans]
     sketch: ImportanceSketch
     """What it was solved from."""
-    means: torch.Tensor | None = None
-    """fp32 [L, 2, H, D] that sealed rows lack (`kernels.sealed_basis`); None: not known."""
+    key_means: torch.Tensor | None = None
+    """fp32 [L, H, D] that sealed keys lack (`kernels.sealed_basis`); None: not known."""
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, in one step: a reader never sees half of it."""
@@ -83,7 +83,7 @@ class Plan:
                     for quality, layers in self.qualities.items()
                 },
                 "sketch": self.sketch.to_json(),
-                "means": None if self.means is None else _rounded(self.means.tolist()),
+                "key_means": None if self.key_means is None else _rounded(self.key_means.tolist()),
             }
         )
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -103,7 +103,7 @@ class SavedPlan(NamedTuple):
 
     number: int
     sketch: ImportanceSketch
-    means: torch.Tensor | None
+    key_means: torch.Tensor | None
 
 
 def load_plan(path: Path, shape: Shape) -> SavedPlan:
@@ -122,9 +122,13 @@ def load_plan(path: Path, shape: Shape) -> SavedPlan:
         number, sketch = int(found["number"]), ImportanceSketch.from_json(found["sketch"], "cpu")
         if sketch.tokens.shape[:2] != (other.layers, other.kv_heads):
             raise ValueError("sketch and shape differ")
-        means = None if found["means"] is None else torch.tensor(found["means"])
-        if means is not None and means.shape != (other.layers, 2, other.kv_heads, other.head_dim):
-            raise ValueError("means and shape differ")
+        key_means = None if found["key_means"] is None else torch.tensor(found["key_means"])
+        if key_means is not None and key_means.shape != (
+            other.layers,
+            other.kv_heads,
+            other.head_dim,
+        ):
+            raise ValueError("key means and shape differ")
     except OSError as error:
         raise ConfigError(f"plan {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -143,7 +147,7 @@ def load_plan(path: Path, shape: Shape) -> SavedPlan:
             f"of {other.head_dim}, this one has {shape.layers} of {shape.kv_heads} of "
             f"{shape.head_dim}: calibrate with this model"
         )
-    return SavedPlan(number, sketch, means)
+    return SavedPlan(number, sketch, key_means)
 
 
 def solve_plan(

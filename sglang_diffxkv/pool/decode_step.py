@@ -111,7 +111,7 @@ class DeviceDecode:
             step.plan.layer(layer),
             store.layout,
             sm_scale,
-            means=store.means.by_layer[layer] if store.layout.rotates else None,
+            key_mean=store.key_means.by_layer[layer] if store.layout.rotates else None,
             dtype=q.dtype,
         )
         if store.policy.needs_scores:

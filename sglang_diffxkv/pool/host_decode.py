@@ -27,7 +27,7 @@ class HostDecode:
         d, raw = store.directory, store.raw
         scores = raw.scores if store.policy.needs_scores else None
         tables = (store.arena.buffer, d.frames, d.heads, d.raw_slot, raw.keys, raw.values, scores)
-        self._layers = DecodeLayers(LayerTables(*tables, store.means.by_layer, store.layout))
+        self._layers = DecodeLayers(LayerTables(*tables, store.key_means.by_layer, store.layout))
         self._step = StepKernel(req_to_token, page_notes(store), window, d.sealed)
 
     def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> StepPages:

@@ -9,7 +9,8 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.kernels.pack import pack
-from sglang_diffxkv.kernels.sealed_basis import to_sealed
+from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.sealed_basis import to_sealed_keys
 from sglang_diffxkv.pool.raw_pages import RawPages
 
 
@@ -36,19 +37,19 @@ class SealableRows(NamedTuple):
 
 
 def rows_to_seal(
-    raw: RawPages, layout: PageLayout, layer: int, slots: torch.Tensor, means: torch.Tensor
+    raw: RawPages, layout: PageLayout, layer: int, slots: torch.Tensor, key_mean: torch.Tensor
 ) -> SealableRows:
     """The raw pages at ``slots`` (int64 [S]) of one layer, in the basis of sealed pages.
 
     Args:
-        means: fp32 [2, H, D], of this layer, looked at where pages rotate.
+        key_mean: fp32 [H, D], of this layer, looked at where pages rotate.
     """
     keys, values = raw.keys[layer], raw.values[layer]
     if not layout.rotates:
         return SealableRows(keys, values, slots)
     rows = torch.arange(len(slots), device=slots.device)
-    sealed = (to_sealed(x[slots], mean) for x, mean in zip((keys, values), means, strict=True))
-    return SealableRows(*sealed, rows)
+    sealed_keys = to_sealed_keys(keys[slots], key_mean)
+    return SealableRows(sealed_keys, rotate(values[slots].float()), rows)
 
 
 def write_payload(

@@ -41,7 +41,10 @@ def write_sealed(
         )
     at_once = store.plan.workspace.packed_pages
     if layout.rotates and not store.counters.sealed:
-        store.means.learn(store.raw, slots, context.position, ready, at_once)
+        bits = layout.high.key_bits
+        store.key_means.learn(
+            store.raw, slots, context.position, ready, key_bits=bits, at_once=at_once
+        )
     store.policy.observe(context)
     tiers = store.policy.assign(context)  # [S, L, H, 64]
     if ready is not None:
@@ -61,8 +64,8 @@ def write_sealed(
     )
     for layer in range(num_layers):
         for part in torch.arange(len(slots), device=slots.device).split(at_once):
-            means = store.means.by_layer[layer]
-            keys, values, rows = rows_to_seal(store.raw, layout, layer, slots[part], means)
+            mean = store.key_means.by_layer[layer]
+            keys, values, rows = rows_to_seal(store.raw, layout, layer, slots[part], mean)
             tokens = GradedTokens(keys, values, tiers[layer, part], codes[layer, part])
             placed = frames[layer, part], heads[layer, part]
             write_payload(tokens, rows, *placed, store.arena.buffer, layout)
@@ -93,5 +96,5 @@ def seal_context(
         context=context,
         sequence=sequence,
         quality=d.quality[pages].long(),
-        means=store.means.by_layer,
+        key_means=store.key_means.by_layer,
     )

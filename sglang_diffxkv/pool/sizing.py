@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.pool.directory import PageDirectory
+from sglang_diffxkv.pool.key_means import KeyMeans
 from sglang_diffxkv.pool.raw_pages import RawPages
-from sglang_diffxkv.pool.sealed_means import SealedMeans
 from sglang_diffxkv.pool.totals import Totals
 from sglang_diffxkv.pool.workspace import Workspace, plan_workspace
 
@@ -90,7 +90,7 @@ def plan_pool(
 
     workspace = plan_workspace(budget_bytes, layout, num_layers)
     fixed = workspace.nbytes + attention_bytes + Totals.bytes_for(num_layers)
-    fixed += SealedMeans.bytes_for(num_layers, layout.num_kv_heads, layout.head_dim)
+    fixed += KeyMeans.bytes_for(num_layers, layout.num_kv_heads, layout.head_dim)
     raw_pages = (
         int((budget_bytes - attention_bytes) * raw_share) // raw_bytes - 1
     )  # one more slot for padded tokens

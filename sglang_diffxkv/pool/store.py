@@ -17,11 +17,11 @@ from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.clock import ClockHand
 from sglang_diffxkv.pool.directory import PageDirectory
+from sglang_diffxkv.pool.key_means import KeyMeans
 from sglang_diffxkv.pool.ledger import Ledger, Share
 from sglang_diffxkv.pool.page_states import PageStates, read_states
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.raw_pages import RawPages
-from sglang_diffxkv.pool.sealed_means import SealedMeans
 from sglang_diffxkv.pool.sealing import write_sealed
 from sglang_diffxkv.pool.sizing import PoolPlan
 from sglang_diffxkv.pool.totals import Totals
@@ -100,9 +100,9 @@ class PageStore:
             device,
         )
         shape = plan.num_layers, layout.num_kv_heads, layout.head_dim
-        self.means = SealedMeans(*shape, device)
-        if policy.means is not None:
-            self.means.set(policy.means)
+        self.key_means = KeyMeans(*shape, device)
+        if policy.key_means is not None:
+            self.key_means.set(policy.key_means)
         self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
         self.totals = Totals(plan.num_layers, device)
         self.retention: RetentionMeter | None = None
@@ -398,7 +398,7 @@ class PageStore:
     def nbytes(self) -> int:
         """Every byte that the store has allocated, or will take when it works."""
         tables = self.directory.nbytes + self.arena.nbytes + self.raw.nbytes + self.totals.nbytes
-        tables += self.means.nbytes
+        tables += self.key_means.nbytes
         meter = 0 if self.retention is None else self.retention.nbytes
         beside = self.plan.workspace.nbytes + self.plan.attention_bytes
         return tables + meter + self.policy.nbytes + beside

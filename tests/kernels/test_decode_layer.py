@@ -80,7 +80,7 @@ def make_case(layout: PageLayout, group: int, dtype: torch.dtype, scores: bool) 
         keys,
         values,
         accum,
-        torch.randn(LAYERS, 2, KV_HEADS, layout.head_dim, generator=gen),
+        torch.randn(LAYERS, KV_HEADS, layout.head_dim, generator=gen),
         layout,
     )
     lengths = torch.tensor(LENGTHS, dtype=torch.int32)
@@ -110,7 +110,7 @@ def reference(case: Case, index: int, sm_scale: float) -> AttentionPart:
     where = tables.arena, tables.frames[index], tables.heads[index], indptr[1], listed
     sealed = naive.decode_sealed(q, *where, layout, sm_scale)
     if layout.rotates:
-        sealed = from_sealed(sealed, case.q, tables.means[index], sm_scale)
+        sealed = from_sealed(sealed, case.q, tables.key_means[index], sm_scale)
     part = merge(opened, sealed)
     if tables.scores is not None:
         args = (pages.lengths, keys, pages.table, tables.raw_slot, tables.scores[index])

@@ -64,7 +64,7 @@ class World:
         q_sealed = rotate(q) if store.layout.rotates else q
         found = decode_sealed(q_sealed, *sealed, pages.sealed, store.layout, SCALE)
         if store.layout.rotates:
-            found = from_sealed(found, q, store.means.by_layer[layer], SCALE)
+            found = from_sealed(found, q, store.key_means.by_layer[layer], SCALE)
         part = merge(part, found)
         if store.policy.needs_scores:
             scoring = decode_queries(self.lens)

@@ -368,15 +368,15 @@ def test_one_pass_over_sealed_and_open_pages(
     step = ops.Prefill(queries, open_list, torch.ones(4), sealed_list, new, [1] * 4, None)
     tables = ops.SealedTables(data.arena, data.frames, data.heads, layout)
     torch.set_num_threads(threads)
-    means = torch.randn(2, 2, head_dim)
-    part = step.run(q, k, v, tables, means, 0.1)
+    mean = torch.randn(2, head_dim)
+    part = step.run(q, k, v, tables, mean, 0.1)
     torch.set_num_threads(1)  # the reference
     rotated = rotate(q.double()).float() if layout.rotates else q
     q = q.contiguous()
     sealed = naive.extend_sealed(rotated, queries, *tables[:3], *sealed_list, layout, 0.1)
     if layout.rotates:
-        sealed = from_sealed(sealed, q, means, 0.1)
+        sealed = from_sealed(sealed, q, mean, 0.1)
     opened = naive.extend_open(q, queries, q_position, k, v, *open_list[1:], 0.1)
     expected = merge(sealed, opened)
     assert_close(part, expected, 3e-6)
-    assert_close(step.run(q, k, v, tables, means, 0.1), part, 1e-6)
+    assert_close(step.run(q, k, v, tables, mean, 0.1), part, 1e-6)

@@ -8,7 +8,7 @@ import torch
 
 from sglang_diffxkv.kernels.attention_part import AttentionPart, merge
 from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.kernels.sealed_basis import from_sealed, to_sealed
+from sglang_diffxkv.kernels.sealed_basis import from_sealed, to_sealed_keys
 from tests.kernels.builders import error_norm
 
 LOG2_E = math.log2(math.e)
@@ -29,18 +29,17 @@ def test_the_way_back(dim: int, group: int) -> None:
     torch.manual_seed(dim + group)
     q = torch.randn(5, 2 * group, dim)
     k, v = 3 + torch.randn(2, 70, 2, dim)
-    means = torch.stack([k.mean(0), v.mean(0)]) + 0.1
-    sealed = to_sealed(k, means[0]), to_sealed(v, means[1])
-    part = attention(rotate(q), *sealed, 0.1)
-    found = from_sealed(AttentionPart(part.out.float(), part.lse.float()), q, means, 0.1)
+    mean = k.mean(0) + 0.1
+    part = attention(rotate(q), to_sealed_keys(k, mean), rotate(v), 0.1)
+    found = from_sealed(AttentionPart(part.out.float(), part.lse.float()), q, mean, 0.1)
     expected = attention(q, k, v, 0.1)
     assert error_norm(found.out, expected.out) < 1e-6
     assert error_norm(found.lse, expected.lse) < 1e-6
 
 
 def test_nothing_comes_of_no_tokens() -> None:
-    q, means = torch.randn(2, 4, 16), torch.randn(2, 2, 16)
+    q, mean = torch.randn(2, 4, 16), torch.randn(2, 16)
     empty = AttentionPart(torch.zeros(2, 4, 16), torch.full((2, 4), -torch.inf))
     other = AttentionPart(torch.randn(2, 4, 16), torch.randn(2, 4))
-    merged = merge(other, from_sealed(empty, q, means, 1.0))
+    merged = merge(other, from_sealed(empty, q, mean, 1.0))
     assert torch.equal(merged.out, other.out) and torch.equal(merged.lse, other.lse)

@@ -116,8 +116,8 @@ def test_high_layers_stay_high() -> None:
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    means = 100 * torch.randn(LAYERS, 2, HEADS, LAYOUT.head_dim)
-    plan = replace(solve_plan(7, 0.9, sketch_of(10), LAYOUT), means=means)
+    means = 100 * torch.randn(LAYERS, HEADS, LAYOUT.head_dim)
+    plan = replace(solve_plan(7, 0.9, sketch_of(10), LAYOUT), key_means=means)
     plan.save(tmp_path / "plan.json")
     number, sketch, read = load_plan(tmp_path / "plan.json", Shape.of(LAYOUT, LAYERS))
     assert number == 7

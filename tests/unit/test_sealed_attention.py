@@ -48,8 +48,8 @@ def test_attention_over_sealed_pages(policy: str, tiers: Tiers, rotates: bool, m
         one = torch.tensor([0, 1], dtype=torch.int32)
         parts = decode_sealed(queries, *where), extend_sealed(queries, one, *where)
         if rotates:
-            means = store.means.by_layer[layer]
-            parts = tuple(from_sealed(part, q, means, SCALE) for part in parts)
+            mean = store.key_means.by_layer[layer]
+            parts = tuple(from_sealed(part, q, mean, SCALE) for part in parts)
         expected = attention(q, k[layer].flatten(0, 1), v[layer].flatten(0, 1))
         for part in parts:
             assert error_norm(part.out, expected) < most

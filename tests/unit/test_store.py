@@ -246,8 +246,8 @@ def check_payload(
             assert torch.unique(position).numel() == position.numel()
             read = got.k, got.v
             if store.layout.rotates:
-                means = store.means.by_layer[layer][:, :, None]
-                read = rotate(got.k) + means[0], rotate(got.v) + means[1]
+                mean = store.key_means.by_layer[layer][:, None]
+                read = rotate(got.k) + mean, rotate(got.v)
             for values, written in zip(read, contents, strict=True):
                 expected = written[layer, position, head]
                 if exact:

@@ -162,8 +162,8 @@ class Sealer:
             )
             keys, values = found.k, found.v
             if layout.rotates:
-                means = self.store.means.by_layer[layer][:, :, None]
-                keys, values = rotate(keys) + means[0], rotate(values) + means[1]
+                mean = self.store.key_means.by_layer[layer][:, None]
+                keys, values = rotate(keys) + mean, rotate(values)
             part = _in_order(keys, values, found.position, found.kept)
             open_tokens = states.keys[layer, :, end:], states.values[layer, :, end:]
             prefix.append(part.followed_by(*open_tokens))

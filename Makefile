@@ -10,11 +10,14 @@ TYPED := build/typed/sglang_diffxkv
 export PYTHONSAFEPATH := 1
 # SGLang's processes import thousands of modules each: never without their bytecode.
 unexport PYTHONDONTWRITEBYTECODE
+# Where `make env` has put uv, if there was none: models are downloaded with it.
+export PATH := $(PATH):$(CURDIR)/.uv/bin
 
 .PHONY: demo test bench compile-kernels bench-gpu gpu-pack gpu-run sanitize lint types format env clean
 
+# MODEL=smollm2 brings a model that people use, MODEL=/folder takes a checkpoint that is there.
 demo: env
-	$(BIN)/sglang-diffxkv demo
+	$(BIN)/sglang-diffxkv demo $(if $(MODEL),--model $(MODEL))
 
 ifdef ARGS
 test: env

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from types import FrameType
 
 from sglang_diffxkv import calibrate
+from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.eval import command
 from sglang_diffxkv.models import command as model_command
+from sglang_diffxkv.models.known import ModelError
 
 DEMO_HELP = "serve a small embedded model on sealed pages, and compare with stock SGLang's pool"
 
@@ -38,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
     )
+    demo.add_argument(
+        "--model",
+        default=str(BUNDLED),
+        help="a name that the subcommand model knows, or the folder of a Hugging Face checkpoint: "
+        "it chats about documents (default: the embedded model, which looks things up)",
+    )
     demo.set_defaults(run=_demo)
     evaluation = commands.add_parser("eval", help=command.HELP, description=command.HELP)
     command.add_options(evaluation)
@@ -55,7 +63,12 @@ def _demo(args: argparse.Namespace) -> int:
     # Imported here: the help of the command must not wait for torch.
     from sglang_diffxkv.demo.run import run_demo
 
-    return run_demo(args.device)
+    try:
+        model = model_command.find_model(args.model)
+    except ModelError as error:
+        print(f"sglang-diffxkv demo: {error}", file=sys.stderr)
+        return 1
+    return run_demo(args.device, model)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

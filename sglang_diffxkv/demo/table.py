@@ -37,9 +37,10 @@ class Run(NamedTuple):
 
 def progress(stage: Stage) -> str:
     """One line on a part that has just been done."""
+    score = f"{stage.score.right:>2} of {stage.score.asked:>2} answers right, "
     return (
         f"  {stage.name:<16} {stage.counters.requests:>3} requests in {stage.seconds:5.1f} s, "
-        f"{stage.score.right:>2} of {stage.score.asked:>2} answers right, "
+        f"{score if stage.score.asked else ''}"
         f"{stage.counters.hit_rate:4.0%} of prompt tokens from cache, "
         f"{stage.held.tokens:>6,} tokens held in {stage.held.bytes_in_use / _MIB:5.1f} MiB"
     )
@@ -71,7 +72,10 @@ _ROWS: Sequence[tuple[str, Callable[[Run], str]]] = (
         "physical compression at the end",
         lambda run: f"{run.stages[-1].held.compression(run.dense_bytes):.2f}",
     ),
-    ("answers right", lambda run: f"{run.score.right} of {run.score.asked}"),
+    (
+        "answers right",
+        lambda run: f"{run.score.right} of {run.score.asked}" if run.score.asked else "see below",
+    ),
     ("requests done", lambda run: f"{run.total.requests}"),
     ("requests retracted", lambda run: f"{run.total.retractions}"),
     ("tokens evicted from the prefix cache", lambda run: f"{run.total.evicted_tokens:,}"),

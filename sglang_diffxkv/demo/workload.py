@@ -40,7 +40,7 @@ Size = Callable[[str], int]
 
 
 class Score(NamedTuple):
-    """Answers that were exactly right, of those asked for."""
+    """Answers that were exactly right, of those that can be; none where nobody knows."""
 
     right: int
     asked: int
@@ -101,23 +101,26 @@ def run_load(url: str, probe: Probe, size: Size) -> Iterator[Stage]:
     client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
     chats = [Conversation(client, user, size) for user in range(USERS)]
 
-    def stage(name: str, part: Callable[[], Iterable[bool]]) -> Stage:
-        before, begin = probe.counters(), time.monotonic()
-        right = list(part())
-        seconds = time.monotonic() - begin
-        score = Score(sum(right), len(right))
-        return Stage(name, seconds, score, probe.counters().since(before), probe.held())
-
     for turn in range(TOLD_TURNS):
-        yield stage(
+        yield measure(
             f"chat, turn {turn + 1}",
+            probe,
             partial(_together, partial(Conversation.tell, turn=turn), chats),
         )
-    yield stage("chat, question 1", lambda: _together(lambda chat: chat.ask(0), chats))
-    yield stage("shared prefix", lambda: _ask(client, size))
-    yield stage("JSON schema", lambda: _fill_forms(client, size))
-    yield stage("sgl.function", lambda: _run_program(url, size))
-    yield stage("chat, question 2", lambda: _together(lambda chat: chat.ask(1), chats))
+    yield measure("chat, question 1", probe, lambda: _together(lambda chat: chat.ask(0), chats))
+    yield measure("shared prefix", probe, lambda: _ask(client, size))
+    yield measure("JSON schema", probe, lambda: _fill_forms(client, size))
+    yield measure("sgl.function", probe, lambda: _run_program(url, size))
+    yield measure("chat, question 2", probe, lambda: _together(lambda chat: chat.ask(1), chats))
+
+
+def measure(name: str, probe: Probe, part: Callable[[], Iterable[bool]]) -> Stage:
+    """Run a `part` of a load, which returns for each answer whether it is right."""
+    before, begin = probe.counters(), time.monotonic()
+    right = list(part())
+    seconds = time.monotonic() - begin
+    score = Score(sum(right), len(right))
+    return Stage(name, seconds, score, probe.counters().since(before), probe.held())
 
 
 def _ask(client: OpenAI, size: Size) -> list[bool]:

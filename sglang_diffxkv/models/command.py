@@ -35,6 +35,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def find_model(text: str) -> Path:
+    """The folder of a checkpoint: of the known model with that name, or the one at that path.
+
+    Raises:
+        ModelError: a known model that our backend refuses, or that cannot be had.
+    """
+    for model in KNOWN:
+        if model.name == text and model.refused:
+            raise ModelError(f"{text}: {model.refused}")
+        if model.name == text:
+            print(describe(model), flush=True)
+            return prepare(text)
+    return Path(text)
+
+
 def describe(model: KnownModel) -> str:
     """What the model is, before anything is downloaded."""
     return (

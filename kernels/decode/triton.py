@@ -19,7 +19,8 @@ from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make
 LOG2_E = math.log2(math.e)
 BYTE_MASK = 0x00FF00FF
 _PAGES = 32
-_MERGE_PARTS = 32
+_MERGE_PARTS = 4096
+"""Elements of items that are merged at a time, so that they stay in registers."""
 _MERGE_ROWS = 16
 
 
@@ -133,7 +134,7 @@ def attend(
         GROUP=group,
         DIM=dim,
         DIM_BLOCK=blocks["DIM_BLOCK"],
-        PARTS=_MERGE_PARTS,
+        PARTS=_MERGE_PARTS // blocks["DIM_BLOCK"],
         TURNS=key_mean is not None,
         SIZE=dim & -dim,
         SCALE=(dim & -dim) ** -0.5,

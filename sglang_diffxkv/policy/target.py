@@ -15,9 +15,9 @@ _BYTES = {Quality.HIGH: 1.5, Quality.BALANCED: 1.0, Quality.SMALL: 2 / 3}
 """Times the bytes."""
 _LEAST_RETENTION = 0.5
 
-LOW_UTILITY = {"K2V2": 0.9}
+LOW_UTILITY = {"K2V2": 0.95}
 """Of a token in this format, in shares of one in a better one."""
-_OTHER_LOW_UTILITY = 0.98
+_OTHER_LOW_UTILITY = 0.995
 """Keeping many tokens coarsely beats keeping few precisely (`docs/decisions/010`)."""
 
 

@@ -88,7 +88,7 @@ def retention(layers, seed: int) -> float:
         values >= torch.tensor(alphas)[:, None, None]
         for alphas in (layers.alpha_high, layers.alpha_low)
     )
-    utility = high + (kept & ~high) * 0.98
+    utility = high + (kept & ~high) * 0.995
     return float(((values * utility).sum((0, 2, 3)) / values.sum((0, 2, 3))).mean())
 
 

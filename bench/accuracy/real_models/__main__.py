@@ -4,7 +4,7 @@
 The peers live in an environment of their own:
 
     uv venv peers && uv pip install --python peers/bin/python -r bench/accuracy/peers.txt
-    python -m bench.accuracy.real_models MODEL --peers-python peers/bin/python
+    python -m bench.accuracy.real_models MODEL --peers-python peers/bin/python --gguf MODEL.gguf
 
 Answers are kept in `bench/results/real_models.json`: a run that was interrupted goes on where it
 was, and `--again ours` asks our policies anew while the peers' answers stay.
@@ -35,7 +35,15 @@ from bench.accuracy.real_models.protocol import (
 )
 from bench.accuracy.real_models.reader import LayerPrefix, Reader
 from bench.accuracy.real_models.report import report
-from bench.accuracy.real_models.results import OURS, PEERS, Results, fingerprint, load
+from bench.accuracy.real_models.results import (
+    FAMILIES,
+    LLAMA,
+    OURS,
+    PEERS,
+    Results,
+    fingerprint,
+    load,
+)
 from bench.serving.common import RESULTS, write_results
 from sglang_diffxkv.eval.documents.corpus import load_documents
 
@@ -63,7 +71,7 @@ def make_samples(model: Path, count: int, lengths: Sequence[int]) -> list[Sample
 
 def ask_ours(reader: Reader, samples: Sequence[Sample], results: Results, path: Path) -> None:
     """Every policy about every document, as far as there is no answer yet."""
-    shape = model_shape(reader)
+    shape = ModelShape.of(reader.model.config)
     sealers: dict[tuple[str, float | None], Sealer] = {}
     for sample in tqdm(samples, "ours"):
         asked = [
@@ -89,35 +97,34 @@ def ask_ours(reader: Reader, samples: Sequence[Sample], results: Results, path: 
 
 
 def ask_peers(
-    python: Path, model: Path, samples: Sequence[Sample], results: Results, path: Path
+    family: str, command: Sequence[object], samples: Sequence[Sample], results: Results, path: Path
 ) -> None:
-    """The same of the peers, in their own environment."""
-    known = {name for row in results.rows if row.family == PEERS for name in row.answers}
+    """The same of peers in their own environment.
+
+    Args:
+        command: Python there, a module and its arguments, where "SAMPLES" is to be filled in.
+    """
+    known = results.documents(family)
     asked = [sample for sample in samples if sample.name not in known]
     with TemporaryDirectory() as folder:
         (Path(folder) / "bench").symlink_to(BENCH)
         file = Path(folder) / "samples.json"
         write_samples(file, asked)
         process = subprocess.Popen(
-            [python, "-m", "bench.accuracy.peers", model, file],
+            [str(file if part == "SAMPLES" else part) for part in command],
             env=os.environ | {"PYTHONPATH": folder, "PYTHONSAFEPATH": "1"},
             stdout=subprocess.PIPE,
             text=True,
         )
         assert process.stdout is not None
-        for line in tqdm(process.stdout, "peers", total=len(asked)):
+        for line in tqdm(process.stdout, family, total=len(asked)):
             said = json.loads(line)
-            results.packages = said["packages"]
+            results.packages |= said["packages"]
             for name, target, answer in said["answers"]:
-                results.add(PEERS, name, target, said["document"], Answer(**answer))
+                results.add(family, name, target, said["document"], Answer(**answer))
             save(results, path)
         if process.wait():
             raise SystemExit("the peers failed; what they said is above")
-
-
-def model_shape(reader: Reader) -> ModelShape:
-    config = reader.model.config
-    return ModelShape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
 
 
 def save(results: Results, path: Path) -> None:
@@ -127,7 +134,7 @@ def save(results: Results, path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint")
-    parser.add_argument("--documents", type=int, default=24)
+    parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="multiples of 128")
     parser.add_argument("--peers-python", type=Path, help="where bench/accuracy/peers.txt is")
     parser.add_argument(
@@ -136,18 +143,26 @@ def main() -> None:
     parser.add_argument("--again", choices=(OURS, PEERS), help="forget these answers first")
     parser.add_argument("--name", default="real_models", help="of the files in bench/results")
     options = parser.parse_args()
-    if options.only != OURS and options.peers_python is None:
+    asked = FAMILIES if options.only is None else (options.only,)
+    if set(asked) != {OURS} and options.peers_python is None:
         parser.error("--peers-python is missing: see bench/accuracy/peers.txt; or --only ours")
+    if LLAMA in asked and options.gguf is None:
+        parser.error("--gguf is missing; or --only ours, or peers")
     path = RESULTS / f"{options.name}.json"
     samples = make_samples(options.model, options.documents, options.lengths)
     reader = Reader(options.model)
     results = load(path, new_results(reader, options.model, samples))
     if options.again is not None:
         results.forget(options.again)
-    if options.only != PEERS:
+    module = [options.peers_python, "-m"]
+    if OURS in asked:
         ask_ours(reader, samples, results, path)
-    if options.only != OURS:
-        ask_peers(options.peers_python, options.model, samples, results, path)
+    if PEERS in asked:
+        command = [*module, "bench.accuracy.peers", options.model, "SAMPLES"]
+        ask_peers(PEERS, command, samples, results, path)
+    if LLAMA in asked:
+        command = [*module, "bench.accuracy.peers.llama", options.gguf, "SAMPLES"]
+        ask_peers(LLAMA, [*command, results.token_bytes], samples, results, path)
     write_results(
         options.name,
         f"{options.model.name}: our policies and the peers",
@@ -159,8 +174,8 @@ def main() -> None:
 
 def new_results(reader: Reader, model: Path, samples: Sequence[Sample]) -> Results:
     return Results(
-        asked=fingerprint(model.name, samples),
-        token_bytes=model_shape(reader).token_bytes,
+        asked={sample.name: fingerprint(model.name, sample) for sample in samples},
+        token_bytes=ModelShape.of(reader.model.config).token_bytes,
         tokens={sample.name: sample.compressed for sample in samples},
     )
 

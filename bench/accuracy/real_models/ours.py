@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedConfig
 
 from bench.accuracy.real_models.protocol import WINDOW
 from bench.accuracy.real_models.reader import LayerPrefix, Prefix, States
@@ -46,6 +47,13 @@ class ModelShape(NamedTuple):
     layers: int
     kv_heads: int
     head_dim: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> ModelShape:
+        head_dim = getattr(config, "head_dim", None)
+        if head_dim is None:
+            head_dim = config.hidden_size // config.num_attention_heads
+        return cls(config.num_hidden_layers, config.num_key_value_heads, head_dim)
 
     @property
     def token_bytes(self) -> int:

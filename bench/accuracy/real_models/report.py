@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from bench.accuracy.real_models.protocol import WINDOW, Sample
-from bench.accuracy.real_models.results import OURS, PEERS, Results
+from bench.accuracy.real_models.results import LLAMA, OURS, PEERS, Results
 from bench.accuracy.real_models.summary import Interval, Summary, ratio, summarize
 from bench.serving.common import table
 
@@ -25,7 +25,8 @@ HEAD = [
 
 
 def report(results: Results, samples: Sequence[Sample]) -> str:
-    ours, peers = (_summaries(results, family) for family in (OURS, PEERS))
+    ours = _summaries(results, OURS)
+    peers = _summaries(results, PEERS) + _summaries(results, LLAMA)
     default = [s for s in ours if s.row.name == "diffxkv" and s.row.target is not None]
     parts = [_method(results, samples), "## Our policies", table([HEAD, *map(_cells, ours)])]
     if peers:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from bench.accuracy.real_models.protocol import Answer, Sample
 
-OURS, PEERS = "ours", "peers"
+FAMILIES = OURS, PEERS, LLAMA = "ours", "peers", "llama.cpp"
 
 
 @dataclass
@@ -29,13 +28,13 @@ class Results:
     """All that is known.
 
     Attributes:
-        asked: hash of what was asked of which model; answers to anything else are forgotten.
+        asked: hash of what each document asks of which model.
         tokens: of each document, those compressed. token_bytes: of one of them in 16 bit.
         full: mean negative log-likelihood with full KV, nats, by document.
         packages: versions of the peers'.
     """
 
-    asked: str
+    asked: dict[str, str]
     token_bytes: int
     tokens: dict[str, int]
     full: dict[str, float] = field(default_factory=dict)
@@ -56,6 +55,10 @@ class Results:
     def forget(self, family: str) -> None:
         self.rows = [row for row in self.rows if row.family != family]
 
+    def documents(self, family: str) -> set[str]:
+        """Those that methods of it have answered."""
+        return {name for row in self.rows if row.family == family for name in row.answers}
+
     def knows(self, family: str, name: str, target: float | None, document: str) -> bool:
         return any(
             (row.family, row.name, row.target) == (family, name, target) and document in row.answers
@@ -72,20 +75,20 @@ class Results:
         return fields
 
 
-def fingerprint(model: str, samples: Sequence[Sample]) -> str:
-    return hashlib.sha256(json.dumps([model, samples]).encode()).hexdigest()[:16]
+def fingerprint(model: str, sample: Sample) -> str:
+    return hashlib.sha256(json.dumps([model, sample]).encode()).hexdigest()[:16]
 
 
 def load(path: Path, new: Results) -> Results:
-    """What the file at `path` knows, if that was asked of the same model and documents."""
+    """`new`, with what the file at `path` knows of the same documents and model."""
     if not path.exists():
         return new
     fields = json.loads(path.read_text())["results"]
-    if fields["asked"] != new.asked:
-        return new
-    rows = [
-        Row(row["family"], row["name"], row["target"],
-            {document: Answer(**answer) for document, answer in row["answers"].items()})
-        for row in fields.pop("rows")
-    ]  # fmt: skip
-    return Results(**fields, rows=rows)
+    same = {name for name, asked in new.asked.items() if fields["asked"].get(name) == asked}
+    new.packages = fields["packages"]
+    new.full = {name: nll for name, nll in fields["full"].items() if name in same}
+    for row in fields["rows"]:
+        for name, answer in row["answers"].items():
+            if name in same:
+                new.add(row["family"], row["name"], row["target"], name, Answer(**answer))
+    return new

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ask the peers; `bench.accuracy.real_models` starts this where `bench/accuracy/peers.txt` is
+installed.
+
+    python -m bench.accuracy.peers MODEL SAMPLES
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+from bench.accuracy.peers.presses import QUANTIZED, pressed
+from bench.accuracy.peers.quantized import quantized
+from bench.accuracy.peers.say import say
+from bench.accuracy.real_models.protocol import TARGETS, Answer, Sample, measure, read_samples
+from bench.accuracy.real_models.reader import LayerPrefix, Reader
+
+PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq", "kvpress")
+
+
+def answers(reader: Reader, sample: Sample) -> Iterator[tuple[str, float | None, Answer]]:
+    states = reader.prefill(sample.before)
+    everything = [LayerPrefix(*pair) for pair in zip(states.keys, states.values, strict=True)]
+    full = reader.log_probabilities(sample.after, sample.prefilled, everything)
+    codes = list(quantized(states, reader.model.config))
+    (beneath,) = (one for one in codes if one.name == QUANTIZED)
+    for one in chain(codes, pressed(reader, sample.before, states, beneath, TARGETS)):
+        found = reader.log_probabilities(sample.after, sample.prefilled, one.prefix)
+        yield one.name, one.target, measure(full, found, sample, one.nbytes)
+
+
+def main(model: str, samples: str) -> None:
+    reader = Reader(Path(model))
+    for sample in read_samples(Path(samples)):
+        say(sample, PACKAGES, answers(reader, sample))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -155,7 +155,7 @@ class _AskedKVzip(KVzipPress):
 
 
 def _kept(module: Any, keys: torch.Tensor) -> torch.Tensor:
-    """bool [H, n]: what a press that drops tokens head by head has left of the keys [1, H, n, D]."""
+    """bool [H, n]: what a press that drops tokens head by head has left of keys [1, H, n, D]."""
     kept = torch.ones(keys.shape[:3], dtype=torch.bool)
     kept[module.masked_key_indices] = False
     return kept[0]

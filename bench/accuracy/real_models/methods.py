@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
-from bench.accuracy.real_models.ours import FRAME_ID_BYTES, ITEM_BYTES, ModelShape, entry_bytes
+from bench.accuracy.real_models.ours import FRAME_ID_BYTES, ModelShape, entry_bytes
 from bench.accuracy.real_models.protocol import TARGETS, WINDOW
 from sglang_diffxkv.config import DiffXKVConfig, Tiers
-from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape
+from sglang_diffxkv.eval.variants import ITEMSIZE, KNOBS, VARIANTS, Shape
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, make_layout
 from sglang_diffxkv.policy.registry import policy_class
 
@@ -50,14 +50,14 @@ def _with_knob(name: str, target: float, shape: ModelShape, tokens: int) -> Diff
     layout = make_layout(
         head_dim=shape.head_dim,
         num_kv_heads=shape.kv_heads,
-        raw_itemsize=ITEM_BYTES,
+        raw_itemsize=ITEMSIZE,
         high=high,
         low=low,
     )
     dense = shape.token_bytes * PAGE_TOKENS
     frames = dense / target - entry_bytes(shape, layout)
     frames *= layout.frame_bytes / (layout.frame_bytes + FRAME_ID_BYTES)
-    asked = Shape(shape.head_dim, shape.kv_heads, ITEM_BYTES, tokens)
+    asked = Shape(shape.head_dim, shape.kv_heads, tokens)
     found = KNOBS[name](replace(config, window=0), dense / frames, asked)
     return replace(found, window=WINDOW)
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 from bench.accuracy.real_models.protocol import WINDOW
 from bench.accuracy.real_models.reader import LayerPrefix, Prefix, States
 from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.eval.variants import ITEMSIZE
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.pack import head_counts, unpack
 from sglang_diffxkv.kernels.rotation import rotate
@@ -34,8 +35,6 @@ from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.sizing import FREE_LIST_BYTES, plan_pool
 from sglang_diffxkv.pool.store import PageStore
 
-ITEM_BYTES = 2
-"""Of a raw element, whatever it is kept in here."""
 FRAME_ID_BYTES = 4
 BUDGET = 4 << 30
 """Of a store, which takes what is written of it."""
@@ -58,7 +57,7 @@ class ModelShape(NamedTuple):
     @property
     def token_bytes(self) -> int:
         """Of a token's keys and values in SGLang's own pool in bf16."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * ITEM_BYTES
+        return 2 * self.layers * self.kv_heads * self.head_dim * ITEMSIZE
 
 
 def entry_bytes(shape: ModelShape, layout: PageLayout) -> int:
@@ -91,7 +90,7 @@ class Sealer:
             config,
             head_dim=shape.head_dim,
             num_kv_heads=shape.kv_heads,
-            raw_itemsize=ITEM_BYTES,
+            raw_itemsize=ITEMSIZE,
             num_layers=shape.layers,
         )
         layout = policy.layout

@@ -21,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from bench.accuracy.real_models.methods import methods
 from bench.accuracy.real_models.ours import ModelShape, Sealer
@@ -137,10 +137,9 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20)
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="multiples of 128")
     parser.add_argument("--peers-python", type=Path, help="where bench/accuracy/peers.txt is")
-    parser.add_argument(
-        "--only", choices=(OURS, PEERS), help="leave the others' answers as they are"
-    )
-    parser.add_argument("--again", choices=(OURS, PEERS), help="forget these answers first")
+    parser.add_argument("--gguf", type=Path, help="the model for llama.cpp")
+    parser.add_argument("--only", choices=FAMILIES, help="leave the others' answers as they are")
+    parser.add_argument("--again", choices=FAMILIES, help="forget these answers first")
     parser.add_argument("--name", default="real_models", help="of the files in bench/results")
     options = parser.parse_args()
     asked = FAMILIES if options.only is None else (options.only,)
@@ -150,13 +149,12 @@ def main() -> None:
         parser.error("--gguf is missing; or --only ours, or peers")
     path = RESULTS / f"{options.name}.json"
     samples = make_samples(options.model, options.documents, options.lengths)
-    reader = Reader(options.model)
-    results = load(path, new_results(reader, options.model, samples))
+    results = load(path, new_results(options.model, samples))
     if options.again is not None:
         results.forget(options.again)
     module = [options.peers_python, "-m"]
     if OURS in asked:
-        ask_ours(reader, samples, results, path)
+        ask_ours(Reader(options.model), samples, results, path)
     if PEERS in asked:
         command = [*module, "bench.accuracy.peers", options.model, "SAMPLES"]
         ask_peers(PEERS, command, samples, results, path)
@@ -172,10 +170,11 @@ def main() -> None:
     plot(path.with_suffix(".png"), results)
 
 
-def new_results(reader: Reader, model: Path, samples: Sequence[Sample]) -> Results:
+def new_results(model: Path, samples: Sequence[Sample]) -> Results:
+    config = AutoConfig.from_pretrained(model, local_files_only=True)
     return Results(
         asked={sample.name: fingerprint(model.name, sample) for sample in samples},
-        token_bytes=ModelShape.of(reader.model.config).token_bytes,
+        token_bytes=ModelShape.of(config).token_bytes,
         tokens={sample.name: sample.compressed for sample in samples},
     )
 

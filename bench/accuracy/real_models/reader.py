@@ -101,7 +101,7 @@ class Reader:
                 self._states.append((query, key, value))
             out = attend(query[0], LayerPrefix(key[0], value[0]), scaling)[None]
         else:
-            layer = self._prefix[module.layer_idx]  # type: ignore[index]
+            layer = self._prefix[module.layer_idx]
             out = attend(query[0], layer.followed_by(key[0], value[0]), scaling)[None]
         return out.transpose(1, 2), None
 

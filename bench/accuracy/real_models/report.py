@@ -11,8 +11,8 @@ from bench.accuracy.real_models.results import LLAMA, OURS, PEERS, Results
 from bench.accuracy.real_models.summary import Interval, Summary, ratio, summarize
 from bench.serving.common import table
 
-SAME_BYTES = 0.02
-"""By how much two compressions may differ and count as equal."""
+FEWER_BYTES = 0.05
+"""How many fewer than a peer the default policy may take where they are put side by side."""
 HEAD = [
     "method",
     "compression",
@@ -73,8 +73,8 @@ def _cells(summary: Summary) -> list[object]:
 
 
 def _beside(peer: Summary, default: Sequence[Summary]) -> list[object]:
-    """The default policy at the peer's bytes or fewer, if it was asked there."""
-    near = [s for s in default if 0 <= s.compression / peer.compression - 1 + 0.005 < SAME_BYTES]
+    """The default policy at the peer's bytes or slightly fewer, if it was asked there."""
+    near = [s for s in default if -0.005 < s.compression / peer.compression - 1 < FEWER_BYTES]
     if not near:
         return ["", ""]
     ours = min(near, key=lambda s: s.compression)

@@ -37,8 +37,11 @@ CACHES = (
 
 def answers(gguf: Path, sample: Sample, token_bytes: int) -> Iterator[tuple[str, None, Answer]]:
     """Of each of `CACHES`; `token_bytes`: of a token's keys and values in 16 bit."""
+    asked = [cache for cache in CACHES if sample.wants(cache.name, None)]
+    if not asked:
+        return
     full = _log_probabilities(gguf, sample, GGML_TYPE_F16)
-    for cache in CACHES:
+    for cache in asked:
         found = _log_probabilities(gguf, sample, cache.kind)
         nbytes = sample.compressed * token_bytes * cache.block_bytes / 64
         yield cache.name, None, measure(full, found, sample, nbytes)
@@ -66,7 +69,8 @@ def _log_probabilities(gguf: Path, sample: Sample, kind: int) -> torch.Tensor:
 
 def main(gguf: str, samples: str, token_bytes: str) -> None:
     for sample in read_samples(Path(samples)):
-        say(sample, ["llama-cpp-python"], answers(Path(gguf), sample, int(token_bytes)))
+        for answer in answers(Path(gguf), sample, int(token_bytes)):
+            say(sample, ["llama-cpp-python"], *answer)
 
 
 if __name__ == "__main__":

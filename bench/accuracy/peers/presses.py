@@ -35,8 +35,15 @@ PRESSES: dict[str, Callable[[float], BasePress]] = {
 
 
 KVZIP = "kvpress KVzip"
-QUANTIZED = "quanto int4, keys by channel"
-"""What KVzip is combined with, as kvpress can: the best that leaves little enough for 8×."""
+QUANTIZED, BY_CODES = "quanto int4, keys by channel", 32 / 9
+"""What KVzip is combined with, as kvpress can, and its compression."""
+COMBINED = f"{KVZIP}, {QUANTIZED}"
+
+
+def press_methods(targets: Sequence[float]) -> list[_Key]:
+    """All that `pressed` yields."""
+    single = [(name, target) for name in (*PRESSES, KVZIP) for target in targets]
+    return single + [(COMBINED, target) for target in targets if target > BY_CODES]
 
 
 def pressed(
@@ -65,11 +72,10 @@ def pressed(
         reader.model.model(ids[None], past_key_values=DynamicCache())
     for (name, target), prefix in pruning.found.items():
         yield Compressed(name, target, prefix, dense / target)
-    by_codes = dense / codes.nbytes
     zipping = {(KVZIP, target): ratio for target, ratio in ratios.items()}
     for target in targets:
-        if target > by_codes:
-            zipping[f"{KVZIP}, {QUANTIZED}", target] = _dropped(tokens, target / by_codes)
+        if target > BY_CODES:
+            zipping[COMBINED, target] = _dropped(tokens, target / BY_CODES)
     kvzip = _AskedKVzip(zipping)
     with torch.no_grad(), kvzip(reader.model):
         reader.model.model(input_ids=ids[None], past_key_values=DynamicCache())

@@ -74,10 +74,11 @@ def ask_ours(reader: Reader, samples: Sequence[Sample], results: Results, path: 
     shape = ModelShape.of(reader.model.config)
     sealers: dict[tuple[str, float | None], Sealer] = {}
     for sample in tqdm(samples, "ours"):
+        known = results.known(OURS, sample.name)
         asked = [
             method
             for method in methods(shape, sample.compressed)
-            if not results.knows(OURS, method.name, method.target, sample.name)
+            if (method.name, method.target) not in known
         ]
         if not asked:
             continue
@@ -104,8 +105,7 @@ def ask_peers(
     Args:
         command: Python there, a module and its arguments, where "SAMPLES" is to be filled in.
     """
-    known = results.documents(family)
-    asked = [sample for sample in samples if sample.name not in known]
+    asked = [sample._replace(known=results.known(family, sample.name)) for sample in samples]
     with TemporaryDirectory() as folder:
         (Path(folder) / "bench").symlink_to(BENCH)
         file = Path(folder) / "samples.json"
@@ -117,11 +117,11 @@ def ask_peers(
             text=True,
         )
         assert process.stdout is not None
-        for line in tqdm(process.stdout, family, total=len(asked)):
+        for line in tqdm(process.stdout, f"{family}, answers"):
             said = json.loads(line)
             results.packages |= said["packages"]
-            for name, target, answer in said["answers"]:
-                results.add(family, name, target, said["document"], Answer(**answer))
+            answer = Answer(**said["answer"])
+            results.add(family, said["name"], said["target"], said["document"], answer)
             save(results, path)
         if process.wait():
             raise SystemExit("the peers failed; what they said is above")

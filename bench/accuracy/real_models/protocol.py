@@ -24,11 +24,19 @@ WINDOW = 64
 
 class Sample(NamedTuple):
     """A document in tokens: the first `prefilled`, a multiple of 64, are in the cache when the
-    others come."""
+    others come.
+
+    Attributes:
+        known: methods that have answered already, each a name and a target.
+    """
 
     name: str
     ids: list[int]
     prefilled: int
+    known: Sequence[tuple[str, float | None]] = ()
+
+    def wants(self, name: str, target: float | None) -> bool:
+        return (name, target) not in self.known
 
     @property
     def compressed(self) -> int:
@@ -84,4 +92,6 @@ def write_samples(path: Path, samples: Sequence[Sample]) -> None:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    return [Sample(**fields) for fields in json.loads(path.read_text())]
+    """What `write_samples` wrote."""
+    samples = [Sample(**fields) for fields in json.loads(path.read_text())]
+    return [sample._replace(known=[tuple(method) for method in sample.known]) for sample in samples]

@@ -55,15 +55,13 @@ class Results:
     def forget(self, family: str) -> None:
         self.rows = [row for row in self.rows if row.family != family]
 
-    def documents(self, family: str) -> set[str]:
-        """Those that methods of it have answered."""
-        return {name for row in self.rows if row.family == family for name in row.answers}
-
-    def knows(self, family: str, name: str, target: float | None, document: str) -> bool:
-        return any(
-            (row.family, row.name, row.target) == (family, name, target) and document in row.answers
+    def known(self, family: str, document: str) -> list[tuple[str, float | None]]:
+        """Methods of it that have answered about a document: names and targets."""
+        return [
+            (row.name, row.target)
             for row in self.rows
-        )
+            if row.family == family and document in row.answers
+        ]
 
     def to_json(self) -> dict[str, object]:
         fields = asdict(self)
@@ -76,7 +74,7 @@ class Results:
 
 
 def fingerprint(model: str, sample: Sample) -> str:
-    return hashlib.sha256(json.dumps([model, sample]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([model, sample[:3]]).encode()).hexdigest()[:16]
 
 
 def load(path: Path, new: Results) -> Results:

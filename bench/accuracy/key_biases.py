@@ -19,8 +19,8 @@ from tempfile import TemporaryDirectory
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from bench.accuracy.real_models.__main__ import make_samples, model_shape
-from bench.accuracy.real_models.ours import Sealer
+from bench.accuracy.real_models.__main__ import make_samples
+from bench.accuracy.real_models.ours import ModelShape, Sealer
 from bench.accuracy.real_models.protocol import Answer, Sample, mean_nll, measure
 from bench.accuracy.real_models.reader import LayerPrefix, Reader
 from bench.serving.common import write_results
@@ -74,7 +74,7 @@ def configs() -> Iterator[tuple[str, DiffXKVConfig, bool]]:
 
 def ask(reader: Reader, samples: list[Sample]) -> tuple[dict[str, list[Answer]], float]:
     """Answers by configuration, and the mean loss of full KV."""
-    shape = model_shape(reader)
+    shape = ModelShape.of(reader.model.config)
     sealers = {name: Sealer(config, shape) for name, config, _ in configs()}
     for name, _, centred in configs():
         if not centred:

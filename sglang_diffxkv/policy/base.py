@@ -31,8 +31,6 @@ class SealContext(NamedTuple):
     each by itself."""
     quality: torch.Tensor
     """int64 [S]: `Quality` that the page's request asked for."""
-    key_means: torch.Tensor | None = None
-    """float32 [L, H, D] that sealed keys of any page lack (`kernels.sealed_basis`)."""
 
 
 _KNOBS = ("target", "plan", "save_plan", "high_layers")
@@ -91,6 +89,10 @@ class TierPolicy(ABC):
     can_demote: ClassVar[bool] = False
     """Whether sealed pages may be demoted under memory pressure."""
 
+    key_means: torch.Tensor | None = None
+    """float32 [L, H, D] that sealed keys lack (`kernels.sealed_basis`): of an earlier run, or None;
+    once there is a page store, its own."""
+
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
         self.config = config
         self.layout = layout
@@ -133,11 +135,6 @@ class TierPolicy(ABC):
     def plan_number(self) -> int:
         """Number of the plan that pages are sealed under; 0 where there is none."""
         return 0
-
-    @property
-    def key_means(self) -> torch.Tensor | None:
-        """Means of an earlier run that sealed keys are to lack: float32 [L, H, D]."""
-        return None
 
     def plan_report(self) -> dict[str, Any] | None:
         """The plan in force, as the statistics show it."""

@@ -90,6 +90,10 @@ class DiffXKVPolicy(TierPolicy):
     def key_means(self) -> torch.Tensor | None:
         return self.learner.key_means
 
+    @key_means.setter
+    def key_means(self, key_means: torch.Tensor | None) -> None:
+        self.learner.key_means = key_means
+
     def plan_report(self) -> dict[str, Any] | None:
         plan = self.learner.plan
         qualities = {} if plan is None else plan.qualities
@@ -105,7 +109,6 @@ class DiffXKVPolicy(TierPolicy):
 
     def observe(self, ctx: SealContext) -> None:
         self.learner.take_over()
-        self.learner.key_means = ctx.key_means
         if self.learner.wants_pages():
             importance, _ = self._weigh(ctx)
             wrong = ~ctx.importance.isfinite().all(2).all(1)

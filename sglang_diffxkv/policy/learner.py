@@ -53,7 +53,7 @@ class PlanLearner:
         self._saving = 0
         """Of these, those that are being written."""
         self.key_means: torch.Tensor | None = None
-        """Of the plan's file, or those that sealed keys lack."""
+        """`TierPolicy.key_means`, which are saved with plans."""
         self.plan: Plan | None = None
         if config.plan is not None:
             saved = load_plan(Path(config.plan), Shape.of(layout, num_layers))

@@ -96,5 +96,4 @@ def seal_context(
         context=context,
         sequence=sequence,
         quality=d.quality[pages].long(),
-        key_means=store.key_means.by_layer,
     )

@@ -35,6 +35,8 @@ class World:
         raw = self.store.raw
         for tensor in (*raw.keys, *raw.values):
             tensor.copy_(torch.randn(tensor.shape, generator=gen))
+        for keys in raw.keys:  # so that sealed ones lack a mean
+            keys += 3 * torch.randn(keys.shape[2:], generator=gen)
         raw.scores.copy_(torch.rand(raw.scores.shape, generator=gen))
         next_page, sealed = 3, []
         for row, length, n in zip(self.rows.tolist(), LENGTHS, SEALED, strict=True):
@@ -48,6 +50,7 @@ class World:
         self.store.ledger.write(len(first) * PAGE_TOKENS, full=len(first))
         self.store.directory.filled[first] = PAGE_TOKENS
         self.store.seal(first)
+        assert self.store.key_means.by_layer.any() == self.store.layout.rotates
         self.store.begin_step(decodes=True)
         self.queries = torch.randn(4, HEADS * GROUP, DIM, generator=gen)
 

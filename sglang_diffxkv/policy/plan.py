@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang_diffxkv.config import ConfigError
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout
 from sglang_diffxkv.policy.budget import Ranking, least_bytes, most_retained, rank_bins
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.sketch import BINS_PER_OCTAVE, ImportanceSketch
@@ -104,6 +104,8 @@ class SavedPlan(NamedTuple):
     number: int
     sketch: ImportanceSketch
     key_means: torch.Tensor | None
+    """None, too, where they were chosen for other bits: which heads are better off with one depends
+    on those of high keys."""
 
 
 def load_plan(path: Path, shape: Shape) -> SavedPlan:
@@ -129,6 +131,8 @@ def load_plan(path: Path, shape: Shape) -> SavedPlan:
             other.head_dim,
         ):
             raise ValueError("key means and shape differ")
+        if FORMATS[other.high].key_bits != FORMATS[shape.high].key_bits:
+            key_means = None
     except OSError as error:
         raise ConfigError(f"plan {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, IndexError) as error:

@@ -101,9 +101,10 @@ class PageStore:
         )
         shape = plan.num_layers, layout.num_kv_heads, layout.head_dim
         self.key_means = KeyMeans(*shape, device)
-        if policy.key_means is not None:
-            self.key_means.set(policy.key_means)
-        policy.key_means = self.key_means.by_layer
+        if layout.rotates:
+            if policy.key_means is not None:
+                self.key_means.set(policy.key_means)
+            policy.key_means = self.key_means.by_layer
         self.ledger = Ledger(plan.raw_pages, plan.frames, plan.worst_frames)
         self.totals = Totals(plan.num_layers, device)
         self.retention: RetentionMeter | None = None

@@ -1,11 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Means that sealed keys lack: what sets them, and that nothing does afterwards."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
+from sglang_diffxkv.config import Tiers
 from sglang_diffxkv.pool.key_means import SINKS, KeyMeans
 from sglang_diffxkv.pool.raw_pages import RawPages
+from tests.unit.pages import write
+from tests.unit.test_store import make_store
 
 LAYERS, HEADS, DIM = 2, 3, 16
 SLOTS = torch.tensor([4, 2, 1])
@@ -94,3 +100,19 @@ def test_those_of_an_earlier_run_stay() -> None:
     learn(means, pages())
     assert torch.equal(means.by_layer, mine)
     assert means.nbytes == KeyMeans.bytes_for(LAYERS, HEADS, DIM) == mine.nbytes
+
+
+def test_a_plan_of_pages_that_lack_none_sets_none(tmp_path: Path) -> None:
+    """Zeros would otherwise count as what an earlier run has found."""
+    path = str(tmp_path / "plan.json")
+    tiers = Tiers("raw", "K4V2")
+    saving = make_store("diffxkv", tiers=tiers, save_plan=path, learn_share=1.0)
+    page = torch.tensor([1])
+    saving.open(page)
+    write(saving, page, torch.tensor([0]), torch.tensor([64]))
+    saving.seal(page)
+    saving.policy.on_idle()
+    saving.policy.learner.wait()
+    assert json.loads(Path(path).read_text())["key_means"] is None
+    serving = make_store("diffxkv", tiers=Tiers("K8V4", "K4V2"), plan=path)
+    assert not serving.key_means._is_set

@@ -132,6 +132,9 @@ def test_file_round_trip(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "plan.json").read_text())
     assert found["format"] == 2 and found["shape"]["layers"] == LAYERS
     assert not list(tmp_path.glob("*.part"))
+    # Those of 8-bit keys are not those of others.
+    other = replace(LAYOUT, high=FORMATS["K4V4"])
+    assert load_plan(tmp_path / "plan.json", Shape.of(other, LAYERS)).key_means is None
 
 
 @pytest.mark.parametrize(

@@ -148,10 +148,13 @@ def _distributions(rows: list[Any]) -> list[Distribution]:
 def divergence(full: Distribution, other: Distribution) -> float:
     """KL(full || other) in nats, all tokens that the two do not both list taken as one.
 
-    Merging tokens can only lower it, so this is a lower bound, and exact where both list all.
+    Merging tokens can only lower it, so this is a lower bound, and exact where both list all. NaN
+    where a log-probability is: a model that computes none must not look like full KV.
     """
     listed = full.keys() & other.keys()
     kl = sum(math.exp(full[token]) * (full[token] - other[token]) for token in listed)
+    if math.isnan(kl):
+        return kl
     rest, other_rest = (
         max(0.0, 1.0 - sum(math.exp(d[token]) for token in listed)) for d in (full, other)
     )

@@ -47,6 +47,10 @@ def test_divergence_is_exact_where_all_tokens_are_listed():
     assert divergence(full, full) == pytest.approx(0, abs=1e-9)
 
 
+def test_divergence_from_no_numbers_is_none():
+    assert math.isnan(divergence({1: -0.1, 2: -3.0}, {1: math.nan, 2: math.nan}))
+
+
 def test_divergence_of_listed_tokens_is_a_lower_bound():
     rng = random.Random(1)
     for _ in range(200):

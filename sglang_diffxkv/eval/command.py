@@ -129,12 +129,16 @@ def _options(args: argparse.Namespace) -> Options:
     from sglang_diffxkv.eval.run import Options
     from sglang_diffxkv.eval.tasks.registry import default_filler
 
+    default_tasks = TASKS if args.documents is None else DOCUMENT_TASKS
+    tasks = _some("--tasks", _names(default_tasks if args.tasks is None else args.tasks))
+    lengths = _some("--lengths", _names(args.lengths))
+    _check_output(args.output)
     device = args.device or default_device()
     return Options(
         model=args.model,
         policies=_names(args.policies),
-        tasks=_names(args.tasks or (TASKS if args.documents is None else DOCUMENT_TASKS)),
-        lengths=[_number(text, int) for text in _names(args.lengths)],
+        tasks=tasks,
+        lengths=[_number(text, int) for text in lengths],
         samples=_number(args.samples, int),
         seed=args.seed,
         device=device,
@@ -145,7 +149,31 @@ def _options(args: argparse.Namespace) -> Options:
 
 
 def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """None twice: what is measured twice would count as more samples."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def _some(option: str, names: list[str]) -> list[str]:
+    from sglang_diffxkv.config import ConfigError
+
+    if not names:
+        raise ConfigError(f"{option} names nothing")
+    return names
+
+
+def _check_output(output: Path | None) -> None:
+    """Refuse what could not be written hours later."""
+    from sglang_diffxkv.config import ConfigError
+
+    if output is None:
+        return
+    if output.suffix in (".md", ".png"):
+        raise ConfigError(f"--output {output}: name the .json, the {output.suffix} comes beside it")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a").close()
+    except OSError as error:
+        raise ConfigError(f"--output {output}: {error.strerror}") from None
 
 
 def _number(text: str, kind: type[_Number]) -> _Number:

@@ -2,6 +2,7 @@
 import pytest
 
 from sglang_diffxkv.cli import main
+from sglang_diffxkv.eval.command import _names
 
 
 @pytest.mark.parametrize(
@@ -18,9 +19,17 @@ from sglang_diffxkv.cli import main
             "lower the target",
         ),
         (["--model", "/nowhere"], "/nowhere"),
+        (["--lengths", ","], "--lengths names nothing"),
+        (["--documents", "--tasks", ""], "--tasks names nothing"),
+        (["--output", "/dev/null/rows.json"], "--output /dev/null/rows.json: File exists"),
+        (["--output", "rows.md"], "name the .json"),
     ],
 )
 def test_eval_refuses_in_one_line(options, message, capsys):
     assert main(["eval", *options]) == 1
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_what_is_named_twice_is_measured_once():
+    assert _names("1024, 2048,1024,") == ["1024", "2048"]

@@ -22,6 +22,7 @@ def cache_folder() -> Path:
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A new folder, which becomes `target` at the end of the block and is removed on an error."""
+    target = target.resolve()  # `.` has no name
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.with_name(f".{target.name}.{os.getpid()}")
     shutil.rmtree(folder, ignore_errors=True)

@@ -86,6 +86,16 @@ def test_what_is_there_is_not_made_again(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert prepare.prepare("tiny", output) == output
 
 
+def test_the_current_folder_may_be_the_output(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    prepare.prepare("tiny", Path())
+    assert files(here) == {"model.safetensors", "TERMS"}
+
+
 def test_another_file_than_the_known_one_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

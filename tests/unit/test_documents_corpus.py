@@ -32,6 +32,12 @@ def test_documents_of_the_user(tmp_path):
     ]
 
 
+def test_what_is_no_text_in_a_record_is_replaced(tmp_path):
+    path = tmp_path / "lines.jsonl"
+    path.write_text('{"text": "cut \\ud83d here"}')
+    assert load_documents([path])[0].text == "cut ? here"
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -67,7 +67,8 @@ def _text(line: str, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ConfigError(f'{where}: not an object with text in the field "text"')
-    return text
+    # Half of a pair of UTF-16 is a valid escape in JSON, but no text that a tokenizer takes.
+    return text.encode("utf-8", "replace").decode()
 
 
 def _python_documentation() -> list[Document]:

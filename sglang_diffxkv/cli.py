@@ -65,7 +65,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     try:
         model = model_command.find_model(args.model)
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         print(f"sglang-diffxkv demo: {error}", file=sys.stderr)
         return 1
     return run_demo(args.device, model)

@@ -8,7 +8,7 @@ import torch
 FP16_MAX = 65504.0
 CLIP = {8: 1.0, 4: 1.0, 2: 0.8}
 """By bits: share of a row's min/max range that codes cover, about its centre; what lies outside
-saturates (``docs/decisions/007``)."""
+saturates (``docs/decisions/016``)."""
 
 
 def quantize_rows(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
+from openai import OpenAIError
+from requests import RequestException
 from tokenizers import Tokenizer
 
 from sglang_diffxkv.bundled_model import BUNDLED
@@ -47,8 +49,8 @@ def run_demo(device: str | None, model: Path = BUNDLED) -> int:
             _look_up(device)
         else:
             _chat(device, model)
-    except (ConfigError, ServerError) as error:
-        print(error, file=sys.stderr)
+    except (ConfigError, ServerError, OpenAIError, RequestException) as error:
+        print(f"sglang-diffxkv demo: {error}", file=sys.stderr)
         return 1
     return 0
 

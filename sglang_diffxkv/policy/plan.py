@@ -72,6 +72,9 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, in one step: a reader never sees half of it."""
+        key_means = self.key_means
+        if key_means is not None and not bool(key_means.any()):
+            key_means = None  # not set yet, or of no head: whoever loads the plan finds out
         text = json.dumps(
             {
                 "format": FORMAT,
@@ -83,7 +86,7 @@ class Plan:
                     for quality, layers in self.qualities.items()
                 },
                 "sketch": self.sketch.to_json(),
-                "key_means": None if self.key_means is None else _rounded(self.key_means.tolist()),
+                "key_means": None if key_means is None else _rounded(key_means.tolist()),
             }
         )
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -125,17 +128,15 @@ def load_plan(path: Path, shape: Shape) -> SavedPlan:
         if sketch.tokens.shape[:2] != (other.layers, other.kv_heads):
             raise ValueError("sketch and shape differ")
         key_means = None if found["key_means"] is None else torch.tensor(found["key_means"])
-        if key_means is not None and key_means.shape != (
-            other.layers,
-            other.kv_heads,
-            other.head_dim,
-        ):
-            raise ValueError("key means and shape differ")
+        if key_means is not None:
+            expected = other.layers, other.kv_heads, other.head_dim
+            if key_means.shape != expected or not bool(key_means.isfinite().all()):
+                raise ValueError("key means of another shape, or no numbers")
         if FORMATS[other.high].key_bits != FORMATS[shape.high].key_bits:
             key_means = None
     except OSError as error:
         raise ConfigError(f"plan {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(

@@ -180,6 +180,7 @@ def _solve(
 ) -> LayerPlans:
     prices = prices_of(layout)
     tokens, mass = sketch.tokens.double(), sketch.mass.double()
+    mass = mass + target.prior * tokens
     layers = len(tokens)
     by_layer = mass.sum((1, 2)).clamp(min=1e-30)
     share = mass / by_layer[:, None, None] / layers
@@ -202,10 +203,10 @@ def _solve(
     alphas = [(value * layers * by_layer).masked_fill(forced, 0.0) for value in thresholds]
     alpha_high, alpha_low = (alpha.clamp(max=_NEVER) for alpha in alphas)
     # Nothing speaks against the tokens of a layer of which nothing is known.
-    unknown = mass.sum((1, 2)) == 0
+    unknown = sketch.mass.sum((1, 2)) == 0
     alpha_high, alpha_low = (x.masked_fill(unknown, 0.0) for x in (alpha_high, alpha_low))
     # Interpolated within bins, the two may cross by less than one.
-    return _expected(alpha_high, alpha_low.minimum(alpha_high), sketch, layout)
+    return _expected(alpha_high, alpha_low.minimum(alpha_high), tokens, mass, layout)
 
 
 def _threshold(ranking: Ranking, count: torch.Tensor) -> torch.Tensor:
@@ -222,10 +223,13 @@ def _threshold(ranking: Ranking, count: torch.Tensor) -> torch.Tensor:
 
 
 def _expected(
-    alpha_high: torch.Tensor, alpha_low: torch.Tensor, sketch: ImportanceSketch, layout: PageLayout
+    alpha_high: torch.Tensor,
+    alpha_low: torch.Tensor,
+    tokens: torch.Tensor,
+    mass: torch.Tensor,
+    layout: PageLayout,
 ) -> LayerPlans:
-    """What thresholds (float64 [L]) make of the sketch's own tokens, by layer."""
-    tokens, mass = sketch.tokens.double(), sketch.mass.double()
+    """What thresholds (float64 [L]) make of a sketch's own tokens [L, H, BINS], by layer."""
     mean = mass / tokens.clamp(min=1e-30)  # [L, H, BINS]
     high, kept = (mean >= alpha[:, None, None] for alpha in (alpha_high, alpha_low))
     low = kept & ~high

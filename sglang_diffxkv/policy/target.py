@@ -20,6 +20,10 @@ LOW_UTILITY = {"K2V2": 0.95}
 _OTHER_LOW_UTILITY = 0.995
 """Keeping many tokens coarsely beats keeping few precisely (`docs/decisions/010`)."""
 
+PRIOR = 0.3
+"""Importance of any token, in units of uniform attention, for what later queries may ask that no
+sampled one did: without it, tokens in the tail are pruned to make a few others precise."""
+
 
 class Target(NamedTuple):
     """Either of the two limits of XKV's greedy; the other is None."""
@@ -32,6 +36,11 @@ class Target(NamedTuple):
     @classmethod
     def of(cls, value: float) -> Target:
         return cls(value, None) if value < 1 else cls(None, value)
+
+    @property
+    def prior(self) -> float:
+        """`PRIOR` where bytes are the limit: a retention is one of importance as it is measured."""
+        return 0.0 if self.compression is None else PRIOR
 
     def at(self, quality: Quality) -> Target:
         """What a request of that quality is to get, where the server's target is this one."""

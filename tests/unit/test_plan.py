@@ -103,7 +103,7 @@ def test_plan_meets_its_compression(target: float) -> None:
     )
     # Peaked layers need fewer tokens for the same importance.
     assert len(set(layers.page_bytes)) > 1
-    assert layers.page_bytes[-1] < layers.page_bytes[0]
+    assert layers.page_bytes[-1] <= layers.page_bytes[0]
 
 
 def test_high_layers_stay_high() -> None:

@@ -16,7 +16,7 @@ from sglang_diffxkv.eval.documents.passages import Passage, cut
 from tests.server.harness import fast_environment
 
 LENGTH, SAMPLES = 512, 3
-TASKS = ("half", "shared")
+TASKS = ("half",)
 
 Rows = dict[tuple[str, str], dict[str, Any]]
 """By policy and task."""
@@ -34,7 +34,7 @@ def rows(smollm2: Path, tmp_path_factory: pytest.TempPathFactory) -> Rows:
             patch.setenv(key, value)
         assert main(["eval", "--documents", *args]) == 0
     assert output.with_suffix(".png").stat().st_size > 1000
-    assert "| diffxkv | shared |" in output.with_suffix(".md").read_text()
+    assert "| diffxkv | half |" in output.with_suffix(".md").read_text()
     return {(row["policy"], row["task"]): row for row in json.loads(output.read_text())["rows"]}
 
 
@@ -60,7 +60,6 @@ def test_the_default_is_near_lossless(rows: Rows) -> None:
     whole = rows["diffxkv", "half"]["whole"]
     assert whole["agreement"]["mean"] >= 0.97
     assert whole["mean_kl"]["mean"] <= 0.005
-    assert rows["diffxkv", "shared"]["whole"]["mean_kl"]["mean"] <= 0.01
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -10,6 +10,7 @@ else a GPU would make the host wait for is noted.
 from __future__ import annotations
 
 import importlib
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -199,6 +200,8 @@ def _is_ours(caller: traceback.FrameSummary) -> bool:
 
 
 def _note_wait(name: str) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        return  # plans are solved in a thread that may wait
     caller = _caller()
     _waits.append(f"{name} in {Path(caller.filename).name}:{caller.lineno}")
 

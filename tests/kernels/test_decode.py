@@ -199,7 +199,7 @@ def test_everything_pruned(name: str) -> None:
 def test_many_pages_split_over_kv(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """More pages than one work item takes, for a single sequence and for ragged ones."""
     if name == "triton":  # and more items than are merged at a time
-        monkeypatch.setattr(implementation(name), "_MERGE_PARTS", 4)
+        monkeypatch.setattr(implementation(name), "_MERGE_PARTS", 4 * 16)
     arena = sealed("K4V4", "K2V2", head_dim=16, kv_heads=1)
     check_sealed(name, arena, [61], 2)
     check_sealed(name, arena, [40, 3, 0, 17], 2)

@@ -239,12 +239,8 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
         mine, pages = here(queries), PageList(*here(*lists))
         with waits() as waited:
             step = SealedPrefill(*mine, pages, new, PREFIX, room)
-            part = step.add(
-                AttentionPart(*here(*before)),
-                *here(q, data.arena, data.frames, data.heads),
-                layout,
-                0.1,
-            )
+            found = step.run(*here(q, data.arena, data.frames, data.heads), layout, 0.1)
+            part = merge(AttentionPart(*here(*before)), found)
             assert waited == []
         part = AttentionPart(*(x.cpu() for x in part))
     assert_close(part, expected, 1e-3)

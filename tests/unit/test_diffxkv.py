@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
-from sglang_diffxkv.kernels.layout import HIGH, LOW, PRUNED
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED
 from sglang_diffxkv.kernels.pack import measure
 from sglang_diffxkv.policy.base import DemotionContext, SealContext, TierPolicy
 from sglang_diffxkv.policy.diffxkv import PERSONAL_PAGES, DiffXKVPolicy
@@ -229,3 +229,13 @@ def test_pages_record_nothing_without_a_plan() -> None:
     report = graded.plan_report()
     assert report is not None and (report["number"], report["qualities"]) == (0, {})
     assert build("xkv").plan_number == 0 and build("xkv").plan_report() is None
+
+
+def test_where_bytes_are_the_limit_the_tail_is_not_pruned_for_precision() -> None:
+    """What no sampled query looked at, a later one may: all tokens coarse before some precise."""
+    layout = build().layout
+    all_low = LAYERS * HEADS * PAGE_TOKENS * layout.token_bytes(layout.low)
+    graded = build(target=0.9 * raw_page_bytes(layout, LAYERS) / all_low)
+    tiers = graded.assign(context())
+    assert (tiers == HIGH).any()
+    assert (tiers == PRUNED).float().mean() < 0.01

@@ -185,10 +185,13 @@ def _solve(
     by_layer = mass.sum((1, 2)).clamp(min=1e-30)
     share = mass / by_layer[:, None, None] / layers
     weight = share / tokens.clamp(min=1e-30)
+    prior = (target.prior / by_layer / layers)[:, None, None].expand_as(weight)
     forced = torch.zeros(layers, dtype=torch.bool)
     forced[list(high_layers)] = True
     order = weight[~forced].flatten().argsort(descending=True)
-    free_tokens, free_share = (x[~forced].flatten()[order] for x in (tokens, share))
+    free_tokens, free_share, free_prior = (
+        x[~forced].flatten()[order] for x in (tokens, share, prior)
+    )
     ranking = rank_bins(free_share, free_tokens)
     if target.retention is not None:
         split = least_bytes(ranking, prices, target.retention * float(free_share.sum()))
@@ -198,7 +201,8 @@ def _solve(
         nbytes = pages * raw_page_bytes(layout, layers) / target.compression
         nbytes -= pages * layers * page_overhead(layout)
         split = most_retained(ranking, prices, nbytes - float(tokens[forced].sum()) * prices[0])
-    thresholds = [_threshold(ranking, count) for count in (split.high, split.high + split.low)]
+    kept = split.high + split.low
+    thresholds = [_threshold(ranking, count, free_prior) for count in (split.high, kept)]
     # A weight is a share of its layer's importance; back to units of uniform attention.
     alphas = [(value * layers * by_layer).masked_fill(forced, 0.0) for value in thresholds]
     alpha_high, alpha_low = (alpha.clamp(max=_NEVER) for alpha in alphas)
@@ -209,8 +213,12 @@ def _solve(
     return _expected(alpha_high, alpha_low.minimum(alpha_high), tokens, mass, layout)
 
 
-def _threshold(ranking: Ranking, count: torch.Tensor) -> torch.Tensor:
-    """Weight of the last of the heaviest ``count`` tokens, interpolated within its bin."""
+def _threshold(ranking: Ranking, count: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """Weight of the last of the heaviest ``count`` tokens, interpolated within its bin.
+
+    Args:
+        prior: float64, of each bin of the ranking, what all of its tokens' weights have in common.
+    """
     if float(count) <= 0:
         return torch.tensor(torch.inf, dtype=torch.float64)
     if float(count) >= float(ranking.tokens[-1]):
@@ -219,7 +227,7 @@ def _threshold(ranking: Ranking, count: torch.Tensor) -> torch.Tensor:
     tokens = ranking.tokens[at + 1] - ranking.tokens[at]
     weight = (ranking.mass[at + 1] - ranking.mass[at]) / tokens
     into = (count - ranking.tokens[at]) / tokens
-    return weight * torch.exp2((0.5 - into) / BINS_PER_OCTAVE)
+    return prior[at] + (weight - prior[at]) * torch.exp2((0.5 - into) / BINS_PER_OCTAVE)
 
 
 def _expected(

@@ -231,6 +231,22 @@ def test_pages_record_nothing_without_a_plan() -> None:
     assert build("xkv").plan_number == 0 and build("xkv").plan_report() is None
 
 
+@pytest.mark.parametrize("target", [4.0, 6.0])
+def test_lone_pages_take_the_bytes_that_the_plan_was_solved_for(target: float) -> None:
+    graded = build(target=target, learn_share=1.0)
+    assert isinstance(graded, DiffXKVPolicy)
+    for seed in range(FIRST_PLAN_PAGES // PAGES + 1):
+        graded.observe(context(seed=seed))
+    graded.learner.wait()
+    assert graded.plan_number == 1
+    taken = [
+        int(measure(graded.assign(context(1, seed=seed)), graded.layout).nbytes.sum())
+        for seed in range(100, 140)
+    ]
+    asked = raw_page_bytes(graded.layout, LAYERS) / target
+    assert sum(taken) / len(taken) == pytest.approx(asked, rel=0.06)
+
+
 def test_where_bytes_are_the_limit_the_tail_is_not_pruned_for_precision() -> None:
     """What no sampled query looked at, a later one may: all tokens coarse before some precise."""
     layout = build().layout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: what a prompt is about to read counts as used before others are admitted beside it.
+"""Hook: what a prompt is about to read counts as used before others are admitted beside it.
 
 To make room for one, cold pages are demoted, lossless ones evicted. A request's own are not cold,
 though no forward pass has read them lately: those of the prefix that it will find in the cache, and
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 
 if TYPE_CHECKING:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: what SGLang publishes of capacity and use is physical, and in one unit.
+"""Hook: what SGLang publishes of capacity and use is physical, and in one unit.
 
 Virtual pages are plenty by design, so a share of them says nothing. Capacity, wherever SGLang names
 it (`max_total_num_tokens`: log, ``/server_info``, ``/v1/loads``, Prometheus, KV metrics of
@@ -16,7 +16,7 @@ from typing import Any
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 
 SCHEDULER = "sglang.srt.managers.scheduler"

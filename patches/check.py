@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: ``POST /diffxkv/check`` recomputes the pool's whole state, and says what is wrong with it.
+"""Hook: ``POST /diffxkv/check`` recomputes the pool's whole state, and says what is wrong with it.
 
 It reaches the scheduler as SGLang's request to update internal state, which answers yes or no only;
 what was found is read back with the state.
@@ -14,7 +14,7 @@ import torch
 from sglang.srt.managers.scheduler_components.internal_state import _UpdateHandler
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 
 if TYPE_CHECKING:

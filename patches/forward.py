@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: the model's forward pass writes K/V through our pool, and ends with sealing."""
+"""Hook: the model's forward pass writes K/V through our pool, and ends with sealing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
-from sglang_diffxkv.backend import DiffXKVBackend
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.attention.backend import DiffXKVBackend
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.server_args import is_active
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 

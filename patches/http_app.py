@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: what we add to SGLang's HTTP application, in each process that serves it.
+"""Hook: what we add to SGLang's HTTP application, in each process that serves it.
 
 A request says which quality it wants in a header, in ``custom_params`` or in the model's name. Most
 endpoints hand on only the fields that they know, so it is read from the request itself, once for
@@ -26,7 +26,7 @@ from starlette.middleware import Middleware
 from starlette.websockets import WebSocket
 
 from sglang_diffxkv.patches import check, observability
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.patches.validation import WORKER_APP
 from sglang_diffxkv.policy.quality import (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: a server at rest does what has waited for that."""
+"""Hook: a server at rest does what has waited for that."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: SGLang's input buffers hold the longest batch there can be, not as many tokens as the pool.
+"""Hook: SGLang's input buffers hold the longest batch there can be, not as many tokens as the pool.
 
 For batches that no CUDA graph holds SGLang keeps 48 bytes of inputs for each token slot, as where
 prompts are not chunked one of them may fill the pool. Ours has several times the slots of its own
@@ -13,7 +13,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.server_args import is_active
 
 SLACK = 2

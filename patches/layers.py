@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: with our backend on a CPU, small layers of the model run as one compiled kernel each.
+"""Hook: with our backend on a CPU, small layers of the model run as one compiled kernel each.
 
 SGLang lets platforms of other packages register their own forward of a layer, by its exact class
 (``BaseFusedOp.register_oot_forward``). What a kernel lacks goes to SGLang's plain implementation,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: with our backend on a CPU, bf16 products of many tokens are computed in fp32.
+"""Hook: with our backend on a CPU, bf16 products of many tokens are computed in fp32.
 
 On x86 CPUs without AMX oneDNN takes twice as long for bf16 products as for fp32 ones, with
 AVX512-BF16, too, and it adds up in fp32 as well: results are the same to rounding. Weights are

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: lossless requests are admitted on raw pages, which sealing does not free."""
+"""Hook: lossless requests are admitted on raw pages, which sealing does not free."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_schedule
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.quality import quality_of, set_quality
-from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.shared_pages import distinct_pages, paged

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: pool statistics in ``/server_info``, ``/diffxkv/stats`` and Prometheus."""
+"""Hook: pool statistics in ``/server_info``, ``/diffxkv/stats`` and Prometheus."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.metrics import PrometheusGauges, pool_gauges, pool_stats
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 
 if TYPE_CHECKING:

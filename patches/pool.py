@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: ``KVCacheConfigurator`` sizes and builds our pool and allocator instead of its own."""
+"""Hook: ``KVCacheConfigurator`` sizes and builds our pool and allocator instead of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.server_args import (
     fraction_is_given,
     get_config,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: ``/start_profile`` of a CPU server refuses what would end its scheduler there."""
+"""Hook: ``/start_profile`` of a CPU server refuses what would end its scheduler there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastapi import HTTPException
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_device
 
-from sglang_diffxkv.patches.seam import hook
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.server_args import is_active
 
 ON_CPU = ("CPU", "GPU")

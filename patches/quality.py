@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: the quality that a request asks for, from where it is tokenized to the row of its pages.
+"""Hook: the quality that a request asks for, from where it is tokenized to the row of its pages.
 
 It is settled where SGLang makes a request's sampling parameters, whatever endpoint it came by, and
 noted where it enters the scheduler. Pages are shared by requests of one quality only: it becomes a
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput
 from sglang.srt.plugins.hook_registry import HookType
 
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.http_app import ASKED, server_policy
-from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.patches.server_args import is_active
 from sglang_diffxkv.policy.quality import (
     Quality,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Seam: `--attention-backend diffxkv` and `--diffxkv-config`, their defaults and their refusals.
+"""Hook: `--attention-backend diffxkv` and `--diffxkv-config`, their defaults and their refusals.
 
 The configuration travels as the attribute `_diffxkv` of ServerArgs: pickling it for the scheduler
 processes keeps attributes that are no fields, and new fields cannot be added to it. The hooks let
@@ -21,8 +21,8 @@ from sglang.srt.runtime_context import get_exec, get_server_args
 from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig, load_config
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.capabilities import check_capabilities
+from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.model_validation import check_model_config
-from sglang_diffxkv.patches.seam import hook
 from sglang_diffxkv.patches.validation import (
     BACKEND,
     captures_decode,

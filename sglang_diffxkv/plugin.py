@@ -2,7 +2,7 @@
 """Entry point ``sglang.srt.plugins``: makes ``--attention-backend diffxkv`` known to SGLang.
 
 SGLang runs it in its main process, in every scheduler process and in the detokenizer, before any
-of them reads its arguments, and logs instead of raising what goes wrong here. So when a seam does
+of them reads its arguments, and logs instead of raising what goes wrong here. So when a hook does
 not fit, the backend is registered all the same, and choosing it is refused with the reason.
 """
 
@@ -12,13 +12,13 @@ from typing import Any
 
 
 def register() -> None:
-    """Register the backend and install every seam; harmless unless the backend is chosen."""
-    from sglang_diffxkv.patches.seam import SeamError, check_version, refuse_backend
+    """Register the backend and install every hook; harmless unless the backend is chosen."""
+    from sglang_diffxkv.patches.hook import HookError, check_version, refuse_backend
 
     try:
         check_version()
         _install()
-    except SeamError as problem:
+    except HookError as problem:
         refuse_backend(problem)
 
 
@@ -41,14 +41,14 @@ def _install() -> None:
         server_args,
     )
 
-    seams = (server_args, pool, capacity, input_buffers, forward, observability, check, idle)
-    for seam in (*seams, admission, http_app, quality, lossless, profiling):
-        seam.install()
+    hooks = (server_args, pool, capacity, input_buffers, forward, observability, check, idle)
+    for hook in (*hooks, admission, http_app, quality, lossless, profiling):
+        hook.install()
 
     @register_attention_backend(server_args.BACKEND)
     def create_backend(model_runner: Any) -> Any:
+        from sglang_diffxkv.patches.hook import check_applied
         from sglang_diffxkv.patches.model_validation import check_layers
-        from sglang_diffxkv.patches.seam import check_applied
 
         check_applied()
         check_layers(model_runner.model)
@@ -63,11 +63,11 @@ def _backend_class(model_runner: Any) -> Any:
     from sglang_diffxkv.kernels.gpu.device import on_gpu
 
     if on_gpu(model_runner.req_to_token_pool.req_to_token):
-        from sglang_diffxkv.gpu_backend import GPUBackend  # needs Triton
+        from sglang_diffxkv.attention.device_backend import GPUBackend  # needs Triton
 
         return GPUBackend
-    from sglang_diffxkv.backend import DiffXKVBackend
-    from sglang_diffxkv.cpu_backend import CPUBackend
+    from sglang_diffxkv.attention.backend import DiffXKVBackend
+    from sglang_diffxkv.attention.host_backend import CPUBackend
     from sglang_diffxkv.kernels.decode.layer import available
 
     return CPUBackend if available() else DiffXKVBackend

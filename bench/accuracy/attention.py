@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.policy.prompt import pooled
+from sglang_diffxkv.policy.methods.prompt import pooled
 
 QUERIES = 64
 """The last ones of a prompt score the tokens before them (`NUM_TOKENS_SCORE` of DiffKV)."""

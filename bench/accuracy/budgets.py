@@ -26,22 +26,21 @@ from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.eval.prompts import make_cells
 from sglang_diffxkv.eval.run import Model, load_model
 from sglang_diffxkv.eval.variants import ITEMSIZE
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.pack import measure
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, measure
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
-from sglang_diffxkv.policy.budget import (
+from sglang_diffxkv.policy.budgeting.budget import (
     Prices,
     least_bytes,
     most_retained,
     rank_bins,
     rank_tokens,
 )
-from sglang_diffxkv.policy.diffxkv import DiffXKVPolicy
+from sglang_diffxkv.policy.budgeting.sketch import BINS
+from sglang_diffxkv.policy.budgeting.target import raw_page_bytes
+from sglang_diffxkv.policy.methods.diffxkv import DiffXKVPolicy
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.policy.scoring import spread_queries
-from sglang_diffxkv.policy.sketch import BINS
-from sglang_diffxkv.policy.target import raw_page_bytes
 
 COMPRESSIONS = [2.5, 3.0, 4.0, 6.0, 8.0]
 RETENTIONS = [0.99, 0.97, 0.95, 0.9, 0.8]

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import NOTE_BYTES, PAGE_TOKENS, TierFormat
-from sglang_diffxkv.kernels.rotation import rotate
 
 META_BYTES = 4
 """fp16 scale and zero of a group."""

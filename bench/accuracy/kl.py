@@ -27,7 +27,7 @@ from bench.serving.common import (
     table,
     write_results,
 )
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 VOCAB = 320
 ADDED = 32

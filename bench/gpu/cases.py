@@ -9,15 +9,15 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.arena import return_frames, take_frames
-from sglang_diffxkv.kernels.attention_part import empty_part, merge
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.extend import extend_open, extend_sealed, make_scratch
 from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
-from sglang_diffxkv.kernels.pack import Payload, copy_rows, pack, unpack
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, Payload, make_layout
+from sglang_diffxkv.kernels.merge import empty_state, merge_states
+from sglang_diffxkv.kernels.pack import copy_rows, pack, unpack
 from sglang_diffxkv.kernels.score import score_decode, score_open
 from sglang_diffxkv.kernels.step import PageNotes, begin_decode
 from sglang_diffxkv.kernels.write import write_tokens
@@ -161,7 +161,7 @@ def _extend_unpacked(s: Setting) -> None:
         q = s.queries(queries).to(dtype)
         lists = ints(batch + 1), ints(scratch.pages)
         where = ints(batch + 1), s.arena(), *s.tables(), *lists
-        extend_unpacked(empty_part(q), q, *where, s.layout, s.sm_scale, scratch)
+        extend_unpacked(empty_state(q), q, *where, s.layout, s.sm_scale, scratch)
 
 
 def _extend_open(s: Setting) -> None:
@@ -212,8 +212,8 @@ def _return_frames(s: Setting) -> None:
 
 
 def _merge(s: Setting) -> None:
-    part = empty_part(s.queries(QUERIES))
-    merge(part, part)
+    part = empty_state(s.queries(QUERIES))
+    merge_states(part, part)
 
 
 def _begin_decode(s: Setting) -> None:

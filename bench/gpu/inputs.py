@@ -9,8 +9,14 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.decode.plan import SequencePages
-from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout, TierFormat
-from sglang_diffxkv.kernels.pack import head_counts, measure
+from sglang_diffxkv.kernels.layout import (
+    META_BYTES,
+    PAGE_TOKENS,
+    PageLayout,
+    TierFormat,
+    head_counts,
+    measure,
+)
 
 PACKED_AT_ONCE = 4096
 """(page, layer)s whose tiers, importance and scratch exist at one time."""

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 
 from bench.gpu.inputs import Layers
-from sglang_diffxkv.kernels.attention_part import AttentionPart
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.pack import head_counts, torch_ops
-from sglang_diffxkv.kernels.sealed_basis import from_sealed
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
+from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.pack import torch_ops
 
 LOG2_E = math.log2(math.e)
 
@@ -52,7 +52,7 @@ def sealed_tokens(
     return Tokens(by_head(k, dim).double(), by_head(v, dim).double(), by_head(kept, 1)[..., 0])
 
 
-def attend(q: torch.Tensor, tokens: Tokens, sm_scale: float) -> AttentionPart:
+def attend(q: torch.Tensor, tokens: Tokens, sm_scale: float) -> AttentionState:
     """Queries [T, Hq, D] over all ``kept`` tokens, without a causal mask."""
     count, q_heads, dim = q.shape
     kv_heads = len(tokens.k)
@@ -66,7 +66,7 @@ def attend(q: torch.Tensor, tokens: Tokens, sm_scale: float) -> AttentionPart:
     def by_query(x: torch.Tensor) -> torch.Tensor:
         return x.view(kv_heads, count, q_heads // kv_heads, -1).transpose(0, 1)
 
-    return AttentionPart(
+    return AttentionState(
         by_query(out).reshape(count, q_heads, dim),
         by_query(lse[..., None] * LOG2_E).reshape(count, q_heads),
     )
@@ -79,7 +79,7 @@ def decode_layer(
     q_sealed: torch.Tensor,
     sm_scale: float,
     key_mean: torch.Tensor | None = None,
-) -> AttentionPart:
+) -> AttentionState:
     """Every sequence's query over its open and its sealed pages."""
     outs, lses = [], []
     for b in range(len(q)):
@@ -97,16 +97,16 @@ def decode_layer(
         whole = merge64(parts)
         outs.append(whole.out)
         lses.append(whole.lse)
-    return AttentionPart(torch.cat(outs), torch.cat(lses))
+    return AttentionState(torch.cat(outs), torch.cat(lses))
 
 
-def merge64(parts: list[AttentionPart]) -> AttentionPart:
+def merge64(parts: list[AttentionState]) -> AttentionState:
     """Attention over disjoint sets of tokens, in float64; any of them may be empty."""
     lse = torch.stack([p.lse for p in parts]).double() / LOG2_E
     total = lse.logsumexp(0)
     weights = (lse - total.nan_to_num(neginf=0)).exp()
     out = (torch.stack([p.out for p in parts]).double() * weights[..., None]).sum(0)
-    return AttentionPart(out, total * LOG2_E)
+    return AttentionState(out, total * LOG2_E)
 
 
 def _open_tokens(layers: Layers, layer: int, b: int) -> Tokens:

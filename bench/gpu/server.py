@@ -45,7 +45,7 @@ from bench.gpu.server_kinds import (
 )
 
 if TYPE_CHECKING:
-    from tests.server.harness import Server
+    from tests.support.harness import Server
 
 Record = dict[str, Any]
 

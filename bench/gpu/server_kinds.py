@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from tests.server.harness import Server
+    from tests.support.harness import Server
 
 Record = dict[str, Any]
 
@@ -127,7 +127,7 @@ def make_server(
     scale: Scale, seconds: float,
 ) -> Server:  # fmt: skip
     """A server that is still to be started; its log goes to ``folder``."""
-    from tests.server.harness import Server
+    from tests.support.harness import Server
 
     slug = name.replace(",", "").replace(" ", "_")
     given = [*COMMON, *arguments]

@@ -23,10 +23,10 @@ from bench.gpu.timer import (
     l2_bytes,
 )
 from bench.gpu.verify import check_device, kernels
-from sglang_diffxkv.kernels.decode.merge_kernels import merge_items
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, plan_decode
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.merge.triton_kernels import merge_items
 
 BATCHES = (1, 8, 32, 64, 256)
 TOKENS = (1024, 4096, 8192, 32768, 131072)

@@ -14,11 +14,10 @@ from bench.gpu.inputs import Layers, draw_tiers, shuffled_frames
 from bench.gpu.shapes import LLAMA_8B, TINY, USUAL, Load, Model, draw
 from bench.gpu.timer import Candidate, Deadline, interleaved
 from bench.gpu.verify import kernels
-from sglang_diffxkv.kernels.attention_part import empty_part, merge
 from sglang_diffxkv.kernels.extend import flashinfer, make_scratch
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.pack import measure
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, measure
+from sglang_diffxkv.kernels.merge import empty_state, merge_states
 
 SCORE_QUERIES = 64
 COPIES = 2
@@ -172,11 +171,11 @@ def measure_crossover(
     for count in tokens:
         q = torch.randn(count, model.heads, model.dim, device=device)
         new = torch.tensor([0, count], dtype=torch.int32, device=device)
-        part = empty_part(q)
+        part = empty_state(q)
 
         def fused(i: int, q: torch.Tensor = q, new: torch.Tensor = new, part: Any = part) -> None:
             lists = *layers.tables(i), indptr, pages
-            merge(part, run_fused(q, new, *lists, layout, sm_scale))
+            merge_states(part, run_fused(q, new, *lists, layout, sm_scale))
 
         def dense(i: int, q: torch.Tensor = q, new: torch.Tensor = new, part: Any = part) -> None:
             lists = *layers.tables(i), indptr, pages

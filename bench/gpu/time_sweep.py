@@ -14,9 +14,9 @@ import triton
 from bench.gpu.shapes import LLAMA_8B, PURE, TINY, USUAL, Load, draw
 from bench.gpu.timer import Candidate, Deadline, copies_needed, interleaved
 from bench.gpu.verify import TOLERANCE, compare, kernels
-from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.decode import plan as plans
 from sglang_diffxkv.kernels.decode.constants import Constants, attend_constants
+from sglang_diffxkv.kernels.merge import AttentionState
 
 
 class Setting(NamedTuple):
@@ -88,13 +88,13 @@ class Input:
         self.sm_scale = load.model.dim**-0.5
         self.bytes = self.layers.payload_bytes()
 
-    def candidate(self, setting: Setting) -> tuple[Candidate, AttentionPart]:
+    def candidate(self, setting: Setting) -> tuple[Candidate, AttentionState]:
         """Attention with this setting, and its result on the first layer."""
         layers = self.layers
         with overridden(setting):
             plan = plans.plan_decode(layers.sequences, layers.heads, layers.layout)
 
-        def attend(i: int) -> AttentionPart:
+        def attend(i: int) -> AttentionState:
             with overridden(setting):
                 return kernels("decode").attend(
                     self.q[i], self.q[i], *layers.tables(i), layers.k_raw[i], layers.v_raw[i],

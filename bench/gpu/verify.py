@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bench.gpu.shapes import LLAMA_8B, TIERS
-from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted
+from sglang_diffxkv.kernels.merge import AttentionState
 
 TOLERANCE = 1e-3
 """Relative error of the output's norm, and error of a base-2 LSE."""
@@ -77,7 +77,7 @@ def is_timed(dim: int, dtype: torch.dtype, tiers: tuple[str, str] = TIERS) -> bo
     return dim == LLAMA_8B.dim and dtype == torch.bfloat16 and tiers == TIERS
 
 
-def compare(part: AttentionPart, expected: AttentionPart) -> Found:
+def compare(part: AttentionState, expected: AttentionState) -> Found:
     """Errors of an attention part; one that is NaN, or -inf where it must not be, is NaN."""
     out, lse = part.out.double().cpu(), part.lse.double().cpu()
     true_out, true_lse = expected.out.double().cpu(), expected.lse.double().cpu()

@@ -12,12 +12,12 @@ import torch
 from bench.gpu.inputs import Layers, Mix, draw_layers
 from bench.gpu.reference import decode_layer, merge64
 from bench.gpu.verify import TOLERANCE, Check, Found, compare, is_timed, kernels, to, worst
-from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import naive
 from sglang_diffxkv.kernels.decode.plan import plan_decode
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
+from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pack import torch_ops
-from sglang_diffxkv.kernels.sealed_basis import from_sealed
 
 
 class Case(NamedTuple):
@@ -106,7 +106,7 @@ def naive_layer(
     q_sealed: torch.Tensor,
     sm_scale: float,
     key_mean: torch.Tensor | None = None,
-) -> AttentionPart:
+) -> AttentionState:
     """The readable reference over both kinds of pages."""
     cpu = torch.device("cpu")
     lists = layers.sealed_indptr, layers.sealed_pages

@@ -12,9 +12,9 @@ import torch
 from bench.gpu import verify_decode
 from bench.gpu.reference import attend, sealed_tokens
 from bench.gpu.verify import TOLERANCE, Check, Found, compare, is_timed, kernels, to
-from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part
 from sglang_diffxkv.kernels.extend import PrefixScratch, make_scratch, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.merge import AttentionState, concat_states, empty_state
 
 CPU = torch.device("cpu")
 
@@ -105,13 +105,13 @@ def check_unpacked(sealed: Sealed, device: torch.device, *, large: bool) -> Foun
     lists = layers.sealed_indptr, layers.sealed_pages
     args = (q, indptr(sealed.queries, device), *layers.tables(1), *lists)
     args = (*args, layers.layout, case.dim**-0.5)
-    part = empty_part(q)
+    part = empty_state(q)
     extend_unpacked(part, *args, poisoned_scratch(layers, case.dtype, device))
     expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
     return compare(part, expected)
 
 
-def reference(q: torch.Tensor, queries: torch.Tensor, *rest: Any) -> AttentionPart:
+def reference(q: torch.Tensor, queries: torch.Tensor, *rest: Any) -> AttentionState:
     """`extend_sealed` in float64, on the device."""
     arena, frames, heads, pages_indptr, pages, layout, sm_scale = rest
     parts, bounds, listed = [], queries.tolist(), pages_indptr.tolist()
@@ -119,7 +119,7 @@ def reference(q: torch.Tensor, queries: torch.Tensor, *rest: Any) -> AttentionPa
         mine = pages[listed[b] : listed[b + 1]]
         tokens = sealed_tokens(arena, frames, heads, mine, layout, q.dtype)
         parts.append(attend(q[bounds[b] : bounds[b + 1]], tokens, sm_scale))
-    return concat_parts(parts)
+    return concat_states(parts)
 
 
 def draw_open(case: Open, device: torch.device) -> tuple[Any, ...]:

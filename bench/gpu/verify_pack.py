@@ -12,8 +12,15 @@ import torch
 from bench.gpu.inputs import Mix, draw_tiers, shuffled_frames
 from bench.gpu.verify import Check, Found, differing, is_timed, kernels, to, worst
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
-from sglang_diffxkv.kernels.pack import Payload, measure, torch_ops
+from sglang_diffxkv.kernels.layout import (
+    FORMATS,
+    PAGE_TOKENS,
+    PageLayout,
+    Payload,
+    make_layout,
+    measure,
+)
+from sglang_diffxkv.kernels.pack import torch_ops
 
 CPU = torch.device("cpu")
 

@@ -31,8 +31,16 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, naive
-from sglang_diffxkv.kernels.layout import FORMATS, HIGH, LOW, PAGE_TOKENS, PRUNED, make_layout
-from sglang_diffxkv.kernels.pack import measure, pack
+from sglang_diffxkv.kernels.layout import (
+    FORMATS,
+    HIGH,
+    LOW,
+    PAGE_TOKENS,
+    PRUNED,
+    make_layout,
+    measure,
+)
+from sglang_diffxkv.kernels.pack import pack
 
 HQ, H, D, TOKENS = 32, 8, 128, 4096
 PAGES = TOKENS // PAGE_TOKENS

@@ -30,8 +30,9 @@ from sglang_diffxkv.kernels.layout import (
     PRUNED,
     PageLayout,
     make_layout,
+    measure,
 )
-from sglang_diffxkv.kernels.pack import cpu, measure, pack, torch_ops
+from sglang_diffxkv.kernels.pack import cpu, pack, torch_ops
 from sglang_diffxkv.kernels.score import score_open
 
 RESULTS = Path(__file__).parents[1] / "results"

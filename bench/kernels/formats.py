@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.extend import extend_sealed
 from sglang_diffxkv.kernels.layout import (
     FORMATS,
@@ -25,9 +26,9 @@ from sglang_diffxkv.kernels.layout import (
     PageLayout,
     TierFormat,
     make_layout,
+    measure,
 )
-from sglang_diffxkv.kernels.pack import measure, pack
-from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.pack import pack
 
 HEAD_DIM, KV_HEADS, GROUP, PAGES, QUERIES = 128, 4, 4, 16, 32
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 8.0

@@ -25,7 +25,7 @@ from bench.serving.ample_report import plot, report
 from bench.serving.common import RESULTS, diffxkv_server, page_floor, stock_server, write_results
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.eval.run import load_model
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 LOADS = {
     "16 at once, 512 + 64": (

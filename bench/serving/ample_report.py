@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import median
 
 from bench.serving.common import table
-from tests.server.harness import Json
+from tests.support.harness import Json
 
 SHOWN = {
     "output_throughput": "output tokens/s",

@@ -32,7 +32,7 @@ from bench.serving.common import (
     table,
     write_results,
 )
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 POLL_S = 0.5
 NEEDED = 2.5

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from bench.serving.heavy_hitters import add_heavy_hitters
 from sglang_diffxkv.demo_model import write_demo_model
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 RESULTS = Path(__file__).parents[1] / "results"
 MIB = 2**20

@@ -34,7 +34,7 @@ from bench.serving.common import (
 )
 from bench.serving.scale_process import processes
 from sglang_diffxkv.bundled_model import BUNDLED
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 RATE = 250
 """Samples per second."""

@@ -23,7 +23,7 @@ from sglang_diffxkv.eval.score import Estimate, hit_rate, normalise
 from sglang_diffxkv.eval.tasks.base import Scene, hide
 from sglang_diffxkv.eval.tasks.recall import ATTRIBUTES, PEOPLE
 from sglang_diffxkv.eval.tasks.words import HELD_OUT
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 LOADS, CHATS, FACTS, TURN_TOKENS = 2, 24, 3, 350
 AMPLE = 16

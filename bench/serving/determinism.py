@@ -20,8 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.serving.common import Shape, demo_model, table, write_results
-from tests.server.harness import Json, Server
-from tests.server.workload import mixed_prompts, random_tokens
+from tests.support.harness import Json, Server
+from tests.support.workload import mixed_prompts, random_tokens
 
 CHUNK = 256
 LOSSLESS = {"custom_params": {"diffxkv": {"quality": "lossless"}}}

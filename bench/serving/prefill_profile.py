@@ -27,7 +27,7 @@ from bench.serving.decode_profile import LOADS, POOL_TOKENS, Load, sample_stacks
 from bench.serving.decode_profile import PARTS as DECODE_PARTS
 from bench.serving.scale_process import processes
 from sglang_diffxkv.bundled_model import BUNDLED
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 PARTS: tuple[tuple[str, str, str], ...] = (
     ("ours", "attention", r"run .*kernels/extend/"),

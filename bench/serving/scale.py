@@ -32,7 +32,7 @@ from bench.serving.scale_process import idle_cpu, memory
 from bench.serving.scale_report import SECTIONS
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.eval.run import load_model
-from tests.server.harness import Json
+from tests.support.harness import Json
 
 SPARE_BYTES = 13 * 2**29
 """What two servers and this program take beside the pools: some 2 GiB per server, measured, are

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from bench.serving.common import random_prompt
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 Servers = dict[str, Server]
 Samples = dict[str, list[float]]

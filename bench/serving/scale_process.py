@@ -7,7 +7,7 @@ import time
 
 import psutil
 
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 
 def processes(server: Server) -> dict[str, psutil.Process]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import median
 
 from bench.serving.common import MIB, table
-from tests.server.harness import Json
+from tests.support.harness import Json
 
 
 def latency(result: Json) -> str:

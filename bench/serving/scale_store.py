@@ -21,11 +21,11 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
 
 from bench.peak import peak_bytes
 from bench.serving.common import MIB, PAGE_TOKENS, table, write_results
+from sglang_diffxkv.attention.metadata import gather_pages, note_use, pages_to_seal
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.batch import gather_pages, note_use, pages_to_seal
 from sglang_diffxkv.pool.clock import ClockHand
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, plan_pool

@@ -30,7 +30,7 @@ from bench.serving.common import (
     table,
     write_results,
 )
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 CHATS, TURNS, USER, ANSWER = 16, 5, 160, 24
 PREFIXES, PREFIX, ASKED, QUESTION = 16, 640, 80, 48

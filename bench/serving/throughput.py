@@ -30,7 +30,7 @@ from bench.serving.common import (
     table,
     write_results,
 )
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 CHUNK = 512
 

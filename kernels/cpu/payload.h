@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the bytes of a sealed page lie. Mirrors kernels/layout.py, which explains the format.
+// Where the bytes of a sealed page lie. Mirrors kernels/layout/page.py, which explains the format.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode attention: one query token per sequence, over sealed and over open pages.
 
-Both functions return an :class:`AttentionPart`; :func:`merge` joins them. On a GPU they run Triton
+Both functions return an attention state (`kernels.merge`). On a GPU they run Triton
 kernels (``triton.py``, which does both kinds of pages in one launch for those who plan a step with
 ``plan.py``), on a CPU compiled C++ (``cpu.cpp``; ``layer.cpp`` does all of a layer of a decode
 step in one call), without a compiler vectorised torch (``torch_ops.py``); ``naive.py`` is the
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from sglang_diffxkv.kernels.decode import cpu, torch_ops
-from sglang_diffxkv.kernels.decode.part import AttentionPart, merge
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.merge import AttentionState
 
-__all__ = ["AttentionPart", "decode_open", "decode_sealed", "merge"]
+__all__ = ["decode_open", "decode_sealed"]
 
 
 def decode_sealed(
@@ -31,7 +31,7 @@ def decode_sealed(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """Attention of every sequence's query over its sealed pages, both tiers in one call.
 
     Args:
@@ -67,7 +67,7 @@ def decode_open(
     slots: torch.Tensor,
     last_len: torch.Tensor,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """Attention of every sequence's query over its open pages.
 
     Args:

@@ -12,8 +12,8 @@ import torch
 
 from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, layout_words, pointer, threads
 from sglang_diffxkv.kernels.cpu.build import load_library
-from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.layout import PageLayout
+from sglang_diffxkv.kernels.merge import AttentionState
 
 LOG2_E = math.log2(math.e)
 LIBRARY = "decode", tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "layer.cpp"))
@@ -42,7 +42,7 @@ class DecodeKernels:
         pages: torch.Tensor,
         layout: PageLayout,
         sm_scale: float,
-    ) -> AttentionPart:
+    ) -> AttentionState:
         scaled, part = _scaled(q, sm_scale), _empty_part(q)
         self._sealed(
             pointer(scaled),
@@ -72,7 +72,7 @@ class DecodeKernels:
         slots: torch.Tensor,
         last_len: torch.Tensor,
         sm_scale: float,
-    ) -> AttentionPart:
+    ) -> AttentionState:
         scaled, part = _scaled(q, sm_scale), _empty_part(q)
         kv_heads, dim = k_raw.shape[2:]
         self._open(
@@ -99,8 +99,8 @@ def _scaled(q: torch.Tensor, sm_scale: float) -> torch.Tensor:
     return (q.float() * (sm_scale * LOG2_E)).contiguous()
 
 
-def _empty_part(q: torch.Tensor) -> AttentionPart:
-    return AttentionPart(
+def _empty_part(q: torch.Tensor) -> AttentionState:
+    return AttentionState(
         torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:2], dtype=torch.float32)
     )
 

@@ -167,7 +167,7 @@ class Layer {
         }
 
        private:
-        // Back from the basis of sealed pages (kernels/sealed_basis.py). q: scaled, not rotated.
+        // Back from the basis of sealed pages (kernels/basis/sealed.py). q: scaled, not rotated.
         void finish_sealed(const Partial& partial, const float* q, const float* mean) {
             const int64_t dim = layer_.layout_.head_dim;
             std::fill(max_.begin(), max_.end(), kMinusInf);

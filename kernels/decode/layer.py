@@ -17,8 +17,8 @@ import torch
 from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, int64_words, layout_words
 from sglang_diffxkv.kernels.cpu.build import load_library
 from sglang_diffxkv.kernels.decode.cpu import LIBRARY
-from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.step import StepPages
 
 __all__ = ["DecodeLayers", "LayerTables", "available"]
@@ -105,7 +105,7 @@ class DecodeLayers:
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
-    ) -> AttentionPart:
+    ) -> AttentionState:
         """Attention of the new tokens over all that is kept of one layer, themselves included.
 
         Keys and values are written to raw pages first; tokens of open pages that come before a
@@ -136,7 +136,7 @@ class DecodeLayers:
             out.data_ptr(),
             lse.data_ptr(),
         )
-        return AttentionPart(out, lse)
+        return AttentionState(out, lse)
 
 
 def _check(tables: LayerTables) -> None:

@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.merge import AttentionState
 
 LOG2_E = math.log2(math.e)
 
@@ -91,7 +91,7 @@ def attend(
 
 def _attend_all(
     q: torch.Tensor, kv: list[list[tuple[torch.Tensor, torch.Tensor]]], sm_scale: float
-) -> AttentionPart:
+) -> AttentionState:
     """Attention of q [B, Hq, D] over kv[sequence][KV head] = (keys, values)."""
     out = torch.zeros(q.shape, dtype=torch.float64)
     lse = torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
@@ -100,7 +100,7 @@ def _attend_all(
         for h in range(q.shape[1]):
             keys, values = kv[b][h // group]
             out[b, h], lse[b, h] = attend(q[b, h], keys, values, sm_scale)
-    return AttentionPart(out.float(), lse.float())
+    return AttentionState(out.float(), lse.float())
 
 
 def decode_sealed(
@@ -112,7 +112,7 @@ def decode_sealed(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See :func:`sglang_diffxkv.kernels.decode.decode_sealed`."""
     kv = []
     for b in range(q.shape[0]):
@@ -136,7 +136,7 @@ def decode_open(
     slots: torch.Tensor,
     last_len: torch.Tensor,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See :func:`sglang_diffxkv.kernels.decode.decode_open`."""
     kv = []
     for b in range(q.shape[0]):

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The rotation of kernels/rotation.py: a normalised block Hadamard transform of one row.
+// The rotation of kernels/basis/rotation.py: a normalised block Hadamard transform of one row.
 #pragma once
 
 #include <cmath>

@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from sglang_diffxkv.kernels.decode.part import AttentionPart, merge
 from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout, TierFormat
+from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 
 LOG2_E = math.log2(math.e)
 
@@ -82,7 +82,7 @@ def _gather_tier(
 
 def _attend_rows(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, row: torch.Tensor, sm_scale: float
-) -> AttentionPart:
+) -> AttentionState:
     """Segmented attention: token t is attended by the whole group ``row[t]``.
 
     Args:
@@ -97,11 +97,11 @@ def _attend_rows(
     total = torch.zeros_like(top).index_add_(0, row, weights)
     out = torch.zeros_like(q).index_add_(0, row, weights.unsqueeze(-1) * values.unsqueeze(1))
     out = out / torch.where(total > 0, total, torch.ones_like(total)).unsqueeze(-1)
-    return AttentionPart(out, top + torch.log2(total))
+    return AttentionState(out, top + torch.log2(total))
 
 
-def _flatten(part: AttentionPart, q: torch.Tensor) -> AttentionPart:
-    return AttentionPart(part.out.reshape(q.shape), part.lse.reshape(q.shape[:2]))
+def _flatten(part: AttentionState, q: torch.Tensor) -> AttentionState:
+    return AttentionState(part.out.reshape(q.shape), part.lse.reshape(q.shape[:2]))
 
 
 def decode_sealed(
@@ -113,7 +113,7 @@ def decode_sealed(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See :func:`sglang_diffxkv.kernels.decode.decode_sealed`."""
     batch, kv_heads, device = q.shape[0], layout.num_kv_heads, q.device
     grouped = q.float().reshape(batch * kv_heads, -1, layout.head_dim)
@@ -137,7 +137,7 @@ def decode_sealed(
         at = record[entry, :1] + starts[entry] + step
         keys, values = _gather_tier(arena, frames, page[entry], at, tier, layout, q.dtype)
         parts.append(_attend_rows(grouped, keys, values, row[entry], sm_scale))
-    return _flatten(merge(*parts), q)
+    return _flatten(merge_states(*parts), q)
 
 
 def decode_open(
@@ -148,7 +148,7 @@ def decode_open(
     slots: torch.Tensor,
     last_len: torch.Tensor,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See :func:`sglang_diffxkv.kernels.decode.decode_open`."""
     batch, kv_heads, device = q.shape[0], k_raw.shape[2], q.device
     grouped = q.float().reshape(batch * kv_heads, -1, q.shape[2])

@@ -10,18 +10,17 @@ import triton
 
 from sglang_diffxkv.kernels.decode.attend import attend_item
 from sglang_diffxkv.kernels.decode.constants import attend_constants
-from sglang_diffxkv.kernels.decode.merge_kernels import merge_items, merge_two
-from sglang_diffxkv.kernels.decode.part import AttentionPart
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted, launch
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
+from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.merge.triton_kernels import merge_items
 
 LOG2_E = math.log2(math.e)
 BYTE_MASK = 0x00FF00FF
 _PAGES = 32
 _MERGE_PARTS = 4096
 """Elements of items that are merged at a time, so that they stay in registers."""
-_MERGE_ROWS = 16
 
 
 def attend(
@@ -39,7 +38,7 @@ def attend(
     has_sealed: bool = True,
     key_mean: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float32,
-) -> AttentionPart:
+) -> AttentionState:
     """Attention of every sequence's query over all its pages, of one layer.
 
     No host sync, and no shape that depends on data: fit for a CUDA graph.
@@ -114,7 +113,7 @@ def attend(
         maxnreg=constants.registers,
         **blocks,
     )
-    part = AttentionPart(
+    part = AttentionState(
         torch.empty(q.shape, dtype=dtype, device=q.device),
         torch.empty(q.shape[:2], dtype=torch.float32, device=q.device),
     )
@@ -143,31 +142,6 @@ def attend(
     return part
 
 
-def merge(a: AttentionPart, b: AttentionPart) -> AttentionPart:
-    """See :func:`sglang_diffxkv.kernels.decode.merge`; one pass over each of the two."""
-    rows, dim = a.lse.numel(), a.out.shape[-1]
-    merged = AttentionPart(
-        torch.empty(a.out.shape, dtype=torch.float32, device=a.out.device),
-        torch.empty(a.lse.shape, dtype=torch.float32, device=a.lse.device),
-    )
-    launch(
-        merge_two,
-        (triton.cdiv(rows, _MERGE_ROWS),),
-        out_a=a.out.contiguous(),
-        lse_a=a.lse.contiguous(),
-        out_b=b.out.contiguous(),
-        lse_b=b.lse.contiguous(),
-        out=merged.out,
-        lse=merged.lse,
-        rows=rows,
-        DIM=dim,
-        DIM_BLOCK=triton.next_power_of_2(dim),
-        ROWS=_MERGE_ROWS,
-        num_warps=4,
-    )
-    return merged
-
-
 def decode_sealed(
     q: torch.Tensor,
     arena: torch.Tensor,
@@ -177,7 +151,7 @@ def decode_sealed(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See :func:`sglang_diffxkv.kernels.decode.decode_sealed`."""
     count = indptr.diff()
     sequences = SequencePages(pages, indptr, count, None, count)
@@ -194,7 +168,7 @@ def decode_open(
     slots: torch.Tensor,
     last_len: torch.Tensor,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See :func:`sglang_diffxkv.kernels.decode.decode_open`."""
     slot_count, _, kv_heads, dim = k_raw.shape
     layout = make_layout(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of many new queries per sequence: over sealed pages, and over open (raw) pages.
 
-The two parts of a sequence are disjoint and are merged by `attention_part.merge`.
+The two parts of a sequence are disjoint and are merged by `merge.merge_states`.
 """
 
 from __future__ import annotations

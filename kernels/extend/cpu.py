@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, layout_words, threads
 from sglang_diffxkv.kernels.cpu.build import load_library
 from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.merge import AttentionState
 
 LOG2_E = math.log2(math.e)
 LIBRARY = "extend", (Path(__file__).with_name("cpu.cpp"),)
@@ -111,7 +111,7 @@ class Extend:
         tables: SealedTables | None,
         sm_scale: float,
         key_mean: torch.Tensor | None = None,
-    ) -> AttentionPart:
+    ) -> AttentionState:
         """Attention of one layer.
 
         Args:
@@ -143,7 +143,7 @@ class Extend:
             self._sealed.raw_dtype = query.dtype if raw is None else DTYPE_CODES[raw[0].dtype]
             turned = None if key_mean is None else rotate(key_mean).contiguous()
             self._sealed.key_mean = None if turned is None else turned.data_ptr()
-        part = AttentionPart(
+        part = AttentionState(
             torch.empty(q.shape, dtype=torch.float32), torch.empty(q.shape[:2], dtype=torch.float32)
         )
         lacking = self._extend(

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.merge import AttentionState
 
 LOG2_E = math.log2(math.e)
 
@@ -24,7 +24,7 @@ def attend_all(
     v: torch.Tensor,
     sm_scale: float,
     bias: torch.Tensor | None = None,
-) -> AttentionPart:
+) -> AttentionState:
     """Every query attends to every token.
 
     The queries of a GQA group are folded into one long query sequence of their KV head: K and V
@@ -42,16 +42,16 @@ def attend_all(
     mask = None if bias is None else bias[None, :, None]
     out, lse = _flash(folded, k[None], v[None], sm_scale, causal=False, mask=mask)
     out = out.reshape(h, hq // h, t, d).permute(2, 0, 1, 3).reshape(t, hq, d)
-    return AttentionPart(out.float(), lse.reshape(hq, t).T * LOG2_E)
+    return AttentionState(out.float(), lse.reshape(hq, t).T * LOG2_E)
 
 
 def attend_causal(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
-) -> AttentionPart:
+) -> AttentionState:
     """Query i attends to tokens 0 ... i; arguments as in `attend_all`, with L = T."""
     queries = q.to(k.dtype).transpose(0, 1)[None]
     out, lse = _flash(queries, k[None], v[None], sm_scale, causal=True, mask=None)
-    return AttentionPart(out[0].transpose(0, 1).float(), lse[0].T * LOG2_E)
+    return AttentionState(out[0].transpose(0, 1).float(), lse[0].T * LOG2_E)
 
 
 def _flash(

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.merge import AttentionState
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -121,10 +121,10 @@ def run(
     q: torch.Tensor,
     k_raw: torch.Tensor,
     v_raw: torch.Tensor,
-) -> AttentionPart:
+) -> AttentionState:
     """Attention of one layer, as planned; the output is rounded to q's dtype in between."""
     out, lse = wrapper.run(q, (k_raw, v_raw), return_lse=True)
-    return AttentionPart(out.float(), lse)
+    return AttentionState(out.float(), lse)
 
 
 def _plan(
@@ -187,7 +187,7 @@ def check(wrapper: BatchPrefillWithPagedKVCacheWrapper, shape: Shape) -> None:
         x.to(shape.device) for x in (q, torch.stack([k, v]), q_indptr, indptr, slots, last_len)
     )
     _plan(wrapper, new, q_indptr_, old[0], indptr_, slots_, last_len_, scale)
-    part = AttentionPart(*(x.double().cpu() for x in run(wrapper, new, old[0], old[1])))
+    part = AttentionState(*(x.double().cpu() for x in run(wrapper, new, old[0], old[1])))
     true = naive.extend_open(q, q_indptr, start, k, v, indptr, slots, position, scale)
     error = float((part.out - true.out).norm() / true.out.norm())
     lse_error = float((part.lse - true.lse).abs().max())

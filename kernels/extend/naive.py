@@ -7,8 +7,8 @@ import math
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.merge import AttentionState, empty_state
 from sglang_diffxkv.kernels.pack import unpack
 
 
@@ -33,9 +33,9 @@ def extend_sealed(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See `sealed.extend_sealed`."""
-    part = empty_part(q)
+    part = empty_state(q)
     group = q.shape[1] // layout.num_kv_heads
     for b in range(len(indptr) - 1):
         mine = pages[indptr[b] : indptr[b + 1]]
@@ -79,9 +79,9 @@ def extend_open(
     slots: torch.Tensor,
     page_position: torch.Tensor,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See `open.extend_open`."""
-    part = empty_part(q)
+    part = empty_state(q)
     group = q.shape[1] // k_raw.shape[2]
     for b in range(len(indptr) - 1):
         listed = slice(int(indptr[b]), int(indptr[b + 1]))

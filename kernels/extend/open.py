@@ -12,7 +12,6 @@ from bisect import bisect_left
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part, merge
 from sglang_diffxkv.kernels.extend import cpu
 from sglang_diffxkv.kernels.extend.dense import (
     attend_all,
@@ -22,6 +21,7 @@ from sglang_diffxkv.kernels.extend.dense import (
 from sglang_diffxkv.kernels.extend.lists import OpenList
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.merge import AttentionState, concat_states, empty_state, merge_states
 
 
 def extend_open(
@@ -34,7 +34,7 @@ def extend_open(
     slots: torch.Tensor,
     page_position: torch.Tensor,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """Causal attention of every query over the tokens of its sequence's open pages.
 
     Computed in fp32 on a CPU. Slots after a sequence's last query are not read into the
@@ -76,7 +76,7 @@ def extend_open(
         used = slots[listed][: -(-tokens // PAGE_TOKENS)].long()
         k, v = (heads_first(raw[used].flatten(0, 1)[:tokens]) for raw in (k_raw, v_raw))
         parts.append(_attend(mine, k, v, prior, sm_scale))
-    return concat_parts(parts) if parts else empty_part(q)
+    return concat_states(parts) if parts else empty_state(q)
 
 
 def _tokens_before(listed: list[int], start: int, new: int) -> int:
@@ -96,7 +96,7 @@ def _tokens_before(listed: list[int], start: int, new: int) -> int:
 
 def _attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, prior: int, sm_scale: float
-) -> AttentionPart:
+) -> AttentionState:
     """q [t, Hq, D] over k, v [H, L, D], of which ``prior`` tokens precede the first query."""
     t = len(q)
     if t == 1:
@@ -105,4 +105,4 @@ def _attend(
     part = attend_causal(q, k[:, new], v[:, new], sm_scale)
     if prior == 0:
         return part
-    return merge(attend_all(q, k[:, :prior], v[:, :prior], sm_scale), part)
+    return merge_states(attend_all(q, k[:, :prior], v[:, :prior], sm_scale), part)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.extend import cpu, flashinfer
 from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
 from sglang_diffxkv.kernels.extend.open import extend_open
@@ -21,8 +22,7 @@ from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
 from sglang_diffxkv.kernels.extend.sealed import extend_sealed
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.kernels.sealed_basis import from_sealed
+from sglang_diffxkv.kernels.merge import AttentionState, empty_state, merge_states
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -61,7 +61,7 @@ class OpenPrefill:
 
     def run(
         self, q: torch.Tensor, k_raw: torch.Tensor, v_raw: torch.Tensor, sm_scale: float
-    ) -> AttentionPart:
+    ) -> AttentionState:
         """Attention of one layer; arguments as in `extend_open`.
 
         The first layer plans for all. So does one whose scale differs from the last one's.
@@ -119,13 +119,13 @@ class SealedPrefill:
         heads: torch.Tensor,
         layout: PageLayout,
         sm_scale: float,
-    ) -> AttentionPart:
+    ) -> AttentionState:
         """Attention of one layer; arguments as in `extend_sealed`."""
         tables = arena, frames, heads
         if self._fused is not None:
             part = extend_sealed(q, self._q_indptr, *tables, *self._fused, layout, sm_scale)
         else:
-            part = empty_part(q)
+            part = empty_state(q)
         if self._unpacked is not None:
             from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked  # needs Triton
 
@@ -171,7 +171,7 @@ class Prefill:
         tables: SealedTables,
         key_mean: torch.Tensor,
         sm_scale: float,
-    ) -> AttentionPart:
+    ) -> AttentionState:
         """Attention of one layer.
 
         Args:
@@ -188,9 +188,9 @@ class Prefill:
         if self._sealed is None:
             return part
         if not rotates:
-            return merge(part, self._sealed.run(q, *tables, sm_scale))
+            return merge_states(part, self._sealed.run(q, *tables, sm_scale))
         sealed = self._sealed.run(rotate(q.float()), *tables, sm_scale)
-        return merge(part, from_sealed(sealed, q, key_mean, sm_scale))
+        return merge_states(part, from_sealed(sealed, q, key_mean, sm_scale))
 
 
 def _select(sealed: PageList, chosen: torch.Tensor, most: int) -> PageList:

@@ -63,7 +63,7 @@ class QueryTile {
         }
     }
 
-    // Back from the basis of sealed pages (kernels/sealed_basis.py), in which the queries still are,
+    // Back from the basis of sealed pages (kernels/basis/sealed.py), in which the queries still are,
     // and the mean.
     void leave_sealed(const float* key_mean) {
         for (int64_t r = 0; r < rows_.count; r += kLanes) {
@@ -137,7 +137,7 @@ class QueryTile {
         }
     }
 
-    // Block Hadamard transform over head_dim of kLanes columns: `rotate` of kernels/rotation.py.
+    // Block Hadamard transform over head_dim of kLanes columns: `rotate` of kernels/basis/rotation.py.
     void rotate(float* q) {
         const int64_t block = in_.dim & -in_.dim;
         const float scale = 1.f / std::sqrt(static_cast<float>(block));

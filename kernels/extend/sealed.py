@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart, concat_parts, empty_part, merge
 from sglang_diffxkv.kernels.extend import cpu
 from sglang_diffxkv.kernels.extend.dense import attend_all
 from sglang_diffxkv.kernels.extend.lists import PageList, SealedTables
 from sglang_diffxkv.kernels.gpu.device import on_gpu
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.pack import head_counts, unpack_into
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
+from sglang_diffxkv.kernels.merge import AttentionState, concat_states, empty_state, merge_states
+from sglang_diffxkv.kernels.pack import unpack_into
 
 BLOCK_BYTES = 64 << 20
 """Most bytes of dequantised keys and values that exist at one time."""
@@ -31,7 +31,7 @@ def extend_sealed(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """Attention of every query over all kept tokens of its sequence's sealed pages.
 
     The pages lie before every query, so there is no causal mask. Computed in fp32; on a GPU with
@@ -68,9 +68,11 @@ def extend_sealed(
         blocks = pages[bounds[b] : bounds[b + 1]].split(block_pages)
         part = _attend_block(mine, arena, frames, heads, blocks[0], layout, sm_scale)
         for block in blocks[1:]:
-            part = merge(part, _attend_block(mine, arena, frames, heads, block, layout, sm_scale))
+            part = merge_states(
+                part, _attend_block(mine, arena, frames, heads, block, layout, sm_scale)
+            )
         parts.append(part)
-    return concat_parts(parts) if parts else empty_part(q)
+    return concat_states(parts) if parts else empty_state(q)
 
 
 def _attend_block(
@@ -81,19 +83,19 @@ def _attend_block(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """Attention of q [t, Hq, D] over these pages, the kept tokens of a head side by side.
 
     Pruned tokens thus cost nothing; heads with fewer tokens than the fullest are masked at the end.
     """
     if len(q) == 0 or len(pages) == 0:
-        return empty_part(q)
+        return empty_state(q)
     n_high, n_low = head_counts(heads[pages])
     counts = n_high + n_low
     totals = counts.sum(0)
     length = int(totals.max())
     if length == 0:
-        return empty_part(q)
+        return empty_state(q)
     h = layout.num_kv_heads
     k, v = arena.new_zeros((2, h, length, layout.head_dim), dtype=torch.float32)
     first = counts.cumsum(0) - counts + torch.arange(0, h * length, length)
@@ -104,4 +106,4 @@ def _attend_block(
     part = attend_all(q, k, v, sm_scale, bias)
     # torch's kernel reports LSE 0 for a head without tokens.
     empty = (totals == 0).repeat_interleave(q.shape[1] // h)
-    return AttentionPart(part.out, part.lse.masked_fill(empty, -torch.inf))
+    return AttentionState(part.out, part.lse.masked_fill(empty, -torch.inf))

@@ -9,14 +9,14 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.extend.dense import LOG2_E
-from sglang_diffxkv.kernels.extend.merge_kernels import merge_splits
 from sglang_diffxkv.kernels.extend.open_kernel import open_kernel
 from sglang_diffxkv.kernels.extend.sealed_kernel import sealed_kernel
 from sglang_diffxkv.kernels.gpu.device import compute_capability, multiprocessors
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.merge.split_kernels import merge_splits
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 BYTE_MASK = 0x00FF00FF
@@ -91,7 +91,7 @@ def extend_sealed(
     pages: torch.Tensor,
     layout: PageLayout,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See `sealed.extend_sealed`; heads is contiguous, and so are the rows of frames."""
     kv_heads, dim = layout.num_kv_heads, layout.head_dim
     group = q.shape[1] // kv_heads
@@ -143,7 +143,7 @@ def extend_sealed(
     return part
 
 
-def launch_merge(splits: AttentionPart, part: AttentionPart, *, onto: bool) -> None:
+def launch_merge(splits: AttentionState, part: AttentionState, *, onto: bool) -> None:
     """Merge parts of the same queries into one.
 
     Args:
@@ -189,7 +189,7 @@ def extend_open(
     slots: torch.Tensor,
     page_position: torch.Tensor,
     sm_scale: float,
-) -> AttentionPart:
+) -> AttentionState:
     """See `open.extend_open`; pages of new tokens that are not listed are not noticed."""
     kv_heads, dim = k_raw.shape[2:]
     group = q.shape[1] // kv_heads
@@ -227,8 +227,8 @@ def extend_open(
     return part
 
 
-def unwritten_part(q: torch.Tensor) -> AttentionPart:
-    return AttentionPart(
+def unwritten_part(q: torch.Tensor) -> AttentionState:
+    return AttentionState(
         torch.empty(q.shape, dtype=torch.float32, device=q.device),
         torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device),
     )

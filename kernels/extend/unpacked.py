@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 import triton
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
 from sglang_diffxkv.kernels.extend.dense import LOG2_E
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
 from sglang_diffxkv.kernels.extend.triton import (
@@ -28,6 +27,7 @@ from sglang_diffxkv.kernels.extend.unpacked_kernels import starts_kernel, unpack
 from sglang_diffxkv.kernels.gpu.device import compute_capability, multiprocessors
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted, launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pack.triton import unpack_into
 
 START_PAGES = 512
@@ -65,7 +65,7 @@ def unpacked_tile(dim: int, dtype: torch.dtype, device: torch.device) -> Tile:
 
 
 def extend_unpacked(
-    part: AttentionPart,
+    part: AttentionState,
     q: torch.Tensor,
     q_indptr: torch.Tensor,
     arena: torch.Tensor,
@@ -118,7 +118,7 @@ def count_rows(
 
 
 def _attend(
-    part: AttentionPart,
+    part: AttentionState,
     q: torch.Tensor,
     q_indptr: torch.Tensor,
     indptr: torch.Tensor,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton: the rotation of `kernels.rotation`, before it is normalised."""
+"""Triton: the rotation of `kernels.basis.rotation`, before it is normalised."""
 
 from __future__ import annotations
 

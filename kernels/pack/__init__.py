@@ -9,21 +9,12 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.gpu.device import on_gpu
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, Payload, head_counts
 from sglang_diffxkv.kernels.pack import cpu, torch_ops
-from sglang_diffxkv.kernels.pack.importance import decode_importance, encode_importance
-from sglang_diffxkv.kernels.pack.measure import Measured, head_counts, measure
-from sglang_diffxkv.kernels.pack.payload import Payload
 
 __all__ = [
-    "Measured",
-    "Payload",
     "Unpacked",
     "copy_rows",
-    "decode_importance",
-    "encode_importance",
-    "head_counts",
-    "measure",
     "pack",
     "unpack",
     "unpack_into",

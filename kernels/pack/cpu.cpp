@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Writing and reading sealed payload. The bytes equal those of naive.py; kernels/layout.py has the
+// Writing and reading sealed payload. The bytes equal those of naive.py; kernels/layout/page.py has the
 // format. One work item is one head of one page. Strides are in elements.
 #include <cstring>
 #include <vector>

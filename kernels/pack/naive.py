@@ -17,7 +17,7 @@ from sglang_diffxkv.kernels.layout import (
     PageLayout,
     TierFormat,
 )
-from sglang_diffxkv.kernels.pack.payload import Payload
+from sglang_diffxkv.kernels.layout.payload import Payload
 from sglang_diffxkv.kernels.pack.quantize import CLIP, FP16_MAX
 
 

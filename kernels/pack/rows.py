@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES, PageLayout
-from sglang_diffxkv.kernels.pack.measure import head_counts, section_tensors
+from sglang_diffxkv.kernels.layout.measure import head_counts, section_tensors
 
 
 @dataclass(frozen=True)

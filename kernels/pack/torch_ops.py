@@ -6,8 +6,8 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.layout import HIGH, LOW, META_BYTES, NOTE_BYTES, PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.pack.measure import head_counts
-from sglang_diffxkv.kernels.pack.payload import Payload
+from sglang_diffxkv.kernels.layout.measure import head_counts
+from sglang_diffxkv.kernels.layout.payload import Payload
 from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
 from sglang_diffxkv.kernels.pack.rows import TierRows, locate_rows, row_index
 

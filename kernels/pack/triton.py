@@ -12,7 +12,7 @@ import triton
 
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.pack.payload import Payload
+from sglang_diffxkv.kernels.layout.payload import Payload
 from sglang_diffxkv.kernels.pack.triton_kernels import copy_kernel, pack_kernel, unpack_kernel
 
 TILE = 4096

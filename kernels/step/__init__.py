@@ -62,9 +62,9 @@ def begin_decode(
 ) -> StepPages:
     """Look up the pages of a decode batch, and note that they are about to be used.
 
-    Does what ``pool.batch.gather_pages``, `note_use` and `count_scores` do, with shapes that depend
-    on the batch size only: no host sync, fit for a CUDA graph. On a CPU this is the reference;
-    servers use ``cpu.StepKernel``, which keeps what stays from step to step.
+    Does what `gather_pages`, `note_use` and `count_scores` of ``attention`` do, with shapes
+    that depend on the batch size only: no host sync, fit for a CUDA graph. On a CPU this is the
+    reference; servers use ``cpu.StepKernel``, which keeps what stays from step to step.
 
     Args:
         req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.

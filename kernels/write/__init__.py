@@ -20,7 +20,7 @@ def write_tokens(
     k_raw: torch.Tensor,
     v_raw: torch.Tensor,
 ) -> torch.Tensor:
-    """Write K and V, and rotate the queries (`kernels.rotation`): one launch on a GPU.
+    """Write K and V, and rotate the queries (`kernels.basis.rotation`): one launch on a GPU.
 
     Args:
         q: [T, Hq, D]. k, v: [T, H, D]. Tokens may be strided, what belongs to one is contiguous.

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.basis.rotation import rotate
 
 
 def write_tokens(

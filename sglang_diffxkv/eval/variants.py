@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig, Tiers
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, TierFormat, make_layout
-from sglang_diffxkv.policy.caps import full_bytes
+from sglang_diffxkv.policy.budgeting.caps import full_bytes
 from sglang_diffxkv.policy.registry import policy_class
 
 

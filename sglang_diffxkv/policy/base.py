@@ -10,7 +10,7 @@ import torch
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, PageLayout, TierFormat
-from sglang_diffxkv.policy.caps import fit, full_bytes, never_exceeds
+from sglang_diffxkv.policy.budgeting.caps import fit, full_bytes, never_exceeds
 from sglang_diffxkv.policy.scoring import SampledQueries, sample_queries
 
 
@@ -90,7 +90,7 @@ class TierPolicy(ABC):
     """Whether sealed pages may be demoted under memory pressure."""
 
     key_means: torch.Tensor | None = None
-    """float32 [L, H, D] that sealed keys lack (`kernels.sealed_basis`): of an earlier run, or None;
+    """float32 [L, H, D] that sealed keys lack (`kernels.basis.sealed`): of an earlier run, or None;
     once there is a page store, its own."""
 
     def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:

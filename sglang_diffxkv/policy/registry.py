@@ -7,13 +7,13 @@ from importlib.metadata import EntryPoint, entry_points
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import make_layout
 from sglang_diffxkv.policy.base import TierPolicy
-from sglang_diffxkv.policy.diffkv import DiffKVPolicy
-from sglang_diffxkv.policy.diffxkv import DiffXKVPolicy
-from sglang_diffxkv.policy.lossless import LosslessPolicy
-from sglang_diffxkv.policy.snapkv import SnapKVPolicy
-from sglang_diffxkv.policy.streaming import StreamingPolicy
-from sglang_diffxkv.policy.uniform import UniformPolicy
-from sglang_diffxkv.policy.xkv import XKVPolicy
+from sglang_diffxkv.policy.methods.diffkv import DiffKVPolicy
+from sglang_diffxkv.policy.methods.diffxkv import DiffXKVPolicy
+from sglang_diffxkv.policy.methods.lossless import LosslessPolicy
+from sglang_diffxkv.policy.methods.snapkv import SnapKVPolicy
+from sglang_diffxkv.policy.methods.streaming import StreamingPolicy
+from sglang_diffxkv.policy.methods.uniform import UniformPolicy
+from sglang_diffxkv.policy.methods.xkv import XKVPolicy
 
 POLICIES: dict[str, type[TierPolicy]] = {
     policy.name: policy

@@ -7,7 +7,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import HIGH, LOW
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
-from sglang_diffxkv.policy.target import low_utility
+from sglang_diffxkv.policy.budgeting.target import low_utility
 
 
 class RetentionMeter:

@@ -7,15 +7,16 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS
-from sglang_diffxkv.kernels.pack import (
+from sglang_diffxkv.kernels.layout import (
+    HIGH,
+    LOW,
+    PAGE_TOKENS,
     Payload,
-    copy_rows,
     decode_importance,
     head_counts,
     measure,
-    unpack,
 )
+from sglang_diffxkv.kernels.pack import copy_rows, unpack
 from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.payload import GradedTokens, write_payload

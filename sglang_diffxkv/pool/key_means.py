@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Means that sealed keys lack (`kernels.sealed_basis`): set once, before anything is sealed.
+"""Means that sealed keys lack (`kernels.basis.sealed`): set once, before anything is sealed.
 
 Keys lie far from zero in some channels, most of all in models with biases on them, and all in the
 same direction: what tells tokens apart is then a small part of the range that codes must cover. Any

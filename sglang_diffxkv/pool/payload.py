@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import to_sealed_keys
 from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.kernels.pack import pack
-from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.kernels.sealed_basis import to_sealed_keys
 from sglang_diffxkv.pool.raw_pages import RawPages
 
 
@@ -64,7 +64,7 @@ def write_payload(
 
     Args:
         rows: int64 [S], which page of ``tokens.keys`` and ``values`` each is.
-        heads: int32 [S, H, 2], from ``kernels.pack.measure``.
+        heads: int32 [S, H, 2], from ``kernels.layout.measure``.
         arena: uint8 [F, frame_bytes], written.
     """
     pack(

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_diffxkv.kernels.layout import PRUNED
-from sglang_diffxkv.kernels.pack import encode_importance, measure
+from sglang_diffxkv.kernels.layout import PRUNED, encode_importance, measure
 from sglang_diffxkv.policy.base import SealContext
 from sglang_diffxkv.pool.payload import GradedTokens, rows_to_seal, write_payload
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.gpu.transfer import Download
-from sglang_diffxkv.kernels.pack import head_counts
+from sglang_diffxkv.kernels.layout import head_counts
 from sglang_diffxkv.policy.quality import Quality
 
 

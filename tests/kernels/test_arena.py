@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels.arena import naive, stack_ids, torch_ops, triton
-from tests.kernels.device import DEVICE
+from tests.support.device import DEVICE
 
 IMPLEMENTATIONS = [naive, torch_ops, triton]
 

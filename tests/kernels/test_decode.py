@@ -14,9 +14,11 @@ import torch
 
 from sglang_diffxkv.kernels import decode
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
-from sglang_diffxkv.kernels.decode import AttentionPart, cpu, naive
+from sglang_diffxkv.kernels.decode import cpu, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PRUNED
-from tests.kernels.builders import (
+from sglang_diffxkv.kernels.merge import AttentionState, merge_states
+from sglang_diffxkv.kernels.merge import triton as merge_triton
+from tests.support.builders import (
     SealedArena,
     build_sealed,
     error_norm,
@@ -24,7 +26,7 @@ from tests.kernels.builders import (
     page_lists,
     random_tiers,
 )
-from tests.kernels.device import DEVICE
+from tests.support.device import DEVICE
 
 IMPLEMENTATIONS = ["naive", "none", *available_isas(), "triton"]
 """naive.py, the torch fallback (instruction set "none"), each compiled variant, and the GPU's."""
@@ -70,17 +72,17 @@ def implementation(name: str) -> Any:
     return naive if name == "naive" else decode
 
 
-def run(name: str, function: str, case: Case) -> AttentionPart:
+def run(name: str, function: str, case: Case) -> AttentionState:
     """Call a decode function where its implementation runs."""
     device = DEVICE if name == "triton" else torch.device("cpu")
     args = (x.to(device) if isinstance(x, torch.Tensor) else x for x in case.args)
     part = getattr(implementation(name), function)(*args)
-    return AttentionPart(part.out.cpu(), part.lse.cpu())
+    return AttentionState(part.out.cpu(), part.lse.cpu())
 
 
 def dense_reference(
     q: torch.Tensor, kv: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], sm_scale: float
-) -> AttentionPart:
+) -> AttentionState:
     """Attention of q [B, Hq, D] over kv[b] = keys, values [T, H, D] and a mask [T, H]."""
     parts = []
     for b, (keys, values, kept) in enumerate(kv):
@@ -92,10 +94,10 @@ def dense_reference(
         lse = torch.logsumexp(scores, 1) if len(keys) else torch.full((q.shape[1],), -math.inf)
         weights = torch.where(mask, torch.exp(scores - lse.unsqueeze(1)), 0)
         parts.append((torch.einsum("ht,thd->hd", weights, values), lse * math.log2(math.e)))
-    return AttentionPart(torch.stack([o for o, _ in parts]), torch.stack([x for _, x in parts]))
+    return AttentionState(torch.stack([o for o, _ in parts]), torch.stack([x for _, x in parts]))
 
 
-def check(actual: AttentionPart, expected: AttentionPart, tolerance: float) -> None:
+def check(actual: AttentionState, expected: AttentionState, tolerance: float) -> None:
     empty = torch.isinf(expected.lse)
     assert actual.out.dtype == actual.lse.dtype == torch.float32
     assert torch.equal(torch.isneginf(actual.lse), empty)
@@ -109,7 +111,7 @@ class Case(NamedTuple):
     """Positional arguments of a decode function and what it must return."""
 
     args: tuple[Any, ...]
-    expected: AttentionPart
+    expected: AttentionState
 
 
 @functools.cache
@@ -255,7 +257,7 @@ def test_concurrent_callers_share_the_pool(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
 def test_merge_matches_attention_over_all(name: str) -> None:
-    merge = implementation("triton").merge if name == "triton" else decode.merge
+    merge = merge_triton.merge_states if name == "triton" else merge_states
     gen = torch.Generator().manual_seed(6)
     device = DEVICE if name == "triton" else torch.device("cpu")
     q = torch.randn(3, 4, 64, generator=gen)
@@ -263,9 +265,9 @@ def test_merge_matches_attention_over_all(name: str) -> None:
     first = (torch.arange(100) < 37).unsqueeze(1).expand(-1, 2)
     whole, none = torch.ones_like(first), torch.zeros_like(first)
 
-    def part(*masks: torch.Tensor) -> AttentionPart:
+    def part(*masks: torch.Tensor) -> AttentionState:
         parts = dense_reference(q, [(keys, values, mask) for mask in masks], 0.125)
-        return AttentionPart(parts.out.float().to(device), parts.lse.float().to(device))
+        return AttentionState(parts.out.float().to(device), parts.lse.float().to(device))
 
     merged = merge(part(first, whole, none), part(~first, none, whole))
     check(merged, part(whole, whole, whole), 1e-6)
@@ -275,7 +277,7 @@ def test_merge_matches_attention_over_all(name: str) -> None:
 
 def test_rows_of_large_arenas() -> None:
     """Numbers of rows beyond 2 ** 31, which the arena of no test has."""
-    from tests.kernels.rows import arena_rows
+    from tests.support.rows import arena_rows
 
     frames = torch.tensor([[40_000_000, 70_000_000, 3]], dtype=torch.int32)
     for row_bytes in (8, 16, 32, 64, 128):

@@ -8,15 +8,15 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.attention_part import merge
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
-from sglang_diffxkv.kernels.decode import AttentionPart, layer, naive
+from sglang_diffxkv.kernels.decode import AttentionState, layer, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.merge import merge_states
 from sglang_diffxkv.kernels.score import naive as score_naive
-from sglang_diffxkv.kernels.sealed_basis import from_sealed
 from sglang_diffxkv.kernels.step import StepPages
-from tests.kernels.builders import build_sealed, error_norm, layout_of, random_tiers
+from tests.support.builders import build_sealed, error_norm, layout_of, random_tiers
 
 KV_HEADS, LAYERS = 2, 2
 LENGTHS = [130, 1, 64, 777, 65]
@@ -93,7 +93,7 @@ def make_case(layout: PageLayout, group: int, dtype: torch.dtype, scores: bool) 
     return Case(tables, pages, q, k, v)
 
 
-def reference(case: Case, index: int, sm_scale: float) -> AttentionPart:
+def reference(case: Case, index: int, sm_scale: float) -> AttentionState:
     """The same in float64, on the raw pages as they are; scores are added, too."""
     tables, pages, layout = case.tables, case.pages, case.tables.layout
     places = torch.arange(pages.table.shape[1])
@@ -111,7 +111,7 @@ def reference(case: Case, index: int, sm_scale: float) -> AttentionPart:
     sealed = naive.decode_sealed(q, *where, layout, sm_scale)
     if layout.rotates:
         sealed = from_sealed(sealed, case.q, tables.key_means[index], sm_scale)
-    part = merge(opened, sealed)
+    part = merge_states(opened, sealed)
     if tables.scores is not None:
         args = (pages.lengths, keys, pages.table, tables.raw_slot, tables.scores[index])
         score_naive.score_decode(case.q, part.lse, *args, sm_scale)

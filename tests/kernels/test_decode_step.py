@@ -6,17 +6,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.attention_part import merge
+from sglang_diffxkv.attention.device_decode import DeviceDecode
+from sglang_diffxkv.attention.full_pages import FullPages
+from sglang_diffxkv.attention.metadata import count_scores, decode_queries, gather_pages, note_use
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.merge import merge_states
 from sglang_diffxkv.kernels.score import score_open
-from sglang_diffxkv.kernels.sealed_basis import from_sealed
-from sglang_diffxkv.pool.batch import count_scores, decode_queries, gather_pages, note_use
-from sglang_diffxkv.pool.decode_step import DeviceDecode
-from sglang_diffxkv.pool.full_pages import FullPages
 from sglang_diffxkv.pool.store import PageStore
-from tests.kernels.builders import error_norm
+from tests.support.builders import error_norm
 from tests.unit.test_store import DIM, HEADS, LAYERS, make_store
 
 WINDOW, GROUP, SCALE = 64, 4, 0.125
@@ -68,7 +68,7 @@ class World:
         found = decode_sealed(q_sealed, *sealed, pages.sealed, store.layout, SCALE)
         if store.layout.rotates:
             found = from_sealed(found, q, store.key_means.by_layer[layer], SCALE)
-        part = merge(part, found)
+        part = merge_states(part, found)
         if store.policy.needs_scores:
             scoring = decode_queries(self.lens)
             lse = part.lse - scoring.log2_seen

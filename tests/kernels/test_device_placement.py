@@ -13,20 +13,20 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_diffxkv.gpu_backend import GPUBackend
+from sglang_diffxkv.attention.device_backend import GPUBackend
+from sglang_diffxkv.attention.device_decode import DeviceDecode
+from sglang_diffxkv.attention.full_pages import FullPages
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_stats
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.decode_step import DeviceDecode
-from sglang_diffxkv.pool.full_pages import FullPages
 from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStore
-from tests.kernels.fake_device import DEVICE, Event, fake_device
-from tests.unit.pages import running
-from tests.unit.policies import config_of
+from tests.support.fake_device import DEVICE, Event, fake_device
+from tests.support.pages import running
+from tests.support.policies import config_of
 from tests.unit.test_allocator import PrefixCache
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device does notice")

@@ -12,17 +12,17 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels import extend as ops
-from sglang_diffxkv.kernels.attention_part import AttentionPart, empty_part, merge
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.cpu import build
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.extend import cpu, naive, sealed, triton
 from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PAGE_TOKENS, PRUNED, make_layout
+from sglang_diffxkv.kernels.merge import AttentionState, empty_state, merge_states
 from sglang_diffxkv.kernels.pack import pack
-from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.kernels.sealed_basis import from_sealed
-from tests.kernels.device import DEVICE
-from tests.kernels.sealed import random_tiers, seal
+from tests.support.device import DEVICE
+from tests.support.sealed import random_tiers, seal
 
 IMPLEMENTATIONS = ["none", *available_isas(), "triton"]
 """The torch fallback (instruction set "none"), each compiled variant, and the GPU's."""
@@ -58,9 +58,9 @@ def on_device(implementation: ModuleType, args: tuple[Any, ...]) -> tuple[Any, .
     return tuple(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args)
 
 
-def assert_close(part: AttentionPart, expected: AttentionPart, tolerance: float) -> None:
+def assert_close(part: AttentionState, expected: AttentionState, tolerance: float) -> None:
     """Within ``tolerance`` of the norm, LSEs within ten times as much or 1e-3."""
-    part = AttentionPart(*(x.cpu() for x in part))
+    part = AttentionState(*(x.cpu() for x in part))
     assert part.out.dtype == part.lse.dtype == torch.float32
     assert part.out.shape == expected.out.shape and part.lse.shape == expected.lse.shape
     empty = expected.lse == -torch.inf
@@ -308,16 +308,16 @@ def test_merge_of_parts_equals_the_whole() -> None:
     q, k, v = torch.randn(7, 2, 64), torch.randn(90, 64), torch.randn(90, 64)
     ends = [0, 1, 1, 40, 90]
     parts = [part_over(q, k[a:b], v[a:b]) for a, b in pairwise(ends)]
-    merged = empty_part(q)
+    merged = empty_state(q)
     for part in parts:
-        merged = merge(merged, part)
+        merged = merge_states(merged, part)
     assert_close(merged, part_over(q, k, v), 1e-6)
-    nothing = merge(empty_part(q), empty_part(q))
+    nothing = merge_states(empty_state(q), empty_state(q))
     assert (nothing.lse == -torch.inf).all() and (nothing.out == 0).all()
 
 
-def part_over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionPart:
-    part = empty_part(q)
+def part_over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionState:
+    part = empty_state(q)
     for t in range(len(q)):
         for h in range(q.shape[1]):
             part.out[t, h], part.lse[t, h] = naive.attend_one(q[t, h], k, v, 0.2)
@@ -377,6 +377,6 @@ def test_one_pass_over_sealed_and_open_pages(
     if layout.rotates:
         sealed = from_sealed(sealed, q, mean, 0.1)
     opened = naive.extend_open(q, queries, q_position, k, v, *open_list[1:], 0.1)
-    expected = merge(sealed, opened)
+    expected = merge_states(sealed, opened)
     assert_close(part, expected, 3e-6)
     assert_close(step.run(q, k, v, tables, mean, 0.1), part, 1e-6)

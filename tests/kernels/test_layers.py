@@ -8,7 +8,7 @@ import torch
 
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.layers import LayerKernels, kernels, naive
-from tests.kernels.builders import error_norm
+from tests.support.builders import error_norm
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}

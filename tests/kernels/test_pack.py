@@ -25,9 +25,9 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.kernels.pack import cpu, naive, torch_ops, triton
 from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
-from tests.kernels import builders
-from tests.kernels.device import DEVICE
-from tests.kernels.sealed import Sealed, random_tiers, seal
+from tests.support import builders
+from tests.support.device import DEVICE
+from tests.support.sealed import Sealed, random_tiers, seal
 
 CPP = [f"cpp {isa}" for isa in available_isas()]
 PAIRS = [("K8V4", "K4V2"), ("raw", "K8V8"), ("K4V4", "K2V2"), ("K4V8", "K8V4"), ("raw", "raw")]

@@ -11,8 +11,8 @@ import torch
 from sglang_diffxkv.kernels.decode import plan as planning
 from sglang_diffxkv.kernels.decode.plan import KINDS, SequencePages, plan_decode
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from tests.kernels.builders import layout_of
-from tests.kernels.device import DEVICE
+from tests.support.builders import layout_of
+from tests.support.device import DEVICE
 
 LAYERS, PAGES = 2, 90
 

@@ -15,15 +15,15 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import Schedul
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
 from sglang_diffxkv.patches.capacity import _get_token_info
-from sglang_diffxkv.policy.diffxkv import DiffXKVPolicy
-from sglang_diffxkv.policy.learner import CHECK_PAGES
-from sglang_diffxkv.policy.plan import Plan, solve_plan
+from sglang_diffxkv.policy.budgeting.learner import CHECK_PAGES
+from sglang_diffxkv.policy.budgeting.plan import Plan, solve_plan
+from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
+from sglang_diffxkv.policy.methods.diffxkv import DiffXKVPolicy
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.policy.sketch import ImportanceSketch
 from sglang_diffxkv.pool.store import PageStateError, PageStore
-from tests.kernels.fake_device import DEVICE, fake_device, waits
 from tests.kernels.test_device_placement import HEADS, LAYERS, Server
-from tests.unit.pages import running
+from tests.support.fake_device import DEVICE, fake_device, waits
+from tests.support.pages import running
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has its own tools")
 

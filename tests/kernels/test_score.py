@@ -14,8 +14,8 @@ from sglang_diffxkv.kernels import score
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.score import cpu, naive, triton
-from tests.kernels.builders import error_norm
-from tests.kernels.device import DEVICE
+from tests.support.builders import error_norm
+from tests.support.device import DEVICE
 
 KV_HEADS = 2
 

@@ -11,7 +11,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.step import PageNotes, StepPages, cpu, naive, triton
-from tests.kernels.device import DEVICE
+from tests.support.device import DEVICE
 
 PAGES = 120
 POISON = -77

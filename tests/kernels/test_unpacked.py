@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart, merge
 from sglang_diffxkv.kernels.extend import naive, prefill, scratch, triton, unpacked
 from sglang_diffxkv.kernels.extend.prefill import PageList, SealedPrefill
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, make_scratch, scratch_bytes
@@ -21,12 +20,13 @@ from sglang_diffxkv.kernels.layout import (
     PageLayout,
     make_layout,
 )
+from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pack import pack
-from tests.kernels.device import DEVICE
-from tests.kernels.fake_device import DEVICE as FAKE
-from tests.kernels.fake_device import fake_device, waits
-from tests.kernels.sealed import Sealed, random_tiers, seal
 from tests.kernels.test_extend import assert_close, indptr, one_thread
+from tests.support.device import DEVICE
+from tests.support.fake_device import DEVICE as FAKE
+from tests.support.fake_device import fake_device, waits
+from tests.support.sealed import Sealed, random_tiers, seal
 
 __all__ = ["one_thread"]
 
@@ -64,9 +64,9 @@ def small_scratch(
     return made
 
 
-def random_part(t: int, heads: int, dim: int) -> AttentionPart:
+def random_part(t: int, heads: int, dim: int) -> AttentionState:
     """Attention over other tokens; over none for one of the queries."""
-    part = AttentionPart(torch.randn(t, heads, dim), 3 * torch.randn(t, heads))
+    part = AttentionState(torch.randn(t, heads, dim), 3 * torch.randn(t, heads))
     part.out[0], part.lse[0] = 0, -torch.inf
     return part
 
@@ -91,8 +91,8 @@ def check(
         data.layout,
         q.shape[2] ** -0.5,
     )
-    expected = merge(before, naive.extend_sealed(*args))
-    part = AttentionPart(*(x.to(DEVICE, copy=True) for x in before))
+    expected = merge_states(before, naive.extend_sealed(*args))
+    part = AttentionState(*(x.to(DEVICE, copy=True) for x in before))
     moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args)
     unpacked.extend_unpacked(part, *moved, room)
     assert_close(part, expected, tolerance)
@@ -177,8 +177,8 @@ def test_scores_far_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     room = small_scratch(layout, torch.bfloat16, 4, monkeypatch)
     # Exponents of hundreds leave the weights fewer exact bits.
     args = (q, indptr(5), data.arena, data.frames, data.heads, *lists, layout, 0.1)
-    part = naive.empty_part(q)
-    part = AttentionPart(*(x.to(DEVICE) for x in part))
+    part = naive.empty_state(q)
+    part = AttentionState(*(x.to(DEVICE) for x in part))
     moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args)
     unpacked.extend_unpacked(part, *moved, room)
     expected = naive.extend_sealed(*args)
@@ -222,7 +222,7 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
     queries = indptr(*new)
     before = random_part(*q.shape)
     args = (q, queries, data.arena, data.frames, data.heads, *lists, layout, 0.1)
-    expected = merge(before, naive.extend_sealed(*args))
+    expected = merge_states(before, naive.extend_sealed(*args))
     monkeypatch.setattr(scratch, "MOST_TOKENS", 3 * PAGE_TOKENS)
     called = []
     for module, name in ((prefill, "extend_sealed"), (unpacked, "extend_unpacked")):
@@ -240,9 +240,9 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
         with waits() as waited:
             step = SealedPrefill(*mine, pages, new, PREFIX, room)
             found = step.run(*here(q, data.arena, data.frames, data.heads), layout, 0.1)
-            part = merge(AttentionPart(*here(*before)), found)
+            part = merge_states(AttentionState(*here(*before)), found)
             assert waited == []
-        part = AttentionPart(*(x.cpu() for x in part))
+        part = AttentionState(*(x.cpu() for x in part))
     assert_close(part, expected, 1e-3)
     ways = [["extend_sealed", "extend_unpacked"], ["extend_unpacked"], ["extend_sealed"]]
     assert called == ways[[NEW, [64] * 5].index(new) if new in (NEW, [64] * 5) else 2]

@@ -8,11 +8,11 @@ import math
 import pytest
 import torch
 
+from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.kernels.write import triton
-from tests.kernels.builders import error_norm
-from tests.kernels.device import DEVICE
+from tests.support.builders import error_norm
+from tests.support.device import DEVICE
 
 SHAPES = [(1, 1, 16), (4, 1, 128), (32, 8, 128), (14, 2, 64), (5, 5, 80), (3, 3, 96), (16, 8, 256)]
 

@@ -10,8 +10,8 @@ import pytest
 
 from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.models.prepare import prepare
-from tests.server.harness import Server
-from tests.server.workload import assert_healthy
+from tests.support.harness import Server
+from tests.support.workload import assert_healthy
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.server.harness import Server
-from tests.server.kv_events import CacheMirror
-from tests.server.workload import assert_healthy, mixed_prompts, quality, random_tokens
+from tests.support.harness import Server
+from tests.support.kv_events import CacheMirror
+from tests.support.workload import assert_healthy, mixed_prompts, quality, random_tokens
 
 SCHEMA = {
     "type": "object",

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sglang_diffxkv.cli import main
-from tests.server.harness import Server
-from tests.server.workload import assert_healthy
+from tests.support.harness import Server
+from tests.support.workload import assert_healthy
 
 TARGET = 0.95
 GENERATED = 8192

@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 import requests
 
-from tests.server.harness import Server
-from tests.server.workload import quality
+from tests.support.harness import Server
+from tests.support.workload import quality
 
 TEXT = "what is it? " * 30
 CHAT = [{"role": "user", "content": TEXT}]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from sglang_diffxkv.launch import server_environment
-from tests.server.harness import fast_environment
+from tests.support.harness import fast_environment
 
 PROGRAM = """
 import json, sys

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.server.harness import Server
-from tests.server.workload import assert_healthy, assert_same_outputs, outputs, random_tokens
+from tests.support.harness import Server
+from tests.support.workload import assert_healthy, assert_same_outputs, outputs, random_tokens
 
 AS_GPU = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent / "as_gpu")}
 CONFIG = json.dumps({"policy": "diffkv", "memory_bytes": "24MiB"})

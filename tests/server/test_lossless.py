@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import requests
 
-from tests.server.harness import Json, Server
-from tests.server.workload import (
+from tests.support.harness import Json, Server
+from tests.support.workload import (
     assert_healthy,
     assert_same_outputs,
     mixed_prompts,

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-from tests.server.harness import Server
+from tests.support.harness import Server
 
 SCHEMA = {
     "type": "object",

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_diffxkv.demo_model import write_demo_model
-from tests.server.harness import Json, Server
-from tests.server.workload import assert_healthy, random_tokens
+from tests.support.harness import Json, Server
+from tests.support.workload import assert_healthy, random_tokens
 
 PAGE = 64
 ROWS = 8

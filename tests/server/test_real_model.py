@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sglang_diffxkv.cli import main
 from sglang_diffxkv.eval.documents.corpus import load_documents
 from sglang_diffxkv.eval.documents.passages import Passage, cut
-from tests.server.harness import fast_environment
+from tests.support.harness import fast_environment
 
 LENGTH, SAMPLES = 512, 3
 TASKS = ("half",)

@@ -12,7 +12,7 @@ import pytest
 import requests
 
 from sglang_diffxkv.launch import free_port
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 TEXT = "what is it? " * 30
 CHAT = [{"role": "user", "content": TEXT}]

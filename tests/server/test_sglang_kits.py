@@ -19,8 +19,8 @@ from sglang.test.kits.basic_decode_correctness_kit import BasicDecodeCorrectness
 from sglang.test.kits.pause_generation_kit import PauseResumeInPlaceMixin
 from sglang.test.kits.radix_cache_server_kit import gen_radix_tree
 
-from tests.server.harness import Server
-from tests.server.workload import assert_healthy
+from tests.support.harness import Server
+from tests.support.workload import assert_healthy
 
 VOCABULARY = 320
 

@@ -16,7 +16,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.shared_pages import distinct_pages, paged
-from tests.unit.scheduling import VOCABULARY, Requests, Scheduling
+from tests.support.scheduling import VOCABULARY, Requests, Scheduling
 from tests.unit.test_allocator import make_allocator
 
 LOSSLESS, BALANCED = Quality.LOSSLESS, Quality.BALANCED

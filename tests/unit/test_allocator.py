@@ -18,8 +18,8 @@ from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
 from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStateError
-from tests.unit.pages import ask, running, write
-from tests.unit.policies import config_of
+from tests.support.pages import ask, running, write
+from tests.support.policies import config_of
 
 LAYERS, HEADS, DIM = 2, 2, 64
 

@@ -15,7 +15,7 @@ from bench.accuracy.attention import (
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.policy.base import SealContext
 from sglang_diffxkv.policy.registry import make_policy
-from tests.unit.policies import config_of
+from tests.support.policies import config_of
 
 
 def scores(seed: int, *shape: int) -> torch.Tensor:

@@ -4,10 +4,7 @@
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.policy.scoring import Sampler, last_queries, sample_queries
-from sglang_diffxkv.pool.batch import (
+from sglang_diffxkv.attention.metadata import (
     count_scores,
     decode_queries,
     extend_queries,
@@ -17,9 +14,12 @@ from sglang_diffxkv.pool.batch import (
     pages_to_seal,
     ready_pages,
 )
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.policy.scoring import Sampler, last_queries, sample_queries
 from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.store import PageStateError, PageStore
-from tests.unit.pages import EVERY_SLOT, count, running
+from tests.support.pages import EVERY_SLOT, count, running
 from tests.unit.test_store import make_store
 
 WINDOW = 64

@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from sglang_diffxkv.policy.budget import (
+from sglang_diffxkv.policy.budgeting.budget import (
     Prices,
     Ranking,
     Split,

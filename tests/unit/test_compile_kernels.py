@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 def compiled() -> dict[str, Any]:
     """What `toy_kernels` prints."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", "from tests.unit.toy_kernels import main; main()"]
+    command = [sys.executable, "-c", "from tests.support.toy_kernels import main; main()"]
     environment |= {"PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

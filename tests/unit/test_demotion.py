@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from sglang_diffxkv.config import Tiers
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import to_sealed_keys
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED
-from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.kernels.sealed_basis import to_sealed_keys
 from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.demotion import cold_pages, demote, demote_cold, read_tokens
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.payload import GradedTokens
 from sglang_diffxkv.pool.store import PageStore
-from tests.kernels.builders import error_bound
-from tests.unit.pages import write
+from tests.support.builders import error_bound
+from tests.support.pages import write
 from tests.unit.test_allocator import (
     AllocatorMachine,
     DiffXKVAllocator,

@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
-from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED
-from sglang_diffxkv.kernels.pack import measure
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, measure
 from sglang_diffxkv.policy.base import DemotionContext, SealContext, TierPolicy
-from sglang_diffxkv.policy.diffxkv import PERSONAL_PAGES, DiffXKVPolicy
-from sglang_diffxkv.policy.learner import FIRST_PLAN_PAGES
+from sglang_diffxkv.policy.budgeting.learner import FIRST_PLAN_PAGES
+from sglang_diffxkv.policy.budgeting.target import Target, raw_page_bytes
+from sglang_diffxkv.policy.methods.diffxkv import PERSONAL_PAGES, DiffXKVPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.policy.retention import RetentionMeter
-from sglang_diffxkv.policy.target import Target, raw_page_bytes
 
 LAYERS, HEADS = 5, 2
 PAGES = 12

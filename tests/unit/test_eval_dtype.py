@@ -13,8 +13,8 @@ from sglang_diffxkv.metrics import pool_stats
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStore
-from tests.unit.pages import write
-from tests.unit.policies import config_of
+from tests.support.pages import write
+from tests.support.policies import config_of
 
 LAYERS, HEADS, DIM = 3, 2, 64
 

@@ -28,7 +28,7 @@ from sglang_diffxkv.eval.score import (
 from sglang_diffxkv.eval.tasks.base import Question
 from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape, Variant, make_variant
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.policy.caps import full_bytes
+from sglang_diffxkv.policy.budgeting.caps import full_bytes
 from sglang_diffxkv.policy.registry import make_policy
 
 SHAPE = Shape(head_dim=64, kv_heads=2, tokens=1024)

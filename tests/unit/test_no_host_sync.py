@@ -12,15 +12,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_diffxkv.gpu_backend import GPUBackend
+from sglang_diffxkv.attention.device_backend import GPUBackend
+from sglang_diffxkv.attention.device_decode import DeviceDecode
+from sglang_diffxkv.attention.full_pages import FullPages
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.policy.registry import make_policy
-from sglang_diffxkv.pool.decode_step import DeviceDecode
-from sglang_diffxkv.pool.full_pages import FullPages
 from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStore
-from tests.unit.policies import config_of
+from tests.support.policies import config_of
 
 LAYERS, HEADS, DIM, BATCH = 3, 2, 64, 5
 

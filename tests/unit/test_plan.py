@@ -10,11 +10,11 @@ import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import FORMATS, PageLayout, make_layout
-from sglang_diffxkv.policy.learner import CHECK_PAGES, FIRST_PLAN_PAGES, PlanLearner
-from sglang_diffxkv.policy.plan import Shape, load_plan, solve_plan
+from sglang_diffxkv.policy.budgeting.learner import CHECK_PAGES, FIRST_PLAN_PAGES, PlanLearner
+from sglang_diffxkv.policy.budgeting.plan import Shape, load_plan, solve_plan
+from sglang_diffxkv.policy.budgeting.sketch import BINS, HALF_LIFE_TOKENS, ImportanceSketch, bin_of
+from sglang_diffxkv.policy.budgeting.target import raw_page_bytes
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.policy.sketch import BINS, HALF_LIFE_TOKENS, ImportanceSketch, bin_of
-from sglang_diffxkv.policy.target import raw_page_bytes
 
 LAYERS, HEADS = 4, 2
 LAYOUT = make_layout(

@@ -18,11 +18,11 @@ from sglang_diffxkv.kernels.layout import (
     TierFormat,
     make_layout,
 )
-from sglang_diffxkv.policy import caps
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.budgeting import caps
 from sglang_diffxkv.policy.registry import POLICIES, make_policy, policy_class
 from sglang_diffxkv.policy.scoring import sample_queries, spread_queries
-from tests.unit.policies import config_of
+from tests.support.policies import config_of
 
 PAGES, LAYERS, HEADS = 5, 3, 2
 CAPS = [1.0, 0.71, 0.4, 0.07, 0.001, (0.9, 0.3, 0.01)]

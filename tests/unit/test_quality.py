@@ -16,10 +16,10 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches import lossless
-from sglang_diffxkv.patches import quality as seam
+from sglang_diffxkv.patches import quality as hook
 from sglang_diffxkv.patches.http_app import ASKED
-from sglang_diffxkv.policy.diffkv import DiffKVPolicy
-from sglang_diffxkv.policy.lossless import LosslessPolicy
+from sglang_diffxkv.policy.methods.diffkv import DiffKVPolicy
+from sglang_diffxkv.policy.methods.lossless import LosslessPolicy
 from sglang_diffxkv.policy.quality import (
     Asked,
     Quality,
@@ -201,7 +201,7 @@ def entered(scheduler: Any, *arguments: Any, salt: str | None = None) -> FakeReq
     """A request as the scheduler has it after both hooks."""
     request = FakeRequest(*arguments)
     request.extra_key, request.cache_salt = "theirs", salt
-    seam._note(request, scheduler, request)  # type: ignore[arg-type]
+    hook._note(request, scheduler, request)  # type: ignore[arg-type]
     lossless._limit_length(scheduler, request)  # type: ignore[arg-type]
     return request
 
@@ -243,7 +243,7 @@ def test_scheduler_refuses_what_nobody_checked(scheduler: SimpleNamespace) -> No
 
 def test_other_pools_are_left_alone() -> None:
     request = FakeRequest(5, 5, ask("beautiful"))
-    seam._note(request, SimpleNamespace(token_to_kv_pool_allocator=None), request)  # type: ignore[arg-type]
+    hook._note(request, SimpleNamespace(token_to_kv_pool_allocator=None), request)  # type: ignore[arg-type]
     assert request.to_finish is None
 
 
@@ -267,36 +267,36 @@ def test_lossless_prompts_beyond_raw_pages_are_refused(scheduler: SimpleNamespac
 def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:
     pool = ReqToTokenPool(4, 64, "cpu", False)
     rows = RequestRows(pool.req_to_token.shape[0], torch.device("cpu"))
-    seam.follow_rows(pool, scheduler.token_to_kv_pool_allocator, rows)
+    hook.follow_rows(pool, scheduler.token_to_kv_pool_allocator, rows)
     for first, second in (("lossless", "balanced"), ("balanced", "lossless")):
         requests: Any = [entered(scheduler, 5, 5, ask(level)) for level in (first, second)]
         given = pool.alloc(requests)
-        seam._enter_rows(given, pool, requests)
+        hook._enter_rows(given, pool, requests)
         levels = [Quality[level.upper()] for level in (first, second)]
         assert rows.quality[given].tolist() == levels
         assert given is not None
         assert rows.asked and len(rows.running) == 2
         pool.free_rows(given)
-        seam._leave_rows(None, pool, given)
+        hook._leave_rows(None, pool, given)
         assert not rows.asked and not rows.running
-    seam._enter_rows(None, pool, requests)  # there were no rows left
+    hook._enter_rows(None, pool, requests)  # there were no rows left
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
-    seam._enter_rows(pool.alloc(requests), pool, requests)
+    hook._enter_rows(pool.alloc(requests), pool, requests)
     assert not rows.asked and not rows.quality.any()
 
 
 @pytest.fixture
 def settle(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
     """`settle(own, preferred, header)`: the parameters of a request, once it is tokenized."""
-    monkeypatch.setattr(seam, "is_active", lambda: True)
-    monkeypatch.setattr(seam, "server_policy", lambda: GradingPolicy)
+    monkeypatch.setattr(hook, "is_active", lambda: True)
+    monkeypatch.setattr(hook, "server_policy", lambda: GradingPolicy)
 
     def run(own: Any, preferred: Any = None, header: str | None = None, kind: Any = None) -> Any:
         token = ASKED.set(None if header is None else Asked(header, "header"))
         params = SimpleNamespace(custom_params=preferred if own is None else own)
         result = (kind or SimpleNamespace)(sampling_params=params)
         try:
-            seam._settle(result, None, SimpleNamespace(sampling_params={"custom_params": own}))
+            hook._settle(result, None, SimpleNamespace(sampling_params={"custom_params": own}))
         finally:
             ASKED.reset(token)
         return params.custom_params

@@ -12,7 +12,7 @@ from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, PRUNED
 from sglang_diffxkv.policy.registry import POLICIES, make_policy, policy_class
 from sglang_diffxkv.policy.scoring import last_queries, sample_queries, spread_queries
-from tests.unit.policies import config_of
+from tests.support.policies import config_of
 from tests.unit.test_diffxkv import context
 
 DOCS = Path(__file__).parents[2] / "docs" / "policies.md"

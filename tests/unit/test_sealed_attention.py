@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from sglang_diffxkv.config import Tiers
-from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import decode_sealed
 from sglang_diffxkv.kernels.extend import extend_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.kernels.sealed_basis import from_sealed
-from tests.kernels.builders import error_norm
+from sglang_diffxkv.kernels.merge import AttentionState
+from tests.support.builders import error_norm
 from tests.unit.test_store import DIM, HEADS, LAYERS, make_store
 
 PAGES, GROUP, SCALE = 3, 2, DIM**-0.5
@@ -62,9 +62,9 @@ def test_attention_over_sealed_pages(policy: str, tiers: Tiers, rotates: bool, m
             assert error_norm(part.lse, expected.lse) < most
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionPart:
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionState:
     """In float64, of q [1, Hq, D] over k, v [n, H, D]."""
     keys, values = (x.double().repeat_interleave(GROUP, 1) for x in (k, v))
     scores = torch.einsum("thd,nhd->thn", q.double(), keys) * SCALE
     out = torch.einsum("thn,nhd->thd", scores.softmax(-1), values)
-    return AttentionPart(out, scores.logsumexp(-1) * math.log2(math.e))
+    return AttentionState(out, scores.logsumexp(-1) * math.log2(math.e))

@@ -10,7 +10,7 @@ import torch
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, PAGE_TOKENS, PRUNED
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
-from sglang_diffxkv.policy.caps import never_exceeds
+from sglang_diffxkv.policy.budgeting.caps import never_exceeds
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.policy.scoring import last_queries
 

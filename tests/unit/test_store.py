@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import unpack
-from sglang_diffxkv.kernels.rotation import rotate
 from sglang_diffxkv.metrics import pool_stats
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
@@ -19,8 +19,8 @@ from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
 from sglang_diffxkv.pool.store import PageStateError, PageStore
-from tests.unit.pages import EVERY_SLOT, ask, write
-from tests.unit.policies import config_of
+from tests.support.pages import EVERY_SLOT, ask, write
+from tests.support.policies import config_of
 
 LAYERS, HEADS, DIM = 3, 2, 64
 

@@ -14,14 +14,14 @@ import torch
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
 from sglang_diffxkv.patches import pool as pool_seam
-from sglang_diffxkv.policy.plan import solve_plan
+from sglang_diffxkv.policy.budgeting.plan import solve_plan
+from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.policy.sketch import ImportanceSketch
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.store import PageStore
-from tests.unit.pages import EVERY_SLOT, write
+from tests.support.pages import EVERY_SLOT, write
 from tests.unit.test_allocator import AllocatorMachine
 from tests.unit.test_store import make_store
 

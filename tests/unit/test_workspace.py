@@ -6,15 +6,15 @@ import torch
 
 from bench.peak import peak_bytes
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.policy.caps import full_bytes
+from sglang_diffxkv.policy.budgeting.caps import full_bytes
 from sglang_diffxkv.policy.registry import POLICIES, make_policy
 from sglang_diffxkv.pool.demotion import demote
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.workspace import MOST_BYTES, plan_workspace
-from tests.unit.pages import write
-from tests.unit.policies import config_of
+from tests.support.pages import write
+from tests.support.policies import config_of
 
 LAYERS, HEADS, DIM, PAGES = 6, 4, 128, 210
 SLACK = 64 << 10

@@ -20,8 +20,8 @@ from bench.accuracy.real_models.protocol import measure
 from bench.accuracy.real_models.reader import LayerPrefix, Reader
 from bench.serving.common import table, write_results
 from sglang_diffxkv.config import DiffXKVConfig, Tiers
-from sglang_diffxkv.policy import target
-from sglang_diffxkv.policy.target import PRIOR
+from sglang_diffxkv.policy.budgeting import target
+from sglang_diffxkv.policy.budgeting.target import PRIOR
 
 LENGTHS = (1024, 2048)
 UTILITY = target.low_utility(*Tiers("K8V4", "K4V2").formats)

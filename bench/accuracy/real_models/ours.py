@@ -15,14 +15,7 @@ from transformers import PreTrainedConfig
 
 from bench.accuracy.real_models.protocol import WINDOW
 from bench.accuracy.real_models.reader import LayerPrefix, Prefix, States
-from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.eval.variants import ITEMSIZE
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.pack import head_counts, unpack
-from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.kernels.score import score_open
-from sglang_diffxkv.policy.registry import make_policy
-from sglang_diffxkv.pool.batch import (
+from sglang_diffxkv.attention.metadata import (
     BatchPages,
     ScoringQueries,
     count_scores,
@@ -31,6 +24,13 @@ from sglang_diffxkv.pool.batch import (
     note_use,
     pages_to_seal,
 )
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.eval.variants import ITEMSIZE
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
+from sglang_diffxkv.kernels.pack import unpack
+from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.sizing import FREE_LIST_BYTES, plan_pool
 from sglang_diffxkv.pool.store import PageStore

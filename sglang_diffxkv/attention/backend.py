@@ -8,23 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
-from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, merge
-from sglang_diffxkv.kernels.extend import (
-    OpenList,
-    PageList,
-    Prefill,
-    PrefixScratch,
-    SealedTables,
-    make_scratch,
-)
-from sglang_diffxkv.kernels.gpu.device import on_gpu
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.rotation import rotate
-from sglang_diffxkv.kernels.score import score_open
-from sglang_diffxkv.kernels.sealed_basis import from_sealed
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.batch import (
+from sglang_diffxkv.attention.metadata import (
     BatchPages,
     ScoringQueries,
     count_scores,
@@ -35,6 +19,22 @@ from sglang_diffxkv.pool.batch import (
     note_use,
     pages_to_seal,
 )
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
+from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
+from sglang_diffxkv.kernels.extend import (
+    OpenList,
+    PageList,
+    Prefill,
+    PrefixScratch,
+    SealedTables,
+    make_scratch,
+)
+from sglang_diffxkv.kernels.gpu.device import on_gpu
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.merge import AttentionState, merge_states
+from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.store import NotedQuality
@@ -220,7 +220,7 @@ class DiffXKVBackend(AttentionBackend):
             layer.scaling,
         )
         if pages.any_sealed:
-            part = merge(part, self._decode_sealed(index, q, pages, layer.scaling))
+            part = merge_states(part, self._decode_sealed(index, q, pages, layer.scaling))
         return self._finish(q, part, step, index, layer)
 
     def _begin(
@@ -242,7 +242,7 @@ class DiffXKVBackend(AttentionBackend):
 
     def _decode_sealed(
         self, index: int, q: torch.Tensor, pages: BatchPages, sm_scale: float
-    ) -> AttentionPart:
+    ) -> AttentionState:
         """Attention of q [B, Hq, D] over the batch's sealed pages of one layer."""
         store, d = self.store, self.store.directory
         lists = pages.sealed_indptr, pages.sealed
@@ -255,7 +255,7 @@ class DiffXKVBackend(AttentionBackend):
     def _finish(
         self,
         q: torch.Tensor,
-        part: AttentionPart,
+        part: AttentionState,
         step: StepMetadata,
         index: int,
         layer: RadixAttention,

@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.attention.metadata import page_notes
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
+from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.score import score_decode
 from sglang_diffxkv.kernels.step import StepPages, begin_decode
 from sglang_diffxkv.kernels.write import write_tokens
-from sglang_diffxkv.pool.batch import page_notes
 from sglang_diffxkv.pool.store import PageStore
 
 
@@ -86,7 +86,7 @@ class DeviceDecode:
         k: torch.Tensor,
         v: torch.Tensor,
         sm_scale: float,
-    ) -> AttentionPart:
+    ) -> AttentionState:
         """Attention of the new tokens over all that is kept of one layer, themselves included.
 
         Four launches, or three where nothing is scored.

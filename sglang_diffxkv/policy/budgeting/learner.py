@@ -13,8 +13,8 @@ import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.policy.plan import Plan, Shape, load_plan, solve_plan
-from sglang_diffxkv.policy.sketch import ImportanceSketch
+from sglang_diffxkv.policy.budgeting.plan import Plan, Shape, load_plan, solve_plan
+from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
 
 log = logging.getLogger(__name__)
 

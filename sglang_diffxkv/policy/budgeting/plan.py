@@ -13,10 +13,10 @@ import torch
 
 from sglang_diffxkv.config import ConfigError
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout
-from sglang_diffxkv.policy.budget import Ranking, least_bytes, most_retained, rank_bins
+from sglang_diffxkv.policy.budgeting.budget import Ranking, least_bytes, most_retained, rank_bins
+from sglang_diffxkv.policy.budgeting.sketch import BINS_PER_OCTAVE, ImportanceSketch
+from sglang_diffxkv.policy.budgeting.target import Target, low_utility, prices_of, raw_page_bytes
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.policy.sketch import BINS_PER_OCTAVE, ImportanceSketch
-from sglang_diffxkv.policy.target import Target, low_utility, prices_of, raw_page_bytes
 
 FORMAT = 2
 """Of plan files; raised whenever their meaning changes."""
@@ -68,7 +68,7 @@ class Plan:
     sketch: ImportanceSketch
     """What it was solved from."""
     key_means: torch.Tensor | None = None
-    """fp32 [L, H, D] that sealed keys lack (`kernels.sealed_basis`); None: not known."""
+    """fp32 [L, H, D] that sealed keys lack (`kernels.basis.sealed`); None: not known."""
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, in one step: a reader never sees half of it."""

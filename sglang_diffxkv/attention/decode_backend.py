@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sglang_diffxkv.backend import DiffXKVBackend
+from sglang_diffxkv.attention.backend import DiffXKVBackend
+from sglang_diffxkv.attention.full_pages import FullPages
+from sglang_diffxkv.attention.metadata import gather_pages, pages_to_seal
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.pool.batch import gather_pages, pages_to_seal
-from sglang_diffxkv.pool.full_pages import FullPages
 
 
 class DecodeBatch(NamedTuple):

@@ -26,7 +26,7 @@ from sglang_diffxkv.patches import quality as quality_seam
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.request_rows import RequestRows
-from tests.unit.pages import ask, write
+from tests.support.pages import ask, write
 
 VOCABULARY = 1000
 

@@ -11,8 +11,8 @@ import torch
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PageLayout
-from sglang_diffxkv.policy.caps import full_bytes
-from sglang_diffxkv.policy.prompt import PromptPolicy
+from sglang_diffxkv.policy.budgeting.caps import full_bytes
+from sglang_diffxkv.policy.methods.prompt import PromptPolicy
 
 
 class SnapKVPolicy(PromptPolicy):

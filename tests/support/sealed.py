@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, PageLayout
-from sglang_diffxkv.kernels.pack import measure
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, PageLayout, measure
 
 
 @dataclass(frozen=True)

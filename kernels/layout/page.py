@@ -101,7 +101,7 @@ class PageLayout:
 
     @property
     def rotates(self) -> bool:
-        """Whether sealed keys are rotated (`kernels.rotation`), and so must be the queries.
+        """Whether sealed keys are rotated (`kernels.basis.rotation`), and so must be the queries.
 
         Raw tiers hold the model's own bits, and both tiers are read with the same queries.
         """

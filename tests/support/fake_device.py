@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sglang_diffxkv.kernels.basis.rotation import hadamard
 from sglang_diffxkv.kernels.extend import flashinfer
 from sglang_diffxkv.kernels.gpu import launch
-from sglang_diffxkv.kernels.rotation import hadamard
-from sglang_diffxkv.policy import caps
+from sglang_diffxkv.policy.budgeting import caps
 
 DEVICE = "cuda"
 _OPERATIONS = ("arena", "decode", "extend", "pack", "score", "step", "write")

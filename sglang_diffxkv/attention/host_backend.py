@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sglang_diffxkv.pool.host_decode import HostDecode
-from sglang_diffxkv.step_backend import DecodeBatch, StepBackend
+from sglang_diffxkv.attention.decode_backend import DecodeBatch, StepBackend
+from sglang_diffxkv.attention.host_decode import HostDecode
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

@@ -11,8 +11,8 @@ import torch
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, TierFormat
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.methods.sequences import sequences
 from sglang_diffxkv.policy.scoring import SampledQueries, last_queries
-from sglang_diffxkv.policy.sequences import sequences
 
 _KERNEL = 7
 """Tokens that importance is averaged over, so that clusters are kept and not lone tokens."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_diffxkv.pool.batch import ready_pages
-from sglang_diffxkv.pool.decode_step import DecodeStep, DeviceDecode
-from sglang_diffxkv.step_backend import DecodeBatch, StepBackend
+from sglang_diffxkv.attention.decode_backend import DecodeBatch, StepBackend
+from sglang_diffxkv.attention.device_decode import DecodeStep, DeviceDecode
+from sglang_diffxkv.attention.metadata import ready_pages
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The basis in which sealed keys and values are quantized, and the way back for what is read.
 
-Keys lose a mean that all sealed ones of a KV head share, and both are rotated (`kernels.rotation`):
+Keys lose a mean that all sealed ones of a KV head share, and both are rotated (`basis.rotation`):
 k' = R (k - m), v' = R v. Queries R q then give outputs R o, and scores that all lack q.m, which
 softmax does not see but the LSE does.
 """
@@ -12,8 +12,8 @@ import math
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
-from sglang_diffxkv.kernels.rotation import rotate
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.merge import AttentionState
 
 LOG2_E = math.log2(math.e)
 
@@ -28,8 +28,8 @@ def to_sealed_keys(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 def from_sealed(
-    part: AttentionPart, q: torch.Tensor, key_mean: torch.Tensor, sm_scale: float
-) -> AttentionPart:
+    part: AttentionState, q: torch.Tensor, key_mean: torch.Tensor, sm_scale: float
+) -> AttentionState:
     """Attention over sealed rows, as it would be over the model's own.
 
     Args:
@@ -39,4 +39,4 @@ def from_sealed(
     """
     mean = key_mean.repeat_interleave(q.shape[1] // len(key_mean), 0)
     lacking = (q.float() * mean).sum(-1) * (sm_scale * LOG2_E)
-    return AttentionPart(rotate(part.out), part.lse + lacking)
+    return AttentionState(rotate(part.out), part.lse + lacking)

@@ -5,7 +5,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from tests.server.harness import Json, Server
+from tests.support.harness import Json, Server
 
 TIE = 2e-3
 """Two next tokens closer than this in log-probability are a tie: which one wins depends on the

@@ -7,11 +7,11 @@ import torch
 
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.policy.budget import Prices, least_bytes, most_retained, rank_tokens
-from sglang_diffxkv.policy.caps import full_bytes
-from sglang_diffxkv.policy.plan import page_overhead
-from sglang_diffxkv.policy.prompt import PromptPolicy
-from sglang_diffxkv.policy.target import Target, raw_page_bytes
+from sglang_diffxkv.policy.budgeting.budget import Prices, least_bytes, most_retained, rank_tokens
+from sglang_diffxkv.policy.budgeting.caps import full_bytes
+from sglang_diffxkv.policy.budgeting.plan import page_overhead
+from sglang_diffxkv.policy.budgeting.target import Target, raw_page_bytes
+from sglang_diffxkv.policy.methods.prompt import PromptPolicy
 
 TARGET = 0.9
 """A retention that the paper's examples use, where the user sets no target."""

@@ -41,7 +41,7 @@ def merge_items(
             attended.
         PARTS: items that are read at a time: a lone long sequence has hundreds.
         TURNS: whether sealed items are to come back from the basis of sealed pages
-            (`kernels.sealed_basis`), whose rotation has blocks of SIZE and the factor SCALE.
+            (`kernels.basis.sealed`), whose rotation has blocks of SIZE and the factor SCALE.
     """
     query = tl.program_id(0)
     row, member = query // GROUP, query % GROUP

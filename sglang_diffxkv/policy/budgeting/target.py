@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, TierFormat
-from sglang_diffxkv.policy.budget import Prices
+from sglang_diffxkv.policy.budgeting.budget import Prices
 from sglang_diffxkv.policy.quality import Quality
 
 _LOSS = {Quality.HIGH: 1 / 3, Quality.BALANCED: 1.0, Quality.SMALL: 3.0}

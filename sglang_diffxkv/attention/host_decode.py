@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.kernels.attention_part import AttentionPart
+from sglang_diffxkv.attention.metadata import page_notes
 from sglang_diffxkv.kernels.decode.layer import DecodeLayers, LayerTables
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.step import StepPages
 from sglang_diffxkv.kernels.step.cpu import StepKernel
-from sglang_diffxkv.pool.batch import page_notes
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 
 
@@ -51,7 +51,7 @@ class HostDecode:
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
-    ) -> AttentionPart:
+    ) -> AttentionState:
         """`DecodeLayers.attend` of this step, of whatever dtype and strides the model has."""
         q, k, v = (self._fitting(x) for x in (q, k, v))
         return self._layers.attend(layer, q, k, v, sm_scale)

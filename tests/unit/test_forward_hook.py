@@ -9,7 +9,7 @@ import pytest
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_diffxkv.backend import DiffXKVBackend
+from sglang_diffxkv.attention.backend import DiffXKVBackend
 from sglang_diffxkv.patches.forward import _before_forward, _note_rows
 from sglang_diffxkv.pool.request_rows import RequestRows
 from tests.unit.test_batch import Batch

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registering hooks with a guard: a seam that is not as we know it is refused, not patched."""
+"""Registering hooks with a guard: what is not as we know it is refused, not patched."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SGLANG_VERSION = "0.5.23"
 _targets: list[str] = []
 
 
-class SeamError(RuntimeError):
+class HookError(RuntimeError):
     """The installed SGLang is not the one that this package was written against."""
 
 
 def check_version() -> None:
     """
     Raises:
-        SeamError: SGLang has another version than the one whose seams we know.
+        HookError: SGLang has another version than the one that we know.
     """
     version = importlib.metadata.version("sglang")
     if version != SGLANG_VERSION:
-        raise SeamError(
+        raise HookError(
             f"diffxkv works with sglang=={SGLANG_VERSION}, but {version} is installed: "
             f"pip install sglang=={SGLANG_VERSION}"
         )
@@ -43,15 +43,15 @@ def hook(
         parameters: the names of the target's parameters that ``function`` relies on.
 
     Raises:
-        SeamError: the target is gone or lacks one of them.
+        HookError: the target is gone or lacks one of them.
     """
     try:
         signature = inspect.signature(pkgutil.resolve_name(target))
     except (ImportError, AttributeError) as error:
-        raise SeamError(f"diffxkv: SGLang has no {target}") from error
+        raise HookError(f"diffxkv: SGLang has no {target}") from error
     missing = [name for name in parameters if name not in signature.parameters]
     if missing:
-        raise SeamError(f"diffxkv: {target} has no parameter {', '.join(missing)}")
+        raise HookError(f"diffxkv: {target} has no parameter {', '.join(missing)}")
     HookRegistry.register(target, function, kind)
     _targets.append(target)
 
@@ -59,14 +59,14 @@ def hook(
 def check_applied() -> None:
     """
     Raises:
-        SeamError: SGLang, which only logs it, failed to apply one of our hooks.
+        HookError: SGLang, which only logs it, failed to apply one of our hooks.
     """
     failed = [target for target in _targets if target not in HookRegistry._patched]
     if failed:
-        raise SeamError(f"diffxkv: SGLang did not apply the hooks of {', '.join(failed)}")
+        raise HookError(f"diffxkv: SGLang did not apply the hooks of {', '.join(failed)}")
 
 
-def refuse_backend(problem: SeamError) -> None:
+def refuse_backend(problem: HookError) -> None:
     """Let ``--attention-backend diffxkv`` be parsed, and stop the launch with ``problem``."""
     from sglang.srt.arg_groups.choices import add_attention_backend_choices
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook

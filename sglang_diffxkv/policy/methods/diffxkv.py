@@ -14,23 +14,22 @@ import torch
 
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.gpu.transfer import upload
-from sglang_diffxkv.kernels.layout import HIGH, LOW, PageLayout
-from sglang_diffxkv.kernels.pack import measure
+from sglang_diffxkv.kernels.layout import HIGH, LOW, PageLayout, measure
 from sglang_diffxkv.policy.base import DemotionContext, SealContext, TierPolicy
-from sglang_diffxkv.policy.budget import (
+from sglang_diffxkv.policy.budgeting.budget import (
     Ranking,
     Split,
     least_bytes,
     most_retained,
     rank_tokens,
 )
-from sglang_diffxkv.policy.caps import full_bytes
-from sglang_diffxkv.policy.learner import PlanLearner, high_layers
-from sglang_diffxkv.policy.plan import LayerPlans, page_overhead
+from sglang_diffxkv.policy.budgeting.caps import full_bytes
+from sglang_diffxkv.policy.budgeting.learner import PlanLearner, high_layers
+from sglang_diffxkv.policy.budgeting.plan import LayerPlans, page_overhead
+from sglang_diffxkv.policy.budgeting.target import Target, prices_of, raw_page_bytes
+from sglang_diffxkv.policy.methods.sequences import sequences
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.scoring import SampledQueries, spread_queries
-from sglang_diffxkv.policy.sequences import sequences
-from sglang_diffxkv.policy.target import Target, prices_of, raw_page_bytes
 
 TARGET = 0.9998
 """Where the user sets none: about 3x on real weights, at next to no loss."""

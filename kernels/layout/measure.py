@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.layout import HIGH, LOW, META_BYTES, NOTE_BYTES, PageLayout
+from sglang_diffxkv.kernels.layout.page import HIGH, LOW, META_BYTES, NOTE_BYTES, PageLayout
 
 COUNT_BITS = 8
 """Word 1 of a head's directory entry is ``n_high | n_low << COUNT_BITS``."""

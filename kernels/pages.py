@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Views of one layer's pages, which kernels take whole.
+
+Lists are ragged: those of sequence b are the entries ``[indptr[b], indptr[b + 1])``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_diffxkv.kernels.layout import PageLayout
+
+
+class SealedTables(NamedTuple):
+    """Where the sealed pages of one layer lie.
+
+    Attributes:
+        arena: uint8 [F, frame_bytes], contiguous.
+        frames: int32 [V, max_frames], the layer's frame table; rows contiguous.
+        heads: int32 [V, H, 2], the layer's records (payload offset, n_high | n_low << 8); pages
+            contiguous.
+        layout: that the pages were packed with.
+    """
+
+    arena: torch.Tensor
+    frames: torch.Tensor
+    heads: torch.Tensor
+    layout: PageLayout
+
+    def listed(self, indptr: torch.Tensor, pages: torch.Tensor) -> SealedPages:
+        return SealedPages(*self, indptr, pages)
+
+
+class SealedPages(NamedTuple):
+    """`SealedTables`, and which pages of them each sequence has.
+
+    Attributes:
+        indptr: int32 [B + 1], into ``pages``.
+        pages: int32 [N], page ids, in any order.
+    """
+
+    arena: torch.Tensor
+    frames: torch.Tensor
+    heads: torch.Tensor
+    layout: PageLayout
+    indptr: torch.Tensor
+    pages: torch.Tensor
+
+    @property
+    def tables(self) -> SealedTables:
+        return SealedTables(*self[:4])
+
+
+class OpenPages(NamedTuple):
+    """Raw pages of one layer, and which of them each sequence has.
+
+    Attributes:
+        keys, values: [R, 64, H, D], fp32, bf16 or fp16; slots may be strided, the rest is
+            contiguous.
+        indptr: int32 [B + 1], into ``slots``; may be empty ranges.
+        slots: int32 [N], raw page of each open page, by increasing position in its sequence.
+        position: int32 [N], index of each page in its sequence: token j of it is token
+            ``64 * position + j``.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    indptr: torch.Tensor
+    slots: torch.Tensor
+    position: torch.Tensor

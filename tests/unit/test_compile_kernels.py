@@ -81,7 +81,7 @@ def test_what_does_not_compile_is_a_problem(
 ) -> None:
     assert by_case["wrong"]["code"] is None and len(by_case["wrong"]["problems"]) == 1
     assert "does not compile" in compiled["tables"]
-    prefix = f"unit.wrong (wrong, 1 warps) on sm_90, Triton {compiled['results'][0]['triton']}: "
+    prefix = f"support.wrong (wrong, 1 warps) on sm_90, Triton {compiled['results'][0]['triton']}: "
     assert any(p.startswith(f"{prefix}ValueError: ") and "shape" in p for p in compiled["problems"])
 
 

@@ -19,7 +19,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.gpu.children import SILENCE_S, Child
-from bench.gpu.results import BACKGROUND, Results
+from bench.gpu.report.records import BACKGROUND
+from bench.gpu.report.results import Results
 
 BENCH = Path(__file__).resolve().parents[1]
 RESULTS, DRY_RESULTS = BENCH / "results", BENCH.parent / "build/dry"

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 
-from bench.gpu.results import Results
+from bench.gpu.report.results import Results
 
 GRACE_S = 8.0
 """How long a section may outlast its deadline: it looks at the clock between measurements only."""

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.gpu.timer import interleaved, l2_bytes
+from bench.gpu.timing.timer import interleaved, l2_bytes
 from sglang_diffxkv.kernels.gpu.device import multiprocessors
 from sglang_diffxkv.kernels.gpu.launch import launch
 

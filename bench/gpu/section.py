@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from bench.gpu import verify
+from bench.gpu import device as devices
 from bench.gpu.children import LOST
-from bench.gpu.timer import Deadline
-from sglang_diffxkv.kernels.gpu.launch import is_interpreted
+from bench.gpu.timing.timer import Deadline
+from bench.gpu.verify.run import run_group
 
 
 def records(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[Any]:
@@ -28,38 +28,39 @@ def records(name: str, options: argparse.Namespace, device: torch.device) -> Ite
     if name.startswith("verify-"):
         _, group, shard = name.split("-")
         split = {"shard": int(shard) - 1, "shards": options.shards, "first": options.first}
-        yield from verify.run_group(group, device, large=large, **split)
+        yield from run_group(group, device, large=large, **split)
     elif name == "machine":
         from bench.gpu import machine
 
         yield from machine.run(device)
     elif name == "flashinfer":
-        from bench.gpu import baselines
+        from bench.gpu.timing import baselines
 
         yield from baselines.warm_up(device)
         if device.type == "cuda" and baselines.has_flashinfer():
-            yield from verify.run_group("flashinfer", device, large=True)
+            yield from run_group("flashinfer", device, large=True)
     elif name == "prebuild":
-        from bench.gpu import machine, prebuild
+        from bench.gpu import machine
+        from bench.gpu.compile import prebuild
 
         if capability := machine.query("compute_cap"):
             yield from prebuild.run(int(capability.replace(".", "")))
     elif name == "decode":
-        from bench.gpu import time_decode
+        from bench.gpu.timing import decode
 
-        yield from time_decode.run(device, deadline, ready, red, options.first)
+        yield from decode.run(device, deadline, ready, red, options.first)
     elif name == "sweep":
-        from bench.gpu import time_sweep
+        from bench.gpu.timing import sweep
 
-        yield from time_sweep.run(device, deadline, red)
+        yield from sweep.run(device, deadline, red)
     elif name == "prefill":
-        from bench.gpu import time_prefill
+        from bench.gpu.timing import prefill
 
-        yield from time_prefill.run(device, deadline, ready, red)
+        yield from prefill.run(device, deadline, ready, red)
     elif name == "arena":
-        from bench.gpu import time_arena
+        from bench.gpu.timing import arena
 
-        yield from time_arena.run(device, deadline, red)
+        yield from arena.run(device, deadline, red)
     else:
         sys.exit(f"no section {name}")
 
@@ -74,12 +75,12 @@ def main() -> None:
     parser.add_argument("--red", default="", help="operations that cannot be timed")
     parser.add_argument("--first", type=int, default=0, help="how many pieces of work are done")
     options = parser.parse_args()
-    device = torch.device("cpu" if is_interpreted() else "cuda")
+    device = devices.chosen()
     torch.manual_seed(0)
     try:
         for record in records(options.name, options, device):
             print(json.dumps(record), flush=True)
-    except verify.DeviceLost:
+    except devices.DeviceLost:
         traceback.print_exc()
         sys.exit(LOST)
     except Exception as error:  # of Triton, CUDA or FlashInfer

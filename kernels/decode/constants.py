@@ -6,8 +6,8 @@ registers fit on a multiprocessor. Of five stages two are for the frame table, t
 so that the next tile's is under way while one is attended to. What a program accumulates, queries
 times head_dim, decides how many registers and tokens are left. None of these spills on sm_80, 89,
 90 or 100, under Triton 3.6.0 or 3.8.0 (`bench/results/kernels_compiled.md`), and both prefetch with
-them: no compiler needs constants of its own. Which are the fastest is for `bench/gpu/time_sweep.py`
-to tell.
+them: no compiler needs constants of its own. Which are the fastest is for
+`bench/gpu/timing/sweep.py` to tell.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 UNPACK_FROM = 64
 """New tokens of a sequence from which its sealed pages are unpacked for dense attention: fewer meet
-the codes themselves. Predicted; `bench.gpu.time_prefill` measures where the two break even."""
+the codes themselves. Predicted; `bench.gpu.timing.prefill` measures where the two break even."""
 
 
 class OpenPrefill:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench.gpu.remote.shim import kernels, naive
-from bench.gpu.verify import relative_error
+from bench.gpu.verify.check import relative_error
 
 BF16 = torch.bfloat16
 TOLERANCE = 4e-3

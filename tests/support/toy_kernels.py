@@ -16,11 +16,11 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime import driver
 
-from bench.gpu.build import Job, target_of
-from bench.gpu.built import as_json
-from bench.gpu.report import problems, tables
-from bench.gpu.specialise import distinct, specialise
-from bench.gpu.worker import compile_all
+from bench.gpu.compile.build import Job, target_of
+from bench.gpu.compile.built import as_json
+from bench.gpu.compile.report import problems, tables
+from bench.gpu.compile.specialise import distinct, specialise
+from bench.gpu.compile.worker import compile_all
 from sglang_diffxkv.kernels.gpu.launch import Launch, launch, recorded
 
 ARCH = "sm_90"

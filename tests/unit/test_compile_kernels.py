@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from bench.gpu.built import Built, as_json, differences, from_json
-from bench.gpu.code import Code, Loop
-from bench.gpu.compile import Compiled, sampled, verdict
-from bench.gpu.occupancy import ARCHITECTURES, Occupancy, occupancy
-from bench.gpu.predict import predict, turn_cycles
-from bench.gpu.report import folded
-from bench.gpu.sass import NO_CONTROL, Instruction, find_loops, parse
-from bench.gpu.stalls import BARRIER, LOAD, TABLE, Stalls, of_loop
-from bench.gpu.tiles import Tile
+from bench.gpu.compile.__main__ import Compiled, sampled, verdict
+from bench.gpu.compile.built import Built, as_json, differences, from_json
+from bench.gpu.compile.code import Code, Loop
+from bench.gpu.compile.occupancy import ARCHITECTURES, Occupancy, occupancy
+from bench.gpu.compile.predict import predict, turn_cycles
+from bench.gpu.compile.report import folded
+from bench.gpu.compile.sass import NO_CONTROL, Instruction, find_loops, parse
+from bench.gpu.compile.stalls import BARRIER, LOAD, TABLE, Stalls, of_loop
+from bench.gpu.compile.tiles import Tile
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import pytest
 
-from bench.gpu import children, server_kinds, server_page
+from bench.gpu import children
 from bench.gpu.children import Child
 from bench.gpu.remote import __main__ as remote
 from bench.gpu.remote import pack, unpack
 from bench.gpu.remote.shim import stand_ins, syncs
-from bench.gpu.results import Results
+from bench.gpu.report.results import Results
+from bench.gpu.server import kinds, report
 
 CHECK = {"name": "decode x", "operation": "decode", "timed": True, "tolerance": 1e-3}
 
@@ -170,11 +171,8 @@ def test_a_second_try_does_without_flashinfer(tmp_path: Path) -> None:
     (tmp_path / "a/flashinfer").mkdir(parents=True)
     (tmp_path / "b").mkdir()
     path = [str(tmp_path / name) for name in "ab"]
-    assert server_kinds.without_flashinfer(os.pathsep.join(path)) == path[1]
-    tiny, full = (
-        server_kinds.token_bytes(server_kinds.GPU, server_kinds.Kind(x, None, ()))
-        for x in (False, True)
-    )
+    assert kinds.without_flashinfer(os.pathsep.join(path)) == path[1]
+    tiny, full = (kinds.token_bytes(kinds.GPU, kinds.Kind(x, None, ())) for x in (False, True))
     assert (tiny, full) == (8 * 4 * 128 * 2 * 2, 128 << 10)
 
 
@@ -193,7 +191,7 @@ def test_page_of_servers_that_did_not_start() -> None:
         },
         "syncs": {"ours": {"decode_steps": 10, "syncs": {"a.py:3": 20}}},
     }
-    page = server_page.report(record)
+    page = report.report(record)
     assert "- **start of stock: RuntimeError: no kernel image**" in page
     assert "- **lossless outputs of ours, no graphs differ: 1 of 2 are equal**" in page
     assert "outputs of stock differ" not in page

@@ -23,9 +23,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from bench.gpu.pages import table
 from bench.gpu.remote.unpack import FLASHINFER, ROOT, SITE, TRITON_CACHE
-from bench.gpu.results import write_whole
+from bench.gpu.report.markdown import table
+from bench.gpu.report.results import write_whole
 
 SERVERS = {
     "HF_HUB_OFFLINE": "1",

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from bench.gpu.shapes import LLAMA_8B, PURE, TINY, USUAL, Load, draw
-from bench.gpu.time_decode import our_candidates
+from bench.gpu.timing.decode import our_candidates
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted
 
 

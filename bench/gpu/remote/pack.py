@@ -168,7 +168,7 @@ def is_like_the_machine() -> bool:
 
 def fill_triton_cache() -> None:
     """Compile the kernels that ship, and those of the sweep."""
-    run = [str(HERE.parent / "run.sh"), "bench.gpu.prebuild", str(CAPABILITY)]
+    run = [str(HERE.parent / "run.sh"), "bench.gpu.compile.prebuild", str(CAPABILITY)]
     env = {"PYTHON": sys.executable, "TRITON_CACHE_DIR": str(TRITON_CACHE)}
     subprocess.run(run, env=os.environ | env, check=True)
 

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decode step launches, on meta tensors: nothing runs."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.gpu.device import kernels
+from bench.gpu.shapes import TIERS, Model
+from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
+from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
+
+LAYERS = 5
+"""Slices of layers are aligned differently, which Triton compiles kernels for."""
+
+
+def decode_launches(model: Model, batch: int, pages: int) -> list[Launch]:
+    """Launches of a step of LAYERS layers, ``pages`` pages to a sequence."""
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.int32, device="meta")
+
+    layout = make_layout(
+        head_dim=model.dim,
+        num_kv_heads=model.kv_heads,
+        raw_itemsize=2,
+        high=FORMATS[TIERS[0]],
+        low=FORMATS[TIERS[1]],
+    )
+    total = batch * pages
+    lists = ints(total), ints(batch), ints(batch), ints(total), ints(batch)
+    raw_shape = LAYERS, 2 * batch, PAGE_TOKENS, model.kv_heads, model.dim
+    raw = torch.empty(raw_shape, dtype=torch.bfloat16, device="meta")
+    q = raw.new_empty(LAYERS, batch, model.heads, model.dim)
+    mean = raw.new_empty(model.kv_heads, model.dim, dtype=torch.float32)
+    arena = raw.new_empty(total, layout.frame_bytes, dtype=torch.uint8)
+    frames, heads = ints(LAYERS, total, layout.max_frames), ints(LAYERS, total, model.kv_heads, 2)
+    with recorded() as launches:
+        plan = plan_decode(SequencePages(*lists), heads, layout)
+        for i in range(LAYERS):
+            kernels("decode").attend(
+                q[i], q[i], arena, frames[i], heads[i], raw[i], raw[i], plan.layer(i), layout, 1.0,
+                key_mean=mean,
+            )  # fmt: skip
+    return launches

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one iteration of a kernel's main loops does, from the constants that it is compiled with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from bench.gpu.compile.built import Built
+from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES, PAGE_TOKENS
+
+ITEMSIZE = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
+
+SCORE_QUERIES = 64
+"""Sampled queries of a prefill chunk: the default of ``score_queries``."""
+
+
+SHARES = {"open": 1.0, "high": 0.25, "low": 0.5}
+"""Shares of a page's tokens."""
+
+
+class Tile(NamedTuple):
+    """What some iterations of a main loop, mostly one, do in one thread block.
+
+    Attributes:
+        name: which tokens.
+        tokens: head-tokens.
+        elements: of keys and values, together.
+        bytes: of payload read or written.
+        iterations: how many.
+        per_turn: tiles to an iteration of the loop around, with `SHARES` of tokens kept; 0 where
+            that loop does not matter.
+    """
+
+    name: str
+    tokens: int
+    elements: int
+    bytes: int
+    iterations: int = 1
+    per_turn: float = 0
+
+
+def tiles_of(built: Built) -> list[Tile]:
+    """Tiles of a kernel's main loops, in their order; empty where it is not known."""
+    made = TILES.get(built.kernel)
+    return made(built.constants, built.signature) if made else []
+
+
+def _tile(name: str, tokens: int, dim: int, token_bytes: int) -> Tile:
+    return Tile(name, tokens, 2 * dim * tokens, tokens * token_bytes)
+
+
+def _tier(tokens: int, dim: int, key_bits: int, value_bits: int, itemsize: int) -> Tile:
+    """A tile of one tier; 0 bits are raw."""
+    if not key_bits:
+        return _tile("raw", tokens, dim, 2 * dim * itemsize)
+    token_bytes = dim * (key_bits + value_bits) // 8 + META_BYTES
+    return _tile(f"K{key_bits}V{value_bits}", tokens, dim, token_bytes)
+
+
+def _decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    """Open, high and low tokens; tiles of raw ones are half as long."""
+    tokens, dim, itemsize = c["BLOCK_N"], c["DIM"], ITEMSIZE[signature["keys"]]
+
+    def tier(kind: str, key_bits: int, value_bits: int) -> Tile:
+        size = tokens if key_bits else max(16, tokens // 2)
+        tile = _tier(size, dim, key_bits, value_bits, itemsize)
+        return tile._replace(per_turn=c["PAGES"] * PAGE_TOKENS * SHARES[kind] / size)
+
+    tiles = []
+    if c["HAS_OPEN"]:
+        tiles.append(tier("open", 0, 0)._replace(name="open"))
+    if c["HAS_SEALED"]:
+        tiles.append(tier("high", c["KEY_HIGH"], c["VALUE_HIGH"]))
+        tiles.append(tier("low", c["KEY_LOW"], c["VALUE_LOW"]))
+    return tiles
+
+
+def _extend_sealed(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    size, itemsize = (c["BLOCK_N"], c["DIM"]), ITEMSIZE[signature["q"]]
+    return [
+        _tier(*size, c["HIGH_KEY_BITS"], c["HIGH_VALUE_BITS"], itemsize),
+        _tier(*size, c["LOW_KEY_BITS"], c["LOW_VALUE_BITS"], itemsize),
+    ]
+
+
+def _extend_open(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    return [_tile("open", c["BLOCK_N"], c["DIM"], 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]])]
+
+
+def _extend_unpacked(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    """Full tiles, and the last one where that is masked by itself."""
+    tile = _tile("rows", c["BLOCK_N"], c["DIM"], 2 * c["DIM"] * ITEMSIZE[signature["k"]])
+    return [tile, tile._replace(name="last rows")] if c["PEEL"] else [tile]
+
+
+def _pack(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    raw = 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]]
+    payload = c["KEY_HIGH"] + c["VALUE_HIGH"] + c["META_HIGH"] + NOTE_BYTES
+    return [_tile("all high", c["TOKENS"], c["DIM"], raw + payload)]
+
+
+def _score_open(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    """A page, whose keys are read before the loop."""
+    turns = c["GROUP"] * SCORE_QUERIES // c["QUERIES"]
+    return [_score(c, signature, f"{SCORE_QUERIES} queries", turns)]
+
+
+def _score_decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
+    return [_score(c, signature, "1 query", 1)]
+
+
+def _score(c: dict[str, Any], signature: dict[str, str], name: str, iterations: int) -> Tile:
+    tokens, elements = c["PAGE_TOKENS"], c["PAGE_TOKENS"] * c["DIM"]
+    nbytes = elements * ITEMSIZE[signature["k_raw"]] + tokens * 2 * ITEMSIZE["*fp32"]
+    return Tile(name, tokens, elements, nbytes, iterations)
+
+
+TILES: dict[str, Callable[[dict[str, Any], dict[str, str]], list[Tile]]] = {
+    "decode.attend_item": _decode,
+    "extend.sealed_kernel": _extend_sealed,
+    "extend.unpacked_kernel": _extend_unpacked,
+    "extend.open_kernel": _extend_open,
+    "score.open_kernel": _score_open,
+    "score.decode_kernel": _score_decode,
+    "pack.pack_kernel": _pack,
+}
+"""By the name of the kernel."""

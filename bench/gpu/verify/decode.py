@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of decode: sealed, open and mixed pages, planned on the device as a server plans them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from bench.gpu.device import kernels, to
+from bench.gpu.inputs import Layers, Mix, draw_layers
+from bench.gpu.verify.check import TOLERANCE, Check, Found, compare, is_timed, worst
+from bench.gpu.verify.reference import decode_layer, merge64
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
+from sglang_diffxkv.kernels.decode import naive
+from sglang_diffxkv.kernels.decode.plan import plan_decode
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
+from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.pack import torch_ops
+
+
+class Case(NamedTuple):
+    """Sequences of ``tokens`` tokens in two layers; the drops make them ragged.
+
+    Attributes:
+        drops: sealed pages that each sequence, by its number, does without.
+    """
+
+    high: str = "K8V4"
+    low: str = "K4V2"
+    dim: int = 128
+    kv_heads: int = 2
+    group: int = 4
+    dtype: torch.dtype = torch.bfloat16
+    tokens: int = 5 * PAGE_TOKENS
+    open_pages: int = 2
+    drops: tuple[int, ...] = (0, 2, 3)
+    mix: Mix = Mix(25, 50, 25)
+
+    @property
+    def timed(self) -> bool:
+        return is_timed(self.dim, self.dtype, (self.high, self.low))
+
+    @property
+    def name(self) -> str:
+        pages = f"{self.tokens // PAGE_TOKENS} pages, {self.open_pages} open"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"decode {self.high}/{self.low} D={self.dim} G={self.group} {dtype}, {pages}, "
+            f"mix {self.mix.name}"
+        )
+
+
+SMALL = (
+    Case(),
+    Case(open_pages=0, drops=(0, 5, 4)),
+    Case("raw", "K4V2", dim=64, group=7, kv_heads=1),
+    Case("K8V8", "K2V2", dim=80, group=1, kv_heads=3, dtype=torch.float16),
+    Case(mix=Mix(0, 1, 99), dim=64, kv_heads=3),
+)
+LARGE = (
+    Case(kv_heads=8, tokens=4096, drops=(0, 17, 61)),
+    Case(kv_heads=1, group=8, tokens=16384, drops=(5, 200)),
+    Case(kv_heads=4, group=7, tokens=2048, drops=(0, 3, 9, 29)),
+    Case("K4V4", "K2V2", dim=96, kv_heads=4, group=2, tokens=1024),
+    Case("K4V8", "K4V4", dim=256, kv_heads=2, tokens=1024),
+    Case("raw", "raw", kv_heads=2, tokens=1024, drops=(0, 1, 2)),
+)
+
+
+def drop_pages(layers: Layers, drops: tuple[int, ...]) -> Layers:
+    """Each sequence without some of its sealed pages, which are its first ones."""
+    device, sequences = layers.arena.device, layers.sequences
+    drop = torch.tensor(drops, dtype=torch.int32, device=device)
+    bounds = layers.sealed_indptr.tolist()
+    kept = [layers.sealed_pages[bounds[b] + n : bounds[b + 1]] for b, n in enumerate(drops)]
+    lengths = torch.tensor([0, *(len(pages) for pages in kept)], device=device)
+    return layers._replace(
+        sequences=sequences._replace(first=sequences.first + drop, count=sequences.count - drop),
+        sealed_indptr=lengths.cumsum(0).int(),
+        sealed_pages=torch.cat(kept),
+    )
+
+
+def draw(case: Case, device: torch.device) -> Layers:
+    """Two layers, packed by vectorised torch."""
+    layout = make_layout(
+        head_dim=case.dim,
+        num_kv_heads=case.kv_heads,
+        raw_itemsize=case.dtype.itemsize,
+        high=FORMATS[case.high],
+        low=FORMATS[case.low],
+    )
+    layers = draw_layers(
+        layout, case.mix, layers=2, batch=len(case.drops), tokens=case.tokens,
+        open_pages=case.open_pages, dtype=case.dtype, device=device, pack=torch_ops.pack,
+    )  # fmt: skip
+    return drop_pages(layers, case.drops)
+
+
+def naive_layer(
+    layers: Layers,
+    layer: int,
+    q: torch.Tensor,
+    q_sealed: torch.Tensor,
+    sm_scale: float,
+    key_mean: torch.Tensor | None = None,
+) -> AttentionState:
+    """The readable reference over both kinds of pages."""
+    cpu = torch.device("cpu")
+    lists = layers.sealed_indptr, layers.sealed_pages
+    arguments = (q_sealed, *layers.tables(layer), *lists, layers.layout, sm_scale)
+    sealed = naive.decode_sealed(*to(cpu, *arguments))
+    if key_mean is not None:
+        sealed = from_sealed(sealed, *to(cpu, q, key_mean, sm_scale))
+    sequences = layers.sequences
+    if sequences.raw_slot is None:
+        return sealed
+    slots, indptr = [], [0]
+    for first, count in zip(sequences.first.tolist(), sequences.count.tolist(), strict=True):
+        mine = sequences.raw_slot[sequences.pages[first : first + count].long()]
+        slots.append(mine[mine >= 0])
+        indptr.append(indptr[-1] + len(slots[-1]))
+    raw = layers.k_raw[layer], layers.v_raw[layer]
+    listed = torch.tensor(indptr, dtype=torch.int32), torch.cat(slots)
+    opened = naive.decode_open(*to(cpu, q, *raw, *listed, sequences.last_len, sm_scale))
+    return merge64([sealed, opened])
+
+
+def check(case: Case, device: torch.device, *, large: bool) -> Found:
+    """Both layers with one plan; queries of sealed and of open pages differ.
+
+    In the second layer what is found in sealed pages comes back from their basis.
+    """
+    layers = draw(case, device)
+    triton, sm_scale = kernels("decode"), case.dim**-0.5
+    shape = (2, len(case.drops), case.kv_heads * case.group, case.dim)
+    q, q_sealed = (torch.randn(shape, device=device).to(case.dtype) for _ in range(2))
+    plan = plan_decode(layers.sequences, layers.heads, layers.layout)
+    found = []
+    reference = decode_layer if large else naive_layer
+    for layer, key_mean in enumerate((None, torch.randn(case.kv_heads, case.dim, device=device))):
+        part = triton.attend(
+            q[layer], q_sealed[layer], *layers.tables(layer), layers.k_raw[layer],
+            layers.v_raw[layer], plan.layer(layer), layers.layout, sm_scale, key_mean=key_mean,
+        )  # fmt: skip
+        expected = reference(layers, layer, q[layer], q_sealed[layer], sm_scale, key_mean)
+        found.append(compare(part, expected))
+    return worst(found)
+
+
+def check_public(device: torch.device) -> Found:
+    """`decode_sealed`, which makes its own plan."""
+    case = Case(open_pages=0, drops=(1, 0, 5), group=5)
+    layers = draw(case, device)
+    q = torch.randn(3, 10, case.dim, device=device).to(case.dtype)
+    lists = layers.sealed_indptr, layers.sealed_pages
+    part = kernels("decode").decode_sealed(q, *layers.tables(0), *lists, layers.layout, 0.1)
+    return compare(part, naive_layer(layers, 0, q, q, 0.1))
+
+
+def check_open(device: torch.device) -> Found:
+    """`decode_open` alone: no page is sealed."""
+    case = Case(tokens=3 * PAGE_TOKENS, open_pages=3, drops=(0, 0, 0))
+    layers = draw(case, device)
+    sequences = layers.sequences
+    assert sequences.raw_slot is not None
+    slots = sequences.raw_slot[sequences.pages.long()]
+    indptr = torch.arange(4, dtype=torch.int32, device=device) * 3
+    q = torch.randn(3, 8, case.dim, device=device).to(case.dtype)
+    args = (q, layers.k_raw[0], layers.v_raw[0], indptr, slots, sequences.last_len, 0.1)
+    expected = naive.decode_open(*to(torch.device("cpu"), *args))
+    return compare(kernels("decode").decode_open(*args), expected)
+
+
+def checks(large: bool) -> Iterator[Check]:
+    yield Check("decode_sealed", "decode", TOLERANCE, check_public, timed=True)
+    yield Check("decode_open", "decode", TOLERANCE, check_open, timed=True)
+    for case in SMALL:
+        run = partial(check, case, large=False)
+        yield Check(case.name, "decode", TOLERANCE, run, case.timed)
+    for case in LARGE if large else ():
+        run = partial(check, case, large=True)
+        yield Check(case.name, "decode", TOLERANCE, run, case.timed)

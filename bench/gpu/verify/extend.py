@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of extend: many queries over sealed pages, and causally over open ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from bench.gpu.device import kernels, to
+from bench.gpu.verify import decode
+from bench.gpu.verify.check import TOLERANCE, Check, Found, compare, is_timed
+from bench.gpu.verify.reference import attend, sealed_tokens
+from sglang_diffxkv.kernels.extend import PrefixScratch, make_scratch, naive
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.merge import AttentionState, concat_states, empty_state
+
+CPU = torch.device("cpu")
+
+
+class Sealed(NamedTuple):
+    """New queries of each sequence over sealed pages drawn as for decode."""
+
+    case: decode.Case
+    queries: tuple[int, ...]
+
+
+SMALL = (
+    Sealed(decode.Case(open_pages=0, drops=(0, 5, 4)), (5, 3, 7)),
+    Sealed(decode.Case("raw", "K4V2", open_pages=0, drops=(3, 4), dim=80, group=1), (9, 1)),
+)
+LARGE = (
+    Sealed(decode.Case(open_pages=0, kv_heads=8, tokens=8192, drops=(5,)), (517,)),
+    Sealed(decode.Case(open_pages=0, kv_heads=4, group=7, tokens=1024, drops=(0, 9)), (64, 301)),
+    Sealed(
+        decode.Case("K8V8", "K4V4", open_pages=0, dim=256, tokens=512, drops=(0, 3)),
+        (33, 200),
+    ),
+)
+
+
+UNPACKED_TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 2e-2}
+"""By the dtype that is unpacked to: that of models with raw tiers has 8 bits."""
+SLICE_PAGES = 7
+"""Pages that the scratch of these checks holds: fewer than most cases list."""
+
+
+class Open(NamedTuple):
+    """Sequences as (position of the first query, queries, positions of the listed pages)."""
+
+    dim: int
+    kv_heads: int
+    group: int
+    dtype: torch.dtype
+    sequences: tuple[tuple[int, int, tuple[int, ...]], ...]
+
+
+OPEN_SMALL = (
+    Open(128, 2, 3, torch.bfloat16, ((70, 9, (0, 1)), (0, 3, (0,)), (330, 20, (0, 2, 5)))),
+    Open(80, 1, 4, torch.float16, ((63, 1, (0,)), (5, 0, (0,)), (64, 11, (1,)))),
+)
+OPEN_LARGE = (
+    Open(128, 2, 4, torch.bfloat16, ((130, 100, (0, 1, 2, 3)), (0, 333, tuple(range(6))))),
+    Open(256, 1, 2, torch.bfloat16, ((0, 130, (0, 1, 2)),)),
+)
+
+
+def indptr(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor([0, *counts], device=device).cumsum(0).int()
+
+
+def check_sealed(sealed: Sealed, device: torch.device, *, large: bool) -> Found:
+    case = sealed.case
+    layers = decode.draw(case, device)
+    q_shape = sum(sealed.queries), case.kv_heads * case.group, case.dim
+    q = torch.randn(q_shape, device=device).to(case.dtype)
+    queries = indptr(sealed.queries, device)
+    lists = layers.sealed_indptr, layers.sealed_pages
+    args = (q, queries, *layers.tables(1), *lists, layers.layout, case.dim**-0.5)
+    part = kernels("extend").extend_sealed(*args)
+    expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
+    return compare(part, expected)
+
+
+def poisoned_scratch(layers: Any, dtype: torch.dtype, device: torch.device) -> PrefixScratch:
+    """Room for `SLICE_PAGES` pages, full of NaN."""
+    made = make_scratch(layers.layout, dtype, device)
+    rows = layers.layout.num_kv_heads * SLICE_PAGES * PAGE_TOKENS
+    for x in (made.k, made.v):
+        x.fill_(torch.nan)
+    return PrefixScratch(made.k[:rows], made.v[:rows], made.starts[: SLICE_PAGES + 1])
+
+
+def check_unpacked(sealed: Sealed, device: torch.device, *, large: bool) -> Found:
+    """Unpacked in slices, with nothing else to add to; queries in fp32, as rotated ones are."""
+    from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked  # needs Triton
+
+    case = sealed.case
+    layers = decode.draw(case, device)
+    q = torch.randn(sum(sealed.queries), case.kv_heads * case.group, case.dim, device=device)
+    q = q.float() if layers.layout.rotates else q.to(case.dtype)
+    lists = layers.sealed_indptr, layers.sealed_pages
+    args = (q, indptr(sealed.queries, device), *layers.tables(1), *lists)
+    args = (*args, layers.layout, case.dim**-0.5)
+    part = empty_state(q)
+    extend_unpacked(part, *args, poisoned_scratch(layers, case.dtype, device))
+    expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
+    return compare(part, expected)
+
+
+def reference(q: torch.Tensor, queries: torch.Tensor, *rest: Any) -> AttentionState:
+    """`extend_sealed` in float64, on the device."""
+    arena, frames, heads, pages_indptr, pages, layout, sm_scale = rest
+    parts, bounds, listed = [], queries.tolist(), pages_indptr.tolist()
+    for b in range(len(bounds) - 1):
+        mine = pages[listed[b] : listed[b + 1]]
+        tokens = sealed_tokens(arena, frames, heads, mine, layout, q.dtype)
+        parts.append(attend(q[bounds[b] : bounds[b + 1]], tokens, sm_scale))
+    return concat_states(parts)
+
+
+def draw_open(case: Open, device: torch.device) -> tuple[Any, ...]:
+    """Arguments of `extend_open`.
+
+    Slots after a sequence's last query hold NaN, as do raw pages that nobody lists.
+    """
+    pages = [page for _, _, listed in case.sequences for page in listed]
+    shape = (2, 2 * len(pages), PAGE_TOKENS, case.kv_heads, case.dim)
+    raw = torch.full(shape, torch.nan, dtype=case.dtype, device=device)
+    slots = torch.randperm(2 * len(pages), device=device)[: len(pages)].int()
+    ends = [start + new for start, new, listed in case.sequences for _ in listed]
+    for slot, page, end in zip(slots.tolist(), pages, ends, strict=True):
+        written = min(PAGE_TOKENS, end - page * PAGE_TOKENS)
+        rows = torch.randn(2, max(0, written), *shape[3:], device=device)
+        raw[:, slot, : max(0, written)] = rows.to(case.dtype)
+    starts, new, listed = zip(*case.sequences, strict=True)
+    q = torch.randn(sum(new), case.kv_heads * case.group, case.dim, device=device)
+    return (
+        q.to(case.dtype),
+        indptr(new, device),
+        torch.tensor(starts, dtype=torch.int32, device=device),
+        raw[0],
+        raw[1],
+        indptr(tuple(len(x) for x in listed), device),
+        slots,
+        torch.tensor(pages, dtype=torch.int32, device=device),
+        case.dim**-0.5,
+    )
+
+
+def check_open(case: Open, device: torch.device) -> Found:
+    args = draw_open(case, device)
+    return compare(kernels("extend").extend_open(*args), naive.extend_open(*to(CPU, *args)))
+
+
+def checks(large: bool) -> Iterator[Check]:
+    for sealed in (*SMALL, *LARGE) if large else SMALL:
+        name = f"{sealed.case.name}, queries {sealed.queries}".replace("decode", "extend_sealed")
+        run = partial(check_sealed, sealed, large=sealed in LARGE)
+        yield Check(name, "extend_sealed", TOLERANCE, run, sealed.case.timed)
+        raw = "raw" in (sealed.case.high, sealed.case.low)
+        tolerance = UNPACKED_TOLERANCE[sealed.case.dtype if raw else torch.float16]
+        name = name.replace("extend_sealed", "extend_unpacked")
+        run = partial(check_unpacked, sealed, large=sealed in LARGE)
+        yield Check(name, "extend_unpacked", tolerance, run, sealed.case.timed)
+    for case in (*OPEN_SMALL, *OPEN_LARGE) if large else OPEN_SMALL:
+        dtype = str(case.dtype).removeprefix("torch.")
+        name = f"extend_open D={case.dim} G={case.group} {dtype}, {len(case.sequences)} sequences"
+        run = partial(check_open, case)
+        yield Check(name, "extend_open", TOLERANCE, run, is_timed(case.dim, case.dtype))

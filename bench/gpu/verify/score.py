@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of score: what tokens of open pages receive, from sampled queries or in a decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from bench.gpu.device import kernels, to
+from bench.gpu.verify.check import TOLERANCE, Check, Found, is_timed, relative_error
+from bench.gpu.verify.extend import indptr
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.score import naive
+
+
+class Case(NamedTuple):
+    """Sequences as (positions of the sampled queries, positions of the listed pages)."""
+
+    dim: int
+    kv_heads: int
+    group: int
+    dtype: torch.dtype
+    sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+
+
+SMALL = (
+    Case(128, 2, 3, torch.bfloat16, (((70, 71, 130), (0, 1)), ((), (0,)), ((5,), (0,)))),
+    Case(80, 1, 4, torch.float16, ((tuple(range(3, 200, 17)), (0, 2)),)),
+)
+LARGE = (
+    Case(128, 4, 4, torch.bfloat16, ((tuple(range(450, 514)), tuple(range(8))), ((9,), (0,)))),
+    Case(256, 1, 2, torch.bfloat16, ((tuple(range(60, 130, 2)), (0, 1, 2)),)),
+)
+
+
+def check(case: Case, device: torch.device) -> Found:
+    """The accumulators are not empty before; keys that no sampled query may see are NaN."""
+    samples, listed = zip(*case.sequences, strict=True)
+    pages = [page for mine in listed for page in mine]
+    q_position = [position for mine in samples for position in mine]
+    k_raw = torch.randn(
+        2 * len(pages), PAGE_TOKENS, case.kv_heads, case.dim, device=device
+    ).to(case.dtype)  # fmt: skip
+    slots = torch.randperm(len(k_raw), device=device)[: len(pages)].int()
+    lasts = [max(mine, default=-1) for mine, own in case.sequences for _ in own]
+    for slot, page, last in zip(slots.tolist(), pages, lasts, strict=True):
+        k_raw[slot, max(0, last + 1 - page * PAGE_TOKENS) :] = torch.nan
+    heads = case.kv_heads * case.group
+    accum = torch.rand(len(k_raw), case.kv_heads, PAGE_TOKENS, device=device)
+    args = (
+        torch.randn(len(q_position), heads, case.dim, device=device).to(case.dtype),
+        5 + torch.rand(len(q_position), heads, device=device),
+        indptr(tuple(len(x) for x in samples), device),
+        torch.tensor(q_position, dtype=torch.int32, device=device),
+        k_raw,
+        indptr(tuple(len(x) for x in listed), device),
+        slots,
+        torch.tensor(pages, dtype=torch.int32, device=device),
+    )
+    before = accum.cpu().clone()
+    expected = before.double()
+    kernels("score").score_open(*args, accum, case.dim**-0.5)
+    naive.score_open(*to(torch.device("cpu"), *args), expected, case.dim**-0.5)
+    return Found(relative_error(accum.cpu() - before, expected - before))
+
+
+class Decode(NamedTuple):
+    """One query per sequence, over pages of which every third is sealed."""
+
+    dim: int
+    kv_heads: int
+    group: int
+    dtype: torch.dtype
+    lengths: tuple[int, ...]
+
+
+DECODE_SMALL = (
+    Decode(128, 2, 3, torch.bfloat16, (200, 1, 65, 64)),
+    Decode(80, 1, 4, torch.float16, (130, 129)),
+)
+DECODE_LARGE = (
+    Decode(128, 8, 4, torch.bfloat16, (4100, 513, 64, 2113)),
+    Decode(256, 2, 1, torch.bfloat16, (700, 2)),
+)
+
+
+def check_decode(case: Decode, device: torch.device) -> Found:
+    """Against one query of `score_open`'s reference: the last token, which sees those before it."""
+    batch, dim = len(case.lengths), case.dim
+    counts = [-(-length // PAGE_TOKENS) for length in case.lengths]
+    pages = torch.randperm(sum(counts), device=device).int()
+    table = torch.full((batch, max(counts) + 3), -1, dtype=torch.int32, device=device)
+    is_open = torch.arange(len(pages), device=device) % 3 != 1
+    raw_slot = torch.full_like(pages, -1)
+    opened = int(is_open.sum())
+    raw_slot[is_open] = torch.randperm(opened, device=device).int()
+    shape = (opened, PAGE_TOKENS, case.kv_heads, dim)
+    k_raw = torch.randn(shape, device=device).to(case.dtype)
+    slots, positions = [], []
+    for b, (count, mine) in enumerate(zip(counts, pages.split(counts), strict=True)):
+        table[b, :count] = mine
+        listed = raw_slot[mine.long()]
+        last = int(listed[-1])
+        if last >= 0:
+            k_raw[last, (case.lengths[b] - 1) % PAGE_TOKENS + 1 :] = torch.nan
+        positions.append((listed >= 0).nonzero()[:, 0].int())
+        slots.append(listed[listed >= 0])
+    heads = case.kv_heads * case.group
+    q = torch.randn(batch, heads, dim, device=device).to(case.dtype)
+    lse = 5 + torch.rand(batch, heads, device=device)
+    accum = torch.rand(opened, case.kv_heads, PAGE_TOKENS, device=device)
+    before = accum.cpu().clone()
+    lengths = torch.tensor(case.lengths, device=device)
+    arguments = (q, lse, lengths, k_raw, table, raw_slot, accum, dim**-0.5)
+    kernels("score").score_decode(*arguments)
+    expected = before.double()
+    listed_indptr = indptr(tuple(len(x) for x in slots), device)
+    every_query = torch.arange(batch + 1, dtype=torch.int32)
+    args = (listed_indptr, torch.cat(slots), torch.cat(positions), expected, dim**-0.5)
+    seen = lengths.float().log2()[:, None]
+    queries = q, lse - seen, every_query, lengths.int() - 1, k_raw
+    naive.score_open(*to(torch.device("cpu"), *queries, *args))
+    return Found(relative_error(accum.cpu() - before, expected - before))
+
+
+def checks(large: bool) -> Iterator[Check]:
+    for case in (*SMALL, *LARGE) if large else SMALL:
+        dtype = str(case.dtype).removeprefix("torch.")
+        name = f"score_open D={case.dim} G={case.group} {dtype}, {len(case.sequences)} sequences"
+        timed = is_timed(case.dim, case.dtype)
+        yield Check(name, "score_open", TOLERANCE, partial(check, case), timed)
+    for decode in (*DECODE_SMALL, *DECODE_LARGE) if large else DECODE_SMALL:
+        dtype = str(decode.dtype).removeprefix("torch.")
+        name = f"score_decode D={decode.dim} G={decode.group} {dtype}, lengths {decode.lengths}"
+        timed = is_timed(decode.dim, decode.dtype)
+        yield Check(name, "score_decode", TOLERANCE, partial(check_decode, decode), timed)

@@ -26,10 +26,10 @@ _FLAGS = ("variance_size_override", "override_orig_dtype", "cast_x_before_out_mu
 
 
 def install() -> None:
-    """Register the kernels; on other platforms, or without a compiler, nothing."""
-    compiled = kernels()
-    if compiled is None or not current_platform.is_out_of_tree():
+    """Register the kernels; on other platforms nothing."""
+    if not current_platform.is_out_of_tree():
         return
+    compiled = kernels()
     forwards: dict[type, Callable[..., Any]] = {
         RMSNorm: _rms_norm(compiled),
         SiluAndMul: _silu_and_mul(compiled),

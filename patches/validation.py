@@ -11,6 +11,7 @@ from sglang.srt.arg_groups.overrides import attention_backends_of, resolving_vie
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.cuda_graph_config import Backend
 
+from sglang_diffxkv.kernels.cpu.build import CompilerError, cpu_isa, find_compiler
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 BACKEND = "diffxkv"
@@ -121,6 +122,20 @@ def check_kv_dtype(asked: str, model: torch.dtype) -> None:
         )
 
 
+def check_host() -> None:
+    """Check that kernels for the CPU can be compiled.
+
+    Raises:
+        ValueError: there is no C++ compiler, or the environment asks for other instructions than
+            the CPU has.
+    """
+    cpu_isa()
+    try:
+        find_compiler()
+    except CompilerError as problem:
+        raise ValueError(f"--attention-backend {BACKEND} on a CPU: {problem}") from None
+
+
 def captures_decode(server_args: Any) -> bool:
     """Whether decode steps may be captured in CUDA graphs: on the device that has kernels for it.
 
@@ -133,8 +148,8 @@ def check_resolution(server_args: Any) -> None:
     """Check what SGLang made of the flags, at the end of resolution.
 
     Raises:
-        ValueError: it chose another backend for this model, or was told to capture CUDA graphs
-            that the backend cannot be in.
+        ValueError: it chose another backend for this model, or a CPU without a compiler, or was
+            told to capture CUDA graphs that the backend cannot be in.
     """
     view = resolving_view(server_args)
     if view.attention_backend != BACKEND:
@@ -147,6 +162,8 @@ def check_resolution(server_args: Any) -> None:
             f"--attention-backend {BACKEND} does not go with ROCm, where SGLang does not order its "
             "streams as the pool needs it: use a GPU with CUDA, or --device cpu"
         )
+    if view.device == "cpu":
+        check_host()
     graphs = view.cuda_graph_config
     decode = (Backend.DISABLED, Backend.FULL)[: 1 + captures_decode(server_args)]
     for phase, config, allowed in (

@@ -2,8 +2,7 @@
 """Compile the C++ kernels once per instruction set and load them through a plain C ABI.
 
 A library is keyed by the hash of its sources, the headers beside them, the flags and the compiler,
-and kept in ``$XDG_CACHE_HOME/sglang-diffxkv`` (default ``~/.cache/sglang-diffxkv``). Without a
-working compiler :func:`load_library` returns None and the operations fall back to torch.
+and kept in ``$XDG_CACHE_HOME/sglang-diffxkv`` (default ``~/.cache/sglang-diffxkv``).
 
 Kernels share work through pool.h. They may also use OpenMP, but are linked without it: the
 ``GOMP_*`` symbols resolve to the runtime that torch has loaded already. A second OpenMP runtime has
@@ -17,7 +16,6 @@ import ctypes
 import fcntl
 import functools
 import hashlib
-import logging
 import os
 import platform
 import shutil
@@ -26,16 +24,20 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-
-logger = logging.getLogger(__name__)
+from typing import NamedTuple
 
 ISA_VARIABLE = "DIFFXKV_CPU_ISA"
-"""Environment variable that forces one of ISAS, or "none" for the torch fallback."""
+"""Environment variable that forces one of ISAS."""
 
 ISAS = ("avx512", "avx2", "baseline")
 """Instruction sets, best first. "baseline" is whatever the compiler targets by default."""
 
 INCLUDE = Path(__file__).parent
+
+
+class CompilerError(RuntimeError):
+    """No C++ kernels: one line that says what to install or to set."""
+
 
 _NEEDS = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx2", "fma", "f16c"},
@@ -70,7 +72,7 @@ def available_isas() -> tuple[str, ...]:
 
 
 def cpu_isa() -> str:
-    """The instruction set to use: the environment's choice or the best available, or "none".
+    """The instruction set to use: the environment's choice or the best available.
 
     Raises:
         ValueError: the environment names an unknown instruction set or one this CPU lacks.
@@ -78,24 +80,35 @@ def cpu_isa() -> str:
     forced = os.environ.get(ISA_VARIABLE, "")
     if not forced:
         return available_isas()[0]
-    if forced != "none" and forced not in available_isas():
-        raise ValueError(
-            f"{ISA_VARIABLE}={forced}: this CPU offers {list(available_isas())} or none"
-        )
+    if forced not in available_isas():
+        raise ValueError(f"{ISA_VARIABLE}={forced}: this CPU offers {list(available_isas())}")
     return forced
 
 
+class Compiler(NamedTuple):
+    """Path of a C++ compiler, and the version that it reports."""
+
+    path: str
+    version: str
+
+
 @functools.cache
-def _compiler() -> tuple[str, str] | None:
-    """Path of the C++ compiler and the version it reports; None where there is none."""
+def find_compiler() -> Compiler:
+    """The compiler that ``CXX`` names, or else the first that works.
+
+    Raises:
+        CompilerError: there is none.
+    """
     for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
         path = shutil.which(name) if name else None
         if path:
             shown = subprocess.run([path, "--version"], capture_output=True, text=True)
             if shown.returncode == 0:
-                return path, shown.stdout
-    logger.warning("No C++ compiler found: CPU kernels fall back to torch, which is slower.")
-    return None
+                return Compiler(path, shown.stdout)
+    raise CompilerError(
+        "no C++ compiler, which kernels for CPUs are compiled with at first start: install g++ 12 "
+        "or later, or set CXX to the path of a compiler"
+    )
 
 
 def _cache_dir() -> Path:
@@ -139,7 +152,12 @@ def _compile(compiler: str, flags: list[str], sources: Sequence[Path], library: 
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+        lines = done.stderr.splitlines() or [f"exit status {done.returncode}"]
+        reason = next((line for line in lines if "error" in line), lines[-1])
+        raise CompilerError(
+            f"C++ kernels do not compile with {command[0]}: {reason}; install g++ "
+            "12 or later, or set CXX to the path of another compiler"
+        )
 
 
 @functools.cache
@@ -151,47 +169,42 @@ def _share_torch_openmp() -> None:
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
 
 
-def _library_path(name: str, sources: Sequence[Path], isa: str, version: str) -> Path:
-    return _cache_dir() / f"{name}-{isa}-{_digest(sources, _flags(isa), version)}.so"
+def _library_path(name: str, sources: Sequence[Path], isa: str) -> Path:
+    digest = _digest(sources, _flags(isa), find_compiler().version)
+    return _cache_dir() / f"{name}-{isa}-{digest}.so"
 
 
 @functools.cache
-def _load(name: str, sources: tuple[Path, ...], isa: str) -> ctypes.CDLL | None:
-    compiler = _compiler()
-    if compiler is None:
-        return None
-    path, version = compiler
+def _load(name: str, sources: tuple[Path, ...], isa: str) -> ctypes.CDLL:
+    library = _library_path(name, sources, isa)
     try:
-        library = _library_path(name, sources, isa, version)
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not library.exists():
             with _locked(library.with_name(f"{name}-{isa}.lock")):
                 if not library.exists():
-                    _compile(path, _flags(isa), sources, library)
+                    _compile(find_compiler().path, _flags(isa), sources, library)
         _share_torch_openmp()
         return ctypes.CDLL(str(library))
-    except (OSError, RuntimeError) as error:
-        logger.warning("CPU kernel %s (%s) falls back to torch: %s", name, isa, error)
-        return None
+    except OSError as problem:
+        raise CompilerError(
+            f"C++ kernels cannot be kept in, or loaded from, {library.parent}: {problem}; set "
+            "XDG_CACHE_HOME to a folder where files can be written and executed"
+        ) from problem
 
 
 def is_built(name: str, sources: Sequence[Path]) -> bool:
-    """Whether `load_library` has nothing to compile: it is in the cache, or cannot be compiled."""
-    isa = cpu_isa()
-    compiler = None if isa == "none" else _compiler()
-    return compiler is None or _library_path(name, sources, isa, compiler[1]).exists()
+    """Whether `load_library` has nothing to compile."""
+    return _library_path(name, sources, cpu_isa()).exists()
 
 
-def load_library(name: str, sources: Sequence[Path]) -> ctypes.CDLL | None:
+def load_library(name: str, sources: Sequence[Path]) -> ctypes.CDLL:
     """The compiled library for the instruction set in use; compiled on first use, then cached.
 
     Args:
         name: short name of the library, part of its file name.
         sources: C++ files; headers beside them and in ``kernels/cpu`` are on the include path.
 
-    Returns:
-        The library (declare ``argtypes``/``restype`` yourself), or None where there is no compiler,
-        compiling failed (logged once) or the environment chose "none".
+    Raises:
+        CompilerError: there is no compiler, or it fails, or no place to keep what it makes.
     """
-    isa = cpu_isa()
-    return None if isa == "none" else _load(name, tuple(sources), isa)
+    return _load(name, tuple(sources), cpu_isa())

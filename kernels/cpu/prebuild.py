@@ -21,10 +21,11 @@ logger = logging.getLogger(__name__)
 def load_all(*, scores: bool) -> None:
     """Load every library, so that no request waits for a compiler; several compile at a time.
 
-    Without a compiler, the operations run in torch, as `build` logs.
-
     Args:
         scores: whether the policy grades tokens by their scores.
+
+    Raises:
+        CompilerError: as `load_library`.
     """
     libraries = [DECODE, EXTEND, LAYERS, PACK, STEP, *([SCORE] if scores else [])]
     begin, missing = time.monotonic(), [x for x in libraries if not is_built(*x)]

@@ -101,7 +101,6 @@ def _bind(library: ctypes.CDLL) -> LayerKernels:
     return LayerKernels(library)
 
 
-def kernels() -> LayerKernels | None:
-    """The compiled kernels for the instruction set in use; None without a compiler."""
-    library = load_library(*LIBRARY)
-    return None if library is None else _bind(library)
+def kernels() -> LayerKernels:
+    """The compiled kernels for the instruction set in use."""
+    return _bind(load_library(*LIBRARY))

@@ -138,4 +138,4 @@ def _implementation(arena: torch.Tensor, *, in_cpp: bool) -> ModuleType:
         from sglang_diffxkv.kernels.pack import triton  # CPU machines may lack it
 
         return triton
-    return cpu if arena.is_cpu and in_cpp and cpu.library() else torch_ops
+    return cpu if arena.is_cpu and in_cpp else torch_ops

@@ -16,8 +16,8 @@ LIBRARY = "pack", (Path(__file__).with_name("cpu.cpp"),)
 """Its name and sources."""
 
 
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where there is no compiler (see `cpu.build`)."""
+def library() -> ctypes.CDLL:
+    """The compiled kernels for the instruction set in use."""
     return load_library(*LIBRARY)
 
 
@@ -34,7 +34,6 @@ def pack(
 ) -> None:
     """Write the payload of S pages of one layer; arguments as in `pack.pack`."""
     lib = library()
-    assert lib is not None
     slots = slots.long().contiguous()
     tiers, importance = tiers.contiguous(), importance.contiguous()
     frames, heads = frames.contiguous(), heads.contiguous()
@@ -72,7 +71,6 @@ def unpack_into(
 ) -> None:
     """Dequantise N pages into fp32 rows; arguments as in `pack.unpack_into`."""
     lib = library()
-    assert lib is not None
     pages, first = pages.long().contiguous(), first.contiguous()
     lib.diffxkv_unpack(
         layout_words(layout),

@@ -9,7 +9,7 @@ import torch
 
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.score import cpu, torch_ops
+from sglang_diffxkv.kernels.score import cpu
 
 __all__ = ["score_decode", "score_open"]
 
@@ -66,8 +66,7 @@ def _implementation(q: torch.Tensor) -> Callable[..., None]:
         from sglang_diffxkv.kernels.score import triton  # CPU machines may lack it
 
         return triton.score_open
-    compiled = cpu.kernel()
-    return compiled.score_open if compiled else torch_ops.score_open
+    return cpu.kernel().score_open
 
 
 def score_decode(

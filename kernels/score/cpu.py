@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Binding of cpu.cpp: the compiled kernel, or None where there is no compiler."""
+"""Binding of cpu.cpp."""
 
 from __future__ import annotations
 
@@ -71,7 +71,6 @@ def _bind(library: ctypes.CDLL) -> ScoreKernel:
     return ScoreKernel(library)
 
 
-def kernel() -> ScoreKernel | None:
-    """The compiled kernel for the instruction set in use; None without a compiler."""
-    library = load_library(*LIBRARY)
-    return None if library is None else _bind(library)
+def kernel() -> ScoreKernel:
+    """The compiled kernel for the instruction set in use."""
+    return _bind(load_library(*LIBRARY))

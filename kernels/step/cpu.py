@@ -36,7 +36,6 @@ class StepKernel:
         sealed: torch.Tensor | None = None,
     ) -> None:
         library = load_library(*LIBRARY)
-        assert library is not None, "asked for without a compiler"
         self._call = library.diffxkv_begin_decode
         self._call.argtypes, self._call.restype = _BEGIN, ctypes.c_bool
         self._kept = req_to_token, notes, sealed  # alive: the kernel has their addresses

@@ -14,9 +14,8 @@ import torch
 from sglang_diffxkv.kernels import extend as ops
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
-from sglang_diffxkv.kernels.cpu import build
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
-from sglang_diffxkv.kernels.extend import cpu, naive, sealed, triton
+from sglang_diffxkv.kernels.extend import naive, sealed, triton
 from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PAGE_TOKENS, PRUNED, make_layout
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state, merge_states
@@ -24,8 +23,8 @@ from sglang_diffxkv.kernels.pack import pack
 from tests.support.device import DEVICE
 from tests.support.sealed import random_tiers, seal
 
-IMPLEMENTATIONS = ["none", *available_isas(), "triton"]
-"""The torch fallback (instruction set "none"), each compiled variant, and the GPU's."""
+IMPLEMENTATIONS = [*available_isas(), "triton"]
+"""Each compiled variant, and the GPU's."""
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +41,6 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if request.param == "triton":
         return triton
     monkeypatch.setenv(ISA_VARIABLE, request.param)
-    # A library that fails to compile must not pass as the fallback.
-    assert (cpu.library() is None) == (request.param == "none")
     return ops
 
 
@@ -324,10 +321,7 @@ def part_over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionSta
     return part
 
 
-COMPILED = [isa for isa in available_isas() if build._compiler()]
-
-
-@pytest.fixture(params=COMPILED)
+@pytest.fixture(params=available_isas())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(ISA_VARIABLE, request.param)
     return request.param

@@ -13,7 +13,7 @@ import torch
 from sglang_diffxkv.kernels import score
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.score import cpu, naive, triton
+from sglang_diffxkv.kernels.score import naive, triton
 from tests.support.builders import error_norm
 from tests.support.device import DEVICE
 
@@ -23,12 +23,11 @@ KV_HEADS = 2
 TOLERANCE = {"triton": 1e-3}
 
 
-@pytest.fixture(params=["naive", "none", *available_isas(), "triton"])
+@pytest.fixture(params=["naive", *available_isas(), "triton"])
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Name of the implementation under test, selected for the public function."""
     if request.param not in ("naive", "triton"):
         monkeypatch.setenv(ISA_VARIABLE, request.param)
-        assert (cpu.kernel() is None) == (request.param == "none")
     return request.param
 
 

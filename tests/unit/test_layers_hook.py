@@ -16,7 +16,6 @@ from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.rotary_embedding.mrope import MRotaryEmbedding
 from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
 
-from sglang_diffxkv.kernels.layers import kernels
 from sglang_diffxkv.patches import layers, linear
 
 KEY = "test"
@@ -24,8 +23,6 @@ KEY = "test"
 
 @pytest.fixture(autouse=True)
 def registered(monkeypatch: pytest.MonkeyPatch) -> dict[type, Any]:
-    if kernels() is None:
-        pytest.skip("needs a C++ compiler")
     platform = SimpleNamespace(is_out_of_tree=lambda: True, get_dispatch_key_name=lambda: KEY)
     monkeypatch.setattr(layers, "current_platform", platform)
     monkeypatch.setattr(BaseFusedOp, "_oot_forward_registry", {})

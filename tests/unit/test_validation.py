@@ -21,6 +21,7 @@ from torch import nn
 
 from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig
 from sglang_diffxkv.demo_model import write_demo_model
+from sglang_diffxkv.kernels.cpu import build
 from sglang_diffxkv.patches.model_validation import check_layers
 from sglang_diffxkv.patches.server_args import fraction_is_given, get_config, is_active
 from sglang_diffxkv.patches.validation import WORKER_APP
@@ -83,6 +84,24 @@ def test_a_gpu_captures_decode_steps(model: str) -> None:
 def test_rocm_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", "7.0")
     assert "ROCm" in refusal(model, *OURS, *GPU)
+
+
+def test_a_cpu_without_a_compiler_is_refused(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    build.find_compiler.cache_clear()
+    try:
+        assert "install g++" in refusal(model, *OURS)
+        resolve(model, *OURS, *GPU)
+        resolve(model, "--attention-backend", "torch_native")
+    finally:
+        build.find_compiler.cache_clear()
+
+
+def test_an_instruction_set_that_the_cpu_lacks_is_refused(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(build.ISA_VARIABLE, "none")
+    assert f"{build.ISA_VARIABLE}=none: this CPU offers" in refusal(model, *OURS)
 
 
 def test_both_phase_flags_choose_it_too(model: str) -> None:

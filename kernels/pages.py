@@ -70,3 +70,18 @@ class OpenPages(NamedTuple):
     indptr: torch.Tensor
     slots: torch.Tensor
     position: torch.Tensor
+
+
+class Queries(NamedTuple):
+    """New tokens' queries of B sequences, ragged.
+
+    Attributes:
+        q: [T, Hq, D], fp32, bf16 or fp16; tokens may be strided, what belongs to one is
+            contiguous.
+        indptr: int32 [B + 1], into ``q``; those of a sequence have consecutive positions.
+        position: int32 [B], of each sequence's first query.
+    """
+
+    q: torch.Tensor
+    indptr: torch.Tensor
+    position: torch.Tensor

@@ -8,7 +8,7 @@ shipped, with the options that it is shipped with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
@@ -63,7 +63,8 @@ def launch(
         kernel: a `triton.jit` function.
         grid: one to three dimensions; nothing is launched where one of them is 0.
         maxnreg: most registers per thread; unset, the assembler may rather spill than use more.
-        arguments: all of the kernel's arguments, constants included, by name.
+        arguments: all of the kernel's arguments, constants included, by name; `gpu.views` are
+            passed whole.
     """
     if 0 in grid:
         return
@@ -71,7 +72,15 @@ def launch(
     if launches is not None:
         launches.append(Launch(kernel, grid, arguments, num_warps, num_stages, maxnreg))
         return
-    if any(isinstance(a, torch.Tensor) and a.is_meta for a in arguments.values()):
+    if any(x.is_meta for x in _tensors(arguments.values())):
         raise RuntimeError("a kernel on meta tensors can only be recorded: use `recorded()`")
     options = {} if maxnreg is None else {"maxnreg": maxnreg}
     kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages, **options)
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for x in arguments:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, tuple):
+            yield from _tensors(x)

@@ -224,10 +224,10 @@ def _on_device(x: Any) -> Any:
 def _launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     """`launch.launch`, of tensors of the device only."""
     for name, x in arguments.items():
-        if isinstance(x, torch.Tensor) and not isinstance(x, OnDevice):
-            raise RuntimeError(f"{kernel}: {name} is a tensor of the host")
+        if any(isinstance(y, torch.Tensor) and not isinstance(y, OnDevice) for y in tree_leaves(x)):
+            raise RuntimeError(f"{kernel}: {name} has a tensor of the host")
     with _disable_current_modes():
-        launch.launch(kernel, grid, **{name: _host(x) for name, x in arguments.items()})
+        launch.launch(kernel, grid, **tree_map(_host, arguments))
 
 
 @contextmanager

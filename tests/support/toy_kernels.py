@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.runtime import driver
+from triton.runtime import driver, jit
 
 from bench.gpu.compile.build import Job, target_of
 from bench.gpu.compile.built import as_json
@@ -26,17 +27,30 @@ from sglang_diffxkv.kernels.gpu.launch import Launch, launch, recorded
 ARCH = "sm_90"
 
 
+class Rows(NamedTuple):
+    """``stride`` elements from one row to the next."""
+
+    data: torch.Tensor
+    stride: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    queries: int
+    dim: int
+
+
 @triton.jit
-def attend(q, k, out, n, stride, scale, unused, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr):
+def attend(q, k, out, n, scale, unused, N: tl.constexpr, SHAPE: tl.constexpr):
     """Products with tiles of keys: [M, D] @ [D, N] @ [N, D], added up over n keys."""
-    row, column, dim = tl.arange(0, M), tl.arange(0, N), tl.arange(0, D)
-    query = tl.load(q + row[:, None] * D + dim[None, :])
-    total = tl.zeros((M, D), tl.float32)
+    row, column, dim = tl.arange(0, SHAPE.queries), tl.arange(0, N), tl.arange(0, SHAPE.dim)
+    query = tl.load(q + row[:, None] * SHAPE.dim + dim[None, :])
+    total = tl.zeros((SHAPE.queries, SHAPE.dim), tl.float32)
     for first in range(0, n, N):
-        keys = tl.load(k + (first + column)[:, None] * stride + dim[None, :])
+        keys = tl.load(k.data + (first + column)[:, None] * k.stride + dim[None, :])
         scores = tl.dot(query, keys.T) * scale
         total += tl.dot(scores.to(tl.float16), keys)
-    tl.store(out + row[:, None] * D + dim[None, :], total)
+    tl.store(out + row[:, None] * SHAPE.dim + dim[None, :], total)
 
 
 @triton.jit
@@ -71,8 +85,8 @@ def launch_attend(
     k = torch.empty(n * dim + offset, dtype=torch.float16, device=device)[offset:]
     out = torch.empty(16, dim, device=device)
     launch(
-        attend, (1,), num_warps=num_warps, num_stages=num_stages, q=q, k=k, out=out, n=n,
-        stride=dim, scale=0.5, unused=None, M=16, N=block, D=dim,
+        attend, (1,), num_warps=num_warps, num_stages=num_stages, q=q, k=Rows(k, dim), out=out, n=n,
+        scale=0.5, unused=None, N=block, SHAPE=Shape(16, dim),
     )  # fmt: skip
 
 
@@ -127,16 +141,17 @@ def specialisations() -> list[dict[str, Any]]:
             return True  # nothing is to be compiled
 
         driver.set_active(_NoGpu())
+        jit.serialize_specialization_data = lambda *_: ""  # for hooks; it cannot write dataclasses
         knobs.runtime.jit_cache_hook = note
         launch_attend("cpu", **chosen)
         knobs.runtime.jit_cache_hook = None
         with recorded() as launches:
             launch_attend("meta", **chosen)
         made = specialise(launches[0], target_of(ARCH))
-        jit = (asked["signature"], asked["constants"], asked["configs"][0])
+        theirs = (asked["signature"], asked["constants"], asked["configs"][0])
         ours = (made.signature, made.constants, made.attributes)
         options = {x: asked[x] == made.options[x] for x in ("num_warps", "num_stages", "num_ctas")}
-        rows.append({"jit": repr(jit), "ours": repr(ours), "options": options})
+        rows.append({"jit": repr(theirs), "ours": repr(ours), "options": options})
     return rows
 
 

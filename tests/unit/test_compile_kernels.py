@@ -54,7 +54,9 @@ def test_sound_code_is_read(by_case: dict[str, dict[str, Any]]) -> None:
     assert 64 <= sound["code"]["registers"] <= 255
     assert sound["shared"] >= 2 * 64 * 128  # a tile of keys
     assert sound["occupancy"]["warps"] == 4 * sound["occupancy"]["blocks"] > 0
-    assert sound["constants"] == {"M": 16, "N": 64, "D": 128, "unused": None}
+    constants = {"N": 64, "SHAPE.queries": 16, "SHAPE.dim": 128, "unused": None}
+    assert sound["constants"] == constants
+    assert sound["signature"]["k.data"] == "*fp16" and sound["signature"]["k.stride"] == "i32"
     (loop,) = sound["code"]["loops"]
     assert loop["inner"] == [] and loop["tensor"] > 0
     assert 32 <= loop["instructions"] < sound["code"]["whole"]["instructions"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,10 @@ from sglang_diffxkv.kernels.gpu.launch import Launch
 
 
 class Specialisation(NamedTuple):
-    """The source and the options of one compilation; names are those of the kernel's arguments."""
+    """The source and the options of one compilation, as Triton has them."""
 
     kernel: JITFunction
-    signature: dict[str, str]
+    signature: dict[str, Any]
     constants: dict[tuple[int, ...], Any]
     attributes: dict[tuple[int, ...], list[list[Any]]]
     options: dict[str, Any]
@@ -30,10 +30,40 @@ class Specialisation(NamedTuple):
         return ASTSource(self.kernel, self.signature, self.constants, self.attributes)
 
     @property
+    def named_types(self) -> dict[str, str]:
+        """Triton's types by the names of arguments and, behind a dot, of their fields."""
+        return dict(_flat(self.signature.items()))
+
+    @property
     def named_constants(self) -> dict[str, Any]:
-        """Constants by name: those that are declared and integers that happen to be 1."""
-        names = self.kernel.arg_names
-        return {names[path[0]]: value for path, value in self.constants.items()}
+        """Constants by name: those that are declared, None, and integers that happen to be 1."""
+        names = {path: name for name, path in _paths(self.signature)}
+        return dict(_flat((names[path], value) for path, value in self.constants.items()))
+
+
+def _flat(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Names and values, with those of each field where a value has fields."""
+    for name, x in values:
+        if is_dataclass(x):
+            yield from _flat((f"{name}.{f.name}", getattr(x, f.name)) for f in fields(x))
+        elif isinstance(x, tuple):
+            yield from _flat((f"{name}.{n}", y) for n, y in _items(x))
+        else:
+            yield name, x
+
+
+def _paths(signature: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and numbers of arguments and of their fields."""
+    found = [(name, (i,), x) for i, (name, x) in enumerate(signature.items())]
+    while found:
+        name, path, x = found.pop()
+        yield name, path
+        if isinstance(x, tuple):
+            found += [(f"{name}.{n}", (*path, i), y) for i, (n, y) in enumerate(_items(x))]
+
+
+def _items(x: tuple[Any, ...]) -> Iterator[tuple[str, Any]]:
+    return zip(getattr(x, "_fields", map(str, range(len(x)))), x, strict=True)
 
 
 class Configuration(NamedTuple):
@@ -58,10 +88,10 @@ class _Address:
 
 
 def _stand_in(value: Any) -> Any:
-    """A meta tensor's address is 0 whatever its offset."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return _Address(value.dtype, value.storage_offset() * value.itemsize)
+    """A meta tensor's address is 0 whatever its offset; those in NamedTuples, too."""
+    if isinstance(value, torch.Tensor):
+        return _Address(value.dtype, value.storage_offset() * value.itemsize)
+    return type(value)(*map(_stand_in, value)) if isinstance(value, tuple) else value
 
 
 def specialise(launch: Launch, target: GPUTarget) -> Specialisation:

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What Triton kernels take whole, instead of many arguments.
+
+Tensors and numbers come in NamedTuples, whose fields kernels read by name; a field that is None is
+a constant, which kernels tell by ``is None``. `kernels.merge.AttentionState` and others that hold
+nothing but tensors are passed as they are. Constants come in frozen dataclasses, as arguments that
+are declared `tl.constexpr`: a `PageLayout` is one (NamedTuples inside constants lose the names of
+their fields in Triton 3.6).
+
+Triton specialises each field as if it were an argument of its own, for numbers and addresses that
+16 divides, and for 1. It cannot be told not to: ``do_not_specialize`` is about arguments, not about
+their fields. So numbers that vary with the batch stay arguments.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang_diffxkv.kernels.pages import SealedTables
+
+BYTE_MASK = 0x00FF00FF
+"""Of two codes in a word: an argument, as the compiler would undo what it is for if it knew it."""
+
+
+class SealedView(NamedTuple):
+    """`SealedTables` for a kernel that has their layout as a constant.
+
+    Attributes:
+        arena: uint8.
+        frames, heads: int32. Layers start at multiples of 16 bytes (`pool.directory`), or kernels
+            would be compiled for other addresses, too.
+        frames_stride, heads_stride: elements from one page's to the next one's.
+        byte_mask: `BYTE_MASK`.
+    """
+
+    arena: torch.Tensor
+    frames: torch.Tensor
+    heads: torch.Tensor
+    frames_stride: int
+    heads_stride: int
+    byte_mask: int
+
+    @staticmethod
+    def of(tables: SealedTables) -> SealedView:
+        arena, frames, heads, _ = tables
+        return SealedView(arena, frames, heads, frames.stride(0), heads.stride(0), BYTE_MASK)
+
+
+class RawView(NamedTuple):
+    """Raw pages [R, 64, H, D]: ``page_stride`` elements from one to the next, of both."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    page_stride: int
+
+    @staticmethod
+    def of(keys: torch.Tensor, values: torch.Tensor) -> RawView:
+        return RawView(keys, values, keys.stride(0))
+
+
+class QueryView(NamedTuple):
+    """Queries [T, Hq, D]: ``stride`` elements from one token's to the next one's.
+
+    Attributes:
+        score_scale: sm_scale * log2(e), factor of base-2 scores.
+        indptr: int32 [B + 1], queries of each sequence; None: one each.
+        position: int32 [B], of each sequence's first query; None where all tokens come before.
+    """
+
+    data: torch.Tensor
+    stride: int
+    score_scale: float
+    indptr: torch.Tensor | None = None
+    position: torch.Tensor | None = None

@@ -1,144 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""User configuration: one frozen, validated dataclass, from JSON text, a JSON file or defaults.
-
-A field's description says what it allows: it is the text that a user reads when a value is refused.
-"""
+"""User configuration: one frozen, validated dataclass, from JSON text, a JSON file or defaults."""
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated
 
-from pydantic import ByteSize, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, TierFormat
+from sglang_diffxkv.policy.budgeting.learner import PlanSettings
+from sglang_diffxkv.policy.methods.diffkv import ThresholdSettings
+from sglang_diffxkv.policy.settings import CHECKED, Allowed, ConfigError, Tiers
 
 ENV_VAR = "DIFFXKV_CONFIG"
-RANK = "{rank}"
-"""In paths of plans: the number of the tensor-parallel rank, from 0."""
-_CHECKED = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-_Format = Annotated[str, Field(pattern=f"^({'|'.join(FORMATS)})$")]
-_Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be used; its text is one line that says what is allowed."""
+@dataclass(frozen=True, config=CHECKED)
+class DiffXKVConfig(ThresholdSettings, PlanSettings):
+    """Settings of the pool, beside those of the policies: everything that a user can set.
 
-
-@dataclass(frozen=True, config=_CHECKED)
-class Tiers:
-    """Names of the formats (`kernels.layout.FORMATS`) of the two tiers."""
-
-    high: _Format = "K8V4"
-    low: _Format = "K4V2"
-
-    @property
-    def formats(self) -> tuple[TierFormat, TierFormat]:
-        return FORMATS[self.high], FORMATS[self.low]
-
-    @model_validator(mode="after")
-    def _check_order(self) -> Self:
-        high, low = self.formats
-        if _bits(low) > _bits(high):
-            raise ValueError(f"tiers: low ({low.name}) takes more bytes than high ({high.name})")
-        return self
-
-
-def _bits(tier: TierFormat) -> int:
-    return 2 * 32 if tier.is_raw else tier.key_bits + tier.value_bits
-
-
-@dataclass(frozen=True, config=_CHECKED)
-class DiffXKVConfig:
-    """Everything a user can set; `load_config` reads it, `to_json` writes what it reads.
-
+    `load_config` reads it, `to_json` writes what it reads; the settings of policies are flat in it.
     Constructing one with a wrong value raises pydantic's ValidationError, a ValueError.
     """
 
-    policy: Annotated[str, Field(description="the name of a policy")] = "diffxkv"
-    target: Annotated[
-        float | None,
-        Field(
-            gt=0,
-            description="a retention of importance below 1, such as 0.95, or a compression above "
-            "1, such as 4, or null",
-        ),
-    ] = None
-    plan: Annotated[
-        str | None,
-        Field(description="the path of a plan that `sglang-diffxkv calibrate` wrote, or null"),
-    ] = None
-    save_plan: Annotated[str | None, Field(description="a path to write plans to, or null")] = None
-    learn_share: Annotated[float, Field(ge=0, le=1, description="a share from 0 to 1")] = 0.1
-    high_layers: Annotated[
-        tuple[int, ...],
-        Field(description="a list of layers that stay high, negative from the last, such as [0]"),
-    ] = ()
     memory_bytes: Annotated[
         ByteSize | None,
-        Field(gt=0, description='a positive number of bytes, such as 2000000 or "512MiB", or null'),
+        Field(gt=0),
+        Allowed('a positive number of bytes, such as 2000000 or "512MiB", or null'),
     ] = None
+    """everything the pool owns on a rank: raw pages, frames, tables; a number, or text such as
+    `"512MiB"`. `null`: what `--mem-fraction-static` would give SGLang's own pool; on a CPU, unless
+    that flag is given, a quarter of the memory that the host or container has available, divided by
+    its ranks"""
     window: Annotated[
-        int, Field(ge=0, description="a whole number of recent tokens kept raw, at least 0")
+        int, Field(ge=0), Allowed("a whole number of recent tokens kept raw, at least 0")
     ] = 64
-    sink: Annotated[
-        int,
-        Field(ge=0, le=PAGE_TOKENS, description=f"a whole number of tokens, 0 to {PAGE_TOKENS}"),
-    ] = 4
-    alpha_high: Annotated[
-        float, Field(ge=0, description="a number, at least 0 and at least alpha_low")
-    ] = 1.0
-    alpha_low: Annotated[float, Field(ge=0, le=1, description="a number from 0 to 1")] = 0.02
-    tiers: Annotated[
-        Tiers,
-        Field(description=f'{{"high": FORMAT, "low": FORMAT}}, each one of {", ".join(FORMATS)}'),
-    ] = Tiers()
-    layer_caps: Annotated[
-        _Share | tuple[_Share, ...] | None,
-        Field(
-            description="a share above 0 and up to 1, a list of them with one per layer, or null"
-        ),
-    ] = None
-    raw_share: Annotated[
-        float, Field(gt=0, le=0.9, description="a share above 0 and up to 0.9")
-    ] = 0.2
-    score_queries: Annotated[
-        int, Field(ge=1, description="a whole number of queries, at least 1")
-    ] = 64
-    demote: Annotated[bool, Field(description="true or false")] = True
-
-    @model_validator(mode="after")
-    def _check_target(self) -> Self:
-        if self.target == 1:
-            raise ValueError(f"target = 1.0 is not allowed; expected {_described('target')}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_alphas(self) -> Self:
-        if self.alpha_high < self.alpha_low:
-            raise ValueError(
-                f"alpha_high ({self.alpha_high:g}) must be at least alpha_low ({self.alpha_low:g})"
-            )
-        return self
-
-    def of_rank(self, rank: int, ranks: int) -> Self:
-        """The configuration of one of several tensor-parallel ranks.
-
-        Raises:
-            ConfigError: they would share the file of a plan, which is of a rank's own KV heads.
-        """
-        paths = {key: getattr(self, key) for key in ("plan", "save_plan")}
-        for key, path in paths.items():
-            if ranks > 1 and path is not None and RANK not in path:
-                raise ConfigError(
-                    f"{key} = {path!r} is not allowed with {ranks} ranks, each of which has a plan "
-                    f"of its own KV heads; put {RANK} into it, such as 'plan-{RANK}.json'"
-                )
-        own = {key: path and path.replace(RANK, str(rank)) for key, path in paths.items()}
-        return replace(self, **own)
+    """recent tokens of a running request that stay uncompressed while there are raw pages for them;
+    under pressure they are sealed before a request is turned away"""
+    raw_share: Annotated[float, Field(gt=0, le=0.9), Allowed("a share above 0 and up to 0.9")] = 0.2
+    """share of the memory for uncompressed pages, up to 0.9"""
+    score_queries: Annotated[int, Field(ge=1), Allowed("a whole number of queries, at least 1")] = (
+        64
+    )
+    """queries per prefill chunk that score the tokens before them: with `diffxkv` half from the
+    chunk's end and half strided over the rest, with `diffkv` strided over all, with `snapkv` and
+    `xkv` the last ones"""
 
     def to_json(self) -> str:
         """JSON text that `load_config` turns into an equal configuration."""
@@ -202,8 +111,8 @@ def _explain(error: ErrorDetails) -> str:
 
 
 def _described(key: str) -> str:
-    schema: dict[str, Any] = _ADAPTER.json_schema()["properties"][key]
-    return str(schema["description"])
+    metadata = DiffXKVConfig.__pydantic_fields__[key].metadata  # type: ignore[attr-defined]
+    return next(found.text for found in metadata if isinstance(found, Allowed))
 
 
 def _unknown_key(key: str, owner: type) -> str:

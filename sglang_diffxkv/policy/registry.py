@@ -2,9 +2,9 @@
 """Policies by name: those of this package, and those that other packages bring."""
 
 import difflib
+from dataclasses import fields
 from importlib.metadata import EntryPoint, entry_points
 
-from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import make_layout
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.methods.diffkv import DiffKVPolicy
@@ -14,6 +14,7 @@ from sglang_diffxkv.policy.methods.snapkv import SnapKVPolicy
 from sglang_diffxkv.policy.methods.streaming import StreamingPolicy
 from sglang_diffxkv.policy.methods.uniform import UniformPolicy
 from sglang_diffxkv.policy.methods.xkv import XKVPolicy
+from sglang_diffxkv.policy.settings import ConfigError, PolicySettings
 
 POLICIES: dict[str, type[TierPolicy]] = {
     policy.name: policy
@@ -31,6 +32,8 @@ POLICIES: dict[str, type[TierPolicy]] = {
 
 ENTRY_POINTS = "sglang_diffxkv.policies"
 """Group in which an installed package names its policies (``docs/policies.md``)."""
+_ASKED = ("target", "plan", "save_plan", "high_layers")
+"""Settings that ask for what only some policies do, so that others must not ignore them."""
 
 
 def policy_class(name: str) -> type[TierPolicy]:
@@ -63,7 +66,7 @@ def _load(point: EntryPoint) -> type[TierPolicy]:
 
 
 def make_policy(
-    config: DiffXKVConfig,
+    config: PolicySettings,
     *,
     head_dim: int,
     num_kv_heads: int,
@@ -76,11 +79,24 @@ def make_policy(
         raw_itemsize: bytes of an element of the model's dtype.
 
     Raises:
-        ConfigError: unknown policy, or `layer_caps` that do not fit it or the model.
+        ConfigError: unknown policy, settings that it has no use for, or `layer_caps` that do not
+            fit it or the model.
     """
     policy = policy_class(config.policy)
+    _check_use(policy, config)
     high, low = policy.formats(config)
     layout = make_layout(
         head_dim=head_dim, num_kv_heads=num_kv_heads, raw_itemsize=raw_itemsize, high=high, low=low
     )
     return policy(config, layout, num_layers)
+
+
+def _check_use(policy: type[TierPolicy], config: PolicySettings) -> None:
+    known = {field.name for field in fields(policy.settings)}
+    for field in fields(config):
+        asked = field.name in _ASKED and getattr(config, field.name) != field.default
+        if asked and field.name not in known:
+            raise ConfigError(
+                f"policy {policy.name!r} has no use for {field.name!r}: leave it out or choose "
+                "another policy"
+            )

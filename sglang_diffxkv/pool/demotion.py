@@ -17,7 +17,7 @@ from sglang_diffxkv.kernels.layout import (
     measure,
 )
 from sglang_diffxkv.kernels.pack import copy_rows, unpack
-from sglang_diffxkv.policy.base import MAX_DEMOTIONS, DemotionContext
+from sglang_diffxkv.policy.demotion import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.payload import GradedTokens, write_payload
 from sglang_diffxkv.pool.store import PageStore

@@ -9,9 +9,10 @@ import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, measure
-from sglang_diffxkv.policy.base import DemotionContext, SealContext, TierPolicy
+from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.budgeting.learner import FIRST_PLAN_PAGES
 from sglang_diffxkv.policy.budgeting.target import Target, raw_page_bytes
+from sglang_diffxkv.policy.demotion import DemotionContext
 from sglang_diffxkv.policy.methods.diffxkv import PERSONAL_PAGES, DiffXKVPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import make_policy

@@ -97,33 +97,36 @@ def rank_bins(mass: torch.Tensor, tokens: torch.Tensor) -> Ranking:
 
 
 def most_retained(
-    ranking: Ranking, prices: Prices, nbytes: float | torch.Tensor, forced: int | torch.Tensor = 0
+    ranking: Ranking,
+    prices: Prices,
+    nbytes: float | torch.Tensor,
+    protected: int | torch.Tensor = 0,
 ) -> Split:
-    """The greatest utility within ``nbytes``; the first ``forced`` tokens are high in any case.
+    """The greatest utility within ``nbytes``; the first ``protected`` tokens are high in any case.
 
-    Where the forced ones alone take more, nothing but them is kept.
+    Where these alone take more, nothing but them is kept.
     """
     high = ranking.tokens
     rest = nbytes - high * prices.high_bytes
     low = (rest / prices.low_bytes).floor().clamp(min=0).minimum(high[-1] - high)
-    allowed = (high >= forced) & ((rest >= 0) | (high <= forced))
+    allowed = (high >= protected) & ((rest >= 0) | (high <= protected))
     utility = _utility(ranking, prices, low)
     return _best(ranking, low, torch.where(allowed, utility, -torch.inf))
 
 
 def least_bytes(
-    ranking: Ranking, prices: Prices, utility: float, forced: int | torch.Tensor = 0
+    ranking: Ranking, prices: Prices, utility: float, protected: int | torch.Tensor = 0
 ) -> Split:
     """The fewest bytes whose utility is at least ``utility``, else everything high.
 
-    The first ``forced`` tokens are high in any case.
+    The first ``protected`` tokens are high in any case.
     """
     high, u = ranking.tokens, prices.low_utility
     # (1 - u) mass(high) + u mass(high + low) >= utility, solved for low.
     missing = (utility - _ROUNDING - (1 - u) * ranking.mass) / u
     low = (ranking.tokens_for(missing) - high).clamp(min=0)
     enough = _utility(ranking, prices, low) >= utility - 2 * _ROUNDING
-    allowed = (enough | (high == high[-1])) & (high >= forced)
+    allowed = (enough | (high == high[-1])) & (high >= protected)
     nbytes = high * prices.high_bytes + low * prices.low_bytes
     return _best(ranking, low, torch.where(allowed, -nbytes, -torch.inf))
 

@@ -13,6 +13,7 @@ import torch
 
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, PageLayout
+from sglang_diffxkv.policy.settings import ConfigError
 
 _COUNTS = PAGE_TOKENS + 1
 
@@ -22,22 +23,40 @@ def full_bytes(layout: PageLayout) -> int:
     return layout.num_kv_heads * layout.sections(PAGE_TOKENS, 0).total
 
 
+def layer_shares(
+    layer_caps: float | tuple[float, ...] | None, num_layers: int
+) -> tuple[float, ...]:
+    """The setting `layer_caps` layer by layer; 1 where it is None.
+
+    Raises:
+        ConfigError: it is of another number of layers.
+    """
+    if isinstance(layer_caps, tuple):
+        if len(layer_caps) != num_layers:
+            raise ConfigError(
+                f"layer_caps has {len(layer_caps)} shares, but the model has {num_layers} layers: "
+                "give one number for all layers or one per layer"
+            )
+        return layer_caps
+    return (1.0 if layer_caps is None else layer_caps,) * num_layers
+
+
 def never_exceeds(layout: PageLayout, cap: int) -> bool:
     """Whether `cap` bytes hold a (page, layer) whatever its tiers, so that `fit` has no work."""
     return layout.num_kv_heads * max(_size_list(layout)) <= cap
 
 
 def fit(
-    tiers: torch.Tensor, worth: torch.Tensor, caps: torch.Tensor, layout: PageLayout
+    tiers: torch.Tensor, scores: torch.Tensor, caps: torch.Tensor, layout: PageLayout
 ) -> torch.Tensor:
     """Lower tiers of each (page, layer) until its payload takes at most its cap, and no further.
 
-    First high tokens go low, least worth first, over all heads together; where that is not enough,
-    low tokens are pruned, least worth first. Ties fall on the lower head, then the earlier token.
+    First high tokens go low, lowest score first, over all heads together; where that is not enough,
+    low tokens are pruned, lowest score first. Ties fall on the lower head, then the earlier token.
 
     Args:
         tiers: uint8 [S, L, H, 64].
-        worth: float32 [S, L, H, 64] without NaN; sinks carry inf.
+        scores: float32 [S, L, H, 64] without NaN; sinks carry inf.
         caps: int64 [L], bytes of a (page, layer).
 
     Returns:
@@ -45,7 +64,7 @@ def fit(
     """
     # Both sorts are stable and so agree on the order of a head's tokens.
     orders = _Orders(
-        worth.flatten(-2).argsort(dim=-1, stable=True), worth.argsort(dim=-1, stable=True)
+        scores.flatten(-2).argsort(dim=-1, stable=True), scores.argsort(dim=-1, stable=True)
     )
     sizes = _size_table(layout, tiers.device)
     tiers = _lower(tiers, orders, caps, sizes, HIGH, LOW)
@@ -53,7 +72,7 @@ def fit(
 
 
 class _Orders(NamedTuple):
-    """Token indices by ascending worth."""
+    """Token indices by ascending score."""
 
     overall: torch.Tensor
     """int64 [S, L, H * 64]: over all heads of a (page, layer)."""
@@ -69,7 +88,7 @@ def _lower(
     source: int,
     target: int,
 ) -> torch.Tensor:
-    """Move tokens from tier `source` to the next lower `target`, in order of worth, while over."""
+    """Move tokens from tier `source` to the next lower `target`, by score, while over."""
     movable = tiers == source
     n_high, n_low = ((tiers == tier).sum(-1, keepdim=True) for tier in (HIGH, LOW))
     start = sizes[n_high * _COUNTS + n_low].sum((-2, -1))  # [S, L]

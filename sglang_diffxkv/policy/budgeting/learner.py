@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Learns plans from traffic: sketches a sample of it, and solves again when it has drifted."""
 
-from __future__ import annotations
-
 import logging
 import random
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Annotated, Self
 
 import torch
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
-from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.policy.budgeting.plan import Plan, Shape, load_plan, solve_plan
 from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
+from sglang_diffxkv.policy.budgeting.target import TargetSettings
+from sglang_diffxkv.policy.settings import CHECKED, Allowed, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,47 @@ CHECK_PAGES = 16
 DRIFT = 0.1
 """Share of importance that lies elsewhere than when the plan was solved."""
 
+RANK = "{rank}"
+"""In paths of plans: the number of the tensor-parallel rank, from 0."""
+
+
+@dataclass(frozen=True, config=CHECKED)
+class PlanSettings(TargetSettings):
+    """Settings of a policy whose target is met by plans."""
+
+    plan: Annotated[
+        str | None, Allowed("the path of a plan that `sglang-diffxkv calibrate` wrote, or null")
+    ] = None
+    """path of a plan that `sglang-diffxkv calibrate` or `save_plan` wrote; `null`: one is learnt
+    from traffic. With several ranks it needs `{rank}` in it, as in `plan-{rank}.json`: each has a
+    plan of its own KV heads"""
+    save_plan: Annotated[str | None, Allowed("a path to write plans to, or null")] = None
+    """path to which plans are written when they are solved, and when the server is idle; with
+    several ranks with `{rank}` in it"""
+    learn_share: Annotated[float, Field(ge=0, le=1), Allowed("a share from 0 to 1")] = 0.1
+    """share of sealed batches that plans are learnt from; `0` keeps the `plan` as it is"""
+    high_layers: Annotated[
+        tuple[int, ...],
+        Allowed("a list of layers that stay high, negative from the last, such as [0]"),
+    ] = ()
+    """layers whose tokens all stay high, negative numbers from the last"""
+
+    def of_rank(self, rank: int, ranks: int) -> Self:
+        """The settings of one of several tensor-parallel ranks.
+
+        Raises:
+            ConfigError: they would share the file of a plan, which is of a rank's own KV heads.
+        """
+        paths = {key: getattr(self, key) for key in ("plan", "save_plan")}
+        for key, path in paths.items():
+            if ranks > 1 and path is not None and RANK not in path:
+                raise ConfigError(
+                    f"{key} = {path!r} is not allowed with {ranks} ranks, each of which has a plan "
+                    f"of its own KV heads; put {RANK} into it, such as 'plan-{RANK}.json'"
+                )
+        own = {key: path and path.replace(RANK, str(rank)) for key, path in paths.items()}
+        return replace(self, **own)
+
 
 class PlanLearner:
     """The current plan, and what the next one will be solved from.
@@ -34,7 +77,7 @@ class PlanLearner:
     """
 
     def __init__(
-        self, config: DiffXKVConfig, target: float, layout: PageLayout, num_layers: int
+        self, config: PlanSettings, target: float, layout: PageLayout, num_layers: int
     ) -> None:
         """
         Raises:
@@ -147,7 +190,7 @@ class PlanLearner:
         return replace(plan, key_means=self.key_means)
 
 
-def high_layers(config: DiffXKVConfig, num_layers: int) -> tuple[int, ...]:
+def high_layers(config: PlanSettings, num_layers: int) -> tuple[int, ...]:
     """Numbers from 0 of the layers that stay high; negative ones count from the last.
 
     Raises:

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sglang_diffxkv.config import ConfigError
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout
 from sglang_diffxkv.policy.budgeting.budget import Ranking, least_bytes, most_retained, rank_bins
 from sglang_diffxkv.policy.budgeting.sketch import BINS_PER_OCTAVE, ImportanceSketch
 from sglang_diffxkv.policy.budgeting.target import Target, low_utility, prices_of, raw_page_bytes
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.policy.settings import ConfigError
 
 FORMAT = 2
 """Of plan files; raised whenever their meaning changes."""
@@ -186,11 +186,11 @@ def _solve(
     share = mass / by_layer[:, None, None] / layers
     weight = share / tokens.clamp(min=1e-30)
     prior = (target.prior / by_layer / layers)[:, None, None].expand_as(weight)
-    forced = torch.zeros(layers, dtype=torch.bool)
-    forced[list(high_layers)] = True
-    order = weight[~forced].flatten().argsort(descending=True)
+    protected = torch.zeros(layers, dtype=torch.bool)
+    protected[list(high_layers)] = True
+    order = weight[~protected].flatten().argsort(descending=True)
     free_tokens, free_share, free_prior = (
-        x[~forced].flatten()[order] for x in (tokens, share, prior)
+        x[~protected].flatten()[order] for x in (tokens, share, prior)
     )
     ranking = rank_bins(free_share, free_tokens)
     if target.retention is not None:
@@ -200,11 +200,11 @@ def _solve(
         pages = float(tokens.sum()) / (layers * layout.num_kv_heads * PAGE_TOKENS)
         nbytes = pages * raw_page_bytes(layout, layers) / target.compression
         nbytes -= pages * layers * page_overhead(layout)
-        split = most_retained(ranking, prices, nbytes - float(tokens[forced].sum()) * prices[0])
+        split = most_retained(ranking, prices, nbytes - float(tokens[protected].sum()) * prices[0])
     kept = split.high + split.low
     thresholds = [_threshold(ranking, count, free_prior) for count in (split.high, kept)]
     # A weight is a share of its layer's importance; back to units of uniform attention.
-    alphas = [(value * layers * by_layer).masked_fill(forced, 0.0) for value in thresholds]
+    alphas = [(value * layers * by_layer).masked_fill(protected, 0.0) for value in thresholds]
     alpha_high, alpha_low = (alpha.clamp(max=_NEVER) for alpha in alphas)
     # Nothing speaks against the tokens of a layer of which nothing is known.
     unknown = sketch.mass.sum((1, 2)) == 0

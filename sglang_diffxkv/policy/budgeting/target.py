@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The knob `target`: a retention below 1 or a compression above 1; what qualities make of it."""
 
-from __future__ import annotations
+from typing import Annotated, NamedTuple, Self
 
-from typing import NamedTuple
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, TierFormat
 from sglang_diffxkv.policy.budgeting.budget import Prices
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.policy.settings import CHECKED, Allowed, PolicySettings
 
 _LOSS = {Quality.HIGH: 1 / 3, Quality.BALANCED: 1.0, Quality.SMALL: 3.0}
 """Times the importance that is given up."""
@@ -24,6 +26,26 @@ PRIOR = 0.3
 """Importance of any token, in units of uniform attention, for what later queries may ask that no
 sampled one did: without it, tokens in the tail are pruned to make a few others precise."""
 
+_ALLOWED = Allowed(
+    "a retention of importance below 1, such as 0.95, or a compression above 1, such as 4, or null"
+)
+
+
+@dataclass(frozen=True, config=CHECKED)
+class TargetSettings(PolicySettings):
+    """Settings of a policy that solves budgets for a target."""
+
+    target: Annotated[float | None, Field(gt=0), _ALLOWED] = None
+    """a retention of importance below 1, such as `0.95`, or a compression of sealed pages above 1,
+    such as `4`. `null`: 0.9998 for `diffxkv`, 0.9 for `xkv`; the other policies have knobs of their
+    own"""
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.target == 1:
+            raise ValueError(f"target = 1.0 is not allowed; expected {_ALLOWED.text}")
+        return self
+
 
 class Target(NamedTuple):
     """Either of the two limits of XKV's greedy; the other is None."""
@@ -34,7 +56,7 @@ class Target(NamedTuple):
     """Bytes of SGLang's own pool over those of sealed pages, frames and all."""
 
     @classmethod
-    def of(cls, value: float) -> Target:
+    def of(cls, value: float) -> Self:
         return cls(value, None) if value < 1 else cls(None, value)
 
     @property
@@ -42,7 +64,7 @@ class Target(NamedTuple):
         """`PRIOR` where bytes are the limit: a retention is one of importance as it is measured."""
         return 0.0 if self.compression is None else PRIOR
 
-    def at(self, quality: Quality) -> Target:
+    def at(self, quality: Quality) -> "Target":
         """What a request of that quality is to get, where the server's target is this one."""
         if self.retention is not None:
             loss = (1 - self.retention) * _LOSS[quality]

@@ -1,14 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy `diffkv`: tiers by thresholds relative to uniform attention (arXiv 2412.03131)."""
 
+from typing import Annotated, Self
+
 import torch
+from pydantic import Field, model_validator
+from pydantic.dataclasses import dataclass
 
 from sglang_diffxkv.kernels.layout import HIGH, LOW
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.settings import CHECKED, Allowed, PolicySettings
 
 # Shares of high and low tokens that α_h = 1, α_l = 0.02 leave on Llama-3-8B, roughly: at these the
 # K8V4/K4V2 payload is about a quarter of bf16, as the paper's table of memory use has it.
 _HIGH_SHARE, _LOW_SHARE = 0.25, 0.5
+
+
+@dataclass(frozen=True, config=CHECKED)
+class ThresholdSettings(PolicySettings):
+    """Settings of policy `diffkv`."""
+
+    alpha_high: Annotated[
+        float, Field(ge=0), Allowed("a number, at least 0 and at least alpha_low")
+    ] = 1.0
+    """`diffkv`: high tier from this multiple of uniform attention (1 / length of the sequence)"""
+    alpha_low: Annotated[float, Field(ge=0, le=1), Allowed("a number from 0 to 1")] = 0.02
+    """`diffkv`: low tier from this multiple, 0 to 1, pruned below; `0` prunes nothing"""
+
+    @model_validator(mode="after")
+    def _check_alphas(self) -> Self:
+        if self.alpha_high < self.alpha_low:
+            raise ValueError(
+                f"alpha_high ({self.alpha_high:g}) must be at least alpha_low ({self.alpha_low:g})"
+            )
+        return self
 
 
 class DiffKVPolicy(TierPolicy):
@@ -19,8 +44,10 @@ class DiffKVPolicy(TierPolicy):
     """
 
     name = "diffkv"
+    settings = ThresholdSettings
     needs_scores = True
     can_demote = True
+    config: ThresholdSettings
 
     @property
     def prunes(self) -> bool:
@@ -37,7 +64,6 @@ class DiffKVPolicy(TierPolicy):
         # Negated comparisons, so that NaN, which compares false, ends up high.
         is_high = ~(ctx.importance < self.config.alpha_high * uniform)
         is_kept = ~(ctx.importance < self.config.alpha_low * uniform)
-        certain = self.is_sink(ctx) | (ctx.count == 0)
-        is_high = is_high | certain[:, None, None]
+        is_high = is_high | self.protected(ctx)[:, None, None]
         tiers = is_kept.to(torch.uint8) * LOW
         return tiers.masked_fill(is_high, HIGH)

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PageLayout, measure
-from sglang_diffxkv.policy.base import DemotionContext, SealContext, TierPolicy
+from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.budgeting.budget import (
     Ranking,
     Split,
@@ -24,9 +23,10 @@ from sglang_diffxkv.policy.budgeting.budget import (
     rank_tokens,
 )
 from sglang_diffxkv.policy.budgeting.caps import full_bytes
-from sglang_diffxkv.policy.budgeting.learner import PlanLearner, high_layers
+from sglang_diffxkv.policy.budgeting.learner import PlanLearner, PlanSettings, high_layers
 from sglang_diffxkv.policy.budgeting.plan import LayerPlans, page_overhead
 from sglang_diffxkv.policy.budgeting.target import Target, prices_of, raw_page_bytes
+from sglang_diffxkv.policy.demotion import DemotionContext
 from sglang_diffxkv.policy.methods.sequences import sequences
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.scoring import SampledQueries, spread_queries
@@ -49,13 +49,13 @@ class DiffXKVPolicy(TierPolicy):
     """
 
     name = "diffxkv"
+    settings = PlanSettings
     needs_scores = True
     prunes = True
     grades_quality = True
-    knobs = ("target", "plan", "save_plan", "high_layers")
     can_demote = True
 
-    def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
+    def __init__(self, config: PlanSettings, layout: PageLayout, num_layers: int) -> None:
         super().__init__(config, layout, num_layers)
         self.target = TARGET if config.target is None else config.target
         self.learner = PlanLearner(config, self.target, layout, num_layers)
@@ -111,7 +111,7 @@ class DiffXKVPolicy(TierPolicy):
         if self.learner.wants_pages():
             importance, _ = self._weigh(ctx)
             wrong = ~ctx.importance.isfinite().all(2).all(1)
-            self.learner.observe(importance, ~(self.is_sink(ctx) | (ctx.count == 0) | wrong))
+            self.learner.observe(importance, ~(self.protected(ctx) | wrong))
 
     def on_idle(self) -> None:
         self.learner.on_idle()
@@ -120,7 +120,7 @@ class DiffXKVPolicy(TierPolicy):
         return ctx.tiers if ctx.layer in self._high_layers else super().demote(ctx)
 
     def grade(self, ctx: SealContext) -> torch.Tensor:
-        importance, forced = self._weigh(ctx)
+        importance, protected = self._weigh(ctx)
         importance = importance + Target.of(self.target).prior
         plan = self.learner.plan
         tiers = torch.full_like(importance, HIGH, dtype=torch.uint8)
@@ -128,12 +128,12 @@ class DiffXKVPolicy(TierPolicy):
         for quality, planned in () if plan is None else plan.qualities.items():
             asked = (ctx.quality == quality)[:, None, None, None]
             tiers = torch.where(asked, _by_thresholds(importance, planned), tiers)
-        tiers.masked_fill_(forced, HIGH)
+        tiers.masked_fill_(protected, HIGH)
         for pages in sequences(ctx, least=1 if plan is None else PERSONAL_PAGES):
             quality = Quality(int(ctx.quality[pages[0]]))
             layers = None if plan is None else plan.qualities[quality]
             target = Target.of(self.target).at(quality)
-            tiers[pages] = self._personal(importance[pages], forced[pages], target, layers)
+            tiers[pages] = self._personal(importance[pages], protected[pages], target, layers)
         return tiers
 
     def _weigh(self, ctx: SealContext) -> tuple[torch.Tensor, torch.Tensor]:
@@ -143,36 +143,36 @@ class DiffXKVPolicy(TierPolicy):
             float32 and bool [S, L, H, 64].
         """
         importance = ctx.importance * ctx.context[:, None, None, None]
-        forced = ~importance.isfinite()
-        forced |= (self.is_sink(ctx) | (ctx.count == 0))[:, None, None]
+        protected = ~importance.isfinite()
+        protected |= self.protected(ctx)[:, None, None]
         for layer in self._high_layers:
-            forced[:, layer].fill_(True)
-        return importance.masked_fill(~importance.isfinite(), 0), forced
+            protected[:, layer].fill_(True)
+        return importance.masked_fill(~importance.isfinite(), 0), protected
 
     def _personal(
         self,
         importance: torch.Tensor,
-        forced: torch.Tensor,
+        protected: torch.Tensor,
         target: Target,
         planned: LayerPlans | None,
     ) -> torch.Tensor:
         """The best tiers for P pages of one sequence.
 
         Args:
-            importance, forced: [P, L, H, 64], see `_weigh`.
+            importance, protected: [P, L, H, 64], see `_weigh`.
             planned: caps what a layer may take; None where nothing is known.
         """
-        choice = _Choice(importance, forced)
+        choice = _Choice(importance, protected)
         if target.retention is not None:
-            split = least_bytes(
-                choice.ranking, self._prices, target.retention, choice.forced_tokens
-            )
+            split = least_bytes(choice.ranking, self._prices, target.retention, choice.protected)
             tiers = choice.tiers(split)
         else:
             assert target.compression is not None
             allowed = len(importance) * self._raw_bytes / target.compression
             tiers = self._within(choice, allowed)
-        return tiers if planned is None else self._within_plan(tiers, importance, forced, planned)
+        return (
+            tiers if planned is None else self._within_plan(tiers, importance, protected, planned)
+        )
 
     def _within(self, choice: _Choice, allowed: float) -> torch.Tensor:
         """Tiers whose frames take as near to ``allowed`` bytes as can be, at the best retention.
@@ -181,7 +181,7 @@ class DiffXKVPolicy(TierPolicy):
         """
         nbytes: float | torch.Tensor = allowed - choice.pages * self._overhead
         for _ in range(2):
-            split = most_retained(choice.ranking, self._prices, nbytes, choice.forced_tokens)
+            split = most_retained(choice.ranking, self._prices, nbytes, choice.protected)
             tiers = choice.tiers(split)
             frames = -(-measure(tiers, self.layout).nbytes // self.layout.frame_bytes)
             nbytes = nbytes + allowed - frames.sum() * self.layout.frame_bytes
@@ -191,7 +191,7 @@ class DiffXKVPolicy(TierPolicy):
         self,
         tiers: torch.Tensor,
         importance: torch.Tensor,
-        forced: torch.Tensor,
+        protected: torch.Tensor,
         planned: LayerPlans,
     ) -> torch.Tensor:
         """Grade again the layers that take more than the plan allows them."""
@@ -204,8 +204,8 @@ class DiffXKVPolicy(TierPolicy):
         for layer in self._high_layers:
             over[layer].fill_(False)
         for layer in over.nonzero().flatten().tolist():
-            choice = _Choice(importance[:, layer : layer + 1], forced[:, layer : layer + 1])
-            split = most_retained(choice.ranking, self._prices, caps[layer], choice.forced_tokens)
+            choice = _Choice(importance[:, layer : layer + 1], protected[:, layer : layer + 1])
+            split = most_retained(choice.ranking, self._prices, caps[layer], choice.protected)
             tiers[:, layer] = choice.tiers(split)[:, 0]
         return tiers
 
@@ -213,18 +213,18 @@ class DiffXKVPolicy(TierPolicy):
 class _Choice:
     """Tokens of P pages of one sequence, in the order in which tiers are given."""
 
-    def __init__(self, importance: torch.Tensor, forced: torch.Tensor) -> None:
+    def __init__(self, importance: torch.Tensor, protected: torch.Tensor) -> None:
         """Takes [P, L, H, 64] each: importance (float32, finite), and what is high anyway."""
         self.shape = importance.shape
         self.pages = len(importance)
-        weight = importance.masked_fill(forced, 0).double()
+        weight = importance.masked_fill(protected, 0).double()
         by_layer = weight.sum((0, 2, 3), keepdim=True)
         weight = weight / by_layer.clamp(min=1e-30) / (by_layer > 0).sum().clamp(min=1)
         # Ties fall on the earlier page, the lower layer and head, then the earlier token.
-        rank_by = weight.masked_fill(forced, torch.inf).flatten()
+        rank_by = weight.masked_fill(protected, torch.inf).flatten()
         self._order = rank_by.argsort(descending=True, stable=True)
         self.ranking: Ranking = rank_tokens(weight.flatten()[self._order])
-        self.forced_tokens = forced.sum()
+        self.protected = protected.sum()
 
     def tiers(self, split: Split) -> torch.Tensor:
         """uint8 [P, L, H, 64]."""

@@ -3,9 +3,9 @@
 
 import torch
 
-from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, TierFormat
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.settings import PolicySettings
 
 
 class LosslessPolicy(TierPolicy):
@@ -17,7 +17,7 @@ class LosslessPolicy(TierPolicy):
     expected_share = 1.0
 
     @classmethod
-    def formats(cls, config: DiffXKVConfig) -> tuple[TierFormat, TierFormat]:
+    def formats(cls, config: PolicySettings) -> tuple[TierFormat, TierFormat]:
         return FORMATS["raw"], FORMATS["raw"]
 
     def grade(self, ctx: SealContext) -> torch.Tensor:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, TierFormat
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.methods.sequences import sequences
 from sglang_diffxkv.policy.scoring import SampledQueries, last_queries
+from sglang_diffxkv.policy.settings import PolicySettings
 
 _KERNEL = 7
 """Tokens that importance is averaged over, so that clusters are kept and not lone tokens."""
@@ -33,57 +33,57 @@ class PromptPolicy(TierPolicy):
     may_share = False
 
     @classmethod
-    def formats(cls, config: DiffXKVConfig) -> tuple[TierFormat, TierFormat]:
+    def formats(cls, config: PolicySettings) -> tuple[TierFormat, TierFormat]:
         return FORMATS["raw"], FORMATS["raw"]
 
     def sample(self, extend_lens: Sequence[int], n: int) -> SampledQueries:
         return last_queries(extend_lens, n)
 
     @abstractmethod
-    def budgets(self, scores: torch.Tensor, certain: int) -> torch.Tensor:
+    def budgets(self, scores: torch.Tensor, protected: int) -> torch.Tensor:
         """Tokens that each head of a layer keeps of a sequence of T tokens: int64 [L].
 
         Args:
-            scores: float32 [L, H, T], pooled importance, descending; inf for certain tokens.
-            certain: tokens that stay whatever their importance.
+            scores: float32 [L, H, T], pooled importance, descending; inf for protected tokens.
+            protected: tokens that stay whatever their importance.
         """
 
     def grade(self, ctx: SealContext) -> torch.Tensor:
-        certain = self.is_sink(ctx) | (ctx.count == 0)
+        protected = self.protected(ctx)
         kept = torch.zeros_like(ctx.importance, dtype=torch.bool)
         for pages in sequences(ctx):
-            kept[pages] = self._select(ctx.importance[pages], certain[pages])
+            kept[pages] = self._select(ctx.importance[pages], protected[pages])
         return kept.to(torch.uint8) * HIGH
 
-    def _select(self, importance: torch.Tensor, certain: torch.Tensor) -> torch.Tensor:
+    def _select(self, importance: torch.Tensor, protected: torch.Tensor) -> torch.Tensor:
         """Which tokens of one sequence stay.
 
         Args:
             importance: float32 [P, L, H, 64], of its pages in order.
-            certain: bool [P, 64], tokens that stay whatever their importance.
+            protected: bool [P, 64], tokens that stay whatever their importance.
 
         Returns:
             bool [P, L, H, 64].
         """
-        worth = pooled(importance.permute(1, 2, 0, 3).flatten(-2))  # [L, H, P * 64]
-        worth = worth.masked_fill(certain.flatten(), torch.inf)
+        scores = pooled(importance.permute(1, 2, 0, 3).flatten(-2))  # [L, H, P * 64]
+        scores = scores.masked_fill(protected.flatten(), torch.inf)
         # Not topk, which leaves open which of equal tokens it takes: here the earlier ones.
-        scores, order = worth.sort(dim=-1, descending=True, stable=True)
-        budgets = self.budgets(scores, int(certain.sum()))
+        scores, order = scores.sort(dim=-1, descending=True, stable=True)
+        budgets = self.budgets(scores, int(protected.sum()))
         first = torch.arange(order.shape[-1], device=order.device) < budgets[:, None, None]
         kept = torch.empty_like(order, dtype=torch.bool).scatter_(-1, order, first.expand_as(order))
-        return kept.unflatten(-1, certain.shape).permute(2, 0, 1, 3)
+        return kept.unflatten(-1, protected.shape).permute(2, 0, 1, 3)
 
 
 def pooled(importance: torch.Tensor) -> torch.Tensor:
     """Average over neighbours, zeros beyond both ends: float32 [L, H, T], finite.
 
-    A NaN makes its own token worth the most and leaves its neighbours as they are.
+    A NaN gives its own token the highest score and leaves its neighbours as they are.
     """
     most = torch.finfo(torch.float32).max
     wrong = importance.isnan()
     pooled = torch.nn.functional.avg_pool1d(
         importance.masked_fill(wrong, 0), _KERNEL, stride=1, padding=_KERNEL // 2
     )
-    # Finite, because only tokens that are kept in any case may be worth inf.
+    # Finite, because only protected tokens may score inf.
     return pooled.clamp(max=most).masked_fill(wrong, most)

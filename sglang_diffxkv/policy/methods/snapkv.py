@@ -4,27 +4,25 @@
 After SnapKV (arXiv 2404.14469), as a baseline: what is kept stays in 16 bit, the rest is dropped.
 """
 
-from __future__ import annotations
-
 import torch
 
-from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.policy.budgeting.caps import full_bytes
 from sglang_diffxkv.policy.methods.prompt import PromptPolicy
+from sglang_diffxkv.policy.settings import ConfigError, PolicySettings
 
 
 class SnapKVPolicy(PromptPolicy):
     """The top `layer_caps` share of a sequence's tokens, by pooled importance, per layer and head.
 
     One page may be kept in full while others lose everything, so nothing less than a full page can
-    be promised for an open one.
+    be reserved for an open one.
     """
 
     name = "snapkv"
 
-    def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
+    def __init__(self, config: PolicySettings, layout: PageLayout, num_layers: int) -> None:
         super().__init__(config, layout, num_layers)
         if max(self.shares) == 1:
             raise ConfigError(
@@ -37,7 +35,7 @@ class SnapKVPolicy(PromptPolicy):
     def expected_share(self) -> float:
         return sum(self.shares) / len(self.shares)
 
-    def budgets(self, scores: torch.Tensor, certain: int) -> torch.Tensor:
+    def budgets(self, scores: torch.Tensor, protected: int) -> torch.Tensor:
         tokens = scores.shape[-1]
-        counts = [max(round(share * tokens), certain) for share in self.shares]
+        counts = [max(round(share * tokens), protected) for share in self.shares]
         return upload(torch.tensor(counts), scores.device)

@@ -3,9 +3,9 @@
 
 import torch
 
-from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, TierFormat
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
+from sglang_diffxkv.policy.settings import PolicySettings
 
 
 class UniformPolicy(TierPolicy):
@@ -16,7 +16,7 @@ class UniformPolicy(TierPolicy):
     expected_share = 1.0
 
     @classmethod
-    def formats(cls, config: DiffXKVConfig) -> tuple[TierFormat, TierFormat]:
+    def formats(cls, config: PolicySettings) -> tuple[TierFormat, TierFormat]:
         high, _ = config.tiers.formats
         return high, high
 

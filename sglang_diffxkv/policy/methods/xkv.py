@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy `xkv`: budgets by layer, in one format (XKV, arXiv 2412.05896), to compare with."""
 
-from __future__ import annotations
-
 import torch
 
-from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.policy.budgeting.budget import Prices, least_bytes, most_retained, rank_tokens
 from sglang_diffxkv.policy.budgeting.caps import full_bytes
 from sglang_diffxkv.policy.budgeting.plan import page_overhead
-from sglang_diffxkv.policy.budgeting.target import Target, raw_page_bytes
+from sglang_diffxkv.policy.budgeting.target import Target, TargetSettings, raw_page_bytes
 from sglang_diffxkv.policy.methods.prompt import PromptPolicy
 
 TARGET = 0.9
@@ -25,9 +22,9 @@ class XKVPolicy(PromptPolicy):
     """
 
     name = "xkv"
-    knobs = ("target",)
+    settings = TargetSettings
 
-    def __init__(self, config: DiffXKVConfig, layout: PageLayout, num_layers: int) -> None:
+    def __init__(self, config: TargetSettings, layout: PageLayout, num_layers: int) -> None:
         super().__init__(config, layout, num_layers)
         self.target = Target.of(TARGET if config.target is None else config.target)
         self._raw_bytes = raw_page_bytes(layout, num_layers)
@@ -40,21 +37,21 @@ class XKVPolicy(PromptPolicy):
         full = len(self.caps) * full_bytes(self.layout)
         return min(1.0, self._raw_bytes / self.target.compression / full)
 
-    def budgets(self, scores: torch.Tensor, certain: int) -> torch.Tensor:
+    def budgets(self, scores: torch.Tensor, protected: int) -> torch.Tensor:
         layers, heads, tokens = scores.shape
         # One more token for a layer is one more for each of its heads: R_i(n), XKV's gains.
         known = scores.masked_fill(scores.isinf(), 0).double()
         gains = (known / known.sum((1, 2), keepdim=True).clamp(min=1e-30)).sum(1) / layers
-        gains[:, :certain].fill_(torch.inf)
+        gains[:, :protected].fill_(torch.inf)
         flat, places = gains.flatten().sort(descending=True, stable=True)
         ranking = rank_tokens(flat.masked_fill(flat.isinf(), 0))
         price = heads * self.layout.token_bytes(self.layout.high)
-        prices, forced = Prices(price, price, 1.0), layers * certain
+        prices, fixed = Prices(price, price, 1.0), layers * protected
         if self.target.retention is not None:
-            split = least_bytes(ranking, prices, self.target.retention, forced)
+            split = least_bytes(ranking, prices, self.target.retention, fixed)
         else:
             assert self.target.compression is not None
             allowed = self._raw_bytes / self.target.compression - self._overhead
-            split = most_retained(ranking, prices, tokens / PAGE_TOKENS * allowed, forced)
+            split = most_retained(ranking, prices, tokens / PAGE_TOKENS * allowed, fixed)
         chosen = torch.arange(len(flat), device=flat.device) < split.high + split.low
         return places.div(tokens, rounding_mode="floor")[chosen].bincount(minlength=layers)

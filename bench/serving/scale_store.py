@@ -17,74 +17,34 @@ from statistics import median
 from typing import Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, EvictResult
 
 from bench.peak import peak_bytes
 from bench.serving.common import MIB, PAGE_TOKENS, table, write_results
 from sglang_diffxkv.attention.metadata import gather_pages, note_use, pages_to_seal
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
-from sglang_diffxkv.policy.registry import make_policy
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.clock import ClockHand
-from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
-from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, plan_pool
+from sglang_diffxkv.pool.sizing import DEMOTION_SLACK
 from sglang_diffxkv.pool.store import DEMOTION_WINDOW, RAW_WINDOW
+from tests.support.policies import Shape
+from tests.support.stores import PrefixCache, allocator_of
 
-SHAPE = {"head_dim": 128, "num_kv_heads": 8, "raw_itemsize": 2, "num_layers": 32}
+SHAPE = Shape(layers=32, heads=8, dim=128, dtype=torch.bfloat16)
 GB = 10**9
 SIZES = {"22 GB": 22 * GB, "100 GB": 100 * GB, "1 TB": 1000 * GB, "2.2 TB": 2200 * GB}
 CACHED, RUNNING, LENGTH, NEW = 192, 16, 1000, 8
 PEAK_PAGES, PEAK_BUDGET = 2400, 120 * GB
 
 
-class Cache:
-    """A prefix cache with no tree: sequences, of which the oldest is evicted first."""
-
-    def __init__(self, allocator: DiffXKVAllocator) -> None:
-        self.allocator = allocator
-        self.sequences: list[torch.Tensor] = []
-
-    def supports_prefix_sharing(self) -> bool:
-        return True
-
-    def evictable_size(self) -> int:
-        return sum(map(len, self.sequences))
-
-    def evict_for_alloc(
-        self, params: EvictParams, *, allocation_reclaim_satisfied: Callable[[], bool]
-    ) -> EvictResult:
-        evicted = 0
-        while not allocation_reclaim_satisfied():
-            slots = self.sequences.pop(0)
-            self.allocator.free_segment(slots, start_pos=0)
-            evicted += len(slots)
-        return EvictResult(num_tokens_evicted=evicted)
-
-
 class Pool:
     """A pool with `CACHED` pages in its cache and `RUNNING` sequences of `LENGTH` tokens."""
 
     def __init__(self, budget: int) -> None:
-        config = DiffXKVConfig()
-        policy = make_policy(config, **SHAPE)
-        layers = SHAPE["num_layers"]
-        self.plan = plan_pool(
-            budget - policy.nbytes, policy.layout, layers, policy.caps, policy.expected_fill,
-            config.raw_share, virtual_slack=DEMOTION_SLACK,
-        )  # fmt: skip
-        setup = PoolSetup(config, policy.layout, policy, self.plan)
-        self.kv = DiffXKVPool.with_setup(setup)(
-            self.plan.virtual_tokens, page_size=PAGE_TOKENS, dtype=torch.bfloat16,
-            head_num=SHAPE["num_kv_heads"], head_dim=SHAPE["head_dim"], layer_num=layers,
-            device="cpu", enable_memory_saver=False,
-        )  # fmt: skip
-        self.store = self.kv.store
-        self.allocator = DiffXKVAllocator(
-            self.plan.virtual_tokens, page_size=PAGE_TOKENS, dtype=torch.bfloat16, device="cpu",
-            kvcache=self.kv, need_sort=False,
-        )  # fmt: skip
-        self.cache = Cache(self.allocator)
+        share = DiffXKVConfig().raw_share
+        self.allocator = allocator_of(DiffXKVConfig(), budget, SHAPE, share, DEMOTION_SLACK)
+        self.store = self.allocator.store
+        self.plan = self.store.plan
+        self.cache = PrefixCache(self.allocator)
 
     def fill(self) -> None:
         self.cached = self.sequence(CACHED * PAGE_TOKENS)
@@ -104,7 +64,7 @@ class Pool:
         assert slots is not None
         pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
         raw = self.store.directory.raw_slot[pages].long()
-        scores = torch.rand(SHAPE["num_layers"], len(pages), SHAPE["num_kv_heads"], PAGE_TOKENS)
+        scores = torch.rand(SHAPE.layers, len(pages), SHAPE.heads, PAGE_TOKENS)
         self.store.raw.scores[:, raw] = 8 * scores**8
         self.store.raw.counts[raw] = 8
         self.store.begin_step(decodes=False)

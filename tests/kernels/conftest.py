@@ -7,8 +7,28 @@ Triton reads the variable when a kernel is defined, so it is set before anything
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The reference is thousands of tiny operations, which threads only slow down."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def noticing_device() -> Iterator[None]:
+    """A device that notices what mixes it with the host, or waits for it."""
+    from tests.support.fake_device import fake_device
+
+    with fake_device():
+        yield

@@ -17,8 +17,9 @@ from sglang_diffxkv.kernels.merge import merge_states
 from sglang_diffxkv.kernels.score import score_open
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_norm
-from tests.unit.test_store import DIM, HEADS, LAYERS, make_store
+from tests.support.stores import STORE, make_store
 
+LAYERS, HEADS, DIM, _ = STORE
 WINDOW, GROUP, SCALE = 64, 4, 0.125
 LENGTHS, SEALED = [130, 64, 1, 330], [1, 0, 0, 4]
 

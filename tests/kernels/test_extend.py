@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -20,20 +19,14 @@ from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PAGE_TOKENS, PRUNED, make_layout
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state, merge_states
 from sglang_diffxkv.kernels.pack import pack
+from tests.support.attention import assert_close, indptr
 from tests.support.device import DEVICE
 from tests.support.sealed import random_tiers, seal
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 IMPLEMENTATIONS = [*available_isas(), "triton"]
 """Each compiled variant, and the GPU's."""
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The reference is thousands of tiny operations, which threads only slow down."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -44,29 +37,11 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return ops
 
 
-def indptr(*counts: int) -> torch.Tensor:
-    return torch.tensor([0, *counts]).cumsum(0).int()
-
-
 def on_device(implementation: ModuleType, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments where the implementation wants its tensors."""
     if implementation is not triton:
         return args
     return tuple(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args)
-
-
-def assert_close(part: AttentionState, expected: AttentionState, tolerance: float) -> None:
-    """Within ``tolerance`` of the norm, LSEs within ten times as much or 1e-3."""
-    part = AttentionState(*(x.cpu() for x in part))
-    assert part.out.dtype == part.lse.dtype == torch.float32
-    assert part.out.shape == expected.out.shape and part.lse.shape == expected.lse.shape
-    empty = expected.lse == -torch.inf
-    assert torch.equal(part.lse == -torch.inf, empty)
-    assert (part.out[empty] == 0).all()
-    error = (part.out - expected.out).double().norm() / expected.out.double().norm().clamp(1e-9)
-    assert error <= tolerance
-    lse_tolerance = max(tolerance, min(10 * tolerance, 1e-3))
-    assert ((part.lse - expected.lse)[~empty].abs() <= lse_tolerance).all()
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])

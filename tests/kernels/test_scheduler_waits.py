@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,17 +20,11 @@ from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
 from sglang_diffxkv.policy.methods.diffxkv import DiffXKVPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStateError, PageStore
-from tests.kernels.test_device_placement import HEADS, LAYERS, Server
-from tests.support.fake_device import DEVICE, fake_device, waits
+from tests.support.device_server import HEADS, LAYERS, Server
+from tests.support.fake_device import DEVICE, waits
 from tests.support.pages import running
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has its own tools")
-
-
-@pytest.fixture
-def device() -> Iterator[None]:
-    with fake_device():
-        yield
 
 
 def started(policy: str, second: Quality, lengths: tuple[int, int] = (130, 62)) -> Server:
@@ -65,7 +58,7 @@ def load_snapshot(server: Server) -> Any:
     return stats
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 @pytest.mark.parametrize("second", [Quality.BALANCED, Quality.LOSSLESS])
 @pytest.mark.parametrize("policy", ["diffxkv", "uniform"])
 def test_decode_steps_with_statistics_do_not_wait(policy: str, second: Quality) -> None:
@@ -94,7 +87,7 @@ def cached(server: Server) -> torch.Tensor:
     return slots
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 @pytest.mark.parametrize("policy", ["diffxkv", "uniform"])
 def test_who_finishes_and_who_enters_does_not_wait(policy: str) -> None:
     """The ledger counts freed pages until two steps later, and says so wherever it is asked."""
@@ -121,7 +114,7 @@ def test_who_finishes_and_who_enters_does_not_wait(policy: str) -> None:
     assert server.allocator.check() == []
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 @pytest.mark.parametrize("policy", ["diffxkv", "diffkv", "uniform", "streaming"])
 def test_decode_steps_that_seal_do_not_wait(policy: str) -> None:
     server = started(policy, Quality.BALANCED, lengths=(126, 62))
@@ -150,7 +143,7 @@ def some_plan(store: PageStore) -> Plan:
     return solve_plan(1, 0.9, sketch, store.layout)
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 def test_who_runs_short_waits_for_what_was_freed() -> None:
     server = started("uniform", Quality.BALANCED)
     slots, ledger = cached(server), server.store.ledger
@@ -196,7 +189,7 @@ def filled_and_freed() -> Server:
     return server  # type: ignore[no-any-return]
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 def test_who_would_be_refused_is_admitted_on_what_was_freed() -> None:
     """SGLang asks once, and then nobody until somebody leaves."""
     server = filled_and_freed()
@@ -208,7 +201,7 @@ def test_who_would_be_refused_is_admitted_on_what_was_freed() -> None:
     assert admitted
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 def test_a_prompt_between_two_chunks_goes_on_with_what_was_freed() -> None:
     """No step comes until it does."""
     server = filled_and_freed()
@@ -216,7 +209,7 @@ def test_a_prompt_between_two_chunks_goes_on_with_what_was_freed() -> None:
     assert budget.available_chunk_tokens(128) == 128
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 def test_statistics_are_of_one_moment() -> None:
     server = started("uniform", Quality.BALANCED)
     slots = cached(server)
@@ -226,7 +219,7 @@ def test_statistics_are_of_one_moment() -> None:
     assert stats["tier_tokens"]["pruned"] == 0 <= stats["bytes"]["slack"]
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 def test_plans_are_solved_without_a_wait() -> None:
     server = started("diffxkv", Quality.BALANCED)
     policy = server.store.policy
@@ -242,7 +235,7 @@ def test_plans_are_solved_without_a_wait() -> None:
     policy.learner.wait()
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 def test_pages_freed_twice_are_noticed() -> None:
     server = started("uniform", Quality.BALANCED)
     pages = cached(server)[::PAGE_TOKENS] // PAGE_TOKENS
@@ -252,7 +245,7 @@ def test_pages_freed_twice_are_noticed() -> None:
         server.store.settle()
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("noticing_device")
 def test_who_waits_is_noticed() -> None:
     server = started("uniform", Quality.BALANCED)
     with waits() as found:

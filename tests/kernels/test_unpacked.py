@@ -22,13 +22,13 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pack import pack
-from tests.kernels.test_extend import assert_close, indptr, one_thread
+from tests.support.attention import assert_close, indptr
 from tests.support.device import DEVICE
 from tests.support.fake_device import DEVICE as FAKE
 from tests.support.fake_device import fake_device, waits
 from tests.support.sealed import Sealed, random_tiers, seal
 
-__all__ = ["one_thread"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 3e-6}
 """By the scratch's dtype. Triton's interpreter cuts bf16 off, which is twice as far from exact."""

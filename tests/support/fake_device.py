@@ -10,12 +10,14 @@ else a GPU would make the host wait for is noted.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,15 +26,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from sglang_diffxkv import kernels
 from sglang_diffxkv.kernels.basis.rotation import hadamard
 from sglang_diffxkv.kernels.extend import flashinfer
 from sglang_diffxkv.kernels.gpu import launch
 from sglang_diffxkv.policy.budgeting import caps
 
 DEVICE = "cuda"
-_OPERATIONS = ("arena", "decode", "extend", "pack", "score", "step", "write")
-_LAUNCHING = [f"sglang_diffxkv.kernels.{x}.triton" for x in _OPERATIONS]
-_LAUNCHING += [f"sglang_diffxkv.kernels.{x}" for x in ("decode.plan", "extend.unpacked")]
 _CACHES = (hadamard, caps._size_table)
 """Of tensors by device."""
 _COPY, _MOVE = "aten::copy_", "aten::_to_copy"
@@ -230,19 +230,27 @@ def _launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         launch.launch(kernel, grid, **tree_map(_host, arguments))
 
 
+@cache
+def _launching() -> list[ModuleType]:
+    """Modules that launch kernels."""
+    found = pkgutil.walk_packages(kernels.__path__, f"{kernels.__name__}.")
+    modules = [importlib.import_module(x.name) for x in found]
+    return [x for x in modules if x is not launch and getattr(x, "launch", None) is launch.launch]
+
+
 @contextmanager
 def fake_device() -> Iterator[None]:
     """Within this context tensors may be made on `DEVICE`, and kernels run on them."""
     torch._C._ensureCUDADeviceGuardSet()  # as torch does for its own fake tensors
-    properties = SimpleNamespace(multi_processor_count=1)
+    properties, modules = SimpleNamespace(multi_processor_count=1), _launching()
     with pytest.MonkeyPatch.context() as patch, _Calls(), _Operations():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         patch.setattr(flashinfer, "supports", lambda q: False)
-        for name in _LAUNCHING:
-            patch.setattr(importlib.import_module(name), "launch", _launch)
+        for module in modules:
+            patch.setattr(module, "launch", _launch)
         _reset()
         yield
         _reset()
@@ -251,5 +259,5 @@ def fake_device() -> Iterator[None]:
 def _reset() -> None:
     Event.launched = Event.seen = 0
     _pinned.clear()
-    for cache in _CACHES:
-        cache.cache_clear()
+    for table in _CACHES:
+        table.cache_clear()

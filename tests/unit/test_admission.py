@@ -17,7 +17,7 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.shared_pages import distinct_pages, paged
 from tests.support.scheduling import VOCABULARY, Requests, Scheduling
-from tests.unit.test_allocator import make_allocator
+from tests.support.stores import make_allocator
 
 LOSSLESS, BALANCED = Quality.LOSSLESS, Quality.BALANCED
 

@@ -8,9 +8,7 @@ from sglang_diffxkv.attention.metadata import (
     count_scores,
     decode_queries,
     extend_queries,
-    gather_pages,
     note_quality,
-    note_use,
     pages_to_seal,
     ready_pages,
 )
@@ -18,55 +16,9 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.scoring import Sampler, last_queries, sample_queries
 from sglang_diffxkv.pool.request_rows import RequestRows
-from sglang_diffxkv.pool.store import PageStateError, PageStore
-from tests.support.pages import EVERY_SLOT, count, running
-from tests.unit.test_store import make_store
-
-WINDOW = 64
-
-
-class Batch:
-    """Sequences with given numbers of tokens; the first `shared` pages are the same for all."""
-
-    def __init__(self, lens: list[int], sealed: list[int], shared: int = 0) -> None:
-        """`sealed`: how many of each sequence's first pages are sealed already."""
-        self.store: PageStore = make_store("diffkv", 24 << 20)
-        self.lens = torch.tensor(lens)
-        self.req_to_token = torch.zeros(len(lens) + 3, 4096, dtype=torch.int32)
-        self.rows = torch.arange(len(lens)) + 2
-        self.pages: list[list[int]] = []
-        next_page = 5
-        for row, length in zip(self.rows.tolist(), lens, strict=True):
-            count = -(-length // PAGE_TOKENS)
-            own = list(range(next_page, next_page + count))
-            if self.pages:
-                own[:shared] = self.pages[0][:shared]
-            next_page += count
-            self.pages.append(own)
-            slots = torch.tensor(own)[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
-            self.req_to_token[row, :length] = slots.flatten()[:length].int()
-        everything = sorted({page for own in self.pages for page in own})
-        self.store.open(torch.tensor(everything))
-        first = sorted({p for own, n in zip(self.pages, sealed, strict=True) for p in own[:n]})
-        self._count()
-        ids = torch.tensor(first, dtype=torch.int64)
-        self.store.directory.filled[ids] = PAGE_TOKENS
-        self.store.seal(ids)
-
-    def _count(self) -> None:
-        filled = {}
-        for own, length in zip(self.pages, self.lens.tolist(), strict=True):
-            filled |= {p: min(PAGE_TOKENS, length - i * PAGE_TOKENS) for i, p in enumerate(own)}
-        count(self.store, torch.tensor(list(filled)), torch.tensor(list(filled.values())))
-
-    def gather(self):  # type: ignore[no-untyped-def]
-        return gather_pages(
-            self.store, self.req_to_token, self.rows, self.lens, int(self.lens.max())
-        )
-
-    def touch(self, decodes: bool) -> None:
-        self.store.begin_step(decodes)
-        note_use(self.store, self.gather(), self.lens, WINDOW)
+from sglang_diffxkv.pool.store import PageStateError
+from tests.support.batches import Batch
+from tests.support.pages import EVERY_SLOT, running
 
 
 def test_gather_lists_every_page_once_per_sequence() -> None:

@@ -14,20 +14,15 @@ from sglang_diffxkv.kernels.basis.sealed import to_sealed_keys
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED
 from sglang_diffxkv.policy.demotion import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.demotion import cold_pages, demote, demote_cold, read_tokens
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.payload import GradedTokens
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_bound
+from tests.support.machines import AllocatorMachine, lens
 from tests.support.pages import write
-from tests.unit.test_allocator import (
-    AllocatorMachine,
-    DiffXKVAllocator,
-    PrefixCache,
-    lens,
-    make_allocator,
-)
-from tests.unit.test_store import HEADS, make_store
+from tests.support.stores import STORE, PrefixCache, make_allocator, make_store
 
 SINK = 4
 
@@ -144,7 +139,7 @@ def test_tokens_keep_what_they_are() -> None:
             assert torch.equal(new.values[rows], old.values[rows])
             assert bool((new.tiers[0, :, :SINK] == HIGH).all()), "a sink was demoted"
             high = (new.tiers == HIGH).sum()
-            assert high == HEADS * SINK
+            assert high == STORE.heads * SINK
         before = after
     counters = store.counters
     assert counters.demoted == 18

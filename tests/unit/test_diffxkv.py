@@ -15,39 +15,15 @@ from sglang_diffxkv.policy.budgeting.target import Target, raw_page_bytes
 from sglang_diffxkv.policy.demotion import DemotionContext
 from sglang_diffxkv.policy.methods.diffxkv import PERSONAL_PAGES, DiffXKVPolicy
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.policy.retention import RetentionMeter
+from tests.support.contexts import PAGES, SHAPE, context
+from tests.support.policies import policy_of
 
-LAYERS, HEADS = 5, 2
-PAGES = 12
+LAYERS, HEADS, _, _ = SHAPE
 
 
 def build(policy: str = "diffxkv", **fields: object) -> TierPolicy:
-    return make_policy(
-        DiffXKVConfig(policy=policy, **fields),  # type: ignore[arg-type]
-        head_dim=128,
-        num_kv_heads=HEADS,
-        raw_itemsize=2,
-        num_layers=LAYERS,
-    )
-
-
-def context(
-    pages: int = PAGES, seed: int = 0, quality: Quality = Quality.BALANCED, sharp: float = 2.0
-) -> SealContext:
-    """Pages of one sequence; attention is more peaked in later layers."""
-    rng = torch.Generator().manual_seed(seed)
-    exponent = sharp * torch.arange(1, LAYERS + 1)[:, None, None]
-    values = torch.rand(pages, LAYERS, HEADS, 64, generator=rng) ** exponent * (exponent + 1)
-    length = pages * 64 + 64
-    return SealContext(
-        importance=values / length,
-        count=torch.full((pages, 64), 9.0),
-        position=torch.arange(pages),
-        context=torch.full((pages,), length),
-        sequence=torch.zeros(pages, dtype=torch.int64),
-        quality=torch.full((pages,), int(quality)),
-    )
+    return policy_of(DiffXKVConfig(policy=policy, **fields), SHAPE)  # type: ignore[arg-type]
 
 
 def retained(policy: TierPolicy, ctx: SealContext, tiers: torch.Tensor) -> float:

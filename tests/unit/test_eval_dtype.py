@@ -10,11 +10,9 @@ from sglang_diffxkv.eval.footprint import in_16_bit
 from sglang_diffxkv.eval.variants import served
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_stats
-from sglang_diffxkv.policy.registry import make_policy
-from sglang_diffxkv.pool.sizing import plan_pool
-from sglang_diffxkv.pool.store import PageStore
 from tests.support.pages import write
-from tests.support.policies import config_of
+from tests.support.policies import Shape
+from tests.support.stores import make_store
 
 LAYERS, HEADS, DIM = 3, 2, 64
 
@@ -40,22 +38,9 @@ def test_measuring_takes_little_and_changes_nothing():
 
 def stats_of(policy: str, elements: torch.dtype, **config: object) -> dict:
     """Of a pool with four sealed pages and two raw ones."""
-    graded = make_policy(
-        config_of(policy, **config),
-        head_dim=DIM,
-        num_kv_heads=HEADS,
-        raw_itemsize=elements.itemsize,
-        num_layers=LAYERS,
-    )
-    plan = plan_pool(
-        (16 << 20) * elements.itemsize,
-        graded.layout,
-        LAYERS,
-        graded.caps,
-        graded.expected_fill,
-        0.5,
-    )
-    store = PageStore(plan, graded.layout, graded, elements)
+    shape = Shape(LAYERS, HEADS, DIM, elements)
+    budget = (16 << 20) * elements.itemsize
+    store = make_store(policy, budget, shape=shape, raw_share=0.5, **config)
     pages = torch.arange(1, 7)
     store.open(pages)
     generator = torch.Generator().manual_seed(0)

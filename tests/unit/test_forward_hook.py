@@ -12,7 +12,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_diffxkv.attention.backend import DiffXKVBackend
 from sglang_diffxkv.patches.forward import _before_forward, _note_rows
 from sglang_diffxkv.pool.request_rows import RequestRows
-from tests.unit.test_batch import Batch
+from tests.support.batches import Batch
 
 
 def test_mixed_batches_are_told_apart() -> None:

@@ -11,7 +11,7 @@ from sglang_diffxkv.config import Tiers
 from sglang_diffxkv.pool.key_means import SINKS, KeyMeans
 from sglang_diffxkv.pool.raw_pages import RawPages
 from tests.support.pages import write
-from tests.unit.test_store import make_store
+from tests.support.stores import make_store
 
 LAYERS, HEADS, DIM = 2, 3, 16
 SLOTS = torch.tensor([4, 2, 1])

@@ -16,29 +16,19 @@ from sglang_diffxkv.attention.device_backend import GPUBackend
 from sglang_diffxkv.attention.device_decode import DeviceDecode
 from sglang_diffxkv.attention.full_pages import FullPages
 from sglang_diffxkv.kernels.gpu.launch import recorded
-from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.request_rows import RequestRows
-from sglang_diffxkv.pool.sizing import plan_pool
-from sglang_diffxkv.pool.store import PageStore
-from tests.support.policies import config_of
+from tests.support.policies import Shape
+from tests.support.stores import make_store
 
-LAYERS, HEADS, DIM, BATCH = 3, 2, 64, 5
-
-
-def meta_store(policy: str) -> PageStore:
-    graded = make_policy(
-        config_of(policy), head_dim=DIM, num_kv_heads=HEADS, raw_itemsize=2, num_layers=LAYERS
-    )
-    plan = plan_pool(
-        16 << 20, graded.layout, LAYERS, graded.caps, graded.expected_fill, 0.3, virtual_slack=2.0
-    )
-    return PageStore(plan, graded.layout, graded, torch.bfloat16, "meta")
+SHAPE = Shape(layers=3, heads=2, dtype=torch.bfloat16)
+LAYERS, HEADS, DIM, _ = SHAPE
+BATCH = 5
 
 
 def meta_backend(policy: str) -> GPUBackend:
     """The backend as SGLang makes it, but for the parts of SGLang that only hold tensors."""
     backend = object.__new__(GPUBackend)
-    store = meta_store(policy)
+    store = make_store(policy, 16 << 20, 2.0, shape=SHAPE, device="meta")
     table = torch.empty(8, 1024, dtype=torch.int32, device="meta")
     backend.store, backend.req_to_token_pool = store, SimpleNamespace(req_to_token=table)
     backend.rows = RequestRows(8, table.device)

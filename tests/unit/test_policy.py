@@ -20,9 +20,9 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.budgeting import caps
-from sglang_diffxkv.policy.registry import POLICIES, make_policy, policy_class
+from sglang_diffxkv.policy.registry import POLICIES, policy_class
 from sglang_diffxkv.policy.scoring import sample_queries, spread_queries
-from tests.support.policies import config_of
+from tests.support.policies import Shape, config_of, policy_of
 
 PAGES, LAYERS, HEADS = 5, 3, 2
 CAPS = [1.0, 0.71, 0.4, 0.07, 0.001, (0.9, 0.3, 0.01)]
@@ -34,14 +34,10 @@ CAPPED = [
 ]
 
 
-def build(config: DiffXKVConfig, head_dim: int = 64, itemsize: int = 2) -> TierPolicy:
-    return make_policy(
-        config,
-        head_dim=head_dim,
-        num_kv_heads=HEADS,
-        raw_itemsize=itemsize,
-        num_layers=LAYERS,
-    )
+def build(
+    config: DiffXKVConfig, head_dim: int = 64, dtype: torch.dtype = torch.bfloat16
+) -> TierPolicy:
+    return policy_of(config, Shape(LAYERS, HEADS, head_dim, dtype))
 
 
 def make_context(kind: str, seed: int = 0) -> SealContext:

@@ -32,7 +32,7 @@ from sglang_diffxkv.policy.quality import (
     with_quality,
 )
 from sglang_diffxkv.pool.request_rows import RequestRows
-from tests.unit.test_allocator import make_allocator
+from tests.support.stores import make_allocator
 
 
 class GradingPolicy(DiffKVPolicy):

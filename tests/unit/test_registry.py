@@ -10,10 +10,10 @@ import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, PRUNED
-from sglang_diffxkv.policy.registry import POLICIES, make_policy, policy_class
+from sglang_diffxkv.policy.registry import POLICIES, policy_class
 from sglang_diffxkv.policy.scoring import last_queries, sample_queries, spread_queries
-from tests.support.policies import config_of
-from tests.unit.test_diffxkv import context
+from tests.support.contexts import SHAPE, context
+from tests.support.policies import Shape, config_of, policy_of
 
 DOCS = Path(__file__).parents[2] / "docs" / "policies.md"
 
@@ -33,13 +33,7 @@ def test_the_example_of_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S)
     assert len(code.splitlines()) <= 30
     install(tmp_path, monkeypatch, code, "alternate = acme_policies:AlternatePolicy")
-    policy = make_policy(
-        DiffXKVConfig(policy="alternate"),
-        head_dim=128,
-        num_kv_heads=2,
-        raw_itemsize=2,
-        num_layers=5,
-    )
+    policy = policy_of(DiffXKVConfig(policy="alternate"), SHAPE)
     tiers = policy.assign(context())
     assert (tiers[:, 0] == HIGH).all()
     assert (tiers[:, 1] == PRUNED).any()
@@ -71,9 +65,7 @@ def test_who_scores() -> None:
     samplers = {"diffxkv": spread_queries, "diffkv": sample_queries}
     samplers |= dict.fromkeys(("snapkv", "xkv"), last_queries)
     for name, sampler in samplers.items():
-        policy = make_policy(
-            config_of(name), head_dim=64, num_kv_heads=2, raw_itemsize=2, num_layers=3
-        )
+        policy = policy_of(config_of(name), Shape(layers=3, heads=2))
         got, expected = policy.sample([100, 7], 8), sampler([100, 7], 8)
         assert torch.equal(got.rows, expected.rows), name
 

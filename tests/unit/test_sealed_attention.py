@@ -14,8 +14,9 @@ from sglang_diffxkv.kernels.extend import extend_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from tests.support.builders import error_norm
-from tests.unit.test_store import DIM, HEADS, LAYERS, make_store
+from tests.support.stores import STORE, make_store
 
+LAYERS, HEADS, DIM, _ = STORE
 PAGES, GROUP, SCALE = 3, 2, DIM**-0.5
 CASES = [
     ("uniform", Tiers("K8V8", "K4V2"), True, 0.02),

@@ -11,8 +11,8 @@ from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, PAGE_TOKENS, PRUNED
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.budgeting.caps import never_exceeds
-from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.policy.scoring import last_queries
+from tests.support.policies import Shape, policy_of
 
 LAYERS, HEADS, SINK = 3, 2, 5
 SHARES = (0.25, 0.6, 0.001)
@@ -23,13 +23,8 @@ PAGES = len(SEQUENCE)
 
 
 def build(shares: float | tuple[float, ...] = SHARES, sink: int = SINK) -> TierPolicy:
-    return make_policy(
-        DiffXKVConfig(policy="snapkv", layer_caps=shares, sink=sink),
-        head_dim=64,
-        num_kv_heads=HEADS,
-        raw_itemsize=2,
-        num_layers=LAYERS,
-    )
+    config = DiffXKVConfig(policy="snapkv", layer_caps=shares, sink=sink)
+    return policy_of(config, Shape(LAYERS, HEADS, dtype=torch.bfloat16))
 
 
 def make_context(most: int = 1000, seed: int = 0) -> SealContext:

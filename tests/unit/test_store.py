@@ -5,7 +5,6 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -14,38 +13,16 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.metrics import pool_stats
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.policy.registry import POLICIES, make_policy
+from sglang_diffxkv.policy.registry import POLICIES
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, plan_pool
+from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK
 from sglang_diffxkv.pool.store import PageStateError, PageStore
+from tests.support.machines import walks
 from tests.support.pages import EVERY_SLOT, ask, write
-from tests.support.policies import config_of
+from tests.support.stores import STORE, make_store
 
-LAYERS, HEADS, DIM = 3, 2, 64
-
-
-def make_store(
-    policy: str, budget: int = 5 << 20, virtual_slack: float = VIRTUAL_SLACK, **config: object
-) -> PageStore:
-    graded = make_policy(
-        config_of(policy, **config),
-        head_dim=DIM,
-        num_kv_heads=HEADS,
-        raw_itemsize=4,
-        num_layers=LAYERS,
-    )
-    budget -= graded.nbytes
-    plan = plan_pool(
-        budget,
-        graded.layout,
-        LAYERS,
-        graded.caps,
-        graded.expected_fill,
-        0.3,
-        virtual_slack=virtual_slack,
-    )
-    return PageStore(plan, graded.layout, graded, torch.float32)
+LAYERS, HEADS, DIM, _ = STORE
 
 
 def ids(pages: list[int]) -> torch.Tensor:
@@ -258,47 +235,12 @@ def check_payload(
                     assert error < 0.6
 
 
-class LosslessMachine(StoreMachine):
-    policy = "lossless"
-
-
-class StreamingMachine(StoreMachine):
-    policy = "streaming"
-
-
-class SnapKVMachine(StoreMachine):
-    policy = "snapkv"
-
-
-class DiffXKVMachine(StoreMachine):
-    policy = "diffxkv"
-
-
-class XKVMachine(StoreMachine):
-    policy = "xkv"
-
-
-RUNS = settings(
-    max_examples=10,
-    stateful_step_count=30,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
-for machine in (
-    StoreMachine,
-    DiffXKVMachine,
-    XKVMachine,
-    LosslessMachine,
-    StreamingMachine,
-    SnapKVMachine,
-):
-    machine.TestCase.settings = RUNS
-TestDiffXKVStore = DiffXKVMachine.TestCase
-TestXKVStore = XKVMachine.TestCase
-TestDiffKVStore = StoreMachine.TestCase
-TestLosslessStore = LosslessMachine.TestCase
-TestStreamingStore = StreamingMachine.TestCase
-TestSnapKVStore = SnapKVMachine.TestCase
+TestDiffXKVStore = walks(StoreMachine, "diffxkv", examples=10, steps=30)
+TestXKVStore = walks(StoreMachine, "xkv", examples=10, steps=30)
+TestDiffKVStore = walks(StoreMachine, "diffkv", examples=10, steps=30)
+TestLosslessStore = walks(StoreMachine, "lossless", examples=10, steps=30)
+TestStreamingStore = walks(StoreMachine, "streaming", examples=10, steps=30)
+TestSnapKVStore = walks(StoreMachine, "snapkv", examples=10, steps=30)
 
 
 def test_plan_stays_within_the_budget() -> None:

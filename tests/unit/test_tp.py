@@ -21,9 +21,9 @@ from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.store import PageStore
+from tests.support.machines import AllocatorMachine
 from tests.support.pages import EVERY_SLOT, write
-from tests.unit.test_allocator import AllocatorMachine
-from tests.unit.test_store import make_store
+from tests.support.stores import make_store
 
 T = TypeVar("T")
 SHARED_TABLES = (

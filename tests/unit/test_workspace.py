@@ -7,35 +7,27 @@ import torch
 from bench.peak import peak_bytes
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.budgeting.caps import full_bytes
-from sglang_diffxkv.policy.registry import POLICIES, make_policy
+from sglang_diffxkv.policy.registry import POLICIES
 from sglang_diffxkv.pool.demotion import demote
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sizing import plan_pool
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.workspace import MOST_BYTES, plan_workspace
 from tests.support.pages import write
-from tests.support.policies import config_of
+from tests.support.policies import Shape, config_of, policy_of
+from tests.support.stores import make_store
 
-LAYERS, HEADS, DIM, PAGES = 6, 4, 128, 210
+SHAPE = Shape(layers=6, heads=4, dim=128, dtype=torch.bfloat16)
+LLAMA_8B = Shape(layers=32, heads=8, dim=128, dtype=torch.bfloat16)
+LAYERS, HEADS, _, _ = SHAPE
+PAGES = 210
 SLACK = 64 << 10
 """Tables of page ids and the like, which no workspace counts."""
 
 
 def full_store(policy: str, budget: int = 400 << 20, sequences: int = 3) -> PageStore:
     """A store with `PAGES` open pages of random tokens, all full and scored."""
-    graded = make_policy(
-        config_of(policy), head_dim=DIM, num_kv_heads=HEADS, raw_itemsize=2, num_layers=LAYERS
-    )
-    plan = plan_pool(
-        budget - graded.nbytes,
-        graded.layout,
-        LAYERS,
-        graded.caps,
-        graded.expected_fill,
-        0.5,
-        virtual_slack=2.0,
-    )
-    store = PageStore(plan, graded.layout, graded, torch.bfloat16)
+    store = make_store(policy, budget, 2.0, shape=SHAPE, raw_share=0.5)
     pages = torch.arange(1, PAGES + 1)
     gen = torch.Generator().manual_seed(3)
     store.open(pages)
@@ -84,9 +76,7 @@ def test_the_budget_holds_the_workspace() -> None:
 
 def test_workspaces_stop_growing() -> None:
     """32 layers of 8 KV heads of 128: a chunk of 2,048 tokens is graded together."""
-    layout = make_policy(
-        config_of("diffxkv"), head_dim=128, num_kv_heads=8, raw_itemsize=2, num_layers=32
-    ).layout
+    layout = policy_of(config_of("diffxkv"), LLAMA_8B).layout
     for budget in (100 << 30, 1 << 40):
         workspace = plan_workspace(budget, layout, 32)
         assert workspace.nbytes == MOST_BYTES <= 64 << 20
@@ -106,9 +96,7 @@ def test_attention_on_a_gpu_has_its_share() -> None:
     from sglang_diffxkv.kernels.gpu.launch import recorded
     from sglang_diffxkv.kernels.gpu.workspace import attention_bytes
 
-    layout = make_policy(
-        config_of("diffxkv"), head_dim=128, num_kv_heads=8, raw_itemsize=2, num_layers=32
-    ).layout
+    layout = policy_of(config_of("diffxkv"), LLAMA_8B).layout
     batch, width, meta = 200, 2048, torch.device("meta")
     table = torch.empty(batch * width, dtype=torch.int32, device=meta)
     of_sequence = torch.empty(batch, dtype=torch.int32, device=meta)

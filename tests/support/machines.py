@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random walks: how many, and requests that come and go over SGLang's allocator."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.request_rows import RequestRows
+from tests.support.pages import running
+from tests.support.stores import PrefixCache, make_allocator
+
+
+def walks(
+    machine: type[RuleBasedStateMachine], policy: str, examples: int, steps: int
+) -> type[Any]:
+    """The test of a machine with a policy, as a class that pytest collects."""
+    case = type(f"{machine.__name__}_{policy}", (machine,), {"policy": policy}).TestCase
+    case.settings = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    return case
+
+
+def lens(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+class Request(NamedTuple):
+    """A running request: its token slots, what it asked for, how long it may get, its row."""
+
+    slots: torch.Tensor
+    quality: Quality
+    longest: int
+    row: int
+
+    @property
+    def raw_pages(self) -> int:
+        """What it may hold for long: as `patches.quality` reckons it."""
+        return -(-self.longest // PAGE_TOKENS) if self.quality is Quality.LOSSLESS else 0
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Requests prefill, decode, finish into the cache or abort, as the scheduler has it."""
+
+    policy = "diffkv"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocator = make_allocator(self.policy)
+        self.cache = PrefixCache(self.allocator)
+        self.allocator.rows = self.rows = RequestRows(8192, torch.device("cpu"))
+        self.free_rows = list(range(8192))
+        self.running: list[Request] = []
+
+    def _touch(self, decodes: bool) -> None:
+        """What a forward pass notes: over all running requests, or over the newest one."""
+        store = self.allocator.store
+        store.begin_step(decodes)
+        for slots, quality, _, row in self.running if decodes else self.running[-1:]:
+            start, end = len(slots) - 1 if decodes else 0, len(slots)
+            full = end // PAGE_TOKENS - start // PAGE_TOKENS
+            store.ledger.write(end - start, full)
+            noted = self.rows.note_quality([row], [start], [len(slots)])
+            opened = slots[::PAGE_TOKENS][-(-start // PAGE_TOKENS) :] // PAGE_TOKENS
+            store.set_quality(opened, torch.full_like(opened, quality, dtype=torch.uint8), noted)
+            pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
+            position = torch.arange(len(pages))
+            is_open = store.directory.raw_slot[pages] >= 0
+            context = torch.full((int(is_open.sum()),), len(slots))
+            store.touch(pages[is_open], position[is_open], context, window=64)
+            store.read(pages[~is_open])
+
+    @rule(
+        tokens=st.integers(1, 700),
+        answer=st.integers(1, 300),
+        quality=st.sampled_from([Quality.BALANCED, Quality.LOSSLESS]),
+    )
+    def prefill(self, tokens: int, answer: int, quality: Quality) -> None:
+        request = Request(lens(), quality, tokens + answer, self.free_rows[-1])
+        held = sum(other.raw_pages for other in self.running)
+        if request.raw_pages and held + request.raw_pages > self.allocator.lossless_pages:
+            return
+        budget = self.allocator.create_prefill_budget(self.cache)
+        fits, limit = budget.check_prefill(
+            extend_input_len=tokens,
+            total_tokens=tokens + 64,
+            max_new_tokens=0,
+            input_tokens=tokens,
+            swa_host_hit_length=0,
+            chunk_limit=512,
+        )
+        if not fits or not limit:
+            assert self.running, "an idle pool must admit what it can hold"
+            return
+        # what is admitted must be allocated: to fail here would end SGLang's scheduler
+        tokens = min(tokens, limit)
+        self.allocator.evict_to_free_tokens(self.cache, tokens)
+        out = self.allocator.alloc_extend(
+            lens(0), lens(0), lens(tokens), lens(tokens), lens(-1), tokens
+        )
+        assert out is not None and len(torch.unique(out)) == tokens
+        self.running.append(request._replace(slots=out))
+        entry = running(quality, self.allocator.store.next_step)
+        self.rows.enter([self.free_rows.pop()], [entry])
+        self._touch(decodes=False)
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def decode(self) -> None:
+        """One token for everyone; whoever does not fit is retracted, the last one first."""
+        for request in [r for r in self.running if len(r.slots) >= r.longest]:
+            self._end(request, cached=True)
+        while self.running:
+            new_pages = sum(len(r.slots) % PAGE_TOKENS == 0 for r in self.running)
+            if self.allocator.check_decode_capacity(
+                num_tokens=new_pages * PAGE_TOKENS, tree_cache=self.cache
+            ):
+                break
+            assert len(self.running) > 1 or new_pages, "nothing is needed, yet refused"
+            last = self.running.pop()
+            assert self.running or not last.raw_pages, "a lossless request fits alone"
+            self.allocator.free_segment(last.slots, start_pos=0)
+            self._leave(last)
+        if not self.running:
+            return
+        self.allocator.evict_to_free_tokens(self.cache, len(self.running) * PAGE_TOKENS)
+        seq_lens = lens(*(len(r.slots) + 1 for r in self.running))
+        last_slots = torch.stack([r.slots[-1] for r in self.running])
+        out = self.allocator.alloc_decode(seq_lens, seq_lens, last_slots)
+        assert out is not None
+        self.running = [
+            r._replace(slots=torch.cat([r.slots, slot[None]]))
+            for r, slot in zip(self.running, out, strict=True)
+        ]
+        self._touch(decodes=True)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), cached=st.booleans())
+    def finish(self, data: st.DataObject, cached: bool) -> None:
+        self._end(self.running[data.draw(st.integers(0, len(self.running) - 1))], cached)
+
+    def _end(self, request: Request, cached: bool) -> None:
+        """The full pages of a finished request go to the cache, its tail is freed."""
+        self.running = [other for other in self.running if other is not request]
+        slots = request.slots
+        full = len(slots) // PAGE_TOKENS * PAGE_TOKENS if cached else 0
+        if full:
+            self.cache.sequences.append(slots[:full])
+        self.allocator.free_segment(slots[full:], start_pos=full)
+        self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        self.rows.leave([request.row])
+        self.free_rows.append(request.row)
+
+    @rule()
+    def flush(self) -> None:
+        self.allocator.clear()
+        for request in self.running:
+            self._leave(request)
+        self.running.clear()
+        self.cache.sequences.clear()
+
+    @invariant()
+    def consistent(self) -> None:
+        assert self.allocator.check() == []
+        running = [r.slots for r in self.running]
+        held = sum(-(-len(s) // PAGE_TOKENS) for s in [*running, *self.cache.sequences])
+        free = self.allocator.available_size() // PAGE_TOKENS
+        assert held + free == self.allocator.num_pages
+        usage = self.allocator.usage(self.cache)
+        assert 0 <= usage <= 1
+        pages = torch.cat([lens(), *running]) // PAGE_TOKENS
+        assert not bool(self.allocator.store.directory.demotions[pages].any()), "somebody holds it"
+        if not self.running:
+            assert usage < 0.02, "nobody runs"

@@ -254,4 +254,4 @@ def test_who_waits_is_noticed() -> None:
     server.backend.full_pages.expect_any()
     with waits() as found:
         server.decode(checks=False)
-        assert any("batch.py" in wait for wait in found), f"sealing lists pages: {found}"
+        assert any("pages_to_seal" in wait for wait in found), f"{found}"

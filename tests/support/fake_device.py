@@ -203,7 +203,7 @@ def _note_wait(name: str) -> None:
     if threading.current_thread() is not threading.main_thread():
         return  # plans are solved in a thread that may wait
     caller = _caller()
-    _waits.append(f"{name} in {Path(caller.filename).name}:{caller.lineno}")
+    _waits.append(f"{name} in {Path(caller.filename).name}:{caller.lineno}, {caller.name}")
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES, PAGE_TOKENS, TierFormat
+from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, TOKEN_METADATA_BYTES, TierFormat
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.totals import LayerSums
@@ -29,7 +29,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
         return layout.row_bytes(tier.key_bits) + layout.row_bytes(tier.value_bits)
 
     def metadata(tier: TierFormat) -> int:
-        return NOTE_BYTES + (0 if tier.is_raw else META_BYTES)
+        return TOKEN_METADATA_BYTES + (0 if tier.is_raw else META_BYTES)
 
     payload = high * rows(layout.high) + low * rows(layout.low)
     meta = high * metadata(layout.high) + low * metadata(layout.low)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.basis.rotation import rotate
-from sglang_diffxkv.kernels.layout import NOTE_BYTES, PAGE_TOKENS, TierFormat
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, TOKEN_METADATA_BYTES, TierFormat
 
 META_BYTES = 4
 """fp16 scale and zero of a group."""
@@ -35,7 +35,7 @@ class Side(NamedTuple):
 def token_bytes(tier: TierFormat, key: Side, value: Side, dim: int) -> float:
     """Bytes of a token of one KV head with D = dim, metadata and notes included."""
     rows = dim * (tier.key_bits + tier.value_bits) / 8
-    return rows + key.meta_bytes(dim) + value.meta_bytes(dim) + NOTE_BYTES
+    return rows + key.meta_bytes(dim) + value.meta_bytes(dim) + TOKEN_METADATA_BYTES
 
 
 def quantized(x: torch.Tensor, bits: int, side: Side) -> torch.Tensor:

@@ -17,6 +17,8 @@ from sglang_diffxkv.kernels.layout import (
     head_counts,
     measure,
 )
+from sglang_diffxkv.kernels.pack import Grades, RawTokens
+from sglang_diffxkv.kernels.pages import SealedTables
 
 PACKED_AT_ONCE = 4096
 """(page, layer)s whose tiers, importance and scratch exist at one time."""
@@ -127,7 +129,7 @@ def draw_layers(
     open_pages: int,
     dtype: torch.dtype,
     device: torch.device,
-    pack: Callable[..., None],
+    pack: Callable[[RawTokens, Grades, SealedTables], None],
 ) -> Layers:
     """Sequences of ``tokens`` tokens each, but for the last page's, whose length is random.
 
@@ -154,10 +156,9 @@ def draw_layers(
             part = slice(at, at + PACKED_AT_ONCE)
             slots = torch.arange(len(sealed[part]), device=device) % source.shape[1]
             chosen = tiers[layer][part]
-            pack(
-                source[0], source[1], slots.int(), chosen, torch.zeros_like(chosen),
-                table[layer, part], words[layer, part], arena, layout,
-            )  # fmt: skip
+            grades = Grades(chosen, torch.zeros_like(chosen))
+            tables = SealedTables(arena, table[layer, part], words[layer, part], layout)
+            pack(RawTokens(source[0], source[1], slots), grades, tables)
     frames = table.new_full((layers, batch * pages, layout.max_frames), -1)
     records = words.new_zeros(layers, batch * pages, heads, 2)
     frames[:, sealed.long()] = table

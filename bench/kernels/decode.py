@@ -40,7 +40,8 @@ from sglang_diffxkv.kernels.layout import (
     make_layout,
     measure,
 )
-from sglang_diffxkv.kernels.pack import pack
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, pack
+from sglang_diffxkv.kernels.pages import SealedTables
 
 HQ, H, D, TOKENS = 32, 8, 128, 4096
 PAGES = TOKENS // PAGE_TOKENS
@@ -121,8 +122,8 @@ def make_layer(case: Case, pages: torch.Tensor) -> Layer:
     frames = torch.zeros(len(pages), LAYOUT.max_frames, dtype=torch.int32)
     frames[torch.arange(LAYOUT.max_frames) < counts.unsqueeze(1)] = order
     arena = torch.empty(len(order), LAYOUT.frame_bytes, dtype=torch.uint8)
-    slots, importance = torch.arange(len(pages)).to(torch.int32), torch.zeros_like(tiers)
-    pack(k, v, slots, tiers, importance, frames, measured.heads, arena, LAYOUT)
+    tables = SealedTables(arena, frames, measured.heads, LAYOUT)
+    pack(RawTokens(k, v, torch.arange(len(pages))), Grades(tiers, torch.zeros_like(tiers)), tables)
     q = torch.randn(case.batch, HQ, D).bfloat16()
     return Layer(q, k, v, arena, frames, measured.heads)
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from sglang_diffxkv.kernels.extend import OpenList, PageList, Prefill, SealedTables
+from sglang_diffxkv.kernels.extend import OpenList, PageList, Prefill
 from sglang_diffxkv.kernels.layout import (
     FORMATS,
     HIGH,
@@ -32,8 +32,10 @@ from sglang_diffxkv.kernels.layout import (
     make_layout,
     measure,
 )
-from sglang_diffxkv.kernels.pack import cpu, pack, torch_ops
-from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows, pack, unpack_into
+from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.score import SampledQueries, score_open
+from tests.support import torch_pack
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -96,8 +98,8 @@ class Prepared(NamedTuple):
     k: torch.Tensor
     v: torch.Tensor
     per_sequence: int
-    seal_args: tuple[torch.Tensor, ...]
-    arena: torch.Tensor
+    grades: Grades
+    tables: SealedTables
 
 
 def prepare(case: Case) -> Prepared:
@@ -110,9 +112,10 @@ def prepare(case: Case) -> Prepared:
     heads, _ = measure(tiers, layout)
     frames = torch.randperm(pages * layout.max_frames).int().view(pages, -1)
     arena = torch.zeros(frames.numel(), layout.frame_bytes, dtype=torch.uint8)
-    args = (k, v, torch.arange(pages), tiers, torch.zeros_like(tiers), frames, heads)
-    pack(*args, arena, layout)
-    return Prepared(q, k, v, per_sequence, args, arena)
+    grades = Grades(tiers, torch.zeros_like(tiers))
+    tables = SealedTables(arena, frames, heads, layout)
+    pack(RawTokens(k, v, torch.arange(pages)), grades, tables)
+    return Prepared(q, k, v, per_sequence, grades, tables)
 
 
 def stock(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
@@ -145,30 +148,28 @@ def ours(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
     last_len = torch.full((case.batch,), (case.prefix + case.new - 1) % PAGE_TOKENS + 1)
     sizes = [case.new] * case.batch, [case.prefix] * case.batch
     step = Prefill(counts * case.new, open_list, last_len, sealed, *sizes, None)
-    *_, frames, heads = data.seal_args
-    tables = SealedTables(data.arena, frames, heads, case.shape.layout)
 
     def run() -> torch.Tensor:
-        part = step.run(data.q, data.k, data.v, tables, case.shape.dim**-0.5)
+        part = step.run(data.q, data.k, data.v, data.tables, case.shape.dim**-0.5)
         return part.out.to(data.q.dtype)
 
     return run
 
 
 def packing() -> dict[str, Callable[[], None]]:
-    """Packing and unpacking 32 pages of one layer, C++ and torch."""
+    """Packing and unpacking 32 pages of one layer, in C++ and in vectorised torch."""
     case = Case(1, 31 * PAGE_TOKENS, 1, True, torch.bfloat16)
-    data, (_, h, d), layout = prepare(case), case.shape, case.shape.layout
-    *_, frames, heads = data.seal_args
-    n = len(frames)
-    k, v = torch.zeros(2, n * h * PAGE_TOKENS, d)
+    data, (_, h, d) = prepare(case), case.shape
+    n = len(data.tables.frames)
+    raw = RawTokens(data.k, data.v, torch.arange(n))
     first = torch.arange(n * h).view(n, h) * PAGE_TOKENS
-    reading = (data.arena, frames, heads, torch.arange(n), first, layout, torch.bfloat16, k, v)
+    rows = TokenRows(*torch.zeros(2, n * h * PAGE_TOKENS, d))
+    reading = data.tables, torch.arange(n), first, rows, torch.bfloat16
     return {
-        "pack 32 pages, C++": lambda: cpu.pack(*data.seal_args, data.arena, layout),
-        "pack 32 pages, torch": lambda: torch_ops.pack(*data.seal_args, data.arena, layout),
-        "unpack 32 pages, C++": lambda: cpu.unpack_into(*reading),
-        "unpack 32 pages, torch": lambda: torch_ops.unpack_into(*reading),
+        "pack 32 pages, C++": lambda: pack(raw, data.grades, data.tables),
+        "pack 32 pages, torch": lambda: torch_pack.pack(raw, data.grades, data.tables),
+        "unpack 32 pages, C++": lambda: unpack_into(*reading),
+        "unpack 32 pages, torch": lambda: torch_pack.unpack_into(*reading),
     }
 
 
@@ -182,7 +183,7 @@ def scoring(queries: int = 64, tokens: int = 1024) -> dict[str, Callable[[], Non
     lse = 8 + torch.rand(queries, hq)
     ends, slots = (torch.tensor([0, n]).int() for n in (queries, pages)), torch.arange(pages).int()
     q_indptr, indptr = ends
-    args = (q, lse, q_indptr, position, key, indptr, slots, slots)
+    args = SampledQueries(q, q_indptr, position), lse, OpenPages(key, key, indptr, slots, slots)
     accum = torch.zeros(pages, h, PAGE_TOKENS)
     title = f"score {queries} queries of 1 × {tokens}, {hq}/{h} heads of {d}"
     return {title: lambda: score_open(*args, accum, d**-0.5)}

@@ -21,14 +21,15 @@ from sglang_diffxkv.kernels.extend import extend_sealed
 from sglang_diffxkv.kernels.layout import (
     FORMATS,
     HIGH,
-    NOTE_BYTES,
     PAGE_TOKENS,
+    TOKEN_METADATA_BYTES,
     PageLayout,
     TierFormat,
     make_layout,
     measure,
 )
-from sglang_diffxkv.kernels.pack import pack
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, pack
+from sglang_diffxkv.kernels.pages import SealedTables
 
 HEAD_DIM, KV_HEADS, GROUP, PAGES, QUERIES = 128, 4, 4, 16, 32
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 8.0
@@ -74,11 +75,11 @@ def through_pages(tokens: Tokens, tier: TierFormat) -> torch.Tensor:
     frames = torch.arange(PAGES * layout.max_frames, dtype=torch.int32).view(PAGES, -1)
     arena = torch.zeros(frames.numel(), layout.frame_bytes, dtype=torch.uint8)
     pages = torch.arange(PAGES, dtype=torch.int32)
-    notes = torch.zeros_like(tiers)
     q, k, v = tokens.q, tokens.k, tokens.v
     if layout.rotates:
         q, k, v = rotate(q.float()), rotate(k.float()), v.float()
-    pack(k, v, pages, tiers, notes, frames, heads, arena, layout)
+    tables = SealedTables(arena, frames, heads, layout)
+    pack(RawTokens(k, v, pages), Grades(tiers, torch.zeros_like(tiers)), tables)
     return extend_sealed(
         q,
         torch.tensor([0, QUERIES], dtype=torch.int32),
@@ -132,7 +133,8 @@ def table(rows: list[dict[str, str | int | float]], rounds: int) -> str:
         f"{OUTLIER_CHANNELS} key channels times {OUTLIER_FACTOR:g}. Scores of random tokens are "
         "nearly flat, so outputs are small averages of many values and relative errors large; this "
         "compares formats, and says nothing about a model's quality. "
-        f"Bytes: one token of one KV head, with scales and {NOTE_BYTES} bytes of notes.",
+        "Bytes: one token of one KV head, with scales and "
+        f"{TOKEN_METADATA_BYTES} bytes of metadata.",
         "",
         "| keys | format | bytes | × smaller than bf16 | samples | mean | median | p95 | max |",
         "|---|---|---|---|---|---|---|---|---|",

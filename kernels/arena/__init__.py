@@ -9,16 +9,14 @@ operation waits for the device. Both are one fixed sequence of operations, whate
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
-from sglang_diffxkv.kernels.arena import torch_ops
-from sglang_diffxkv.kernels.gpu.device import on_gpu
+from sglang_diffxkv.kernels.dispatch import operation
 
 __all__ = ["return_frames", "stack_ids", "take_frames"]
 
 
+@operation
 def take_frames(
     stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, max_frames: int
 ) -> torch.Tensor:
@@ -35,9 +33,10 @@ def take_frames(
     Returns:
         int32 [N, max_frames], frame ids from the left, -1 where unused.
     """
-    return _implementation(stack).take_frames(stack, n_free, counts, max_frames)
+    return take_frames.on(stack)(stack, n_free, counts, max_frames)
 
 
+@operation
 def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tensor) -> None:
     """Push every frame id >= 0 of a table of any shape, in its order.
 
@@ -46,17 +45,9 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
         n_free: int32 [1], raised in place by the number of ids pushed.
         frames: int32 of any shape; negative entries are skipped. Ids must be distinct and taken.
     """
-    _implementation(stack).return_frames(stack, n_free, frames)
+    return_frames.on(stack)(stack, n_free, frames)
 
 
 def stack_ids(stack: torch.Tensor, count: int) -> torch.Tensor:
     """Frame ids in the entries ``[0, count)`` of a stack: int64 [count]."""
     return stack[:count] + torch.arange(count, device=stack.device)
-
-
-def _implementation(stack: torch.Tensor) -> ModuleType:
-    if on_gpu(stack):
-        from sglang_diffxkv.kernels.arena import triton  # CPU machines may lack it
-
-        return triton
-    return torch_ops

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_diffxkv.kernels import arena
 from sglang_diffxkv.kernels.arena.triton_kernels import count_kernel, return_kernel, take_kernel
 from sglang_diffxkv.kernels.gpu.launch import launch
 
@@ -22,10 +23,10 @@ SUMS = 1024
 NUM_WARPS = 8
 
 
+@arena.take_frames.register("gpu")
 def take_frames(
     stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, max_frames: int
 ) -> torch.Tensor:
-    """Pop ``counts[i]`` frames for each i; see `arena.take_frames`."""
     counts = counts.contiguous()
     frames = stack.new_empty(len(counts), max_frames)
     blocks = triton.cdiv(len(counts), OWNERS)
@@ -47,8 +48,8 @@ def take_frames(
     return frames
 
 
+@arena.return_frames.register("gpu")
 def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tensor) -> None:
-    """Push every id >= 0; see `arena.return_frames`."""
     ids = frames.reshape(-1)
     blocks = triton.cdiv(len(ids), IDS)
     launch(

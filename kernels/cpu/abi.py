@@ -9,9 +9,29 @@ import functools
 import torch
 
 from sglang_diffxkv.kernels.layout import PageLayout
+from sglang_diffxkv.kernels.pages import SealedTables
 
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """``enum DType`` of rows.h."""
+
+
+def table_words(tables: SealedTables) -> ctypes.Array[ctypes.c_int64]:
+    """``struct SealedTables`` of payload.h.
+
+    Raises:
+        ValueError: a row of frames, or the records of a page, are not contiguous.
+    """
+    arena, frames, heads, layout = tables
+    if frames.stride(1) != 1 or heads.stride()[1:] != (2, 1):
+        raise ValueError(f"strides of frames {frames.stride()}, of heads {heads.stride()}")
+    return int64_words(
+        ctypes.addressof(layout_words(layout)),  # cached: it lives on
+        arena.data_ptr(),
+        frames.data_ptr(),
+        frames.stride(0),
+        heads.data_ptr(),
+        heads.stride(0),
+    )
 
 
 def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
@@ -43,6 +63,6 @@ def int64_words(*words: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * len(words))(*words)
 
 
-def threads() -> ctypes.c_int64:
+def threads() -> int:
     """Threads a kernel may use: as many as torch does."""
-    return ctypes.c_int64(torch.get_num_threads())
+    return torch.get_num_threads()

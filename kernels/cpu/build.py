@@ -4,10 +4,8 @@
 A library is keyed by the hash of its sources, the headers beside them, the flags and the compiler,
 and kept in ``$XDG_CACHE_HOME/sglang-diffxkv`` (default ``~/.cache/sglang-diffxkv``).
 
-Kernels share work through pool.h. They may also use OpenMP, but are linked without it: the
-``GOMP_*`` symbols resolve to the runtime that torch has loaded already. A second OpenMP runtime has
-a thread pool of its own, whose spinning threads slow torch down about five times (numba's default
-does exactly that).
+Kernels share work through pool.h, not OpenMP, of which they have SIMD loops alone: a second OpenMP
+runtime beside torch's has spinning threads of its own, which slow torch down about five times.
 """
 
 from __future__ import annotations
@@ -51,7 +49,7 @@ _FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "baseline": "",
 }
-_COMMON = "-std=c++17 -O3 -fPIC -pthread -fopenmp -fno-math-errno -fno-trapping-math -w"
+_COMMON = "-std=c++17 -O3 -fPIC -pthread -fopenmp-simd -fno-math-errno -fno-trapping-math -w"
 
 
 @functools.cache
@@ -161,29 +159,25 @@ def _run(command: list[str]) -> None:
 
 
 @functools.cache
-def _share_torch_openmp() -> None:
-    """Make the symbols of torch's OpenMP runtime visible to libraries loaded later."""
-    mapped = Path("/proc/self/maps").read_text().split("\n")
-    runtimes = {line.split()[-1] for line in mapped if "libgomp" in line or "libomp" in line}
-    for path in sorted(runtimes):
-        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+def sources_of(operation: str) -> list[Path]:
+    """The C++ files in an operation's folder."""
+    return sorted((INCLUDE.parent / operation).glob("*.cpp"))
 
 
-def _library_path(name: str, sources: Sequence[Path], isa: str) -> Path:
-    digest = _digest(sources, _flags(isa), find_compiler().version)
-    return _cache_dir() / f"{name}-{isa}-{digest}.so"
+def _library_path(operation: str, isa: str) -> Path:
+    digest = _digest(sources_of(operation), _flags(isa), find_compiler().version)
+    return _cache_dir() / f"{operation}-{isa}-{digest}.so"
 
 
 @functools.cache
-def _load(name: str, sources: tuple[Path, ...], isa: str) -> ctypes.CDLL:
-    library = _library_path(name, sources, isa)
+def _load(operation: str, isa: str) -> ctypes.CDLL:
+    library = _library_path(operation, isa)
     try:
         library.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not library.exists():
-            with _locked(library.with_name(f"{name}-{isa}.lock")):
+            with _locked(library.with_name(f"{operation}-{isa}.lock")):
                 if not library.exists():
-                    _compile(find_compiler().path, _flags(isa), sources, library)
-        _share_torch_openmp()
+                    _compile(find_compiler().path, _flags(isa), sources_of(operation), library)
         return ctypes.CDLL(str(library))
     except OSError as problem:
         raise CompilerError(
@@ -192,19 +186,18 @@ def _load(name: str, sources: tuple[Path, ...], isa: str) -> ctypes.CDLL:
         ) from problem
 
 
-def is_built(name: str, sources: Sequence[Path]) -> bool:
+def is_built(operation: str) -> bool:
     """Whether `load_library` has nothing to compile."""
-    return _library_path(name, sources, cpu_isa()).exists()
+    return _library_path(operation, cpu_isa()).exists()
 
 
-def load_library(name: str, sources: Sequence[Path]) -> ctypes.CDLL:
-    """The compiled library for the instruction set in use; compiled on first use, then cached.
+def load_library(operation: str) -> ctypes.CDLL:
+    """An operation's kernels for the instruction set in use; compiled on first use, then cached.
 
     Args:
-        name: short name of the library, part of its file name.
-        sources: C++ files; headers beside them and in ``kernels/cpu`` are on the include path.
+        operation: its folder. Headers there and in ``kernels/cpu`` are on the include path.
 
     Raises:
         CompilerError: there is no compiler, or it fails, or no place to keep what it makes.
     """
-    return _load(name, tuple(sources), cpu_isa())
+    return _load(operation, cpu_isa())

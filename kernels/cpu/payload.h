@@ -25,9 +25,10 @@ struct Layout {
 };
 static_assert(sizeof(Layout) == 10 * sizeof(int64_t), "abi.py passes ten words");
 
+constexpr uint8_t kLow = 1, kHigh = 2;  // codes of tiers
 constexpr int64_t kPageTokens = 64;
 constexpr int64_t kMetaBytes = 8;
-constexpr int64_t kNoteBytes = 2;
+constexpr int64_t kTokenMetadataBytes = 2;
 
 // Offsets fit 32 bits (the directory holds int32), where division is much cheaper.
 inline int64_t divide(int64_t x, int64_t by) {
@@ -45,7 +46,7 @@ struct TierSections {
 
 struct Sections {
     TierSections high, low;
-    int64_t notes, total;
+    int64_t token_metadata, total;
 };
 
 inline Sections sections(const Layout& layout, int64_t n_high, int64_t n_low) {
@@ -64,7 +65,7 @@ inline Sections sections(const Layout& layout, int64_t n_high, int64_t n_low) {
     s.low.value = take(n_low, layout.row_bytes(low.value_bits));
     s.high.meta = take(n_high, high.raw() ? 0 : kMetaBytes);
     s.low.meta = take(n_low, low.raw() ? 0 : kMetaBytes);
-    s.notes = take(n_high + n_low, kNoteBytes);
+    s.token_metadata = take(n_high + n_low, kTokenMetadataBytes);
     s.total = align_up(cursor, layout.align);
     return s;
 }
@@ -97,6 +98,29 @@ struct Payload {
             f(arena + static_cast<int64_t>(frames[frame]) * frame_bytes + inside, row, rows);
             row += rows;
         }
+    }
+
+    // The byte at a position, and what follows it in its row.
+    Byte* at(int64_t offset) const {
+        const int64_t frame = divide(offset, frame_bytes), inside = offset - frame * frame_bytes;
+        return arena + static_cast<int64_t>(frames[frame]) * frame_bytes + inside;
+    }
+};
+
+// Sealed pages of one layer: kernels/pages.py has them by the same name, abi.py passes the words.
+struct SealedTables {
+    const Layout* layout;
+    uint8_t* arena;         // [F, frame_bytes]
+    const int32_t* frames;  // [V, max_frames], strided by page
+    int64_t frames_stride;
+    const int32_t* heads;  // [V, H, 2], strided by page
+    int64_t heads_stride;
+
+    HeadRecord record(int64_t page, int64_t head) const {
+        return head_record(heads + page * heads_stride + 2 * head);
+    }
+    Payload<uint8_t> payload(int64_t page) const {
+        return {arena, frames + page * frames_stride, layout->frame_bytes};
     }
 };
 

@@ -8,18 +8,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from sglang_diffxkv.kernels.cpu.build import is_built, load_library
-from sglang_diffxkv.kernels.decode.cpu import LIBRARY as DECODE
-from sglang_diffxkv.kernels.extend.cpu import LIBRARY as EXTEND
-from sglang_diffxkv.kernels.layers.cpu import LIBRARY as LAYERS
-from sglang_diffxkv.kernels.pack.cpu import LIBRARY as PACK
-from sglang_diffxkv.kernels.score.cpu import LIBRARY as SCORE
-from sglang_diffxkv.kernels.step.cpu import LIBRARY as STEP
 
 logger = logging.getLogger(__name__)
 
+OPERATIONS = ("decode", "extend", "layers", "pack", "step")
+"""Those that every server on a CPU needs."""
+
 
 def load_all(*, scores: bool) -> None:
-    """Load every library, so that no request waits for a compiler; several compile at a time.
+    """Load every operation's kernels, several at a time, so that no request waits for a compiler.
 
     Args:
         scores: whether the policy grades tokens by their scores.
@@ -27,14 +24,13 @@ def load_all(*, scores: bool) -> None:
     Raises:
         CompilerError: as `load_library`.
     """
-    libraries = [DECODE, EXTEND, LAYERS, PACK, STEP, *([SCORE] if scores else [])]
-    begin, missing = time.monotonic(), [x for x in libraries if not is_built(*x)]
-    with ThreadPoolExecutor(len(libraries)) as pool:
-        list(pool.map(lambda library: load_library(*library), libraries))
-    compiled = [name for name, sources in missing if is_built(name, sources)]
-    if compiled:
+    needed = [*OPERATIONS, *(["score"] if scores else [])]
+    begin, missing = time.monotonic(), [x for x in needed if not is_built(x)]
+    with ThreadPoolExecutor(len(needed)) as pool:
+        list(pool.map(load_library, needed))
+    if missing:
         logger.info(
             "diffxkv: compiled C++ kernels (%s) in %.1f s; later starts find them in the cache",
-            ", ".join(compiled),
+            ", ".join(missing),
             time.monotonic() - begin,
         )

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import math
-from pathlib import Path
 
 import torch
 
@@ -16,8 +15,6 @@ from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.kernels.merge import AttentionState
 
 LOG2_E = math.log2(math.e)
-LIBRARY = "decode", tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "layer.cpp"))
-"""Its name and sources; layer.cpp is layer.py's."""
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 _SEALED = (_P, _I, _I, _P, _P, _I, _P, _I, _P, _P, _P, _I, _P, _P, _I)
@@ -112,5 +109,5 @@ def _bind(library: ctypes.CDLL) -> DecodeKernels:
 
 def kernels() -> DecodeKernels | None:
     """The compiled kernels for the instruction set in use; None without a compiler."""
-    library = load_library(*LIBRARY)
+    library = load_library("decode")
     return None if library is None else _bind(library)

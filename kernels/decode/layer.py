@@ -16,7 +16,6 @@ import torch
 
 from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, int64_words, layout_words
 from sglang_diffxkv.kernels.cpu.build import load_library
-from sglang_diffxkv.kernels.decode.cpu import LIBRARY
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.step import StepPages
@@ -55,7 +54,7 @@ class LayerTables(NamedTuple):
 
 def available() -> bool:
     """Whether there is a compiler, or what it has made before."""
-    return load_library(*LIBRARY) is not None
+    return load_library("decode") is not None
 
 
 class DecodeLayers:
@@ -66,7 +65,7 @@ class DecodeLayers:
     """
 
     def __init__(self, tables: LayerTables) -> None:
-        library = load_library(*LIBRARY)
+        library = load_library("decode")
         assert library is not None, "asked for without a compiler"
         self._call = library.diffxkv_decode_layer
         self._call.argtypes, self._call.restype = _LAYER, None

@@ -6,11 +6,12 @@ The two parts of a sequence are disjoint and are merged by `merge.merge_states`.
 
 from __future__ import annotations
 
-from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
+from sglang_diffxkv.kernels.extend.lists import OpenList, PageList
 from sglang_diffxkv.kernels.extend.open import extend_open
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill, Prefill, SealedPrefill
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, make_scratch
 from sglang_diffxkv.kernels.extend.sealed import extend_sealed
+from sglang_diffxkv.kernels.pages import SealedTables
 
 __all__ = [
     "OpenList",

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import ctypes
 import math
-from pathlib import Path
 
 import torch
 
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, layout_words, threads
 from sglang_diffxkv.kernels.cpu.build import load_library
-from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
+from sglang_diffxkv.kernels.extend.lists import OpenList, PageList
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.pages import SealedTables
 
 LOG2_E = math.log2(math.e)
-LIBRARY = "extend", (Path(__file__).with_name("cpu.cpp"),)
-"""Its name and sources."""
 
 _P, _I = ctypes.c_void_p, ctypes.c_int64
 
@@ -184,4 +182,4 @@ def _point_to_sealed(args: SealedArgs, tables: SealedTables) -> None:
 
 def library() -> ctypes.CDLL | None:
     """The compiled kernel for the instruction set in use; None without a compiler."""
-    return load_library(*LIBRARY)
+    return load_library("extend")

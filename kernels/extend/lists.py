@@ -7,8 +7,6 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.layout import PageLayout
-
 
 class PageList(NamedTuple):
     """Sealed pages of each of B sequences: int32 [B + 1], into int32 [N]."""
@@ -24,12 +22,3 @@ class OpenList(NamedTuple):
     indptr: torch.Tensor
     slots: torch.Tensor
     page_position: torch.Tensor
-
-
-class SealedTables(NamedTuple):
-    """Where the sealed pages of one layer lie; as in `extend_sealed`."""
-
-    arena: torch.Tensor
-    frames: torch.Tensor
-    heads: torch.Tensor
-    layout: PageLayout

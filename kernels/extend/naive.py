@@ -7,9 +7,10 @@ import math
 
 import torch
 
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state
 from sglang_diffxkv.kernels.pack import unpack
+from sglang_diffxkv.kernels.pages import SealedTables
 
 
 def attend_one(
@@ -39,7 +40,7 @@ def extend_sealed(
     group = q.shape[1] // layout.num_kv_heads
     for b in range(len(indptr) - 1):
         mine = pages[indptr[b] : indptr[b + 1]]
-        tokens = unpack(arena, frames, heads, mine, layout, torch.float32, q.dtype)
+        tokens = unpack(SealedTables(arena, frames, heads, layout), mine, torch.float32, q.dtype)
         for t in range(q_indptr[b], q_indptr[b + 1]):
             for head in range(q.shape[1]):
                 kv_head = head // group
@@ -64,8 +65,7 @@ def row_starts(heads: torch.Tensor, pages: torch.Tensor, capacity: int) -> torch
     for head in range(heads.shape[1]):
         starts[0, head] = head * capacity
         for i, page in enumerate(pages.tolist()):
-            counts = int(heads[page, head, 1])
-            starts[i + 1, head] = starts[i, head] + (counts & 0xFF) + (counts >> 8)
+            starts[i + 1, head] = starts[i, head] + sum(head_counts(heads[page, head]))
     return starts
 
 

@@ -16,13 +16,14 @@ import torch
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.extend import cpu, flashinfer
-from sglang_diffxkv.kernels.extend.lists import OpenList, PageList, SealedTables
+from sglang_diffxkv.kernels.extend.lists import OpenList, PageList
 from sglang_diffxkv.kernels.extend.open import extend_open
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
 from sglang_diffxkv.kernels.extend.sealed import extend_sealed
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state, merge_states
+from sglang_diffxkv.kernels.pages import SealedTables
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper

@@ -11,11 +11,12 @@ import torch
 
 from sglang_diffxkv.kernels.extend import cpu
 from sglang_diffxkv.kernels.extend.dense import attend_all
-from sglang_diffxkv.kernels.extend.lists import PageList, SealedTables
+from sglang_diffxkv.kernels.extend.lists import PageList
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState, concat_states, empty_state, merge_states
-from sglang_diffxkv.kernels.pack import unpack_into
+from sglang_diffxkv.kernels.pack import TokenRows, unpack_into
+from sglang_diffxkv.kernels.pages import SealedTables
 
 BLOCK_BYTES = 64 << 20
 """Most bytes of dequantised keys and values that exist at one time."""
@@ -99,8 +100,8 @@ def _attend_block(
     h = layout.num_kv_heads
     k, v = arena.new_zeros((2, h, length, layout.head_dim), dtype=torch.float32)
     first = counts.cumsum(0) - counts + torch.arange(0, h * length, length)
-    rows = k.flatten(0, 1), v.flatten(0, 1)
-    unpack_into(arena, frames, heads, pages, first, layout, q.dtype, *rows)
+    rows = TokenRows(k.flatten(0, 1), v.flatten(0, 1))
+    unpack_into(SealedTables(arena, frames, heads, layout), pages, first, rows, q.dtype)
     vacant = torch.arange(length) >= totals[:, None]
     bias = torch.zeros(h, length).masked_fill_(vacant, -torch.inf)
     part = attend_all(q, k, v, sm_scale, bias)

@@ -28,7 +28,9 @@ from sglang_diffxkv.kernels.gpu.device import compute_capability, multiprocessor
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted, launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.pack import TokenRows
 from sglang_diffxkv.kernels.pack.triton import unpack_into
+from sglang_diffxkv.kernels.pages import SealedTables
 
 START_PAGES = 512
 """Pages whose rows are counted at a time: most prefixes in one go."""
@@ -91,9 +93,8 @@ def extend_unpacked(
         mine = pages[first : first + scratch.pages]
         starts = scratch.starts[: len(mine) + 1]
         count_rows(heads, mine, starts, scratch.pages * PAGE_TOKENS)
-        unpack_into(
-            arena, frames, heads, mine, starts[:-1], layout, scratch.k.dtype, scratch.k, scratch.v
-        )
+        tables, rows = SealedTables(arena, frames, heads, layout), TokenRows(scratch.k, scratch.v)
+        unpack_into(tables, mine, starts[:-1], rows, scratch.k.dtype)
         _attend(part, q, q_indptr, indptr, first, len(mine), slices, layout, sm_scale, scratch)
 
 

@@ -5,6 +5,6 @@ They are not attention, but of a decode step on a CPU as large a part. Results e
 SGLang's own plain implementations to rounding.
 """
 
-from sglang_diffxkv.kernels.layers.cpu import LayerKernels, kernels
+from sglang_diffxkv.kernels.layers.cpu import rms_norm, rotary, silu_and_mul
 
-__all__ = ["LayerKernels", "kernels"]
+__all__ = ["rms_norm", "rotary", "silu_and_mul"]

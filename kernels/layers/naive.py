@@ -9,7 +9,7 @@ import torch
 def rms_norm(
     x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See :meth:`sglang_diffxkv.kernels.layers.LayerKernels.rms_norm`; it leaves residual."""
+    """See `layers.rms_norm`; it leaves residual."""
     total = x.double() if residual is None else x.double() + residual.double()
     scale = torch.rsqrt(total.square().mean(-1, keepdim=True) + eps)
     return total * scale * weight.double()
@@ -18,7 +18,7 @@ def rms_norm(
 def rotary(
     positions: torch.Tensor, x: torch.Tensor, dim: int, cache: torch.Tensor, neox: bool
 ) -> torch.Tensor:
-    """See :meth:`sglang_diffxkv.kernels.layers.LayerKernels.rotary`; x is left as it is."""
+    """See `layers.rotary`; x is left as it is."""
     half = cache.shape[1] // 2
     cos, sin = cache[positions].double()[:, None].split(half, -1)
     out = x.double().unflatten(1, (-1, dim))
@@ -33,6 +33,6 @@ def rotary(
 
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
-    """See :meth:`sglang_diffxkv.kernels.layers.LayerKernels.silu_and_mul`."""
+    """See `layers.silu_and_mul`."""
     gate, up = x.double().chunk(2, -1)
     return torch.nn.functional.silu(gate) * up

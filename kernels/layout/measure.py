@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes of sealed pages from their tier maps, before any byte is written."""
+"""Records of the page directory, and sizes of sealed pages before any byte is written."""
 
 from __future__ import annotations
 
@@ -7,58 +7,31 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.layout.page import HIGH, LOW, META_BYTES, NOTE_BYTES, PageLayout
+from sglang_diffxkv.kernels.layout.page import HIGH, LOW, PageLayout
 
 COUNT_BITS = 8
-"""Word 1 of a head's directory entry is ``n_high | n_low << COUNT_BITS``."""
 
 
-class SectionTensors(NamedTuple):
-    """`layout.Sections` of many heads: int64 tensors of one shape."""
+def head_records(offset: torch.Tensor, n_high: torch.Tensor, n_low: torch.Tensor) -> torch.Tensor:
+    """Directory records int32 [..., 2] of heads: payload offset, ``n_high | n_low << 8``.
 
-    key_high: torch.Tensor
-    value_high: torch.Tensor
-    key_low: torch.Tensor
-    value_low: torch.Tensor
-    meta_high: torch.Tensor
-    meta_low: torch.Tensor
-    notes: torch.Tensor
-    total: torch.Tensor
+    Args:
+        offset, n_high, n_low: integers [...].
+    """
+    return torch.stack([offset, n_high | n_low << COUNT_BITS], dim=-1).int()
 
 
-def section_tensors(
-    n_high: torch.Tensor, n_low: torch.Tensor, layout: PageLayout
-) -> SectionTensors:
-    """`PageLayout.sections` for int64 tensors of counts, any shape."""
-    high, low = layout.high, layout.low
-    rows = (
-        (n_high, layout.row_bytes(high.key_bits)),
-        (n_high, layout.row_bytes(high.value_bits)),
-        (n_low, layout.row_bytes(low.key_bits)),
-        (n_low, layout.row_bytes(low.value_bits)),
-        (n_high, 0 if high.is_raw else META_BYTES),
-        (n_low, 0 if low.is_raw else META_BYTES),
-        (n_high + n_low, NOTE_BYTES),
-    )
-    starts, cursor = [], torch.zeros_like(n_high)
-    for n, row in rows:
-        start = _align_up(cursor, row) if row else cursor
-        starts.append(start)
-        cursor = start + n * row
-    starts.append(_align_up(cursor, layout.align))
-    return SectionTensors(*starts)
-
-
-def _align_up(x: torch.Tensor, multiple: int) -> torch.Tensor:
-    return (x + multiple - 1) // multiple * multiple
+def head_counts(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """n_high and n_low, int64 [...], of `head_records` [..., 2]."""
+    word = heads[..., 1].long()
+    return word & (2**COUNT_BITS - 1), word >> COUNT_BITS
 
 
 class Measured(NamedTuple):
-    """Directory entries of (page, layer)s that are to be sealed.
+    """Directory records of (page, layer)s that are to be sealed.
 
     Fields:
-        heads: int32 [..., H, 2], word 0 the byte offset of the head's payload in the virtual space
-            of its (page, layer), word 1 ``n_high | n_low << 8``.
+        heads: int32 [..., H, 2], `head_records`; offsets in the virtual space of a (page, layer).
         nbytes: int32 [...], payload of the (page, layer); it needs
             ``ceil(nbytes / frame_bytes)`` frames.
     """
@@ -76,13 +49,6 @@ def measure(tiers: torch.Tensor, layout: PageLayout) -> Measured:
     """
     n_high = (tiers == HIGH).sum(-1)
     n_low = (tiers == LOW).sum(-1)
-    sizes = section_tensors(n_high, n_low, layout).total
+    sizes = layout.sections(n_high, n_low).total
     ends = sizes.cumsum(-1)
-    words = torch.stack([ends - sizes, n_high | n_low << COUNT_BITS], dim=-1)
-    return Measured(words.int(), ends[..., -1].int())
-
-
-def head_counts(heads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """n_high and n_low, int64 [...], of directory entries int32 [..., 2]."""
-    word = heads[..., 1].long()
-    return word & (2**COUNT_BITS - 1), word >> COUNT_BITS
+    return Measured(head_records(ends - sizes, n_high, n_low), ends[..., -1].int())

@@ -10,7 +10,7 @@ Payload of one head with ``n_high`` and ``n_low`` kept tokens, in this order::
     K high [n_high, key_bytes]     V high [n_high, value_bytes]
     K low  [n_low,  key_bytes]     V low  [n_low,  value_bytes]
     meta high [n_high, 4] fp16     meta low [n_low, 4] fp16     (K scale, K zero, V scale, V zero)
-    notes [n_high + n_low, 2] uint8                             (position in page, importance code)
+    token metadata [n_high + n_low, 2] uint8                    (position in page, importance code)
 
 Each section starts at a multiple of its own row size, each head at a multiple of ``align``, and a
 frame is a multiple of ``align``, so no row straddles two frames. Raw tiers have no meta section.
@@ -23,13 +23,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
 
 PAGE_TOKENS = 64
 """Token slots of a page (SGLang's ``page_size``)."""
 
 META_BYTES = 8
-NOTE_BYTES = 2
+TOKEN_METADATA_BYTES = 2
 PRUNED, LOW, HIGH = 0, 1, 2
 """Tier codes of a token, as stored in tier maps (uint8)."""
 
@@ -61,21 +63,25 @@ FORMATS: dict[str, TierFormat] = {
 }
 
 
-class Sections(NamedTuple):
-    """Byte offsets of the sections of one head's payload, relative to its start, and its size."""
-
-    key_high: int
-    value_high: int
-    key_low: int
-    value_low: int
-    meta_high: int
-    meta_low: int
-    notes: int
-    total: int
+Count = TypeVar("Count", int, torch.Tensor)
+"""Of one head, or of many: int64 tensors of one shape."""
 
 
-def _align_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+class Sections(NamedTuple, Generic[Count]):
+    """Byte offsets of the sections of a head's payload, relative to its start, and its size."""
+
+    key_high: Count
+    value_high: Count
+    key_low: Count
+    value_low: Count
+    meta_high: Count
+    meta_low: Count
+    token_metadata: Count
+    total: Count
+
+
+def _align_up(x: Count, multiple: int) -> Count:
+    return (x + (multiple - 1)) // multiple * multiple
 
 
 @dataclass(frozen=True)
@@ -114,7 +120,7 @@ class PageLayout:
     def token_bytes(self, tier: TierFormat) -> int:
         """Bytes one kept token of one head costs in ``tier``, metadata included."""
         rows = self.row_bytes(tier.key_bits) + self.row_bytes(tier.value_bits)
-        return rows + (0 if tier.is_raw else META_BYTES) + NOTE_BYTES
+        return rows + (0 if tier.is_raw else META_BYTES) + TOKEN_METADATA_BYTES
 
     @cached_property
     def align(self) -> int:
@@ -122,8 +128,8 @@ class PageLayout:
         bits = (self.high.key_bits, self.high.value_bits, self.low.key_bits, self.low.value_bits)
         return math.lcm(max(self.row_bytes(b) for b in bits), 16)
 
-    def sections(self, n_high: int, n_low: int) -> Sections:
-        """Section offsets of a head's payload with these token counts."""
+    def sections(self, n_high: Count, n_low: Count) -> Sections[Count]:
+        """Section offsets of the payload of heads with these token counts."""
         high, low = self.high, self.low
         rows = (
             (n_high, self.row_bytes(high.key_bits)),
@@ -132,14 +138,15 @@ class PageLayout:
             (n_low, self.row_bytes(low.value_bits)),
             (n_high, 0 if high.is_raw else META_BYTES),
             (n_low, 0 if low.is_raw else META_BYTES),
-            (n_high + n_low, NOTE_BYTES),
+            (n_high + n_low, TOKEN_METADATA_BYTES),
         )
-        starts, cursor = [], 0
+        starts: list[Count] = []
+        end = n_high * 0
         for n, row in rows:
-            cursor = _align_up(cursor, row) if row else cursor
-            starts.append(cursor)
-            cursor += n * row
-        return Sections(*starts, total=_align_up(cursor, self.align))  # type: ignore[misc]
+            start = _align_up(end, row) if row else end
+            starts.append(start)
+            end = start + n * row
+        return Sections._make([*starts, _align_up(end, self.align)])
 
     @cached_property
     def page_bytes(self) -> int:

@@ -1,96 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packing and unpacking in C++ (cpu.cpp); fp32 outputs only, for the CPU."""
+"""Packing, unpacking and copying rows in C++ (cpu.cpp)."""
 
 from __future__ import annotations
 
-import ctypes
-from pathlib import Path
-
 import torch
 
-from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, layout_words, pointer, threads
-from sglang_diffxkv.kernels.cpu.build import load_library
-from sglang_diffxkv.kernels.layout import PageLayout
+from sglang_diffxkv.kernels import pack as ops
+from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, int64_words, table_words, threads
+from sglang_diffxkv.kernels.cpu.function import CFunction
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
+from sglang_diffxkv.kernels.pages import SealedTables
 
-LIBRARY = "pack", (Path(__file__).with_name("cpu.cpp"),)
-"""Its name and sources."""
-
-
-def library() -> ctypes.CDLL:
-    """The compiled kernels for the instruction set in use."""
-    return load_library(*LIBRARY)
+_pack = CFunction("pack", "diffxkv_pack")
+_unpack = CFunction("pack", "diffxkv_unpack")
+_copy_rows = CFunction("pack", "diffxkv_copy_rows")
 
 
-def pack(
-    k_raw: torch.Tensor,
-    v_raw: torch.Tensor,
-    slots: torch.Tensor,
-    tiers: torch.Tensor,
-    importance: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
-    arena: torch.Tensor,
-    layout: PageLayout,
-) -> None:
-    """Write the payload of S pages of one layer; arguments as in `pack.pack`."""
-    lib = library()
-    slots = slots.long().contiguous()
-    tiers, importance = tiers.contiguous(), importance.contiguous()
-    frames, heads = frames.contiguous(), heads.contiguous()
-    lib.diffxkv_pack(
-        layout_words(layout),
-        threads(),
-        pointer(k_raw),
-        _strides(k_raw),
-        pointer(v_raw),
-        _strides(v_raw),
-        ctypes.c_int64(DTYPE_CODES[k_raw.dtype]),
-        ctypes.c_int64(k_raw.itemsize),
-        pointer(slots),
-        ctypes.c_int64(len(slots)),
-        pointer(tiers),
-        pointer(importance),
-        pointer(frames),
-        ctypes.c_int64(frames.shape[1]),
-        pointer(heads),
-        pointer(arena),
+@ops.pack.register("cpu")
+def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
+    slots = raw.slots.long().contiguous()
+    words = int64_words(
+        *(word for x in (raw.keys, raw.values) for word in (x.data_ptr(), *x.stride()[:3])),
+        DTYPE_CODES[raw.keys.dtype],
+        slots.data_ptr(),
+        len(slots),
     )
+    tiers, importance = (x.contiguous() for x in grades)
+    _pack(table_words(tables), words, tiers.data_ptr(), importance.data_ptr(), threads())
 
 
+@ops.unpack_into.register("cpu")
 def unpack_into(
-    arena: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
+    tables: SealedTables,
     pages: torch.Tensor,
     first: torch.Tensor,
-    layout: PageLayout,
+    rows: TokenRows,
     raw_dtype: torch.dtype,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    notes: torch.Tensor | None = None,
 ) -> None:
-    """Dequantise N pages into fp32 rows; arguments as in `pack.unpack_into`."""
-    lib = library()
     pages, first = pages.long().contiguous(), first.contiguous()
-    lib.diffxkv_unpack(
-        layout_words(layout),
-        threads(),
-        pointer(arena),
-        pointer(frames),
-        ctypes.c_int64(frames.stride(0)),
-        pointer(heads),
-        ctypes.c_int64(heads.stride(0)),
-        pointer(pages),
-        ctypes.c_int64(len(pages)),
-        pointer(first),
-        ctypes.c_int64(DTYPE_CODES[raw_dtype]),
-        pointer(k),
-        pointer(v),
-        ctypes.c_void_p(None) if notes is None else pointer(notes),
+    metadata = 0 if rows.token_metadata is None else rows.token_metadata.data_ptr()
+    words = int64_words(
+        rows.keys.data_ptr(), rows.values.data_ptr(), metadata, DTYPE_CODES[rows.keys.dtype]
     )
+    where = pages.data_ptr(), len(pages), first.data_ptr()
+    _unpack(table_words(tables), *where, DTYPE_CODES[raw_dtype], words, threads())
 
 
-def _strides(raw: torch.Tensor) -> ctypes.Array[ctypes.c_int64]:
-    """Strides of pages, tokens and heads in elements; elements of a row must be adjacent."""
-    assert raw.stride(3) == 1
-    return (ctypes.c_int64 * 3)(*raw.stride()[:3])
+@ops.copy_rows.register("cpu")
+def copy_rows(
+    old: SealedTables, old_tiers: torch.Tensor, new: SealedTables, new_tiers: torch.Tensor
+) -> None:
+    old_tiers, new_tiers = old_tiers.contiguous(), new_tiers.contiguous()
+    source = table_words(old), old_tiers.data_ptr()
+    target = table_words(new), new_tiers.data_ptr()
+    _copy_rows(*source, *target, len(old_tiers), threads())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,17 +13,22 @@ from sglang_diffxkv.kernels.layout import (
     HIGH,
     LOW,
     META_BYTES,
-    NOTE_BYTES,
     PAGE_TOKENS,
-    PageLayout,
+    TOKEN_METADATA_BYTES,
     TierFormat,
+    head_counts,
 )
-from sglang_diffxkv.kernels.layout.payload import Payload
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
 from sglang_diffxkv.kernels.pack.quantize import CLIP, FP16_MAX
+from sglang_diffxkv.kernels.pages import SealedTables
 
 
 def quantize_row(row: np.ndarray, bits: int) -> tuple[np.ndarray, np.float16, np.float16]:
-    """Bytes (split-plane order), scale and zero of one row fp32 [D]."""
+    """Bytes (split-plane order), scale and zero of one row fp32 [D].
+
+    Scale and zero are rounded to fp16 first and the codes computed against the rounded values, so
+    that reading adds no error of its own.
+    """
     levels = 2**bits - 1
     span = (row.max() - row.min()) * np.float32(CLIP[bits])
     scale = np.float16(min(span / np.float32(levels), FP16_MAX))
@@ -53,133 +59,127 @@ def dequantize_row(
     return row
 
 
-def _bytes_at(
-    arena: torch.Tensor, frames: torch.Tensor, position: int, size: int, frame_bytes: int
-) -> torch.Tensor:
-    """The arena bytes (a view) of a row at a virtual position of the page with these frames."""
-    frame, offset = divmod(position, frame_bytes)
-    return arena[frames[frame], offset : offset + size]
+class _Row(NamedTuple):
+    """Where a kept token lies: positions of its rows in the virtual space of the (page, layer).
+
+    Attributes:
+        ordinal: of the token among the head's kept ones, in storage order.
+    """
+
+    tier: TierFormat
+    ordinal: int
+    key: int
+    value: int
+    meta: int
+    token_metadata: int
 
 
-def _tier_rows(
-    layout: PageLayout, head: torch.Tensor, *, high: bool
-) -> list[tuple[TierFormat, int, int, int, int, int]]:
-    """(format, row in storage order, key, value, meta, notes position) of each token of a tier."""
-    start, counts = head.tolist()
-    n_high, n_low = counts & 0xFF, counts >> 8
+def _rows_of(tables: SealedTables, page: int, head: int, code: int) -> list[_Row]:
+    """Rows of the tokens of one tier, by position."""
+    layout, record = tables.layout, tables.heads[page, head]
+    start, (n_high, n_low) = int(record[0]), (int(n) for n in head_counts(record))
     at = layout.sections(n_high, n_low)
-    if high:
-        tier, n, skipped, key, value, meta = (
-            layout.high, n_high, 0, at.key_high, at.value_high, at.meta_high
-        )  # fmt: skip
+    if code == HIGH:
+        tier, n, before = layout.high, n_high, 0
+        key, value, meta = at.key_high, at.value_high, at.meta_high
     else:
-        tier, n, skipped, key, value, meta = (
-            layout.low, n_low, n_high, at.key_low, at.value_low, at.meta_low
-        )  # fmt: skip
+        tier, n, before = layout.low, n_low, n_high
+        key, value, meta = at.key_low, at.value_low, at.meta_low
     return [
-        (
+        _Row(
             tier,
-            skipped + i,
+            before + i,
             start + key + i * layout.row_bytes(tier.key_bits),
             start + value + i * layout.row_bytes(tier.value_bits),
             start + meta + i * META_BYTES,
-            start + at.notes + (skipped + i) * NOTE_BYTES,
+            start + at.token_metadata + (before + i) * TOKEN_METADATA_BYTES,
         )
         for i in range(n)
     ]
 
 
-def pack(
-    k_raw: torch.Tensor,
-    v_raw: torch.Tensor,
-    slots: torch.Tensor,
-    tiers: torch.Tensor,
-    importance: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
-    arena: torch.Tensor,
-    layout: PageLayout,
-) -> None:
+def _rows_by_token(
+    tables: SealedTables, tiers: torch.Tensor, page: int, head: int, code: int
+) -> dict[int, _Row]:
+    tokens = [t for t in range(PAGE_TOKENS) if tiers[page, head, t] == code]
+    return dict(zip(tokens, _rows_of(tables, page, head, code), strict=True))
+
+
+def _bytes_at(tables: SealedTables, page: int, position: int, size: int) -> torch.Tensor:
+    """The arena's bytes (a view) at a virtual position of the page."""
+    frame, offset = divmod(position, tables.layout.frame_bytes)
+    return tables.arena[tables.frames[page, frame], offset : offset + size]
+
+
+def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
     """See `pack.pack`."""
-    for s, slot in enumerate(slots.tolist()):
-        for h in range(layout.num_kv_heads):
-            for code in (HIGH, LOW):
-                tokens = [t for t in range(PAGE_TOKENS) if tiers[s, h, t] == code]
-                rows = _tier_rows(layout, heads[s, h], high=code == HIGH)
-                for token, (tier, _, key, value, meta, note) in zip(tokens, rows, strict=True):
-                    scales = []
-                    for raw, bits, at in (
-                        (k_raw, tier.key_bits, key),
-                        (v_raw, tier.value_bits, value),
-                    ):
-                        row = raw[slot, token, h]
-                        if bits:
-                            packed, scale, zero = quantize_row(row.float().numpy(), bits)
-                            data = torch.from_numpy(packed)
-                            scales += [scale, zero]
-                        else:
-                            data = row.view(torch.uint8)
-                        _bytes_at(arena, frames[s], at, len(data), layout.frame_bytes)[:] = data
-                    if scales:
-                        words = torch.tensor(np.array(scales)).view(torch.uint8)
-                        _bytes_at(arena, frames[s], meta, META_BYTES, layout.frame_bytes)[:] = words
-                    notes = torch.tensor([token, int(importance[s, h, token])], dtype=torch.uint8)
-                    _bytes_at(arena, frames[s], note, NOTE_BYTES, layout.frame_bytes)[:] = notes
+    heads = range(tables.layout.num_kv_heads)
+    for (s, slot), h, code in product(enumerate(raw.slots.tolist()), heads, (HIGH, LOW)):
+        for token, row in _rows_by_token(tables, grades.tiers, s, h, code).items():
+            scales = []
+            for source, bits, at in (
+                (raw.keys, row.tier.key_bits, row.key),
+                (raw.values, row.tier.value_bits, row.value),
+            ):
+                elements = source[slot, token, h]
+                if bits:
+                    packed, scale, zero = quantize_row(elements.float().numpy(), bits)
+                    data = torch.from_numpy(packed)
+                    scales += [scale, zero]
+                else:
+                    data = elements.view(torch.uint8)
+                _bytes_at(tables, s, at, len(data))[:] = data
+            if scales:
+                words = torch.tensor(np.array(scales)).view(torch.uint8)
+                _bytes_at(tables, s, row.meta, META_BYTES)[:] = words
+            metadata = torch.tensor([token, int(grades.importance[s, h, token])])
+            _bytes_at(tables, s, row.token_metadata, TOKEN_METADATA_BYTES)[:] = metadata
 
 
-def copy_rows(old: Payload, new: Payload, layout: PageLayout) -> None:
-    """See `torch_ops.copy_rows`."""
-    size = layout.frame_bytes
-    for s, h, code in product(range(len(old.tiers)), range(layout.num_kv_heads), (HIGH, LOW)):
-        rows = []
-        for payload in (old, new):
-            tokens = [t for t in range(PAGE_TOKENS) if payload.tiers[s, h, t] == code]
-            located = _tier_rows(layout, payload.heads[s, h], high=code == HIGH)
-            rows.append(dict(zip(tokens, located, strict=True)))
-        for token in rows[0].keys() & rows[1].keys():
-            tier, _, *source, _ = rows[0][token]
-            _, _, *target, _ = rows[1][token]
-            meta = 0 if tier.is_raw else META_BYTES
-            widths = (layout.row_bytes(tier.key_bits), layout.row_bytes(tier.value_bits), meta)
-            for at, to, width in zip(source, target, widths, strict=True):
-                if not width:
-                    continue
-                data = _bytes_at(old.arena, old.frames[s], at, width, size)
-                _bytes_at(new.arena, new.frames[s], to, width, size)[:] = data
+def copy_rows(
+    old: SealedTables, old_tiers: torch.Tensor, new: SealedTables, new_tiers: torch.Tensor
+) -> None:
+    """See `pack.copy_rows`."""
+    layout = new.layout
+    for s, h, code in product(range(len(new_tiers)), range(layout.num_kv_heads), (HIGH, LOW)):
+        sources = _rows_by_token(old, old_tiers, s, h, code)
+        targets = _rows_by_token(new, new_tiers, s, h, code)
+        for token in sources.keys() & targets.keys():
+            source, target, tier = sources[token], targets[token], targets[token].tier
+            for at, to, size in (
+                (source.key, target.key, layout.row_bytes(tier.key_bits)),
+                (source.value, target.value, layout.row_bytes(tier.value_bits)),
+                (source.meta, target.meta, 0 if tier.is_raw else META_BYTES),
+            ):
+                if size:
+                    _bytes_at(new, s, to, size)[:] = _bytes_at(old, s, at, size)
 
 
 def unpack_into(
-    arena: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
+    tables: SealedTables,
     pages: torch.Tensor,
     first: torch.Tensor,
-    layout: PageLayout,
+    rows: TokenRows,
     raw_dtype: torch.dtype,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    notes: torch.Tensor | None = None,
 ) -> None:
     """See `pack.unpack_into`."""
-    size = layout.frame_bytes
-    for n, page in enumerate(pages.tolist()):
-        for h in range(layout.num_kv_heads):
-            for high in (True, False):
-                for tier, i, key, value, meta, note in _tier_rows(
-                    layout, heads[page, h], high=high
-                ):
-                    row = int(first[n, h]) + i
-                    for out, bits, at, half in (
-                        (k, tier.key_bits, key, 0),
-                        (v, tier.value_bits, value, 2),
-                    ):
-                        data = _bytes_at(arena, frames[page], at, layout.row_bytes(bits), size)
-                        if bits:
-                            words = _bytes_at(arena, frames[page], meta, META_BYTES, size)
-                            scale, zero = words.view(torch.float16).numpy()[half : half + 2]
-                            values = dequantize_row(data.numpy(), scale, zero, bits)
-                            out[row] = torch.from_numpy(values)
-                        else:
-                            out[row] = data.view(raw_dtype)
-                    if notes is not None:
-                        notes[row] = _bytes_at(arena, frames[page], note, NOTE_BYTES, size)
+    layout = tables.layout
+    for (n, page), h, code in product(
+        enumerate(pages.tolist()), range(layout.num_kv_heads), (HIGH, LOW)
+    ):
+        for row in _rows_of(tables, page, h, code):
+            out = int(first[n, h]) + row.ordinal
+            for to, bits, at, half in (
+                (rows.keys, row.tier.key_bits, row.key, 0),
+                (rows.values, row.tier.value_bits, row.value, 2),
+            ):
+                data = _bytes_at(tables, page, at, layout.row_bytes(bits))
+                if bits:
+                    meta = _bytes_at(tables, page, row.meta, META_BYTES).view(torch.float16)
+                    scale, zero = meta.numpy()[half : half + 2]
+                    to[out] = torch.from_numpy(dequantize_row(data.numpy(), scale, zero, bits))
+                else:
+                    to[out] = data.view(raw_dtype)
+            if rows.token_metadata is not None:
+                bytes_ = _bytes_at(tables, page, row.token_metadata, TOKEN_METADATA_BYTES)
+                rows.token_metadata[out] = bytes_

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packing, unpacking and copying rows in Triton: one launch each, no wait for the device.
 
-Codes, scales and zeros are bit for bit those of `torch_ops` on a CPU: divisions are rounded as IEEE
+Codes, scales and zeros are bit for bit those of `naive`: divisions are rounded as IEEE
 754 asks, and all products that are added to something are exact.
 """
 
@@ -10,10 +10,12 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_diffxkv.kernels import pack as ops
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.layout.payload import Payload
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
 from sglang_diffxkv.kernels.pack.triton_kernels import copy_kernel, pack_kernel, unpack_kernel
+from sglang_diffxkv.kernels.pages import SealedTables
 
 TILE = 4096
 """Elements of keys, then of values, that a program holds: 32 registers of each thread."""
@@ -24,56 +26,42 @@ UNPACK_REGISTERS = 96
 """Unasked, the assembler may rather spill, for yet more blocks."""
 
 
-def pack(
-    k_raw: torch.Tensor,
-    v_raw: torch.Tensor,
-    slots: torch.Tensor,
-    tiers: torch.Tensor,
-    importance: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
-    arena: torch.Tensor,
-    layout: PageLayout,
-) -> None:
-    """Write the payload of S pages of one layer; arguments as in `pack.pack`."""
-    assert k_raw.stride(3) == v_raw.stride(3) == 1
-    constants = _constants(layout)
+@ops.pack.register("gpu")
+def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
+    k_raw, v_raw, slots = raw
+    constants = _constants(tables.layout)
     launch(
         pack_kernel,
-        _grid(len(slots), constants, layout),
+        _grid(len(slots), constants, tables.layout),
         k_raw=k_raw,
         v_raw=v_raw,
         slots=slots.contiguous(),
-        tiers=tiers.contiguous(),
-        importance=importance.contiguous(),
-        frames=frames.contiguous(),
-        heads=heads.contiguous(),
-        arena=arena,
+        tiers=grades.tiers.contiguous(),
+        importance=grades.importance.contiguous(),
+        frames=tables.frames.contiguous(),
+        heads=tables.heads.contiguous(),
+        arena=tables.arena,
         k_page=k_raw.stride(0),
         k_token=k_raw.stride(1),
         k_head=k_raw.stride(2),
         v_page=v_raw.stride(0),
         v_token=v_raw.stride(1),
         v_head=v_raw.stride(2),
-        max_frames=frames.shape[1],
+        max_frames=tables.frames.shape[1],
         num_warps=NUM_WARPS,
         **constants,
     )
 
 
+@ops.unpack_into.register("gpu")
 def unpack_into(
-    arena: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
+    tables: SealedTables,
     pages: torch.Tensor,
     first: torch.Tensor,
-    layout: PageLayout,
+    rows: TokenRows,
     raw_dtype: torch.dtype,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    notes: torch.Tensor | None = None,
 ) -> None:
-    """Dequantise N pages of one layer into chosen rows; arguments as in `pack.unpack_into`."""
+    arena, frames, heads, layout = tables
     assert frames.stride(1) == heads.stride(2) == 1 and heads.stride(1) == 2
     constants = _constants(layout)
     launch(
@@ -85,9 +73,9 @@ def unpack_into(
         heads=heads,
         pages=pages.contiguous(),
         first=first.contiguous(),
-        k=k,
-        v=v,
-        notes=notes,
+        k=rows.keys,
+        v=rows.values,
+        notes=rows.token_metadata,
         frames_stride=frames.stride(0),
         heads_stride=heads.stride(0),
         num_warps=NUM_WARPS,
@@ -96,20 +84,22 @@ def unpack_into(
     )
 
 
-def copy_rows(old: Payload, new: Payload, layout: PageLayout) -> None:
-    """Give tokens of the same tier in both payloads their old bytes; see `pack.copy_rows`."""
-    constants = _constants(layout) | {"TOKENS": COPIED_TOKENS}
+@ops.copy_rows.register("gpu")
+def copy_rows(
+    old: SealedTables, old_tiers: torch.Tensor, new: SealedTables, new_tiers: torch.Tensor
+) -> None:
+    constants = _constants(new.layout) | {"TOKENS": COPIED_TOKENS}
     launch(
         copy_kernel,
-        _grid(len(old.tiers), constants, layout),
+        _grid(len(old_tiers), constants, new.layout),
         old_arena=old.arena,
         old_frames=old.frames.contiguous(),
         old_heads=old.heads.contiguous(),
-        old_tiers=old.tiers.contiguous(),
+        old_tiers=old_tiers.contiguous(),
         new_arena=new.arena,
         new_frames=new.frames.contiguous(),
         new_heads=new.heads.contiguous(),
-        new_tiers=new.tiers.contiguous(),
+        new_tiers=new_tiers.contiguous(),
         old_max_frames=old.frames.shape[1],
         new_max_frames=new.frames.shape[1],
         num_warps=NUM_WARPS,

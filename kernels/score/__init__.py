@@ -3,26 +3,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.gpu.device import on_gpu
+from sglang_diffxkv.kernels.dispatch import operation
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.score import cpu
+from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.step import StepPages
 
-__all__ = ["score_decode", "score_open"]
+__all__ = ["SampledQueries", "score_decode", "score_open"]
 
 
+class SampledQueries(NamedTuple):
+    """Some queries of B sequences, ragged.
+
+    Attributes:
+        q: [S, Hq, D], fp32, bf16 or fp16.
+        indptr: int32 [B + 1], into ``q``.
+        position: int32 [S], of each query in its sequence.
+    """
+
+    q: torch.Tensor
+    indptr: torch.Tensor
+    position: torch.Tensor
+
+
+@operation
 def score_open(
-    q: torch.Tensor,
+    queries: SampledQueries,
     lse: torch.Tensor,
-    q_indptr: torch.Tensor,
-    q_position: torch.Tensor,
-    k_raw: torch.Tensor,
-    indptr: torch.Tensor,
-    slots: torch.Tensor,
-    page_position: torch.Tensor,
+    opened: OpenPages,
     accum: torch.Tensor,
     sm_scale: float,
 ) -> None:
@@ -34,47 +45,31 @@ def score_open(
     Where sequences share a page, a GPU adds their scores in any order.
 
     Args:
-        q: [S, Hq, D], the sampled queries of all sequences, fp32, bf16 or fp16.
         lse: fp32 [S, Hq], base-2 LSE of each query's full attention (open and sealed).
-        q_indptr: int32 [B + 1], where each sequence's queries start.
-        q_position: int32 [S], position of each query in its sequence.
-        k_raw: [R, 64, H, D], one layer's raw keys; slots may be strided, the rest is contiguous.
-        indptr: int32 [B + 1], where each sequence's open pages start in ``slots``.
-        slots: int32 [N], raw pages; one may appear in several sequences.
-        page_position: int32 [N], index of each page in its sequence: token j of it has position
-            ``64 * page_position + j``.
+        opened: a page may appear in several sequences; values are not looked at.
         accum: fp32 [R, H, 64], added to in place; slots may be strided.
         sm_scale: factor of q.k.
 
     Raises:
         ValueError: shapes or strides do not fit.
     """
-    slots_count, tokens, kv_heads, dim = k_raw.shape
+    q, keys = queries.q, opened.keys
+    slots, tokens, kv_heads, dim = keys.shape
     if q.shape[2] != dim or q.shape[1] % kv_heads or tokens != PAGE_TOKENS:
-        raise ValueError(f"q {tuple(q.shape)} against raw pages {tuple(k_raw.shape)}")
-    if k_raw.stride()[1:] != (kv_heads * dim, dim, 1) or accum.stride()[1:] != (PAGE_TOKENS, 1):
-        raise ValueError(f"strides of raw pages {k_raw.stride()} or of accum {accum.stride()}")
-    if accum.shape != (slots_count, kv_heads, PAGE_TOKENS) or not lse.is_contiguous():
+        raise ValueError(f"q {tuple(q.shape)} against raw pages {tuple(keys.shape)}")
+    if keys.stride()[1:] != (kv_heads * dim, dim, 1) or accum.stride()[1:] != (PAGE_TOKENS, 1):
+        raise ValueError(f"strides of raw pages {keys.stride()} or of accum {accum.stride()}")
+    if accum.shape != (slots, kv_heads, PAGE_TOKENS) or not lse.is_contiguous():
         raise ValueError(f"accum {tuple(accum.shape)}, lse strides {lse.stride()}")
-    _implementation(q)(
-        q, lse, q_indptr, q_position, k_raw, indptr, slots, page_position, accum, sm_scale
-    )
+    score_open.on(q)(queries, lse, opened, accum, sm_scale)
 
 
-def _implementation(q: torch.Tensor) -> Callable[..., None]:
-    if on_gpu(q):
-        from sglang_diffxkv.kernels.score import triton  # CPU machines may lack it
-
-        return triton.score_open
-    return cpu.kernel().score_open
-
-
+@operation
 def score_decode(
     q: torch.Tensor,
     lse: torch.Tensor,
-    seq_lens: torch.Tensor,
-    k_raw: torch.Tensor,
-    table: torch.Tensor,
+    pages: StepPages,
+    keys: torch.Tensor,
     raw_slot: torch.Tensor,
     accum: torch.Tensor,
     sm_scale: float,
@@ -86,12 +81,10 @@ def score_decode(
     only.
 
     Args:
-        q, lse, k_raw, accum, sm_scale: as for `score_open`, with one query per sequence [B, Hq, D];
-            queries may be strided.
-        seq_lens: int32 or int64 [B], tokens of each sequence, its query's included.
-        table: int32 [B, P], the page at each index of a sequence; read up to its length only.
+        q: [B, Hq, D]; queries may be strided.
+        lse, accum, sm_scale: as for `score_open`, with one query per sequence.
+        pages: the step's; those that are not open are passed over.
+        keys: [R, 64, H, D], one layer's raw keys; slots may be strided, the rest is contiguous.
         raw_slot: int32 [V], raw page of each open page, negative for all others.
     """
-    from sglang_diffxkv.kernels.score import triton  # CPU machines may lack it
-
-    triton.score_decode(q, lse, seq_lens, k_raw, table, raw_slot, accum, sm_scale)
+    score_decode.on(q)(q, lse, pages, keys, raw_slot, accum, sm_scale)

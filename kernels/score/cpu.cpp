@@ -15,16 +15,21 @@
 namespace diffxkv {
 namespace {
 
-struct ScoreInput {
-    const uint8_t* q;  // [S, Hq, D] of q_dtype
-    DType q_dtype;
-    float scale;       // of scores, to base 2
-    const float* lse;  // [S, Hq], base 2
-    const int32_t *q_indptr, *q_position;
-    const uint8_t* key;  // [R, 64, H, D]
-    int64_t batch, kv_heads, group, dim, page_bytes;
+// cpu.py passes words of 64 bits.
+struct Queries {
+    const uint8_t* q;  // [S, Hq, D]
     DType dtype;
-    const int32_t *indptr, *slots, *page_position;
+    const float* lse;                // [S, Hq], base 2
+    const int32_t *indptr, *position;  // [B + 1], [S]
+    int64_t batch, group;
+};
+
+struct OpenPages {
+    const uint8_t* keys;  // [R, 64, H, D]
+    DType dtype;
+    int64_t stride;  // of slots, in elements
+    int64_t kv_heads, dim;
+    const int32_t *indptr, *slots, *position;
 };
 
 // One open page and KV head of a sequence.
@@ -39,14 +44,15 @@ int64_t itemsize(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 class PageScorer {
    public:
-    explicit PageScorer(const ScoreInput& in)
-        : in_(in), row_(kLanes * in.dim), keys_(in.dim * kBlock), scores_(kStrip * kBlock),
-          sums_(in.group * kBlock) {}
+    PageScorer(const Queries& queries, const OpenPages& pages, float scale)
+        : queries_(queries), pages_(pages), dim_(pages.dim), group_(queries.group), scale_(scale),
+          row_(kLanes * dim_), keys_(dim_ * kBlock), scores_(kStrip * kBlock),
+          sums_(group_ * kBlock) {}
 
     // scores [64] = max over the group of the sums over the sequence's queries.
     void score(const Item& item, float* scores) {
         if (item.sequence != sequence_ || item.head != head_) load_queries(item);
-        const int64_t start = in_.page_position[item.entry] * kPageTokens;
+        const int64_t start = pages_.position[item.entry] * kPageTokens;
         for (int64_t t = 0; t < kPageTokens; t += kBlock) {
             load_keys(item, t);
             score_block(start + t, scores + t);
@@ -57,32 +63,33 @@ class PageScorer {
     // Row r is query r / group and head r % group of the KV head's.
     void load_queries(const Item& item) {
         sequence_ = item.sequence, head_ = item.head;
-        const int64_t first = in_.q_indptr[sequence_];
-        rows_ = (in_.q_indptr[sequence_ + 1] - first) * in_.group;
-        q_.resize((rows_ + kStrip - 1) * in_.dim);  // a strip may read beyond the last row
+        const int64_t first = queries_.indptr[sequence_];
+        rows_ = (queries_.indptr[sequence_ + 1] - first) * group_;
+        q_.resize((rows_ + kStrip - 1) * dim_);  // a strip may read beyond the last row
         lse_.resize(rows_), position_.resize(rows_);
         for (int64_t r = 0; r < rows_; ++r) {
-            const int64_t s = first + r / in_.group;
-            const int64_t at = (s * in_.kv_heads + head_) * in_.group + r % in_.group;
-            float* q = q_.data() + r * in_.dim;
-            row_to_float(in_.q + at * in_.dim * itemsize(in_.q_dtype), 0, in_.q_dtype, in_.dim, q);
-            for (int64_t d = 0; d < in_.dim; ++d) q[d] *= in_.scale;
-            lse_[r] = in_.lse[at], position_[r] = in_.q_position[s];
+            const int64_t s = first + r / group_;
+            const int64_t at = (s * pages_.kv_heads + head_) * group_ + r % group_;
+            float* q = q_.data() + r * dim_;
+            const uint8_t* source = queries_.q + at * dim_ * itemsize(queries_.dtype);
+            row_to_float(source, 0, queries_.dtype, dim_, q);
+            for (int64_t d = 0; d < dim_; ++d) q[d] *= scale_;
+            lse_[r] = queries_.lse[at], position_[r] = queries_.position[s];
         }
     }
 
     // keys [D, kBlock], of tokens t ... of the page.
     void load_keys(const Item& item, int64_t t) {
-        const int64_t row_bytes = in_.dim * itemsize(in_.dtype);
-        const uint8_t* key = in_.key + in_.slots[item.entry] * in_.page_bytes +
-                             (t * in_.kv_heads + head_) * row_bytes;
+        const int64_t row_bytes = dim_ * itemsize(pages_.dtype);
+        const uint8_t* key = pages_.keys + pages_.slots[item.entry] * pages_.stride * itemsize(pages_.dtype) +
+                             (t * pages_.kv_heads + head_) * row_bytes;
         for (float* to = keys_.data(); to < keys_.data() + kBlock; to += kLanes) {
-            for (int i = 0; i < kLanes; ++i, key += in_.kv_heads * row_bytes)
-                row_to_float(key, 0, in_.dtype, in_.dim, row_.data() + i * in_.dim);
-            for (int64_t d = 0; d < in_.dim; d += kLanes) {
+            for (int i = 0; i < kLanes; ++i, key += pages_.kv_heads * row_bytes)
+                row_to_float(key, 0, pages_.dtype, dim_, row_.data() + i * dim_);
+            for (int64_t d = 0; d < dim_; d += kLanes) {
                 Lanes square[kLanes];
                 for (int i = 0; i < kLanes; ++i)
-                    square[i] = load_lanes(row_.data() + i * in_.dim + d);
+                    square[i] = load_lanes(row_.data() + i * dim_ + d);
                 transpose(square);
                 for (int i = 0; i < kLanes; ++i) store_lanes(to + (d + i) * kBlock, square[i]);
             }
@@ -91,23 +98,23 @@ class PageScorer {
 
     // scores [kBlock], of tokens at positions `start` ...
     void score_block(int64_t start, float* scores) {
-        std::fill_n(sums_.data(), in_.group * kBlock, 0.f);
+        std::fill_n(sums_.data(), group_ * kBlock, 0.f);
         for (int64_t r = 0; r < rows_; r += kStrip) {
             const int64_t end = std::min(r + kStrip, rows_);
             if (*std::max_element(&position_[r], position_.data() + end) <= start) continue;
-            multiply_strip<kWide, false, kWide>({&q_[r * in_.dim], in_.dim, 1}, keys_.data(),
-                                                in_.dim, nullptr, scores_.data());
+            multiply_strip<kWide, false, kWide>({&q_[r * dim_], dim_, 1}, keys_.data(),
+                                                dim_, nullptr, scores_.data());
             for (int64_t i = r; i < end; ++i) add_row(i, position_[i] - start, i - r);
         }
         std::copy_n(sums_.data(), kBlock, scores);
-        for (int64_t i = kBlock; i < in_.group * kBlock; ++i)
+        for (int64_t i = kBlock; i < group_ * kBlock; ++i)
             scores[i % kBlock] = std::max(scores[i % kBlock], sums_.data()[i]);
     }
 
     // Adds what row r gives to the first `seen` tokens; the others may hold anything.
     void add_row(int64_t r, int64_t seen, int64_t strip_row) {
         const float* score = scores_.data() + strip_row * kBlock;
-        float* sum = sums_.data() + r % in_.group * kBlock;
+        float* sum = sums_.data() + r % group_ * kBlock;
         for (int64_t t = 0; t < kBlock; t += kLanes) {
             const Lanes weight = fast_exp2(load_lanes(score + t) - lse_[r]);
             const Lanes limit = broadcast(static_cast<float>(seen - t));
@@ -121,7 +128,10 @@ class PageScorer {
         return x;
     }
 
-    const ScoreInput& in_;
+    const Queries& queries_;
+    const OpenPages& pages_;
+    const int64_t dim_, group_;
+    const float scale_;
     const Lanes lane_ = count_lanes();
     int64_t sequence_ = -1, head_ = -1, rows_ = 0;  // of the queries in q_
     std::vector<float> q_, lse_;
@@ -130,34 +140,15 @@ class PageScorer {
 };
 
 // Pages of one sequence and head follow each other: they meet the same queries.
-std::vector<Item> list_items(const ScoreInput& in) {
+std::vector<Item> list_items(const Queries& queries, const OpenPages& pages) {
     std::vector<Item> items;
-    for (int64_t b = 0; b < in.batch; ++b)
-        for (int64_t h = 0; in.q_indptr[b] < in.q_indptr[b + 1] && h < in.kv_heads; ++h)
-            for (int64_t e = in.indptr[b]; e < in.indptr[b + 1]; ++e) items.push_back({b, h, e});
+    for (int64_t b = 0; b < queries.batch; ++b) {
+        if (queries.indptr[b] == queries.indptr[b + 1]) continue;
+        for (int64_t h = 0; h < pages.kv_heads; ++h)
+            for (int64_t e = pages.indptr[b]; e < pages.indptr[b + 1]; ++e)
+                items.push_back({b, h, e});
+    }
     return items;
-}
-
-void run(const ScoreInput& in, float* accum, int64_t accum_stride, int64_t threads) {
-    const std::vector<Item> items = list_items(in);
-    const int64_t count = items.size();
-    std::vector<float> scores(count * kPageTokens);
-    std::atomic<int64_t> next{0}, next_head{0};
-    Pool::instance().run(threads, [&] {
-        PageScorer scorer(in);
-        for (int64_t i; (i = next.fetch_add(1)) < count;)
-            scorer.score(items[i], &scores[i * kPageTokens]);
-    });
-    // Sequences may share a slot: one thread owns a head, so adds cannot race and their order is
-    // always the same.
-    Pool::instance().run(threads, [&] {
-        for (int64_t h; (h = next_head.fetch_add(1)) < in.kv_heads;)
-            for (int64_t i = 0; i < count; ++i) {
-                if (items[i].head != h) continue;
-                float* to = accum + in.slots[items[i].entry] * accum_stride + h * kPageTokens;
-                for (int64_t t = 0; t < kPageTokens; ++t) to[t] += scores[i * kPageTokens + t];
-            }
-    });
 }
 
 }  // namespace
@@ -165,18 +156,27 @@ void run(const ScoreInput& in, float* accum, int64_t accum_stride, int64_t threa
 
 using namespace diffxkv;
 
-// q: of `q_dtype`, scale: of scores, to base 2; key: raw pages of `dtype`, page_stride elements from
-// one slot to the next; accum: fp32 [R, H, 64], accum_stride elements from one slot to the next.
-extern "C" void diffxkv_score_open(const uint8_t* q, int64_t q_dtype, double scale,
-                                   const float* lse, const int32_t* q_indptr,
-                                   const int32_t* q_position, int64_t batch, int64_t group,
-                                   int64_t kv_heads, int64_t dim, const uint8_t* key,
-                                   int64_t page_stride, int64_t dtype, const int32_t* indptr,
-                                   const int32_t* slots, const int32_t* page_position, float* accum,
-                                   int64_t accum_stride, int64_t threads) {
-    const DType raw = static_cast<DType>(dtype);
-    const ScoreInput in{q, static_cast<DType>(q_dtype), static_cast<float>(scale), lse, q_indptr,
-                        q_position, key, batch, kv_heads, group, dim, page_stride * itemsize(raw),
-                        raw, indptr, slots, page_position};
-    run(in, accum, accum_stride, threads);
+// scale: of scores, to base 2; accum: fp32 [R, H, 64], accum_stride elements from one slot to the
+// next.
+extern "C" void diffxkv_score_open(const Queries* queries, const OpenPages* pages, float scale,
+                                   float* accum, int64_t accum_stride, int64_t threads) {
+    const std::vector<Item> items = list_items(*queries, *pages);
+    const int64_t count = items.size();
+    std::vector<float> scores(count * kPageTokens);
+    std::atomic<int64_t> next{0}, next_head{0};
+    Pool::instance().run(threads, [&] {
+        PageScorer scorer(*queries, *pages, scale);
+        for (int64_t i; (i = next.fetch_add(1)) < count;)
+            scorer.score(items[i], &scores[i * kPageTokens]);
+    });
+    // Sequences may share a slot: one thread owns a head, so adds cannot race and their order is
+    // always the same.
+    Pool::instance().run(threads, [&] {
+        for (int64_t h; (h = next_head.fetch_add(1)) < pages->kv_heads;)
+            for (int64_t i = 0; i < count; ++i) {
+                if (items[i].head != h) continue;
+                float* to = accum + pages->slots[items[i].entry] * accum_stride + h * kPageTokens;
+                for (int64_t t = 0; t < kPageTokens; ++t) to[t] += scores[i * kPageTokens + t];
+            }
+    });
 }

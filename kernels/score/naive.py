@@ -6,35 +6,34 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.score import SampledQueries
+from sglang_diffxkv.kernels.step import StepPages
 
 
 def score_open(
-    q: torch.Tensor,
+    queries: SampledQueries,
     lse: torch.Tensor,
-    q_indptr: torch.Tensor,
-    q_position: torch.Tensor,
-    k_raw: torch.Tensor,
-    indptr: torch.Tensor,
-    slots: torch.Tensor,
-    page_position: torch.Tensor,
+    opened: OpenPages,
     accum: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """See :func:`sglang_diffxkv.kernels.score.score_open`."""
-    kv_heads = k_raw.shape[2]
+    """See `score.score_open`."""
+    q, keys = queries.q, opened.keys
+    kv_heads = keys.shape[2]
     group = q.shape[1] // kv_heads
     weights_lse = lse.double() * torch.log(torch.tensor(2.0, dtype=torch.float64))
-    for b in range(len(indptr) - 1):
-        queries = range(int(q_indptr[b]), int(q_indptr[b + 1]))
-        for entry in range(int(indptr[b]), int(indptr[b + 1])):
-            slot, start = int(slots[entry]), int(page_position[entry]) * PAGE_TOKENS
+    for b in range(len(opened.indptr) - 1):
+        asking = range(int(queries.indptr[b]), int(queries.indptr[b + 1]))
+        for entry in range(int(opened.indptr[b]), int(opened.indptr[b + 1])):
+            slot, start = int(opened.slots[entry]), int(opened.position[entry]) * PAGE_TOKENS
             for h in range(kv_heads):
                 for t in range(PAGE_TOKENS):
-                    later = [s for s in queries if int(q_position[s]) > start + t]
+                    later = [s for s in asking if int(queries.position[s]) > start + t]
                     if not later:
                         continue
                     heads = slice(h * group, (h + 1) * group)
-                    scores = q[later, heads].double() @ k_raw[slot, t, h].double() * sm_scale
+                    scores = q[later, heads].double() @ keys[slot, t, h].double() * sm_scale
                     received = torch.exp(scores - weights_lse[later, heads]).sum(0)
                     accum[slot, h, t] += received.max().to(accum.dtype)
 
@@ -42,27 +41,21 @@ def score_open(
 def score_decode(
     q: torch.Tensor,
     lse: torch.Tensor,
-    seq_lens: torch.Tensor,
-    k_raw: torch.Tensor,
-    table: torch.Tensor,
+    pages: StepPages,
+    keys: torch.Tensor,
     raw_slot: torch.Tensor,
     accum: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """See :func:`sglang_diffxkv.kernels.score.score_decode`."""
-    for b, length in enumerate(seq_lens.tolist()):
-        pages = range(-(-length // PAGE_TOKENS))
-        slots = [int(raw_slot[table[b, page]]) for page in pages]
-        is_open = [slot >= 0 for slot in slots]
+    """See `score.score_decode`."""
+    for b, length in enumerate(pages.lengths.tolist()):
+        slots = raw_slot[pages.table[b, : pages.count[b]].long()]
+        position = (slots >= 0).nonzero().flatten()
+        whole = torch.tensor([0, 1]), torch.tensor([length - 1])
         score_open(
-            q[b : b + 1],
+            SampledQueries(q[b : b + 1], *whole),
             lse[b : b + 1] - torch.tensor(max(length, 1)).log2(),
-            torch.tensor([0, 1]),
-            torch.tensor([length - 1]),
-            k_raw,
-            torch.tensor([0, sum(is_open)]),
-            torch.tensor([slot for slot in slots if slot >= 0]),
-            torch.tensor([page for page, open_ in zip(pages, is_open, strict=True) if open_]),
+            OpenPages(keys, keys, torch.tensor([0, len(position)]), slots[position], position),
             accum,
             sm_scale,
         )

@@ -8,9 +8,13 @@ import math
 import torch
 import triton
 
+from sglang_diffxkv.kernels import score
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.score import SampledQueries
 from sglang_diffxkv.kernels.score.triton_kernels import decode_kernel, open_kernel
+from sglang_diffxkv.kernels.step import StepPages
 
 LOG2_E = math.log2(math.e)
 DECODE_PAGES = 128
@@ -22,34 +26,30 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
+@score.score_open.register("gpu")
 def score_open(
-    q: torch.Tensor,
+    queries: SampledQueries,
     lse: torch.Tensor,
-    q_indptr: torch.Tensor,
-    q_position: torch.Tensor,
-    k_raw: torch.Tensor,
-    indptr: torch.Tensor,
-    slots: torch.Tensor,
-    page_position: torch.Tensor,
+    opened: OpenPages,
     accum: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """See `score.score_open`."""
+    q, k_raw = queries.q, opened.keys
     kv_heads, dim = k_raw.shape[2:]
     launch(
         open_kernel,
-        (len(slots), kv_heads),
+        (len(opened.slots), kv_heads),
         q=q,
         q_stride=q.stride(0),
         lse=lse,
-        q_indptr=q_indptr,
-        q_position=q_position,
-        sequences=len(indptr) - 1,
+        q_indptr=queries.indptr,
+        q_position=queries.position,
+        sequences=len(opened.indptr) - 1,
         k_raw=k_raw,
         page_stride=k_raw.stride(0),
-        indptr=indptr,
-        slots=slots,
-        page_position=page_position,
+        indptr=opened.indptr,
+        slots=opened.slots,
+        page_position=opened.position,
         accum=accum,
         accum_stride=accum.stride(0),
         score_scale=sm_scale * LOG2_E,
@@ -65,17 +65,17 @@ def score_open(
     )
 
 
+@score.score_decode.register("gpu")
 def score_decode(
     q: torch.Tensor,
     lse: torch.Tensor,
-    seq_lens: torch.Tensor,
-    k_raw: torch.Tensor,
-    table: torch.Tensor,
+    pages: StepPages,
+    keys: torch.Tensor,
     raw_slot: torch.Tensor,
     accum: torch.Tensor,
     sm_scale: float,
 ) -> None:
-    """See `score.score_decode`."""
+    k_raw, table, seq_lens = keys, pages.table, pages.lengths
     kv_heads, dim = k_raw.shape[2:]
     group = q.shape[1] // kv_heads
     launch(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of a decode step, looked up and noted in the directory on its device."""
+"""The pages of a decode step, looked up, and their use recorded in the directory on its device."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.gpu.device import on_gpu
-from sglang_diffxkv.kernels.step import naive
+from sglang_diffxkv.kernels.dispatch import operation
 
-__all__ = ["PageNotes", "StepPages", "begin_decode"]
+__all__ = ["PageMetadata", "StepPages", "begin_decode"]
 
 
-class PageNotes(NamedTuple):
+class PageMetadata(NamedTuple):
     """Tables of the page directory that a decode step writes, and those that it is told by.
 
     Attributes:
@@ -51,30 +50,28 @@ class StepPages(NamedTuple):
     rows: torch.Tensor
 
 
+@operation
 def begin_decode(
     req_to_token: torch.Tensor,
-    rows: torch.Tensor,
+    req_pool_indices: torch.Tensor,
     seq_lens: torch.Tensor,
     num_real: torch.Tensor,
     clock: torch.Tensor,
-    notes: PageNotes,
+    metadata: PageMetadata,
     window: int,
 ) -> StepPages:
-    """Look up the pages of a decode batch, and note that they are about to be used.
+    """Look up the pages of a decode batch, and record that they are about to be used.
 
     Does what `gather_pages`, `note_use` and `count_scores` of ``attention`` do, with shapes
-    that depend on the batch size only: no host sync, fit for a CUDA graph. On a CPU this is the
-    reference; servers use ``cpu.StepKernel``, which keeps what stays from step to step.
+    that depend on the batch size only: no host sync, fit for a CUDA graph. On a CPU servers use
+    `cpu.StepKernel`, which keeps what stays from step to step.
 
     Args:
         req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
-        rows, seq_lens: int64 (or int32) [B], with padding at the end.
+        req_pool_indices, seq_lens: int64 (or int32) [B], with padding at the end.
         num_real: int32 [1], how many of them are no padding.
         clock: int64 [2], step and decode step of the store.
         window: recent tokens that a running sequence wants to keep raw.
     """
-    if on_gpu(rows):
-        from sglang_diffxkv.kernels.step import triton  # not installed everywhere
-
-        return triton.begin_decode(req_to_token, rows, seq_lens, num_real, clock, notes, window)
-    return naive.begin_decode(req_to_token, rows, seq_lens, num_real, clock, notes, window)
+    run = begin_decode.on(req_pool_indices)
+    return run(req_to_token, req_pool_indices, seq_lens, num_real, clock, metadata, window)

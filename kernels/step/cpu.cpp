@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The pages of a decode step, looked up and noted (see cpu.py and naive.py).
+// The pages of a decode step, looked up, and their use recorded (see cpu.py and naive.py).
 
 #include <algorithm>
 #include <cstdint>
@@ -10,7 +10,7 @@ constexpr int64_t kPageTokens = 64;
 
 // cpu.py passes words of 64 bits. Tables of the page directory, by virtual page; counts: fp32
 // [R, 64] by raw slot, or null. sealed may be null: then nobody asks whether a page is free.
-struct Notes {
+struct PageMetadata {
     const int32_t* raw_slot;
     const bool* sealed;
     int32_t *position, *context, *filled;
@@ -29,10 +29,10 @@ struct StepPages {
 
 // Returns whether every page is open or sealed; rows of padding, from num_real on, have none.
 extern "C" bool diffxkv_begin_decode(const int32_t* req_to_token, int64_t context,
-                                     const int64_t* rows, const int64_t* seq_lens, int64_t batch,
+                                     const int64_t* req_pool_indices, const int64_t* seq_lens, int64_t batch,
                                      int64_t num_real, int64_t step, int64_t decode_step,
-                                     int64_t window, const Notes* notes, const StepPages* out) {
-    const Notes& d = *notes;
+                                     int64_t window, const PageMetadata* metadata, const StepPages* out) {
+    const PageMetadata& d = *metadata;
     bool known = true;
     for (int64_t b = 0; b < batch; ++b) {
         const int64_t length = b < num_real ? seq_lens[b] : 0;
@@ -41,7 +41,7 @@ extern "C" bool diffxkv_begin_decode(const int32_t* req_to_token, int64_t contex
         out->count[b] = static_cast<int32_t>(count);
         out->last_len[b] = static_cast<int32_t>(length ? (length - 1) % kPageTokens + 1 : 0);
         out->rows[b] = 0;
-        const int32_t* tokens = req_to_token + rows[b] * context;
+        const int32_t* tokens = req_to_token + req_pool_indices[b] * context;
         for (int64_t place = 0; place < count; ++place) {
             const int32_t page = tokens[place * kPageTokens] / kPageTokens;
             const int64_t begin = place * kPageTokens, slot = d.raw_slot[page];

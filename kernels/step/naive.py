@@ -3,29 +3,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-
-if TYPE_CHECKING:
-    from sglang_diffxkv.kernels.step import PageNotes, StepPages
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages
 
 
 def begin_decode(
     req_to_token: torch.Tensor,
-    rows: torch.Tensor,
+    req_pool_indices: torch.Tensor,
     seq_lens: torch.Tensor,
     num_real: torch.Tensor,
     clock: torch.Tensor,
-    notes: PageNotes,
+    metadata: PageMetadata,
     window: int,
 ) -> StepPages:
-    """See :func:`sglang_diffxkv.kernels.step.begin_decode`."""
-    from sglang_diffxkv.kernels.step import StepPages
-
-    batch, width = len(rows), -(-req_to_token.shape[1] // PAGE_TOKENS)
+    """See `step.begin_decode`."""
+    batch, width = len(req_pool_indices), -(-req_to_token.shape[1] // PAGE_TOKENS)
     table = torch.zeros(batch, width, dtype=torch.int32)
     lengths, count, last_len = torch.zeros(3, batch, dtype=torch.int32)
     new_rows = torch.zeros(batch, dtype=torch.int64)
@@ -35,20 +29,20 @@ def begin_decode(
         pages = -(-length // PAGE_TOKENS)
         lengths[b], count[b], last_len[b] = length, pages, (length - 1) % PAGE_TOKENS + 1
         for place in range(pages):
-            page = int(req_to_token[rows[b], place * PAGE_TOKENS]) // PAGE_TOKENS
+            page = int(req_to_token[req_pool_indices[b], place * PAGE_TOKENS]) // PAGE_TOKENS
             table[b, place] = page
-            notes.last_used[page] = step
-            slot = int(notes.raw_slot[page])
+            metadata.last_used[page] = step
+            slot = int(metadata.raw_slot[page])
             if slot < 0:
                 continue
             if place == pages - 1:
                 new_rows[b] = slot * PAGE_TOKENS + (length - 1) % PAGE_TOKENS
-            notes.position[page] = place
-            notes.context[page] = length
-            notes.filled[page] = min(PAGE_TOKENS, length - place * PAGE_TOKENS)
+            metadata.position[page] = place
+            metadata.context[page] = length
+            metadata.filled[page] = min(PAGE_TOKENS, length - place * PAGE_TOKENS)
             if (place + 1) * PAGE_TOKENS > length - window:
-                notes.window_step[page] = decode_step
-            if notes.counts is not None:
+                metadata.window_step[page] = decode_step
+            if metadata.counts is not None:
                 earlier = min(PAGE_TOKENS, length - 1 - place * PAGE_TOKENS)
-                notes.counts[slot, :earlier] += 1
+                metadata.counts[slot, :earlier] += 1
     return StepPages(table, lengths, count, last_len, new_rows)

@@ -6,24 +6,26 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_diffxkv.kernels import step
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.step import PageNotes, StepPages
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages
 from sglang_diffxkv.kernels.step.triton_kernels import look_up_pages
 
 _PAGES = 32
 
 
+@step.begin_decode.register("gpu")
 def begin_decode(
     req_to_token: torch.Tensor,
-    rows: torch.Tensor,
+    req_pool_indices: torch.Tensor,
     seq_lens: torch.Tensor,
     num_real: torch.Tensor,
     clock: torch.Tensor,
-    notes: PageNotes,
+    metadata: PageMetadata,
     window: int,
 ) -> StepPages:
-    """See :func:`sglang_diffxkv.kernels.step.begin_decode`."""
+    rows = req_pool_indices
     batch, width = len(rows), triton.cdiv(req_to_token.shape[1], PAGE_TOKENS)
     pages = StepPages(
         table=rows.new_empty(batch, width, dtype=torch.int32),
@@ -34,7 +36,7 @@ def begin_decode(
     )
     outputs = pages._asdict()
     new_rows = outputs.pop("rows")
-    tables = notes._asdict()
+    tables = metadata._asdict()
     counts = tables.pop("counts")
     launch(
         look_up_pages,
@@ -45,7 +47,7 @@ def begin_decode(
         seq_lens=seq_lens,
         num_real=num_real,
         clock=clock,
-        counts=notes.raw_slot if counts is None else counts,
+        counts=metadata.raw_slot if counts is None else counts,
         window=window,
         **{f"page_{name}": table for name, table in tables.items()},
         new_rows=new_rows,

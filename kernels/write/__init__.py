@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.kernels.gpu.device import on_gpu
-from sglang_diffxkv.kernels.write import naive
+from sglang_diffxkv.kernels.dispatch import operation
 
 __all__ = ["write_tokens"]
 
 
+@operation
 def write_tokens(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -20,7 +20,7 @@ def write_tokens(
     k_raw: torch.Tensor,
     v_raw: torch.Tensor,
 ) -> torch.Tensor:
-    """Write K and V, and rotate the queries (`kernels.basis.rotation`): one launch on a GPU.
+    """Write K and V, and rotate the queries (`kernels.basis.rotation`): one launch. On GPUs only.
 
     Args:
         q: [T, Hq, D]. k, v: [T, H, D]. Tokens may be strided, what belongs to one is contiguous.
@@ -30,8 +30,4 @@ def write_tokens(
     Returns:
         fp32 [T, Hq, D], contiguous.
     """
-    if on_gpu(q):
-        from sglang_diffxkv.kernels.write import triton  # not installed everywhere
-
-        return triton.write_tokens(q, k, v, rows, k_raw, v_raw)
-    return naive.write_tokens(q, k, v, rows, k_raw, v_raw)
+    return write_tokens.on(q)(q, k, v, rows, k_raw, v_raw)

@@ -16,7 +16,7 @@ def write_tokens(
     k_raw: torch.Tensor,
     v_raw: torch.Tensor,
 ) -> torch.Tensor:
-    """See :func:`sglang_diffxkv.kernels.write.write_tokens`."""
+    """See `write.write_tokens`."""
     k_raw.flatten(0, 1)[rows] = k.to(k_raw.dtype)
     v_raw.flatten(0, 1)[rows] = v.to(v_raw.dtype)
     return rotate(q.float())

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_diffxkv.kernels import write
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.write.triton_kernels import write_kernel
 
@@ -13,6 +14,7 @@ ELEMENTS = 2048
 """Of a token's queries, or keys, that a program turns or copies at a time."""
 
 
+@write.write_tokens.register("gpu")
 def write_tokens(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -21,7 +23,6 @@ def write_tokens(
     k_raw: torch.Tensor,
     v_raw: torch.Tensor,
 ) -> torch.Tensor:
-    """See :func:`sglang_diffxkv.kernels.write.write_tokens`."""
     tokens, q_heads, dim = q.shape
     size = dim & -dim
     blocks = q_heads * dim // size

@@ -33,7 +33,8 @@ from sglang_diffxkv.kernels.extend import (
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
-from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.score import SampledQueries, score_open
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.request_rows import RequestRows
@@ -264,19 +265,20 @@ class DiffXKVBackend(AttentionBackend):
         if step.queries is not None:
             rows = step.queries.rows
             lse = part.lse if rows is None else part.lse[rows]
+            sampled, raw, pages = step.queries, self.store.raw, step.pages
             score_open(
-                q if rows is None else q[rows],
+                SampledQueries(
+                    q if rows is None else q[rows], sampled.indptr, sampled.position
+                ),
                 # scores in units of uniform attention: a query that sees n tokens gives each n * p
-                (lse - step.queries.log2_seen).contiguous(),
-                step.queries.indptr,
-                step.queries.position,
-                self.store.raw.keys[index],
-                step.pages.open_indptr,
-                step.pages.slots,
-                step.pages.position,
-                self.store.raw.scores[index],
+                (lse - sampled.log2_seen).contiguous(),
+                OpenPages(
+                    raw.keys[index], raw.values[index], pages.open_indptr, pages.slots,
+                    pages.position,
+                ),
+                raw.scores[index],
                 layer.scaling,
-            )
+            )  # fmt: skip
         return part.out.to(q.dtype).flatten(1)
 
     def end_of_step(self) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.attention.metadata import page_notes
+from sglang_diffxkv.attention.metadata import page_metadata
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.merge import AttentionState
@@ -46,7 +46,7 @@ class DeviceDecode:
         device = req_to_token.device
         self._clock = torch.zeros(2, dtype=torch.int64, device=device)
         self._num_real = torch.zeros(1, dtype=torch.int32, device=device)
-        self._notes = page_notes(store)
+        self._metadata = page_metadata(store)
 
     def tick(self, num_real: int) -> None:
         """Tell the device the time, and how many sequences of the batch are no padding."""
@@ -67,7 +67,7 @@ class DeviceDecode:
             seq_lens,
             self._num_real,
             self._clock,
-            self._notes,
+            self._metadata,
             self.window,
         )
         batch, width = pages.table.shape
@@ -115,14 +115,6 @@ class DeviceDecode:
             dtype=q.dtype,
         )
         if store.policy.needs_scores:
-            score_decode(
-                q,
-                part.lse,
-                step.pages.lengths,
-                raw.keys[layer],
-                step.pages.table,
-                d.raw_slot,
-                raw.scores[layer],
-                sm_scale,
-            )
+            written = raw.keys[layer], d.raw_slot, raw.scores[layer]
+            score_decode(q, part.lse, step.pages, *written, sm_scale)
         return part

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.attention.metadata import page_notes
+from sglang_diffxkv.attention.metadata import page_metadata
 from sglang_diffxkv.kernels.decode.layer import DecodeLayers, LayerTables
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
@@ -28,7 +28,7 @@ class HostDecode:
         scores = raw.scores if store.policy.needs_scores else None
         tables = (store.arena.buffer, d.frames, d.heads, d.raw_slot, raw.keys, raw.values, scores)
         self._layers = DecodeLayers(LayerTables(*tables, store.key_means.by_layer, store.layout))
-        self._step = StepKernel(req_to_token, page_notes(store), window, d.sealed)
+        self._step = StepKernel(req_to_token, page_metadata(store), window, d.sealed)
 
     def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> StepPages:
         """Look up the batch's pages, and note their use.

@@ -9,7 +9,7 @@ import torch
 
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.step import PageNotes
+from sglang_diffxkv.kernels.step import PageMetadata
 from sglang_diffxkv.policy.scoring import Sampler
 from sglang_diffxkv.pool.store import NotedQuality, PageStateError, PageStore
 
@@ -117,11 +117,11 @@ def note_use(store: PageStore, batch: BatchPages, seq_lens: torch.Tensor, window
     store.read(batch.sealed)
 
 
-def page_notes(store: PageStore) -> PageNotes:
-    """The tables in which a decode step notes what `note_use` and `count_scores` do."""
+def page_metadata(store: PageStore) -> PageMetadata:
+    """The tables in which a decode step records what `note_use` and `count_scores` do."""
     d = store.directory
     counts = store.raw.counts if store.policy.needs_scores else None
-    return PageNotes(
+    return PageMetadata(
         d.raw_slot, d.position, d.context, d.filled, d.window_step, d.last_used, counts
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -11,15 +12,14 @@ from sglang_diffxkv.kernels.layout import (
     HIGH,
     LOW,
     PAGE_TOKENS,
-    Payload,
     decode_importance,
     head_counts,
     measure,
 )
-from sglang_diffxkv.kernels.pack import copy_rows, unpack
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, copy_rows, pack, unpack
+from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.policy.demotion import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.payload import GradedTokens, write_payload
 from sglang_diffxkv.pool.store import PageStore
 
 WINDOWS = 4
@@ -101,27 +101,39 @@ def _demote_layer(store: PageStore, layer: int, pages: torch.Tensor) -> None:
     heads, nbytes = measure(tiers, layout)
     counts = -(-nbytes // layout.frame_bytes)
     slots = torch.nonzero(counts < (d.frames[layer, pages] >= 0).sum(dim=1)).flatten()
-    old = _copy_payload(store, layer, pages[slots], tokens.tiers[slots])
+    old = _copy_payload(store, layer, pages[slots])
     arena.give_back(d.frames[layer, pages[slots]])
     freed = (d.frames[layer, pages[slots]] >= 0).sum(1) - counts[slots]
     store.totals.replace_payload(layer, d.heads[layer, pages[slots]], heads[slots], freed)
     frames = arena.take(counts[slots], layout.max_frames)
-    new = Payload(arena.buffer, frames, heads[slots], tiers[slots])
-    graded = tokens._replace(tiers=new.tiers, codes=tokens.codes[slots])
-    write_payload(graded, slots, frames, new.heads, arena.buffer, layout)
-    copy_rows(old, new, layout)
+    new = SealedTables(arena.buffer, frames, heads[slots], layout)
+    grades = Grades(tiers[slots], tokens.codes[slots])
+    pack(RawTokens(tokens.keys, tokens.values, slots), grades, new)
+    copy_rows(old, tokens.tiers[slots], new, grades.tiers)
     d.replace(layer, pages[slots], frames, new.heads)
 
 
-def _copy_payload(
-    store: PageStore, layer: int, pages: torch.Tensor, tiers: torch.Tensor
-) -> Payload:
+def _copy_payload(store: PageStore, layer: int, pages: torch.Tensor) -> SealedTables:
     """A copy of the payload of ``pages`` (int64 [S]), in an arena of its own."""
     d = store.directory
     frames = d.frames[layer, pages]
     arena = store.arena.buffer[frames.flatten().clamp(min=0).long()]
     own = torch.arange(frames.numel(), dtype=torch.int32, device=frames.device)
-    return Payload(arena, own.view_as(frames), d.heads[layer, pages], tiers)
+    return SealedTables(arena, own.view_as(frames), d.heads[layer, pages], store.layout)
+
+
+class GradedTokens(NamedTuple):
+    """All tokens of S sealed pages of one layer, as they are stored.
+
+    Attributes:
+        keys, values: [S, 64, H, D].
+        tiers: uint8 [S, H, 64]. codes: uint8 [S, H, 64], `encode_importance`.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    tiers: torch.Tensor
+    codes: torch.Tensor
 
 
 def read_tokens(store: PageStore, layer: int, pages: torch.Tensor) -> GradedTokens:
@@ -131,12 +143,12 @@ def read_tokens(store: PageStore, layer: int, pages: torch.Tensor) -> GradedToke
     """
     d, layout, raw_dtype = store.directory, store.layout, store.raw.keys[0].dtype
     dtype = raw_dtype if layout.high.is_raw or layout.low.is_raw else torch.float32
-    frames, heads = d.frames[layer], d.heads[layer]
-    stored = unpack(store.arena.buffer, frames, heads, pages, layout, dtype, raw_dtype)
+    tables = SealedTables(store.arena.buffer, d.frames[layer], d.heads[layer], layout)
+    stored = unpack(tables, pages, dtype, raw_dtype)
     page, head, place = stored.kept.nonzero().unbind(1)
     token = stored.position[page, head, place].long()
 
-    n_high, _ = head_counts(heads[pages])
+    n_high, _ = head_counts(tables.heads[pages])
     by_token = (pages.numel(), PAGE_TOKENS, layout.num_kv_heads)
     by_head = (pages.numel(), layout.num_kv_heads, PAGE_TOKENS)
     keys, values = stored.k.new_zeros((2, *by_token, layout.head_dim))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_diffxkv.kernels.layout import PRUNED, encode_importance, measure
+from sglang_diffxkv.kernels.pack import Grades, pack
+from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.policy.base import SealContext
-from sglang_diffxkv.pool.payload import GradedTokens, rows_to_seal, write_payload
+from sglang_diffxkv.pool.payload import tokens_to_seal
 
 if TYPE_CHECKING:
     from sglang_diffxkv.pool.store import PageStore
@@ -64,10 +66,10 @@ def write_sealed(
     for layer in range(num_layers):
         for part in torch.arange(len(slots), device=slots.device).split(at_once):
             mean = store.key_means.by_layer[layer]
-            keys, values, rows = rows_to_seal(store.raw, layout, layer, slots[part], mean)
-            tokens = GradedTokens(keys, values, tiers[layer, part], codes[layer, part])
+            raw = tokens_to_seal(store.raw, layout, layer, slots[part], mean)
             placed = frames[layer, part], heads[layer, part]
-            write_payload(tokens, rows, *placed, store.arena.buffer, layout)
+            tables = SealedTables(store.arena.buffer, *placed, layout)
+            pack(raw, Grades(tiers[layer, part], codes[layer, part]), tables)
     store.totals.add_payload(heads, counts.T)
     # Tiers, and all that they follow from (scores, plans), are a rank's own; what the host goes
     # by from here on is the same on all ranks.

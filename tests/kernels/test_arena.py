@@ -8,10 +8,10 @@ from types import ModuleType
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.arena import naive, stack_ids, torch_ops, triton
+from sglang_diffxkv.kernels.arena import cpu, naive, stack_ids, triton
 from tests.support.device import DEVICE
 
-IMPLEMENTATIONS = [naive, torch_ops, triton]
+IMPLEMENTATIONS = [naive, cpu, triton]
 
 
 def ints(*values: object) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_empties_and_fills_completely(arena: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("arena", [torch_ops, triton])
+@pytest.mark.parametrize("arena", [cpu, triton])
 def test_random_use_conserves_frames(
     arena: ModuleType, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +85,7 @@ def test_random_use_conserves_frames(
     stack, n_free = new_stack(total)
     oracle_stack, oracle_free = stack.clone().cpu(), n_free.clone().cpu()
     held = torch.empty(0, width, dtype=torch.int32)
-    for _ in range(200 if arena is torch_ops else 40):
+    for _ in range(200 if arena is cpu else 40):
         if torch.rand(()) < 0.5:
             counts = torch.randint(0, width + 1, (int(torch.randint(0, 19, ())),)).int()
             counts = counts[counts.cumsum(0) <= oracle_free]

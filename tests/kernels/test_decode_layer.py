@@ -113,8 +113,8 @@ def reference(case: Case, index: int, sm_scale: float) -> AttentionState:
         sealed = from_sealed(sealed, case.q, tables.key_means[index], sm_scale)
     part = merge_states(opened, sealed)
     if tables.scores is not None:
-        args = (pages.lengths, keys, pages.table, tables.raw_slot, tables.scores[index])
-        score_naive.score_decode(case.q, part.lse, *args, sm_scale)
+        raw = keys, tables.raw_slot, tables.scores[index]
+        score_naive.score_decode(case.q, part.lse, pages, *raw, sm_scale)
     return part
 
 

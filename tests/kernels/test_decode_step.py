@@ -14,9 +14,11 @@ from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import merge_states
-from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.score import SampledQueries, score_open
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_norm
+from tests.support.device import as_on_gpu
 from tests.support.stores import STORE, make_store
 
 LAYERS, HEADS, DIM, _ = STORE
@@ -73,8 +75,10 @@ class World:
         if store.policy.needs_scores:
             scoring = decode_queries(self.lens)
             lse = part.lse - scoring.log2_seen
-            where = (pages.open_indptr, pages.slots, pages.position, raw.scores[layer], SCALE)
-            score_open(q, lse, scoring.indptr, scoring.position, raw.keys[layer], *where)
+            queries = SampledQueries(q, scoring.indptr, scoring.position)
+            lists = pages.open_indptr, pages.slots, pages.position
+            opened = OpenPages(raw.keys[layer], raw.values[layer], *lists)
+            score_open(queries, lse, opened, raw.scores[layer], SCALE)
             if layer == 0:
                 count_scores(store, pages, scoring)
         return part.out, part.lse
@@ -88,7 +92,8 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
     padding = torch.zeros(2, dtype=torch.int64)  # as SGLang pads batches for CUDA graphs
     rows, lens = torch.cat([device.rows, padding]), torch.cat([device.lens, padding + 1])
     last = device.req_to_token[device.rows, device.lens - 1].long()
-    step = decode.begin(rows, lens)
+    with as_on_gpu():
+        step = decode.begin(rows, lens)
     assert torch.equal(step.pages.rows, torch.cat([device.store.write_rows(last), padding]))
     for layer in range(LAYERS):
         q = torch.cat([device.queries, torch.full((2, HEADS * GROUP, DIM), 9.0)])
@@ -97,7 +102,8 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
         new = [x[step.pages.rows] for x in raw]
         for pages in (device.store.raw.keys, device.store.raw.values):
             pages[layer].flatten(0, 1)[step.pages.rows] = torch.nan
-        part = decode.attend(step, layer, q, *new, SCALE)
+        with as_on_gpu():
+            part = decode.attend(step, layer, q, *new, SCALE)
         out, lse = host.on_host(layer)
         assert error_norm(part.out[:4], out) < 1e-3
         assert (part.lse[:4] - lse).abs().max() < 1e-3

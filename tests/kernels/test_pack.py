@@ -21,13 +21,18 @@ from sglang_diffxkv.kernels.layout import (
     PAGE_TOKENS,
     PRUNED,
     PageLayout,
+    decode_importance,
+    encode_importance,
+    head_counts,
     make_layout,
+    measure,
 )
-from sglang_diffxkv.kernels.pack import cpu, naive, torch_ops, triton
-from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
-from tests.support import builders
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows, cpu, naive, triton
+from sglang_diffxkv.kernels.pages import SealedTables
+from tests.support import builders, torch_pack
 from tests.support.device import DEVICE
 from tests.support.sealed import Sealed, random_tiers, seal
+from tests.support.torch_pack import dequantize_rows, quantize_rows
 
 CPP = [f"cpp {isa}" for isa in available_isas()]
 PAIRS = [("K8V4", "K4V2"), ("raw", "K8V8"), ("K4V4", "K2V2"), ("K4V8", "K8V4"), ("raw", "raw")]
@@ -47,9 +52,9 @@ def layout_of(
 
 @pytest.fixture(params=["torch", "triton", *CPP])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The torch operations, Triton's, and C++'s for every instruction set of this machine."""
+    """The bench's reference, Triton's, and C++'s for every instruction set of this machine."""
     if request.param == "torch":
-        return torch_ops
+        return torch_pack
     if request.param == "triton":
         if DEVICE.type == "cpu":  # fewer, larger tiles cost the interpreter less
             monkeypatch.setattr(triton, "TILE", 2 * triton.TILE)
@@ -67,7 +72,7 @@ def device_of(implementation: ModuleType) -> torch.device:
 def test_measure_agrees_with_layout(high: str, low: str) -> None:
     layout = layout_of(80, 3, high, low)
     tiers = random_tiers(3, 5, 3)
-    heads, nbytes = ops.measure(tiers[:, None], layout)
+    heads, nbytes = measure(tiers[:, None], layout)
     assert heads.shape == (5, 1, 3, 2) and nbytes.shape == (5, 1)
     assert heads.dtype == nbytes.dtype == torch.int32
     for page in range(5):
@@ -75,7 +80,8 @@ def test_measure_agrees_with_layout(high: str, low: str) -> None:
         for head in range(3):
             n_high = int((tiers[page, head] == HIGH).sum())
             n_low = int((tiers[page, head] == LOW).sum())
-            assert heads[page, 0, head].tolist() == [cursor, n_high | n_low << 8]
+            assert int(heads[page, 0, head, 0]) == cursor
+            assert [int(n) for n in head_counts(heads[page, 0, head])] == [n_high, n_low]
             cursor += layout.sections(n_high, n_low).total
         assert nbytes[page, 0] == cursor
 
@@ -99,8 +105,6 @@ def test_implementations_agree(
     sealed = case.sealed
     assert torch.equal(packed_again(implementation, sealed), sealed.arena)
     for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
-        if implementation is cpu and out_dtype != torch.float32:
-            continue
         # The interpreter is slow; it also truncates to bf16.
         if implementation is triton and out_dtype != dtype and DEVICE.type == "cpu":
             continue
@@ -114,7 +118,7 @@ def packed_again(implementation: ModuleType, sealed: Sealed) -> torch.Tensor:
     """The arena, poisoned, after the implementation has packed the same into it."""
     moved = sealed.to(device_of(implementation))
     arena = torch.full_like(moved.arena, 0xFF)
-    implementation.pack(*moved.sources, moved.frames, moved.heads, arena, moved.layout)
+    implementation.pack(moved.raw, moved.grades, moved.tables._replace(arena=arena))
     return arena.cpu()
 
 
@@ -136,7 +140,7 @@ def reference(head_dim: int, high: str, low: str, dtype: torch.dtype) -> Referen
 
 
 @pytest.mark.parametrize(("high", "low"), PAIRS)
-def test_copied_rows_are_the_old_bytes(high: str, low: str) -> None:
+def test_copied_rows_are_the_old_bytes(implementation: ModuleType, high: str, low: str) -> None:
     """Rows of tokens that keep their tier, from elsewhere; all other bytes are left alone."""
     layout = layout_of(80, 3, high, low)
     before, after = (
@@ -144,15 +148,13 @@ def test_copied_rows_are_the_old_bytes(high: str, low: str) -> None:
         for tiers in random_tiers(7, 6, 3).split(3)
     )
     arenas = []
-    for module in (naive, torch_ops, triton):
-        old, new = (
-            ops.Payload(x.arena.clone(), x.frames, x.heads, x.tiers)
-            for x in (before.to(device_of(module)), after.to(device_of(module)))
-        )
-        module.copy_rows(old, new, layout)
-        assert torch.equal(old.arena.cpu(), before.arena)
-        arenas.append(new.arena.cpu())
-    assert torch.equal(arenas[1], arenas[0]) and torch.equal(arenas[2], arenas[0])
+    for module in (naive, implementation):
+        old, new = (x.to(device_of(module)) for x in (before, after))
+        source, target = (x.tables._replace(arena=x.arena.clone()) for x in (old, new))
+        module.copy_rows(source, old.tiers, target, new.tiers)
+        assert torch.equal(source.arena.cpu(), before.arena)
+        arenas.append(target.arena.cpu())
+    assert torch.equal(arenas[1], arenas[0])
 
     # The same, from a mixture of both sources.
     same = (before.tiers == after.tiers).transpose(1, 2)[..., None]
@@ -162,33 +164,23 @@ def test_copied_rows_are_the_old_bytes(high: str, low: str) -> None:
         for a, b in ((before.k_raw, after.k_raw), (before.v_raw, after.v_raw))
     ]
     expected = torch.full_like(after.arena, 0xFF)
-    naive.pack(
-        *mixed, slots, after.tiers, after.importance, after.frames, after.heads, expected, layout
-    )
+    tables = after.tables._replace(arena=expected)
+    naive.pack(RawTokens(*mixed, slots), after.grades, tables)
     assert bool(same.any()) and torch.equal(arenas[0], expected)
 
 
 def read(
     module: ModuleType, sealed: Sealed, pages: torch.Tensor, first: torch.Tensor, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """k, v, notes of `unpack_into`, over poisoned outputs."""
+    """Keys, values and token metadata of `unpack_into`, over poisoned outputs."""
     device, rows = device_of(module), first.numel() * PAGE_TOKENS
     moved = sealed.to(device)
     k = torch.full((rows, sealed.layout.head_dim), torch.nan, dtype=dtype, device=device)
-    v, notes = k.clone(), torch.full((rows, 2), 0xFF, dtype=torch.uint8, device=device)
-    module.unpack_into(
-        moved.arena,
-        moved.frames,
-        moved.heads,
-        pages.to(device),
-        first.to(device),
-        sealed.layout,
-        sealed.k_raw.dtype,
-        k,
-        v,
-        notes,
-    )
-    return k.cpu(), v.cpu(), notes.cpu()
+    metadata = torch.full((rows, 2), 0xFF, dtype=torch.uint8, device=device)
+    out = TokenRows(k, k.clone(), metadata)
+    where = pages.to(device), first.to(device)
+    module.unpack_into(moved.tables, *where, out, sealed.k_raw.dtype)
+    return out.keys.cpu(), out.values.cpu(), metadata.cpu()
 
 
 @pytest.mark.parametrize(("high", "low"), PAIRS)
@@ -202,10 +194,9 @@ def test_reads_what_an_independent_packer_wrote(
     device = device_of(implementation)
     k, v = torch.full((2, 6 * PAGE_TOKENS, 80), torch.nan, device=device)
     first = torch.arange(6).view(3, 2) * PAGE_TOKENS
-    tables = (
-        x.to(device) for x in (built.arena, built.frames, built.heads, torch.arange(3), first)
-    )
-    implementation.unpack_into(*tables, layout, torch.float32, k, v)
+    tables = SealedTables(*(x.to(device) for x in (built.arena, built.frames, built.heads)), layout)
+    where = torch.arange(3).to(device), first.to(device)
+    implementation.unpack_into(tables, *where, TokenRows(k, v), torch.float32)
     for got, source in ((k.cpu(), built.keys), (v.cpu(), built.values)):
         for page, head in product(range(3), range(2)):
             tier = tiers[page, :, head]
@@ -217,13 +208,11 @@ def test_reads_what_an_independent_packer_wrote(
 
 @pytest.mark.parametrize(("high", "low"), PAIRS)
 def test_round_trip(high: str, low: str) -> None:
-    """Rows come back in tier order with their notes, raw ones exact, others as near as codes."""
+    """Rows come back in tier order with their metadata, raw ones exact, others as near as codes."""
     layout = layout_of(128, 3, high, low)
     sealed = seal(layout, pages=4, dtype=torch.bfloat16, pack=ops.pack)
     pages = torch.tensor([3, 1, 0], dtype=torch.int32)
-    out = ops.unpack(
-        sealed.arena, sealed.frames, sealed.heads, pages, layout, torch.float32, torch.bfloat16
-    )
+    out = ops.unpack(sealed.tables, pages, torch.float32, torch.bfloat16)
     assert out.k.shape == (3, 3, PAGE_TOKENS, 128) and out.k.dtype == torch.float32
     for n, page in enumerate(pages.tolist()):
         for head in range(3):
@@ -270,15 +259,21 @@ def test_all_pruned_and_empty_batches() -> None:
     assert (sealed.arena == 0xFF).all()
     none = torch.empty(0, dtype=torch.int32)
     for pages in (torch.tensor([0, 1]), none):
-        out = ops.unpack(
-            sealed.arena, sealed.frames, sealed.heads, pages, layout, torch.float32, torch.bfloat16
-        )
+        out = ops.unpack(sealed.tables, pages, torch.float32, torch.bfloat16)
         assert not out.kept.any() and not out.k.any() and len(out.k) == len(pages)
-    no_pages = tuple(x[:0] for x in (sealed.slots, sealed.tiers, sealed.importance))
-    ops.pack(
-        sealed.k_raw, sealed.v_raw, *no_pages, sealed.frames[:0], sealed.heads[:0],
-        sealed.arena, layout,
-    )  # fmt: skip
+    tables = sealed.tables._replace(frames=sealed.frames[:0], heads=sealed.heads[:0])
+    grades = Grades(sealed.tiers[:0], sealed.importance[:0])
+    ops.pack(sealed.raw._replace(slots=sealed.slots[:0]), grades, tables)
+
+
+def test_rows_that_are_not_contiguous_are_refused() -> None:
+    sealed = seal(layout_of(64, 2, "K8V4", "K4V2"), pages=1, dtype=torch.bfloat16, pack=naive.pack)
+    keys = sealed.k_raw.transpose(1, 3)
+    with pytest.raises(ValueError, match="strides of raw pages"):
+        ops.pack(sealed.raw._replace(keys=keys), sealed.grades, sealed.tables)
+    frames = torch.stack([sealed.frames, sealed.frames], dim=-1)[..., 0]
+    with pytest.raises(ValueError, match="strides of frames"):
+        ops.pack(sealed.raw, sealed.grades, sealed.tables._replace(frames=frames))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -337,9 +332,9 @@ def test_strided_tables_and_raw_pages(implementation: ModuleType) -> None:
 
 def test_importance_codes() -> None:
     x = torch.tensor([1.0, 0.5, 2.0**-31.875, 2.0**-40, 0.0, torch.nan, -1.0, 7.0, torch.inf])
-    assert ops.encode_importance(x).tolist() == [255, 247, 0, 0, 0, 0, 0, 255, 255]
+    assert encode_importance(x).tolist() == [255, 247, 0, 0, 0, 0, 0, 255, 255]
     codes = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(ops.encode_importance(ops.decode_importance(codes)), codes)
+    assert torch.equal(encode_importance(decode_importance(codes)), codes)
     y = torch.rand(1000).clamp(min=1e-3) ** 3
-    ratio = ops.decode_importance(ops.encode_importance(y)) / y
+    ratio = decode_importance(encode_importance(y)) / y
     assert ratio.log2().abs().max() <= 1 / 16 + 1e-3

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels.basis.rotation import rotate
-from sglang_diffxkv.kernels.pack.quantize import dequantize_rows, quantize_rows
+from tests.support.torch_pack import dequantize_rows, quantize_rows
 
 DIMS = {64: 64, 80: 16, 96: 32, 112: 16, 128: 128, 256: 256}
 """head_dim: size of a block."""

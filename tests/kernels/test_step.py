@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of a decode step: looked up and noted by one kernel, as the reference does it."""
+"""The pages of a decode step: looked up and recorded by one kernel, as the reference does it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.step import PageNotes, StepPages, cpu, naive, triton
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages, cpu, naive, triton
 from tests.support.device import DEVICE
 
 PAGES = 120
@@ -19,7 +19,7 @@ POISON = -77
 Args = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def make_notes(gen: torch.Generator, scores: bool) -> PageNotes:
+def make_metadata(gen: torch.Generator, scores: bool) -> PageMetadata:
     """A directory in which every third page is open, and all else poisoned."""
     raw_slot = torch.full((PAGES + 1,), -1, dtype=torch.int32)
     opened = torch.randperm(PAGES, generator=gen)[: PAGES // 3] + 1
@@ -27,31 +27,31 @@ def make_notes(gen: torch.Generator, scores: bool) -> PageNotes:
     ints = [torch.full_like(raw_slot, POISON) for _ in range(3)]
     longs = [torch.full((PAGES + 1,), POISON) for _ in range(2)]
     counts = torch.rand(PAGES // 3 + 1, PAGE_TOKENS, generator=gen) if scores else None
-    return PageNotes(raw_slot, *ints, *longs, counts)
+    return PageMetadata(raw_slot, *ints, *longs, counts)
 
 
-def copied(notes: PageNotes, device: torch.device) -> PageNotes:
-    return PageNotes(*(None if t is None else t.clone().to(device) for t in notes))
+def copied(metadata: PageMetadata, device: torch.device) -> PageMetadata:
+    return PageMetadata(*(None if t is None else t.clone().to(device) for t in metadata))
 
 
 class Run(NamedTuple):
-    """A kernel's answer; its notes are in `notes`."""
+    """A kernel's answer; what it recorded."""
 
     pages: StepPages
-    notes: PageNotes
+    metadata: PageMetadata
 
 
-def on_gpu(args: Args, clock: torch.Tensor, notes: PageNotes, window: int) -> Run:
-    notes = copied(notes, DEVICE)
+def on_gpu(args: Args, clock: torch.Tensor, metadata: PageMetadata, window: int) -> Run:
+    metadata = copied(metadata, DEVICE)
     moved = (x.to(DEVICE) for x in args)
-    return Run(triton.begin_decode(*moved, clock.to(DEVICE), notes, window), notes)
+    return Run(triton.begin_decode(*moved, clock.to(DEVICE), metadata, window), metadata)
 
 
-def on_cpu(args: Args, clock: torch.Tensor, notes: PageNotes, window: int) -> Run:
-    notes = copied(notes, torch.device("cpu"))
+def on_cpu(args: Args, clock: torch.Tensor, metadata: PageMetadata, window: int) -> Run:
+    metadata = copied(metadata, torch.device("cpu"))
     table, rows, lengths, num_real = args
-    kernel = cpu.StepKernel(table, notes, window, sealed=notes.raw_slot < 0)
-    return Run(kernel.begin(rows, lengths, int(num_real), *clock.tolist()), notes)
+    kernel = cpu.StepKernel(table, metadata, window, sealed=metadata.raw_slot < 0)
+    return Run(kernel.begin(rows, lengths, int(num_real), *clock.tolist()), metadata)
 
 
 @pytest.mark.parametrize("scores", [True, False])
@@ -67,23 +67,23 @@ def test_begin_decode(run: Callable[..., Run], window: int, scores: bool) -> Non
         pages = torch.randperm(PAGES, generator=gen)[: -(-length // PAGE_TOKENS)] + 1
         token = pages[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
         req_to_token[row, :length] = token.flatten()[:length].int()
-    notes = make_notes(gen, scores)
-    # Pages that two sequences share are noted by both; either's note may stay.
+    metadata = make_metadata(gen, scores)
+    # Pages that two sequences share are recorded by both; either's may stay.
     args = (req_to_token, rows, torch.tensor(lengths), torch.tensor([6], dtype=torch.int32))
     clock = torch.tensor([1 << 33, 77])
-    expected_notes = copied(notes, torch.device("cpu"))
-    expected = naive.begin_decode(*args, clock, expected_notes, window)
-    actual, actual_notes = run(args, clock, notes, window)
+    recorded = copied(metadata, torch.device("cpu"))
+    expected = naive.begin_decode(*args, clock, recorded, window)
+    actual, actual_metadata = run(args, clock, metadata, window)
     for name in ("lengths", "count", "last_len", "rows"):
         assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
     assert actual.count[6:].tolist() == [0, 0]
     used = torch.arange(expected.table.shape[1]) < expected.count[:, None]
     assert torch.equal(actual.table.cpu()[used], expected.table[used])
     shared = torch.bincount(expected.table[used].long(), minlength=PAGES + 1) > 1
-    for name, table in actual_notes._asdict().items():
+    for name, table in actual_metadata._asdict().items():
         if table is None:
             continue
-        want = getattr(expected_notes, name)
+        want = getattr(recorded, name)
         if name == "counts":
             assert torch.allclose(table.cpu(), want)
             continue
@@ -92,16 +92,16 @@ def test_begin_decode(run: Callable[..., Run], window: int, scores: bool) -> Non
             ~shared | (want == POISON) if name not in ("last_used",) else torch.ones_like(shared)
         )
         assert torch.equal(ours[alone], want[alone]), name
-    assert (expected_notes.last_used == 1 << 33).any()
+    assert (recorded.last_used == 1 << 33).any()
 
 
 def test_free_pages_are_noticed() -> None:
-    notes = make_notes(torch.Generator().manual_seed(1), scores=True)
+    metadata = make_metadata(torch.Generator().manual_seed(1), scores=True)
     table = torch.arange(PAGES * PAGE_TOKENS, dtype=torch.int32)[None]
-    sealed = notes.raw_slot < 0
-    closed = int((notes.raw_slot[1:] < 0).nonzero()[0]) + 1
+    sealed = metadata.raw_slot < 0
+    closed = int((metadata.raw_slot[1:] < 0).nonzero()[0]) + 1
     sealed[closed] = False
-    begin = cpu.StepKernel(table, notes, 64, sealed).begin
+    begin = cpu.StepKernel(table, metadata, 64, sealed).begin
     row, step = torch.tensor([0]), (1, 1, 1)
     begin(row, torch.tensor([closed * PAGE_TOKENS]), *step)
     with pytest.raises(ValueError, match="free page"):

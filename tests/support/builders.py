@@ -18,6 +18,7 @@ from sglang_diffxkv.kernels.layout import (
     PAGE_TOKENS,
     PRUNED,
     PageLayout,
+    head_records,
     make_layout,
 )
 from sglang_diffxkv.kernels.pack.quantize import CLIP
@@ -157,7 +158,8 @@ def build_sealed(
         for h in range(kv_heads):
             tier = tiers[page, :, h]
             n_high, n_low = int((tier == HIGH).sum()), int((tier == LOW).sum())
-            heads[page, h] = torch.tensor([used, n_high | n_low << 8])
+            counts = (torch.tensor(n) for n in (used, n_high, n_low))
+            heads[page, h] = head_records(*counts)
             key, value = keys[page, :, h], values[page, :, h]
             used += _pack_head(layout, space[used:], key, value, tier, raw_dtype)
         count = -(-used // layout.frame_bytes)

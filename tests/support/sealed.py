@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, PageLayout, measure
+from sglang_diffxkv.kernels.pack import Grades, RawTokens
+from sglang_diffxkv.kernels.pages import SealedTables
 
 
 @dataclass(frozen=True)
@@ -26,9 +28,16 @@ class Sealed:
     arena: torch.Tensor
 
     @property
-    def sources(self) -> tuple[torch.Tensor, ...]:
-        """The first arguments of `pack`."""
-        return self.k_raw, self.v_raw, self.slots, self.tiers, self.importance
+    def raw(self) -> RawTokens:
+        return RawTokens(self.k_raw, self.v_raw, self.slots)
+
+    @property
+    def grades(self) -> Grades:
+        return Grades(self.tiers, self.importance)
+
+    @property
+    def tables(self) -> SealedTables:
+        return SealedTables(self.arena, self.frames, self.heads, self.layout)
 
     def to(self, device: torch.device) -> Sealed:
         """The same on another device."""
@@ -54,7 +63,7 @@ def seal(
     *,
     pages: int,
     dtype: torch.dtype,
-    pack: Callable[..., None],
+    pack: Callable[[RawTokens, Grades, SealedTables], None],
     tiers: int | torch.Tensor | None = None,
     k: torch.Tensor | None = None,
     v: torch.Tensor | None = None,
@@ -85,5 +94,6 @@ def seal(
     frames[torch.arange(width) < counts[:, None]] = torch.randperm(total + 3)[:total].int()
     arena = torch.full((total + 3, layout.frame_bytes), 0xFF, dtype=torch.uint8)
     importance = torch.randint(0, 256, tiers.shape, dtype=torch.uint8)
-    pack(*raws, slots, tiers, importance, frames, words, arena, layout)
-    return Sealed(layout, *raws, slots, tiers, importance, frames, words, arena)
+    sealed = Sealed(layout, *raws, slots, tiers, importance, frames, words, arena)
+    pack(sealed.raw, sealed.grades, sealed.tables)
+    return sealed

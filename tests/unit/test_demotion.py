@@ -15,9 +15,14 @@ from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED
 from sglang_diffxkv.policy.demotion import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.demotion import cold_pages, demote, demote_cold, read_tokens
+from sglang_diffxkv.pool.demotion import (
+    GradedTokens,
+    cold_pages,
+    demote,
+    demote_cold,
+    read_tokens,
+)
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.payload import GradedTokens
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_bound
 from tests.support.machines import AllocatorMachine, lens

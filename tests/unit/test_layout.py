@@ -8,8 +8,8 @@ import pytest
 from sglang_diffxkv.kernels.layout import (
     FORMATS,
     META_BYTES,
-    NOTE_BYTES,
     PAGE_TOKENS,
+    TOKEN_METADATA_BYTES,
     PageLayout,
     make_layout,
 )
@@ -44,7 +44,7 @@ def test_sections_fit_their_page(head_dim: int, high: str, low: str) -> None:
             (s.value_low, n_low, layout.row_bytes(lo.value_bits)),
             (s.meta_high, n_high, 0 if h.is_raw else META_BYTES),
             (s.meta_low, n_low, 0 if lo.is_raw else META_BYTES),
-            (s.notes, n_high + n_low, NOTE_BYTES),
+            (s.token_metadata, n_high + n_low, TOKEN_METADATA_BYTES),
         )
         end = 0
         for start, count, row in rows:

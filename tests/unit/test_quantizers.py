@@ -13,7 +13,8 @@ from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.eval.prompts import make_cells
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
-from sglang_diffxkv.kernels.pack.quantize import CLIP, dequantize_rows, quantize_rows
+from sglang_diffxkv.kernels.pack.quantize import CLIP
+from tests.support.torch_pack import dequantize_rows, quantize_rows
 
 
 def rows(seed: int, *shape: int) -> torch.Tensor:

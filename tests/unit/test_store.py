@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pack import unpack
+from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.metrics import pool_stats
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES
@@ -208,15 +209,9 @@ def check_payload(
 ) -> None:
     """What is read back from a sealed page is what was written, up to its tiers' precision."""
     for layer in range(LAYERS):
-        got = unpack(
-            store.arena.buffer,
-            store.directory.frames[layer],
-            store.directory.heads[layer],
-            torch.tensor([page]),
-            store.layout,
-            torch.float32,
-            torch.float32,
-        )
+        d = store.directory
+        tables = SealedTables(store.arena.buffer, d.frames[layer], d.heads[layer], store.layout)
+        got = unpack(tables, torch.tensor([page]), torch.float32, torch.float32)
         for head in range(HEADS):
             kept = got.kept[0, head]
             position = got.position[0, head][kept].long()

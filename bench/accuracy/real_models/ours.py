@@ -29,7 +29,8 @@ from sglang_diffxkv.eval.variants import ITEMSIZE
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.pack import unpack
-from sglang_diffxkv.kernels.score import score_open
+from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.score import SampledQueries, score_open
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.sizing import FREE_LIST_BYTES, plan_pool
@@ -135,18 +136,16 @@ class Sealer:
             self.store.policy.sample,
         )
         rows = torch.arange(tokens) if queries.rows is None else queries.rows
+        raw = self.store.raw
         for layer in range(self.shape.layers):
             q = states.queries[layer, :, rows]
+            asking = q.transpose(0, 1).contiguous(), queries.indptr, queries.position
+            lists = batch.open_indptr, batch.slots, batch.position
             score_open(
-                q.transpose(0, 1).contiguous(),
+                SampledQueries(*asking),
                 (_lse(q, states.keys[layer], queries, scale) - queries.log2_seen).contiguous(),
-                queries.indptr,
-                queries.position,
-                self.store.raw.keys[layer],
-                batch.open_indptr,
-                batch.slots,
-                batch.position,
-                self.store.raw.scores[layer],
+                OpenPages(raw.keys[layer], raw.values[layer], *lists),
+                raw.scores[layer],
                 scale,
             )
         count_scores(self.store, batch, queries)
@@ -158,15 +157,8 @@ class Sealer:
         end = len(sealed) * PAGE_TOKENS
         prefix = []
         for layer in range(self.shape.layers):
-            found = unpack(
-                self.store.arena.buffer,
-                d.frames[layer],
-                d.heads[layer],
-                sealed,
-                layout,
-                torch.float32,
-                self.store.raw.keys[layer].dtype,
-            )
+            tables = SealedTables(self.store.arena.buffer, d.frames[layer], d.heads[layer], layout)
+            found = unpack(tables, sealed, torch.float32, self.store.raw.keys[layer].dtype)
             keys, values = found.k, found.v
             if layout.rotates:
                 mean = self.store.key_means.by_layer[layer][:, None]

@@ -15,11 +15,12 @@ from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.extend import extend_open, extend_sealed, make_scratch
 from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, Payload, make_layout
+from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
 from sglang_diffxkv.kernels.merge import empty_state, merge_states
-from sglang_diffxkv.kernels.pack import copy_rows, pack, unpack
-from sglang_diffxkv.kernels.score import score_decode, score_open
-from sglang_diffxkv.kernels.step import PageNotes, begin_decode
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, copy_rows, pack, unpack
+from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.score import SampledQueries, score_decode, score_open
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages, begin_decode
 from sglang_diffxkv.kernels.write import write_tokens
 
 BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
@@ -88,13 +89,16 @@ class Setting(NamedTuple):
         """Frame table and head records of `PAGES` pages."""
         return ints(PAGES, self.layout.max_frames), ints(PAGES, self.model.kv_heads, 2)
 
+    def sealed(self) -> SealedTables:
+        return SealedTables(self.arena(), *self.tables(), self.layout)
+
+    def tiers(self) -> torch.Tensor:
+        shape = PAGES, self.model.kv_heads, PAGE_TOKENS
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+
 
 def ints(*shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=torch.int32, device="meta")
-
-
-def bytes_(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.uint8, device="meta")
 
 
 def floats(*shape: int) -> torch.Tensor:
@@ -172,35 +176,32 @@ def _extend_open(s: Setting) -> None:
 
 
 def _score_open(s: Setting) -> None:
-    q, lse = s.queries(QUERIES), floats(QUERIES, s.model.heads)
-    pages = ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES)
-    where = ints(BATCH + 1), ints(QUERIES)
-    score_open(q, lse, *where, s.raw_pages(), *pages, s.accumulated(), s.sm_scale)
+    queries = SampledQueries(s.queries(QUERIES), ints(BATCH + 1), ints(QUERIES))
+    lists = ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES)
+    opened = OpenPages(s.raw_pages(), s.raw_pages(), *lists)
+    score_open(queries, floats(QUERIES, s.model.heads), opened, s.accumulated(), s.sm_scale)
 
 
 def _score_decode(s: Setting) -> None:
     q, lse = s.queries(BATCH), floats(BATCH, s.model.heads)
-    table, raw_slot = ints(BATCH, PAGES // BATCH), ints(PAGES)
-    lengths = ints(BATCH)
-    score_decode(q, lse, lengths, s.raw_pages(), table, raw_slot, s.accumulated(), s.sm_scale)
+    table, rows = ints(BATCH, PAGES // BATCH), torch.empty(BATCH, dtype=torch.int64, device="meta")
+    pages = StepPages(table, ints(BATCH), ints(BATCH), ints(BATCH), rows)
+    score_decode(q, lse, pages, s.raw_pages(), ints(PAGES), s.accumulated(), s.sm_scale)
 
 
 def _pack(s: Setting) -> None:
-    frames, heads = s.tables()
-    grades = bytes_(PAGES, s.model.kv_heads, PAGE_TOKENS)
-    slots = ints(PAGES)
-    pack(s.raw_pages(), s.raw_pages(), slots, grades, grades, frames, heads, s.arena(), s.layout)
+    raw, tiers = RawTokens(s.raw_pages(), s.raw_pages(), ints(PAGES)), s.tiers()
+    pack(raw, Grades(tiers, tiers), s.sealed())
 
 
 def _unpack(s: Setting) -> None:
     """As `pool.demotion` reads pages."""
     dtype = torch.float32 if s.layout.rotates else s.dtype
-    unpack(s.arena(), *s.tables(), ints(PAGES), s.layout, dtype, s.dtype)
+    unpack(s.sealed(), ints(PAGES), dtype, s.dtype)
 
 
 def _copy_rows(s: Setting) -> None:
-    payload = Payload(s.arena(), *s.tables(), bytes_(PAGES, s.model.kv_heads, PAGE_TOKENS))
-    copy_rows(payload, payload, s.layout)
+    copy_rows(s.sealed(), s.tiers(), s.sealed(), s.tiers())
 
 
 def _take_frames(s: Setting) -> None:
@@ -223,10 +224,8 @@ def _begin_decode(s: Setting) -> None:
     counts = torch.empty(OPEN_PAGES, PAGE_TOKENS, device="meta")
     directory = [ints(PAGES) for _ in range(4)] + [longs(PAGES) for _ in range(2)]
     for scores in (counts, None):
-        notes = PageNotes(*directory, scores)
-        begin_decode(
-            ints(BATCH, 1 << 17), longs(BATCH), longs(BATCH), ints(1), longs(2), notes, PAGE_TOKENS
-        )
+        batch = ints(BATCH, 1 << 17), longs(BATCH), longs(BATCH), ints(1), longs(2)
+        begin_decode(*batch, PageMetadata(*directory, scores), PAGE_TOKENS)
 
 
 def _write_tokens(s: Setting) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from bench.gpu.compile.built import Built
-from sglang_diffxkv.kernels.layout import META_BYTES, NOTE_BYTES, PAGE_TOKENS
+from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, TOKEN_METADATA_BYTES
 
 ITEMSIZE = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 
@@ -96,7 +96,7 @@ def _extend_unpacked(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]
 
 def _pack(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     raw = 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]]
-    payload = c["KEY_HIGH"] + c["VALUE_HIGH"] + c["META_HIGH"] + NOTE_BYTES
+    payload = c["KEY_HIGH"] + c["VALUE_HIGH"] + c["META_HIGH"] + TOKEN_METADATA_BYTES
     return [_tile("all high", c["TOKENS"], c["DIM"], raw + payload)]
 
 

@@ -27,6 +27,7 @@ from sglang_diffxkv.kernels.decode.plan import DecodePlan, plan_decode
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge.triton_kernels import merge_items
+from sglang_diffxkv.kernels.step import StepPages
 
 BATCHES = (1, 8, 32, 64, 256)
 TOKENS = (1024, 4096, 8192, 32768, 131072)
@@ -82,13 +83,18 @@ def scoring(load: Load, layers: Layers, q: torch.Tensor) -> Candidate:
     sequences, sm_scale = layers.sequences, load.model.dim**-0.5
     assert sequences.raw_slot is not None
     device, raw_slot = q.device, sequences.raw_slot
-    table = sequences.pages.view(load.batch, -1)
-    lengths = ((sequences.count - 1) * PAGE_TOKENS + sequences.last_len).long()
+    pages = StepPages(
+        table=sequences.pages.view(load.batch, -1),
+        lengths=(sequences.count - 1) * PAGE_TOKENS + sequences.last_len,
+        count=sequences.count,
+        last_len=sequences.last_len,
+        rows=torch.zeros(load.batch, dtype=torch.int64, device=device),
+    )
     lse = torch.full((load.batch, load.model.heads), 14.0, device=device)
     shape = (layers.k_raw.shape[1], load.model.kv_heads, PAGE_TOKENS)
     accum = torch.zeros(shape, device=device)
     run = kernels("score").score_decode
-    return lambda i: run(q[i], lse, lengths, layers.k_raw[i], table, raw_slot, accum, sm_scale)
+    return lambda i: run(q[i], lse, pages, layers.k_raw[i], raw_slot, accum, sm_scale)
 
 
 def merging(attend: Candidate, plan: DecodePlan, copies: int) -> Candidate:

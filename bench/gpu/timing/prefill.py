@@ -18,6 +18,9 @@ from sglang_diffxkv.kernels.extend import flashinfer, make_scratch
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, measure
 from sglang_diffxkv.kernels.merge import empty_state, merge_states
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
+from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.score import SampledQueries
 
 SCORE_QUERIES = 64
 COPIES = 2
@@ -133,11 +136,12 @@ class Ours:
         lse = torch.full((len(q), model.heads), 14.0, device=self.device)
         slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
         accum = torch.zeros(self.pages, model.kv_heads, PAGE_TOKENS, device=self.device)
-        queries, listed = self.ints(0, len(q)), self.ints(0, self.pages)
+        queries = SampledQueries(q, self.ints(0, len(q)), position)
+        lists = self.ints(0, self.pages), slots, slots
+        opened = OpenPages(self.k_raw, self.v_raw, *lists)
 
         def score(_: int) -> None:
-            lists = listed, slots, slots
-            run(q, lse, queries, position, self.k_raw, *lists, accum, self.sm_scale)
+            run(queries, lse, opened, accum, self.sm_scale)
 
         return score
 
@@ -150,10 +154,11 @@ class Ours:
         arena = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
         run = kernels("pack").pack
+        raw, grades = RawTokens(self.k_raw, self.v_raw, slots), Grades(tiers, tiers)
+        tables = SealedTables(arena, frames, words, layout)
 
         def pack(_: int) -> None:
-            raw = self.k_raw, self.v_raw
-            run(*raw, slots, tiers, tiers, frames, words, arena, layout)
+            run(raw, grades, tables)
 
         return pack
 
@@ -182,14 +187,12 @@ def measure_crossover(
             unpacked.extend_unpacked(part, q, new, *lists, layout, sm_scale, scratch)
 
         def unpack(i: int) -> None:
-            arena, frames, heads = layers.tables(i)
+            tables = SealedTables(*layers.tables(i), layout)
             mine = pages[: scratch.pages]
             starts = scratch.starts[: len(mine) + 1]
-            unpacked.count_rows(heads, mine, starts, scratch.pages * PAGE_TOKENS)
-            rows = scratch.k, scratch.v
-            unpacked.unpack_into(
-                arena, frames, heads, mine, starts[:-1], layout, scratch.k.dtype, *rows
-            )
+            unpacked.count_rows(tables.heads, mine, starts, scratch.pages * PAGE_TOKENS)
+            rows = TokenRows(scratch.k, scratch.v)
+            unpacked.unpack_into(tables, mine, starts[:-1], rows, scratch.k.dtype)
 
         candidates: dict[str, Candidate] = {"fused": fused, "unpacked": dense, "unpack": unpack}
         timed = interleaved(candidates, COPIES, device, seconds=0.5)

@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu.device import kernels
 from bench.gpu.verify.check import Check, Found, differing, worst
-from sglang_diffxkv.kernels.arena import naive, torch_ops
+from sglang_diffxkv.kernels.arena import cpu, naive
 
 MAX_FRAMES = 33
 
@@ -40,5 +40,5 @@ def checks(large: bool) -> Iterator[Check]:
             f"arena, {owners} owners", "arena", 0, partial(check, owners, naive), timed=True
         )
     if large:
-        run = partial(check, 100_003, torch_ops)
+        run = partial(check, 100_003, cpu)
         yield Check("arena, 100003 owners", "arena", 0, run, timed=True)

@@ -18,7 +18,7 @@ from sglang_diffxkv.kernels.decode import naive
 from sglang_diffxkv.kernels.decode.plan import plan_decode
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
 from sglang_diffxkv.kernels.merge import AttentionState
-from sglang_diffxkv.kernels.pack import torch_ops
+from tests.support import torch_pack
 
 
 class Case(NamedTuple):
@@ -95,7 +95,7 @@ def draw(case: Case, device: torch.device) -> Layers:
     )
     layers = draw_layers(
         layout, case.mix, layers=2, batch=len(case.drops), tokens=case.tokens,
-        open_pages=case.open_pages, dtype=case.dtype, device=device, pack=torch_ops.pack,
+        open_pages=case.open_pages, dtype=case.dtype, device=device, pack=torch_pack.pack,
     )  # fmt: skip
     return drop_pages(layers, case.drops)
 

@@ -17,11 +17,12 @@ from sglang_diffxkv.kernels.layout import (
     FORMATS,
     PAGE_TOKENS,
     PageLayout,
-    Payload,
     make_layout,
     measure,
 )
-from sglang_diffxkv.kernels.pack import torch_ops
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
+from sglang_diffxkv.kernels.pages import SealedTables
+from tests.support import torch_pack
 
 CPU = torch.device("cpu")
 
@@ -64,8 +65,22 @@ LARGE = (
 )
 
 
-def draw(case: Case, mix: Mix) -> tuple[tuple[torch.Tensor, ...], Payload]:
-    """Sources of `pack`, and a payload that is not written yet, on a CPU."""
+class Drawn(NamedTuple):
+    """Arguments of `pack` on a CPU; nothing is packed yet."""
+
+    raw: RawTokens
+    grades: Grades
+    tables: SealedTables
+
+    def to(self, device: torch.device) -> Drawn:
+        return Drawn(
+            RawTokens(*to(device, *self.raw)),
+            Grades(*to(device, *self.grades)),
+            SealedTables(*to(device, *self.tables)),
+        )
+
+
+def draw(case: Case, mix: Mix) -> Drawn:
     shape = (2, 2 * case.pages, PAGE_TOKENS, case.kv_heads, case.dim)
     raw = torch.full(shape, torch.nan, dtype=case.dtype)
     slots = torch.randperm(shape[1])[: case.pages].int()
@@ -77,17 +92,17 @@ def draw(case: Case, mix: Mix) -> tuple[tuple[torch.Tensor, ...], Payload]:
     frames, total = shuffled_frames(counts, case.layout.max_frames)
     arena = torch.full((total, case.layout.frame_bytes), 0xFF, dtype=torch.uint8)
     importance = torch.randint(0, 256, tiers.shape, dtype=torch.uint8)
-    return (raw[0], raw[1], slots, tiers, importance), Payload(arena, frames, words, tiers)
+    tables = SealedTables(arena, frames, words, case.layout)
+    return Drawn(RawTokens(raw[0], raw[1], slots), Grades(tiers, importance), tables)
 
 
 def check_pack(case: Case, device: torch.device) -> Found:
-    sources, payload = draw(case, Mix(25, 50, 25))
-    expected = payload.arena.clone()
-    tables = payload.frames, payload.heads
-    torch_ops.pack(*sources, *tables, expected, case.layout)
-    arena = payload.arena.to(device)
-    kernels("pack").pack(*to(device, *sources, *tables), arena, case.layout)
-    return differing(arena, expected)
+    drawn = draw(case, Mix(25, 50, 25))
+    moved = drawn.to(device)
+    arena = drawn.tables.arena.to(device, copy=True)
+    torch_pack.pack(*drawn)
+    kernels("pack").pack(*moved[:2], moved.tables._replace(arena=arena))
+    return differing(arena, drawn.tables.arena)
 
 
 def check_unpack(case: Case, device: torch.device) -> Found:
@@ -96,33 +111,33 @@ def check_unpack(case: Case, device: torch.device) -> Found:
     Triton's interpreter cuts fp32 off at bf16 instead of rounding: there, fp32 alone.
     """
     truncates = is_interpreted() and case.dtype == torch.bfloat16
-    sources, payload = draw(case, Mix(25, 50, 25))
-    tables = payload.frames, payload.heads
-    torch_ops.pack(*sources, *tables, payload.arena, case.layout)
+    drawn = draw(case, Mix(25, 50, 25))
+    torch_pack.pack(*drawn)
     rows = case.pages * case.kv_heads * PAGE_TOKENS
     first = torch.arange(0, rows, PAGE_TOKENS).view(case.pages, case.kv_heads)
     pages = torch.randperm(case.pages)
     found = []
     for dtype in (torch.float32,) if truncates else (torch.float32, case.dtype):
         results = []
-        for run, where in ((torch_ops, CPU), (kernels("pack"), device)):
+        for run, where in ((torch_pack, CPU), (kernels("pack"), device)):
             k, v = torch.full((2, rows, case.dim), torch.nan, dtype=dtype, device=where)
-            notes = torch.full((rows, 2), 0xFF, dtype=torch.uint8, device=where)
-            args = to(where, payload.arena, *tables, pages, first, case.layout, case.dtype)
-            run.unpack_into(*args, k, v, notes)
-            results.append((k, v, notes))
+            out = TokenRows(k, v, torch.full((rows, 2), 0xFF, dtype=torch.uint8, device=where))
+            run.unpack_into(drawn.to(where).tables, *to(where, pages, first), out, case.dtype)
+            results.append(out)
         found += [differing(ours, true) for true, ours in zip(*results, strict=True)]
     return worst(found)
 
 
 def check_copy(case: Case, device: torch.device) -> Found:
-    sources, old = draw(case, Mix(40, 40, 20))
-    torch_ops.pack(*sources, old.frames, old.heads, old.arena, case.layout)
-    _, new = draw(case, Mix(20, 40, 40))
-    moved = Payload(*to(device, *new))
-    torch_ops.copy_rows(old, new, case.layout)
-    kernels("pack").copy_rows(Payload(*to(device, *old)), moved, case.layout)
-    return differing(moved.arena, new.arena)
+    old, new = draw(case, Mix(40, 40, 20)), draw(case, Mix(20, 40, 40))
+    torch_pack.pack(*old)
+    arena = new.tables.arena.to(device, copy=True)
+    source, target = old.to(device), new.to(device)
+    torch_pack.copy_rows(old.tables, old.grades.tiers, new.tables, new.grades.tiers)
+    kernels("pack").copy_rows(
+        source.tables, source.grades.tiers, target.tables._replace(arena=arena), target.grades.tiers
+    )
+    return differing(arena, new.tables.arena)
 
 
 def checks(large: bool) -> Iterator[Check]:

@@ -16,7 +16,9 @@ from bench.gpu.inputs import Layers
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState
-from sglang_diffxkv.kernels.pack import torch_ops
+from sglang_diffxkv.kernels.pack import TokenRows
+from sglang_diffxkv.kernels.pages import SealedTables
+from tests.support import torch_pack
 
 LOG2_E = math.log2(math.e)
 
@@ -41,7 +43,8 @@ def sealed_tokens(
     n, h, dim = len(pages), layout.num_kv_heads, layout.head_dim
     k, v = arena.new_zeros((2, n * h * PAGE_TOKENS, dim), dtype=torch.float32)
     first = torch.arange(0, n * h * PAGE_TOKENS, PAGE_TOKENS, device=arena.device).view(n, h)
-    torch_ops.unpack_into(arena, frames, heads, pages.long(), first, layout, raw_dtype, k, v)
+    tables = SealedTables(arena, frames, heads, layout)
+    torch_pack.unpack_into(tables, pages, first, TokenRows(k, v), raw_dtype)
     n_high, n_low = head_counts(heads[pages.long()])
     kept = torch.arange(PAGE_TOKENS, device=arena.device) < (n_high + n_low)[..., None]
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +13,15 @@ from bench.gpu.device import kernels, to
 from bench.gpu.verify.check import TOLERANCE, Check, Found, is_timed, relative_error
 from bench.gpu.verify.extend import indptr
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.score import naive
+from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.score import SampledQueries, naive
+from sglang_diffxkv.kernels.step import StepPages
+
+CPU = torch.device("cpu")
+
+
+def ints(values: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device=device)
 
 
 class Case(NamedTuple):
@@ -50,20 +58,16 @@ def check(case: Case, device: torch.device) -> Found:
         k_raw[slot, max(0, last + 1 - page * PAGE_TOKENS) :] = torch.nan
     heads = case.kv_heads * case.group
     accum = torch.rand(len(k_raw), case.kv_heads, PAGE_TOKENS, device=device)
-    args = (
-        torch.randn(len(q_position), heads, case.dim, device=device).to(case.dtype),
-        5 + torch.rand(len(q_position), heads, device=device),
-        indptr(tuple(len(x) for x in samples), device),
-        torch.tensor(q_position, dtype=torch.int32, device=device),
-        k_raw,
-        indptr(tuple(len(x) for x in listed), device),
-        slots,
-        torch.tensor(pages, dtype=torch.int32, device=device),
-    )
+    q = torch.randn(len(q_position), heads, case.dim, device=device).to(case.dtype)
+    asking = indptr(tuple(len(x) for x in samples), device), ints(q_position, device)
+    lists = indptr(tuple(len(x) for x in listed), device), slots, ints(pages, device)
+    queries, opened = SampledQueries(q, *asking), OpenPages(k_raw, k_raw, *lists)
+    lse = 5 + torch.rand(len(q_position), heads, device=device)
     before = accum.cpu().clone()
     expected = before.double()
-    kernels("score").score_open(*args, accum, case.dim**-0.5)
-    naive.score_open(*to(torch.device("cpu"), *args), expected, case.dim**-0.5)
+    kernels("score").score_open(queries, lse, opened, accum, case.dim**-0.5)
+    cpu = SampledQueries(*to(CPU, *queries)), lse.cpu(), OpenPages(*to(CPU, *opened))
+    naive.score_open(*cpu, expected, case.dim**-0.5)
     return Found(relative_error(accum.cpu() - before, expected - before))
 
 
@@ -113,16 +117,15 @@ def check_decode(case: Decode, device: torch.device) -> Found:
     lse = 5 + torch.rand(batch, heads, device=device)
     accum = torch.rand(opened, case.kv_heads, PAGE_TOKENS, device=device)
     before = accum.cpu().clone()
-    lengths = torch.tensor(case.lengths, device=device)
-    arguments = (q, lse, lengths, k_raw, table, raw_slot, accum, dim**-0.5)
-    kernels("score").score_decode(*arguments)
+    lengths, seen = ints(case.lengths, device), torch.tensor(case.lengths).log2()[:, None]
+    nowhere = torch.zeros(batch, dtype=torch.int64, device=device)
+    step = StepPages(table, lengths, ints(counts, device), (lengths - 1) % PAGE_TOKENS + 1, nowhere)
+    kernels("score").score_decode(q, lse, step, k_raw, raw_slot, accum, dim**-0.5)
     expected = before.double()
-    listed_indptr = indptr(tuple(len(x) for x in slots), device)
-    every_query = torch.arange(batch + 1, dtype=torch.int32)
-    args = (listed_indptr, torch.cat(slots), torch.cat(positions), expected, dim**-0.5)
-    seen = lengths.float().log2()[:, None]
-    queries = q, lse - seen, every_query, lengths.int() - 1, k_raw
-    naive.score_open(*to(torch.device("cpu"), *queries, *args))
+    queries = SampledQueries(q.cpu(), torch.arange(batch + 1), lengths.cpu() - 1)
+    lists = indptr(tuple(len(x) for x in slots), device), torch.cat(slots), torch.cat(positions)
+    opened = OpenPages(*to(CPU, k_raw, k_raw, *lists))
+    naive.score_open(queries, lse.cpu() - seen, opened, expected, dim**-0.5)
     return Found(relative_error(accum.cpu() - before, expected - before))
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import torch
 
+from sglang_diffxkv.kernels import arena
 
+
+@arena.take_frames.register("cpu")
 def take_frames(
     stack: torch.Tensor, n_free: torch.Tensor, counts: torch.Tensor, max_frames: int
 ) -> torch.Tensor:
-    """Pop ``counts[i]`` frames for each i; see `arena.take_frames`."""
     column = torch.arange(max_frames, device=stack.device)
     wanted = column < counts[:, None]
     first = counts.cumsum(0) - counts
@@ -20,8 +22,8 @@ def take_frames(
     return frames
 
 
+@arena.return_frames.register("cpu")
 def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tensor) -> None:
-    """Push every id >= 0; see `arena.return_frames`."""
     ids = frames.reshape(-1)
     if ids.numel() == 0:
         return

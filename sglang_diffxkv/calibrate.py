@@ -16,20 +16,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sglang_diffxkv.config import ConfigError, DiffXKVConfig
-from sglang_diffxkv.launch import (
-    ServerError,
-    ServerProcess,
-    add_server_options,
-    default_device,
-)
+from requests import RequestException
+
+from sglang_diffxkv.arguments import add_server_options
+from sglang_diffxkv.client import Client, Prompt
+from sglang_diffxkv.config import ConfigError, DiffXKVConfig, load_config
+from sglang_diffxkv.eval.ask import WARM_TOKENS
+from sglang_diffxkv.eval.model import Model, load_model
+from sglang_diffxkv.eval.questions.prompts import make_cells
+from sglang_diffxkv.eval.tasks.registry import choose_suite
+from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
 
 HELP = "learn from prompts how importance spreads over layers, and write the plan to serve with"
 _TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]
 """Synthetic prompts, where no file is given."""
 _ROOM_TOKENS = 65536
 """That the server's pool is made for, in uncompressed bytes, where --config gives none."""
-_TIMEOUT_S = 600.0
 _SETTLE_S = 60.0
 
 
@@ -50,20 +52,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Calibrate; return the exit status."""
-    try:
-        config = _config(args)
-        found = calibrate(args.model, _prompts(args), config, args.device or default_device())
-    except (ConfigError, ServerError) as error:
-        print(f"sglang-diffxkv calibrate: {error}", file=sys.stderr)
-        return 1
+def run(args: argparse.Namespace) -> None:
+    """Calibrate."""
+    model = load_model(args.model)
+    config = _config(args, model)
+    found = calibrate(args.model, _prompts(args, model), config, args.device or default_device())
     print(summary(found, config, args.output))
-    return 0
 
 
 def calibrate(
-    model: Path, prompts: list[str | list[int]], config: DiffXKVConfig, device: str
+    model: Path, prompts: list[Prompt], config: DiffXKVConfig, device: str
 ) -> dict[str, Any]:
     """Serve `model` with `config`, whose `save_plan` is written, on prompts of text or token ids.
 
@@ -74,8 +72,6 @@ def calibrate(
         ServerError: the server did not start.
         ConfigError: no prompt was long enough for a page to be sealed.
     """
-    import requests
-
     options: list[object] = ["--model-path", model, "--device", device]
     options += ["--attention-backend", "diffxkv", "--diffxkv-config", config.to_json()]
     if device == "cpu":
@@ -86,31 +82,20 @@ def calibrate(
     ):
         try:
             for number, prompt in enumerate(prompts, 1):
-                _take_in(server.url, prompt)
+                # A page is sealed once a later step has scored it.
+                server.generate(prompt, max_new_tokens=WARM_TOKENS)
                 print(f"\r{number} of {len(prompts)} prompts", end="", file=sys.stderr, flush=True)
             print(file=sys.stderr)
-            return _settled_plan(server.url)
-        except requests.RequestException as error:
+            return _settled_plan(server)
+        except RequestException as error:
             raise ServerError(f"{error}\n{server.log_tail()}") from error
 
 
-def _take_in(url: str, prompt: str | list[int]) -> None:
-    import requests
-
-    key = "text" if isinstance(prompt, str) else "input_ids"
-    # A page is sealed once a later step has scored it.
-    sampling = {"temperature": 0.0, "max_new_tokens": 4, "ignore_eos": True}
-    body = {key: prompt, "sampling_params": sampling}
-    requests.post(f"{url}/generate", json=body, timeout=_TIMEOUT_S).raise_for_status()
-
-
-def _settled_plan(url: str) -> dict[str, Any]:
+def _settled_plan(client: Client) -> dict[str, Any]:
     """The plan once it has all pages in it: a server at rest solves and saves it."""
-    import requests
-
     deadline = time.monotonic() + _SETTLE_S
     while time.monotonic() < deadline:
-        stats = requests.get(f"{url}/diffxkv/stats", timeout=_TIMEOUT_S).json()
+        stats = client.stats()
         plan: dict[str, Any] = stats["plan"]
         if not stats["counters"]["sealed"]:
             raise ConfigError("no prompt was long enough for a page to be sealed: give longer ones")
@@ -139,14 +124,11 @@ def summary(plan: dict[str, Any], config: DiffXKVConfig, output: Path) -> str:
 _COLUMNS = ("page_bytes", "retention", "alpha_high", "alpha_low")
 
 
-def _config(args: argparse.Namespace) -> DiffXKVConfig:
-    from sglang_diffxkv.config import load_config
-    from sglang_diffxkv.eval.run import load_model
-
+def _config(args: argparse.Namespace, model: Model) -> DiffXKVConfig:
     own = {"policy": "diffxkv", "save_plan": str(args.output), "learn_share": 1.0}
     if args.target is not None:
         own["target"] = args.target
-    room = {"memory_bytes": _ROOM_TOKENS * load_model(args.model).token_bytes}
+    room = {"memory_bytes": _ROOM_TOKENS * model.token_bytes}
     try:
         given = json.loads(args.config)
         return load_config(json.dumps(room | given | own), {})
@@ -156,15 +138,11 @@ def _config(args: argparse.Namespace) -> DiffXKVConfig:
         raise ConfigError(f"--config is not a JSON object: {error}") from None
 
 
-def _prompts(args: argparse.Namespace) -> list[str | list[int]]:
+def _prompts(args: argparse.Namespace, model: Model) -> list[Prompt]:
     if args.prompts is not None:
         return list(read_prompts(args.prompts))
-    from sglang_diffxkv.eval.prompts import make_cells
-    from sglang_diffxkv.eval.run import load_model
-    from sglang_diffxkv.eval.tasks.registry import choose_suite
-
-    tokenizer, suite = load_model(args.model).tokenizer, choose_suite(args.model)
-    cells = make_cells(tokenizer, _TASKS, [args.length], args.samples, seed=7, suite=suite)
+    suite = choose_suite(args.model)
+    cells = make_cells(model.tokenizer, _TASKS, [args.length], args.samples, seed=7, suite=suite)
     return [prompt.ids for cell in cells for prompt in cell.prompts]
 
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The console script `sglang-diffxkv`: one subcommand per thing to do beside serving."""
+"""The console script `sglang-diffxkv`: one subcommand per thing to do beside serving.
+
+A subcommand is a module with `HELP`, `add_options(parser)` and `run(args)`, which raises an error
+whose text is what the user reads.
+"""
 
 import argparse
 import signal
@@ -8,12 +12,17 @@ from collections.abc import Sequence
 from types import FrameType
 
 from sglang_diffxkv import calibrate
-from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.eval import command
-from sglang_diffxkv.models import command as model_command
+from sglang_diffxkv.config import ConfigError
+from sglang_diffxkv.demo import command as demo
+from sglang_diffxkv.eval import command as evaluation
+from sglang_diffxkv.eval.ask import CacheError
+from sglang_diffxkv.launch import ServerError
+from sglang_diffxkv.models import command as model
 from sglang_diffxkv.models.known import ModelError
 
-DEMO_HELP = "serve a small embedded model on sealed pages, and compare with stock SGLang's pool"
+_COMMANDS = {"demo": demo, "eval": evaluation, "calibrate": calibrate, "model": model}
+_ERRORS = (ConfigError, ServerError, CacheError, ModelError, OSError)
+"""Of the user's making, or the machine's; those of `requests` are OSErrors."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -22,11 +31,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # As Ctrl-C does, so that a server which the subcommand has started is stopped.
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        status: int = args.run(args)
+        _COMMANDS[args.subcommand].run(args)
+    except _ERRORS as error:
+        for note in getattr(error, "__notes__", []):
+            print(note, file=sys.stderr)
+        print(f"sglang-diffxkv {args.subcommand}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    return status
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -35,40 +49,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Compressed KV cache for stock SGLang. To serve: "
         "sglang serve --model-path MODEL --attention-backend diffxkv",
     )
-    commands = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
-    demo = commands.add_parser("demo", help=DEMO_HELP, description=DEMO_HELP)
-    demo.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
+    commands = parser.add_subparsers(
+        title="subcommands", dest="subcommand", required=True, metavar="SUBCOMMAND"
     )
-    demo.add_argument(
-        "--model",
-        default=str(BUNDLED),
-        help="a name that the subcommand model knows, or the folder of a Hugging Face checkpoint: "
-        "it chats about documents (default: the embedded model, which looks things up)",
-    )
-    demo.set_defaults(run=_demo)
-    evaluation = commands.add_parser("eval", help=command.HELP, description=command.HELP)
-    command.add_options(evaluation)
-    evaluation.set_defaults(run=command.run)
-    calibration = commands.add_parser("calibrate", help=calibrate.HELP, description=calibrate.HELP)
-    calibrate.add_options(calibration)
-    calibration.set_defaults(run=calibrate.run)
-    model = commands.add_parser("model", help=model_command.HELP, description=model_command.HELP)
-    model_command.add_options(model)
-    model.set_defaults(run=model_command.run)
+    for name, command in _COMMANDS.items():
+        command.add_options(commands.add_parser(name, help=command.HELP, description=command.HELP))
     return parser
-
-
-def _demo(args: argparse.Namespace) -> int:
-    # Imported here: the help of the command must not wait for torch.
-    from sglang_diffxkv.demo.run import run_demo
-
-    try:
-        model = model_command.find_model(args.model)
-    except (ModelError, OSError) as error:
-        print(f"sglang-diffxkv demo: {error}", file=sys.stderr)
-        return 1
-    return run_demo(args.device, model)
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -6,6 +6,7 @@ Its texts are meaningless; its shapes, its memory and the paths it takes through
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -25,59 +26,79 @@ _SCORE_STD = 3.0
 _LOGIT_STD = 4.0
 
 
-def write_demo_model(
-    path: str | Path,
-    *,
-    layers: int = 4,
-    heads: int = 8,
-    kv_heads: int = 2,
-    head_dim: int = 64,
-    hidden: int = 256,
-    vocab: int = 320,
-    dtype: str = "float32",
-    seed: int = 0,
-    max_position: int = 8192,
-) -> Path:
-    """Write config, weights, tokenizer and chat template to folder `path`; return it.
+class DemoModel(NamedTuple):
+    """A Llama; the same one always has the same files."""
 
-    Token ids 0-255 are bytes, then SPECIAL_TOKENS, then reserved ones up to `vocab`. The same
-    arguments always give the same files. `dtype` is that of the stored weights.
+    layers: int = 4
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 64
+    hidden: int = 256
+    vocab: int = 320
+    """Token ids 0-255 are bytes, then SPECIAL_TOKENS, then reserved ones up to this."""
+    dtype: str = "float32"
+    """Of the stored weights."""
+    seed: int = 0
+    max_position: int = 8192
+
+    def check(self) -> None:
+        """
+        Raises:
+            ValueError: there can be no such model.
+        """
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, not {self.dtype!r}")
+        if self.vocab < MIN_VOCAB:
+            raise ValueError(f"vocab must be at least {MIN_VOCAB}, not {self.vocab}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+            )
+
+    def config(self) -> dict[str, object]:
+        """What `config.json` says."""
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "torch_dtype": self.dtype,
+            "vocab_size": self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": 2 * self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "eos_token_id": _token_id(EOS),
+            "pad_token_id": _token_id("<|pad|>"),
+        }
+
+
+def write_demo_model(path: str | Path, **dimensions: Any) -> Path:
+    """Write config, weights, tokenizer and chat template of a `DemoModel` to folder `path`.
+
+    Args:
+        dimensions: fields of the model that are not to be the defaults.
+
+    Returns:
+        The folder.
     """
-    if dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype must be float32 or bfloat16, not {dtype!r}")
-    if vocab < MIN_VOCAB:
-        raise ValueError(f"vocab must be at least {MIN_VOCAB}, not {vocab}")
-    if heads % kv_heads:
-        raise ValueError(f"heads ({heads}) must be a multiple of kv_heads ({kv_heads})")
+    model = DemoModel(**dimensions)
+    model.check()
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "torch_dtype": dtype,
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "intermediate_size": 2 * hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": head_dim,
-        "max_position_embeddings": max_position,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "eos_token_id": _token_id(EOS),
-        "pad_token_id": _token_id("<|pad|>"),
-    }
-    _write_json(folder / "config.json", config)
+    _write_json(folder / "config.json", model.config())
     _write_json(folder / "generation_config.json", {"eos_token_id": _token_id(EOS)})
-    weights = _weights(layers, heads, kv_heads, head_dim, hidden, vocab, seed)
-    stored = {name: w.to(getattr(torch, dtype)).contiguous() for name, w in weights.items()}
+    dtype = getattr(torch, model.dtype)
+    stored = {name: w.to(dtype).contiguous() for name, w in _weights(model).items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder, vocab, max_position)
+    _write_tokenizer(folder, model.vocab, model.max_position)
     return folder
 
 
@@ -85,22 +106,21 @@ def _token_id(special: str) -> int:
     return 256 + SPECIAL_TOKENS.index(special)
 
 
-def _weights(
-    layers: int, heads: int, kv_heads: int, head_dim: int, hidden: int, vocab: int, seed: int
-) -> dict[str, torch.Tensor]:
+def _weights(model: DemoModel) -> dict[str, torch.Tensor]:
     """Llama's tensors by name, float32 `[out, in]`, scaled to keep activations near unit size."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(model.seed)
+    hidden, vocab, head_dim = model.hidden, model.vocab, model.head_dim
 
     def normal(out: int, fan_in: int, gain: float = 1.0) -> torch.Tensor:
         return torch.randn(out, fan_in, generator=generator) * (gain / fan_in**0.5)
 
     weights = {"model.embed_tokens.weight": normal(vocab, hidden, gain=hidden**0.5)}
-    for i in range(layers):
+    for i in range(model.layers):
         layer = {
-            "self_attn.q_proj": normal(heads * head_dim, hidden, gain=_SCORE_STD),
-            "self_attn.k_proj": normal(kv_heads * head_dim, hidden),
-            "self_attn.v_proj": normal(kv_heads * head_dim, hidden),
-            "self_attn.o_proj": normal(hidden, heads * head_dim),
+            "self_attn.q_proj": normal(model.heads * head_dim, hidden, gain=_SCORE_STD),
+            "self_attn.k_proj": normal(model.kv_heads * head_dim, hidden),
+            "self_attn.v_proj": normal(model.kv_heads * head_dim, hidden),
+            "self_attn.o_proj": normal(hidden, model.heads * head_dim),
             "mlp.gate_proj": normal(2 * hidden, hidden),
             "mlp.up_proj": normal(2 * hidden, hidden),
             "mlp.down_proj": normal(hidden, 2 * hidden),

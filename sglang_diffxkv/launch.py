@@ -4,33 +4,33 @@
 This is for programs that need a server for a while; it changes nothing about how SGLang serves.
 """
 
-import argparse
 import os
 import random
 import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
+import requests
 
-from sglang_diffxkv.bundled_model import BUNDLED
+from sglang_diffxkv.client import Client
 
 START_TIMEOUT_S = 600.0
 _POLL_S = 0.3
 
 
 class ServerError(RuntimeError):
-    """A server that did not start; the text ends with the last lines of its log."""
+    """A server that did not start, or ended; the text ends with the last lines of its log."""
 
 
-class ServerProcess:
+class ServerProcess(Client):
     """`sglang serve` with `args`, from entering the context (it then answers) to leaving it.
+
+    Requests raise `ServerError` where the server is gone.
 
     Attributes:
         url: where it answers, on a free port of the loopback interface.
@@ -47,7 +47,7 @@ class ServerProcess:
     ) -> None:
         """`env` is added to the environment that the server inherits."""
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
+        super().__init__(f"http://127.0.0.1:{port}")
         self.log = log
         self.start_seconds = 0.0
         self._env = server_environment() | (env or {})
@@ -110,15 +110,19 @@ class ServerProcess:
     def log_tail(self, lines: int = 30) -> str:
         return "\n".join(line[:500] for line in self.log_text().splitlines()[-lines:])
 
+    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
+        try:
+            return super()._request(method, path, **options)
+        except requests.ConnectionError as error:
+            raise ServerError(f"no answer to {method} {path}\n{self.log_tail()}") from error
+
     def _wait_until_healthy(self, deadline: float) -> None:
         while time.monotonic() < deadline:
             if not self.is_alive():
                 raise ServerError(f"the server ended while starting\n{self.log_tail()}")
-            try:
-                with urllib.request.urlopen(self.url + "/health", timeout=5):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(_POLL_S)
+            if self.is_healthy():
+                return
+            time.sleep(_POLL_S)
         raise ServerError(f"no answer after {self._start_timeout:.0f} s\n{self.log_tail()}")
 
 
@@ -130,19 +134,6 @@ def server_environment() -> dict[str, str]:
     # /health then answers once the server is up, without a request of its own.
     env["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
     return env
-
-
-def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Options of a subcommand that serves a model: `--model` and `--device`."""
-    parser.add_argument(
-        "--model",
-        type=Path,
-        default=BUNDLED,
-        help="folder of a Hugging Face checkpoint (default: the bundled demo model)",
-    )
-    parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu"
-    )
 
 
 def default_device() -> str:

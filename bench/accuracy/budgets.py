@@ -23,8 +23,8 @@ from bench.accuracy.ddid import TASKS
 from bench.serving.common import table, write_results
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.eval.prompts import make_cells
-from sglang_diffxkv.eval.run import Model, load_model
+from sglang_diffxkv.eval.model import Model, load_model
+from sglang_diffxkv.eval.questions.prompts import make_cells
 from sglang_diffxkv.eval.variants import ITEMSIZE
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, measure
 from sglang_diffxkv.policy.base import SealContext, TierPolicy

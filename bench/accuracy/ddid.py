@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,11 @@ from bench.serving.common import RESULTS, table, write_results
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.eval.dtype import fast_dtype
-from sglang_diffxkv.eval.plot import Point, error_bars, points
-from sglang_diffxkv.eval.prompts import Cell, make_cells
-from sglang_diffxkv.eval.run import Model, compare, load_model
-from sglang_diffxkv.eval.score import Row
+from sglang_diffxkv.eval.model import Model, load_model
+from sglang_diffxkv.eval.questions.plot import Point, error_bars, points
+from sglang_diffxkv.eval.questions.prompts import Cell, make_cells
+from sglang_diffxkv.eval.questions.run import compare
+from sglang_diffxkv.eval.questions.score import QuestionRecord
 from sglang_diffxkv.eval.tasks.registry import choose_suite
 from sglang_diffxkv.eval.variants import FULL, VARIANTS, Variant
 
@@ -110,7 +111,7 @@ def plot_retention(path: Path, retained: Sequence[float], kept: Sequence[Point])
     figure.savefig(path)
 
 
-def accuracy_table(found: Sequence[Point], rows: Sequence[Row], head: str) -> str:
+def accuracy_table(found: Sequence[Point], rows: Sequence[QuestionRecord], head: str) -> str:
     """A line per point; `rows` give its KL, the mean over tasks with its 95 % interval."""
     lines: list[list[object]] = [[head, "accuracy", "95 %", "mean KL", "compression", "samples"]]
     for point in found:
@@ -131,20 +132,23 @@ def accuracy_table(found: Sequence[Point], rows: Sequence[Row], head: str) -> st
 
 
 def measure(
-    model: Model, cells: list[Cell], device: str, path: Path
-) -> tuple[list[Row], dict[str, list[torch.Tensor]]]:
+    model: Model, cells: list[Cell], device: str
+) -> tuple[list[QuestionRecord], dict[str, list[torch.Tensor]]]:
     """Rows of all `variants` on the server, and importances by task (see `attention`)."""
     rows = []
-    for row in compare(path, device, model, variants(), cells):
+    for row in compare(model, device, variants(), cells):
         rows.append(row)
         print(row.policy, row.task, f"{row.accuracy:.1%}", flush=True)
     found = {
-        cell.task: importances(path, [prompt.ids for prompt in cell.prompts]) for cell in cells
+        cell.task: importances(model.path, [prompt.ids for prompt in cell.prompts])
+        for cell in cells
     }
     return rows, found
 
 
-def report(rows: list[Row], found: dict[str, list[torch.Tensor]], about: str) -> tuple[str, Any]:
+def report(
+    rows: list[QuestionRecord], found: dict[str, list[torch.Tensor]], about: str
+) -> tuple[str, Any]:
     every = [item for items in found.values() for item in items]
     shares, figures = distributions(found)
     pooled = {point.policy: point for point in points(rows)}
@@ -185,7 +189,7 @@ def report(rows: list[Row], found: dict[str, list[torch.Tensor]], about: str) ->
         ]
     )
     result = figures | {
-        "rows": [row._asdict() for row in rows],
+        "rows": [asdict(row) for row in rows],
         "retention": dict(zip(map(str, SHARES), retained, strict=True)),
     }
     return text, result
@@ -203,7 +207,7 @@ def main() -> None:
     cells = make_cells(
         model.tokenizer, TASKS, [options.length], options.samples, seed=1, suite=suite
     )
-    rows, found = measure(model, cells, options.device, options.model)
+    rows, found = measure(model, cells, options.device)
     about = (
         f"Model: {options.model.name}, {model.layers} layers, {model.kv_heads} KV heads. "
         f"{options.samples} prompts of each of {', '.join(TASKS)}, {options.length} tokens; "

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from bench.accuracy.fake_quantization import token_bytes
 from bench.accuracy.quantizer_options import OPTIONS, SWEPT, TIERS
 from bench.serving.common import table
-from sglang_diffxkv.eval.score import mean
+from sglang_diffxkv.eval.estimate import mean
 
 MODEL, WITH_OUTLIERS, GAUSSIAN = "model", "model with outliers", "random with outliers"
 KL_FLOOR = 1e-9

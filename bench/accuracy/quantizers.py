@@ -31,8 +31,8 @@ from bench.accuracy.quantizer_report import (
 )
 from bench.serving.common import write_results
 from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.eval.prompts import make_cells
-from sglang_diffxkv.eval.run import load_model
+from sglang_diffxkv.eval.model import load_model
+from sglang_diffxkv.eval.questions.prompts import make_cells
 from sglang_diffxkv.kernels.layout import TierFormat
 
 TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]

@@ -24,7 +24,7 @@ from pathlib import Path
 from bench.serving.ample_report import plot, report
 from bench.serving.common import RESULTS, diffxkv_server, page_floor, stock_server, write_results
 from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.eval.run import load_model
+from sglang_diffxkv.eval.model import load_model
 from tests.support.harness import Json, Server
 
 LOADS = {

@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 
 from bench.serving.common import MIB, diffxkv_server, table, write_results
 from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.eval.score import Estimate, hit_rate, normalise
+from sglang_diffxkv.eval.estimate import Estimate, hit_rate
+from sglang_diffxkv.eval.questions.score import normalise
 from sglang_diffxkv.eval.tasks.base import Scene, hide
 from sglang_diffxkv.eval.tasks.recall import ATTRIBUTES, PEOPLE
 from sglang_diffxkv.eval.tasks.words import HELD_OUT

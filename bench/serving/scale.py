@@ -31,7 +31,7 @@ from bench.serving.scale_load import LOADS, Load, Servers, lone
 from bench.serving.scale_process import idle_cpu, memory
 from bench.serving.scale_report import SECTIONS
 from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.eval.run import load_model
+from sglang_diffxkv.eval.model import load_model
 from tests.support.harness import Json
 
 SPARE_BYTES = 13 * 2**29

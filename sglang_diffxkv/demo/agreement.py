@@ -5,9 +5,9 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from sglang_diffxkv.client import Client
 from sglang_diffxkv.demo.chats import Answers, messages
-from sglang_diffxkv.eval.ask import Distribution, divergence
-from sglang_diffxkv.eval.client import TOP, Client
+from sglang_diffxkv.eval.ask import Distribution, agrees, distributions_after, divergence
 
 
 class Agreement(NamedTuple):
@@ -30,29 +30,19 @@ def distributions(url: str, tokenizer: Any, full: Answers) -> list[Distribution]
         )
         ids, said = (_ids(tokenizer, text) for text in (prompt, answer))
         # Chat requests have no namespace either: the two share cached pages.
-        rows = client.generate(
-            ids + said,
-            "",
-            1,
-            extra_key=None,
-            return_logprob=True,
-            logprob_start_len=len(ids) - 1,
-            top_logprobs_num=TOP,
-        )["meta_info"]["input_top_logprobs"]
-        # SGLang gives none before the first of these tokens, the prompt's last.
-        found += [{token: logprob for logprob, token, _ in row} for row in rows[1:]]
+        found += distributions_after(client, ids, said)
     return found
 
 
 def compare(
-    full: Answers, given: Answers, rows: Sequence[Distribution], others: Sequence[Distribution]
+    full: Answers, given: Answers, found: Sequence[Distribution], others: Sequence[Distribution]
 ) -> Agreement:
     """Of the answers that another server has `given`, and of its distributions, the `others`."""
-    pairs = list(zip(rows, others, strict=True))
+    pairs = list(zip(found, others, strict=True))
     return Agreement(
         sum(given[asked] == answer for asked, answer in full.items()),
         len(full),
-        sum(max(a, key=a.__getitem__) == max(b, key=b.__getitem__) for a, b in pairs),
+        sum(agrees(a, b) for a, b in pairs),
         len(pairs),
         sum(divergence(a, b) for a, b in pairs) / max(1, len(pairs)),
     )

@@ -4,8 +4,9 @@
 import time
 from typing import NamedTuple, Self
 
-import requests
 from prometheus_client.parser import text_string_to_metric_families
+
+from sglang_diffxkv.client import Client
 
 _TIMEOUT_S = 30.0
 _SETTLE_S = 3.0
@@ -53,7 +54,7 @@ class Probe:
     """
 
     def __init__(self, url: str, dense_bytes: int, stock_tokens: int | None) -> None:
-        self._url = url
+        self._client = Client(url, _TIMEOUT_S)
         self._dense_bytes = dense_bytes
         self._stock_tokens = stock_tokens
 
@@ -72,7 +73,7 @@ class Probe:
     def held(self) -> Held:
         """State of the pool; the server must be idle."""
         if self._stock_tokens is None:
-            stats = self._get("/diffxkv/stats").json()
+            stats = self._client.stats()
             return Held(stats["tokens_held"], stats["bytes_in_use"], stats["bytes_total"])
         sums = self._idle_metrics()
         tokens = int(sums["sglang:kv_used_tokens"] + sums["sglang:kv_evictable_tokens"])
@@ -90,12 +91,7 @@ class Probe:
     def _metrics(self) -> dict[str, float]:
         """Every sample of `/metrics` by its name, summed over its labels."""
         sums: dict[str, float] = {}
-        for family in text_string_to_metric_families(self._get("/metrics").text):
+        for family in text_string_to_metric_families(self._client.get("/metrics").text):
             for sample in family.samples:
                 sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
         return sums
-
-    def _get(self, path: str) -> requests.Response:
-        response = requests.get(self._url + path, timeout=_TIMEOUT_S)
-        response.raise_for_status()
-        return response

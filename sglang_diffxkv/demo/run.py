@@ -2,14 +2,12 @@
 """The demo as a whole: runs a load on both pools, and prints the table."""
 
 import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
 from openai import OpenAIError
-from requests import RequestException
 from tokenizers import Tokenizer
 
 from sglang_diffxkv.bundled_model import BUNDLED
@@ -22,7 +20,7 @@ from sglang_diffxkv.demo.table import Run, table
 from sglang_diffxkv.demo.workload import Stage, run_load
 from sglang_diffxkv.eval.ask import Distribution
 from sglang_diffxkv.eval.dtype import fast_dtype
-from sglang_diffxkv.eval.run import load_model
+from sglang_diffxkv.eval.model import load_model
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.launch import ServerError, default_device
 
@@ -40,8 +38,13 @@ CHATS_NOTE = (
 )
 
 
-def run_demo(device: str | None, model: Path = BUNDLED) -> int:
-    """Run it on `device` (default: cuda where there is one, else cpu); return the exit status."""
+def run_demo(device: str | None, model: Path = BUNDLED) -> None:
+    """Run it on `device`; None: cuda where there is one, else cpu.
+
+    Raises:
+        ConfigError: the model cannot be served, or cannot chat.
+        ServerError: a server did not start, or refused a request.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     device = device or default_device()
     try:
@@ -49,10 +52,8 @@ def run_demo(device: str | None, model: Path = BUNDLED) -> int:
             _look_up(device)
         else:
             _chat(device, model)
-    except (ConfigError, ServerError, OpenAIError, RequestException) as error:
-        print(f"sglang-diffxkv demo: {error}", file=sys.stderr)
-        return 1
-    return 0
+    except OpenAIError as error:
+        raise ServerError(str(error)) from error
 
 
 def _look_up(device: str) -> None:

@@ -6,6 +6,8 @@ import time
 import torch
 
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEMSIZE = 2
+"""Bytes of a raw element in all figures, whatever the dtype that a model is asked in."""
 _TOKENS, _WIDTH, _ROUNDS = 128, 1024, 5
 
 

@@ -3,14 +3,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig, Tiers
+from sglang_diffxkv.eval.dtype import ITEMSIZE
+from sglang_diffxkv.eval.model import Model
+from sglang_diffxkv.eval.options import Options
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, TierFormat, make_layout
 from sglang_diffxkv.policy.budgeting.caps import full_bytes
 from sglang_diffxkv.policy.registry import policy_class
+
+log = logging.getLogger(__name__)
 
 
 class Variant(NamedTuple):
@@ -36,8 +43,6 @@ def _uniform(name: str) -> DiffXKVConfig:
     return DiffXKVConfig(policy="uniform", tiers=Tiers(high=name, low="K2V2"))
 
 
-ITEMSIZE = 2
-"""Bytes of a raw element in all figures, whatever the dtype that a model is asked in."""
 FULL = "full"
 VARIANTS: Mapping[str, DiffXKVConfig | None] = {
     FULL: None,
@@ -74,6 +79,37 @@ def make_variant(
     if target is None or config is None or name not in KNOBS:
         return Variant(name, config)
     return Variant(name, KNOBS[name](config, target, shape), target, shape.tokens)
+
+
+def make_variants(
+    options: Options, model: Model, configs: Mapping[str, DiffXKVConfig | None] = VARIANTS
+) -> list[Variant]:
+    """Full KV first, as all others are compared with it; then a variant per policy and target.
+
+    They start from `configs`; those with a target are made for one length each. A target that a
+    policy cannot meet is left out, with a warning.
+
+    Raises:
+        ConfigError: an unknown name, or nothing but targets that cannot be met.
+    """
+    shape = Shape(model.head_dim, model.kv_heads, 0)
+    variants = [make_variant(FULL, None, shape, configs)]
+    refused = None
+    for name in dict.fromkeys(options.policies):
+        if name not in KNOBS or not options.targets:
+            variants.append(make_variant(name, None, shape, configs))
+            continue
+        for target, length in product(options.targets, options.lengths):
+            try:
+                sized = shape._replace(tokens=length)
+                variants.append(make_variant(name, target, sized, configs))
+            except ConfigError as error:
+                refused = error
+                log.warning("left out: %s", error)
+    variants = list(dict.fromkeys(variants))
+    if refused and len(variants) == 1:
+        raise refused
+    return variants
 
 
 def served(config: DiffXKVConfig, itemsize: int) -> DiffXKVConfig:

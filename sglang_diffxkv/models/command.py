@@ -2,7 +2,6 @@
 """The subcommand `model`: its options, and what it says of the model."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from sglang_diffxkv.models.known import KNOWN, KnownModel, ModelError, find_known
@@ -22,17 +21,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prepare the model; return the exit status."""
-    try:
-        model = find_known(args.name)
-        print(describe(model), flush=True)
-        folder = prepare(model.name, args.output)
-    except (ModelError, OSError) as error:
-        print(f"sglang-diffxkv model: {error}", file=sys.stderr)
-        return 1
-    print(how_to_serve(model, folder))
-    return 0
+def run(args: argparse.Namespace) -> None:
+    """Prepare the model."""
+    model = find_known(args.name)
+    print(describe(model), flush=True)
+    print(how_to_serve(model, prepare(model.name, args.output)))
 
 
 def find_model(text: str) -> Path:

@@ -10,7 +10,7 @@ from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.cli import main
 from sglang_diffxkv.demo.measure import Probe
 from sglang_diffxkv.demo.workload import run_load
-from sglang_diffxkv.eval.run import load_model
+from sglang_diffxkv.eval.model import load_model
 from tests.support.harness import Server
 
 SAMPLES = 21

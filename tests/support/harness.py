@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Starts a real SGLang server as a subprocess and talks to it over HTTP."""
+"""Starts a real SGLang server of a tiny model as a subprocess, for tests and benches."""
 
 import json
 import os
@@ -10,16 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import requests
-
+from sglang_diffxkv.client import Json, Prompt, generate_body
 from sglang_diffxkv.launch import ServerProcess
-
-Json = dict[str, Any]
-Prompt = str | Sequence[int]
 
 
 class Server(ServerProcess):
-    """A running `sglang serve`, as a context manager, and its HTTP interface.
+    """A running `sglang serve`, as a context manager, with more of its HTTP interface.
 
     `args` are its command-line arguments, `env` what to add to its environment. Its log stays in
     the file `log` (a temporary one unless given).
@@ -44,22 +40,9 @@ class Server(ServerProcess):
             env=fast_environment(device) | (env or {}),
         )
 
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 16,
-        temperature: float = 0.0,
-        sampling: Json | None = None,
-        **body: Any,
-    ) -> Any:
-        """POST /generate with text or token ids: one answer, or a list of them where n > 1."""
-        request = _generate_body(prompt, max_new_tokens, temperature, sampling)
-        return self.post("/generate", request | body).json()
-
     def stream(self, prompt: Prompt, *, max_new_tokens: int = 16, **body: Any) -> Iterator[Json]:
         """POST /generate with stream on: each event's JSON (its text is the text so far)."""
-        request = _generate_body(prompt, max_new_tokens, 0.0, None) | {"stream": True} | body
+        request = generate_body(prompt, max_new_tokens, 0.0, None) | {"stream": True} | body
         with self.post("/generate", request, stream=True) as response:
             for line in response.iter_lines():
                 data = line.removeprefix(b"data: ")
@@ -85,46 +68,10 @@ class Server(ServerProcess):
         request = {"model": "default", "messages": list(messages), "max_tokens": max_tokens}
         return self.post("/v1/chat/completions", request | {"temperature": 0.0} | body).json()
 
-    def stats(self) -> Json:
-        """GET /diffxkv/stats."""
-        return self.get("/diffxkv/stats").json()
-
     def violations(self) -> list[str]:
         """POST /diffxkv/check: what is wrong with the pool, by all of its tables."""
         found: list[str] = self.post("/diffxkv/check", {}).json()["violations"]
         return found
-
-    def server_info(self) -> Json:
-        return self.get("/server_info").json()
-
-    def flush_cache(self) -> None:
-        """Empty the radix tree; the server must be idle within 30 seconds."""
-        self.post("/flush_cache?timeout=30", {})
-
-    def get(self, path: str) -> requests.Response:
-        return self._request("GET", path)
-
-    def post(self, path: str, body: Json, **options: Any) -> requests.Response:
-        return self._request("POST", path, json=body, **options)
-
-    def _request(self, method: str, path: str, **options: Any) -> requests.Response:
-        try:
-            response = requests.request(method, self.url + path, timeout=600, **options)
-        except requests.ConnectionError as error:
-            raise RuntimeError(f"no answer to {method} {path}\n{self.log_tail()}") from error
-        if not response.ok:
-            raise requests.HTTPError(
-                f"{response.status_code} to {method} {path}: {response.text}", response=response
-            )
-        return response
-
-
-def _generate_body(
-    prompt: Prompt, max_new_tokens: int, temperature: float, sampling: Json | None
-) -> Json:
-    key, value = ("text", prompt) if isinstance(prompt, str) else ("input_ids", list(prompt))
-    params = {"max_new_tokens": max_new_tokens, "temperature": temperature, "ignore_eos": True}
-    return {key: value, "sampling_params": params | (sampling or {})}
 
 
 def fast_environment(device: str) -> dict[str, str]:

@@ -14,7 +14,8 @@ from sglang_diffxkv.eval.documents.plot import plot
 from sglang_diffxkv.eval.documents.read import TASKS, Reading
 from sglang_diffxkv.eval.documents.report import markdown
 from sglang_diffxkv.eval.documents.run import CONFIGS
-from sglang_diffxkv.eval.documents.score import DocumentRow, bootstrap, compare, score
+from sglang_diffxkv.eval.documents.score import DocumentRecord, compare, score
+from sglang_diffxkv.eval.estimate import bootstrap
 from sglang_diffxkv.eval.variants import VARIANTS, Variant
 
 LENGTH, WORDS = 1025, 7
@@ -144,7 +145,7 @@ def test_intervals_are_over_documents_and_not_over_tokens():
     assert 0.86 <= held / 200 <= 0.99
 
 
-def row(policy: str, task: str, target: float | None = None) -> DocumentRow:
+def row(policy: str, task: str, target: float | None = None) -> DocumentRecord:
     reading, other = (random_reading(np.arange(513, LENGTH), seed) for seed in (0, 3))
     compared = [compare(PASSAGE, reading, reading if policy == "full" else other)] * 3
     return score(Variant(policy, None, target), task, LENGTH, compared, [])

@@ -2,7 +2,7 @@
 import pytest
 
 from sglang_diffxkv.cli import main
-from sglang_diffxkv.eval.command import _names
+from sglang_diffxkv.eval.options import names
 
 
 @pytest.mark.parametrize(
@@ -32,4 +32,4 @@ def test_eval_refuses_in_one_line(options, message, capsys):
 
 
 def test_what_is_named_twice_is_measured_once():
-    assert _names("1024, 2048,1024,") == ["1024", "2048"]
+    assert names("1024, 2048,1024,") == ["1024", "2048"]

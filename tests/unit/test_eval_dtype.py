@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which dtype a model is asked in, and bytes in terms of 16-bit elements."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from sglang_diffxkv.config import DiffXKVConfig, Tiers
 from sglang_diffxkv.eval import dtype
 from sglang_diffxkv.eval.footprint import in_16_bit
+from sglang_diffxkv.eval.model import Model
 from sglang_diffxkv.eval.variants import served
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_stats
@@ -69,8 +72,9 @@ def stats_of(policy: str, elements: torch.dtype, **config: object) -> dict:
 def test_fp32_counts_as_16_bit_would(policy, config):
     """Of the same pages: the rest of the pool differs with its size."""
     wide, narrow = (stats_of(policy, e, **config) for e in (torch.float32, torch.bfloat16))
-    assert in_16_bit(narrow, 2, LAYERS, HEADS, DIM) is narrow
-    found = in_16_bit(wide, 4, LAYERS, HEADS, DIM)
+    model = Model(Path("m"), LAYERS, HEADS, DIM, tokenizer=None, dtype="bfloat16")
+    assert in_16_bit(narrow, model) is narrow
+    found = in_16_bit(wide, model._replace(dtype="float32"))
     assert found["bytes_in_use"] == pytest.approx(narrow["bytes_in_use"], rel=0.06)
     assert found["physical_compression"] == pytest.approx(narrow["physical_compression"], rel=0.06)
     assert wide["bytes_in_use"] > 1.3 * found["bytes_in_use"]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import ConfigError
-from sglang_diffxkv.eval.prompts import Stop, find_stop, make_cells
+from sglang_diffxkv.eval.questions.prompts import Stop, find_stop, make_cells
 from sglang_diffxkv.eval.tasks.base import Question, Sample, Scene
 from sglang_diffxkv.eval.tasks.fillers import FILLERS
 from sglang_diffxkv.eval.tasks.registry import (

@@ -11,12 +11,15 @@ import pytest
 
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.eval.ask import Answer, CacheError, check_cached, count_requests
+from sglang_diffxkv.eval.ask import CacheError
+from sglang_diffxkv.eval.model import load_model
+from sglang_diffxkv.eval.options import Options
 from sglang_diffxkv.eval.progress import Progress
-from sglang_diffxkv.eval.prompts import Prompt, make_cells
-from sglang_diffxkv.eval.run import Options, load_model, make_variants, server_arguments
+from sglang_diffxkv.eval.questions.answers import Answer, check_cached, count_requests
+from sglang_diffxkv.eval.questions.prompts import Prompt, make_cells
+from sglang_diffxkv.eval.servers import Servers
 from sglang_diffxkv.eval.tasks.base import Question
-from sglang_diffxkv.eval.variants import Variant
+from sglang_diffxkv.eval.variants import Variant, make_variants
 
 MODEL = load_model(BUNDLED)
 
@@ -86,7 +89,7 @@ def test_fp32_pools_have_room_for_as_many_tokens():
     for dtype in ("bfloat16", "float32"):
         model = MODEL._replace(dtype=dtype)
         variant = Variant("diffxkv", DiffXKVConfig(target=4.0))
-        arguments = server_arguments(Path("m"), "cpu", model, variant, longest=500)
+        arguments = Servers(model, "cpu", longest=500, at_once=16).arguments(variant)
         assert arguments[arguments.index("--dtype") + 1] == dtype
         config = json.loads(str(arguments[-1]))
         sizes.append(config["memory_bytes"])

@@ -2,28 +2,27 @@
 import json
 import math
 import random
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from scipy.stats import binomtest
 
 from sglang_diffxkv.config import ConfigError
-from sglang_diffxkv.eval.ask import Answer, CellAnswers, divergence
-from sglang_diffxkv.eval.plot import plot, points
-from sglang_diffxkv.eval.prompts import Cell, Prompt, Stop
-from sglang_diffxkv.eval.report import markdown, outcome, write
-from sglang_diffxkv.eval.run import Options
-from sglang_diffxkv.eval.score import (
-    Row,
-    by_document,
+from sglang_diffxkv.eval.ask import divergence
+from sglang_diffxkv.eval.estimate import by_document, hit_rate, mean, wilson
+from sglang_diffxkv.eval.options import Options
+from sglang_diffxkv.eval.questions.answers import Answer, CellAnswers
+from sglang_diffxkv.eval.questions.plot import plot, points
+from sglang_diffxkv.eval.questions.prompts import Cell, Prompt, Stop
+from sglang_diffxkv.eval.questions.report import markdown, outcome, write
+from sglang_diffxkv.eval.questions.score import (
+    QuestionRecord,
     failures,
     found_share,
-    hit_rate,
     is_right,
-    mean,
     score,
     telling,
-    wilson,
 )
 from sglang_diffxkv.eval.tasks.base import Question
 from sglang_diffxkv.eval.variants import KNOBS, VARIANTS, Shape, Variant, make_variant
@@ -129,7 +128,7 @@ def test_score():
     assert row.cached == 0.64
     assert row.mean_kl > 0
     assert score(Variant("full", None), cell, full, full).physical_compression == 1
-    page = markdown([row, row._replace(length=200)], "Title", "about")
+    page = markdown([row, replace(row, length=200)], "Title", "about")
     assert "## 100 tokens" in page and "50% / 30% / 20%" in page
 
 
@@ -172,8 +171,9 @@ def test_unknown_variants_are_refused():
 
 
 def row(policy, length, exact, compression):
-    zeros = dict.fromkeys(Row._fields, 0)
-    return Row(**zeros)._replace(
+    zeros = dict.fromkeys((field.name for field in fields(QuestionRecord)), 0)
+    return replace(
+        QuestionRecord(**zeros),
         policy=policy,
         target=None,
         length=length,
@@ -192,8 +192,8 @@ def test_other_models_are_right_when_every_reference_is_there():
 
 def test_cells_that_full_kv_fails_are_named_and_left_out(tmp_path):
     full = [row("full", 64, 0.9, 1), row("full", 64, 0.6, 1), row("full", 128, 0.1, 1)]
-    full = [r._replace(task=task) for r, task in zip(full, ("qa", "vt", "vt"), strict=True)]
-    ours = [r._replace(policy="diffxkv", physical_compression=3, accuracy=0.5) for r in full]
+    full = [replace(r, task=task) for r, task in zip(full, ("qa", "vt", "vt"), strict=True)]
+    ours = [replace(r, policy="diffxkv", physical_compression=3, accuracy=0.5) for r in full]
     assert failures(full + ours) == full[1:]
     assert telling(full + ours) == [full[0], ours[0]]
     output = tmp_path / "eval.json"
@@ -216,8 +216,8 @@ def test_cells_that_full_kv_fails_are_named_and_left_out(tmp_path):
 
 
 def test_a_line_per_variant():
-    found = row("diffxkv", 64, 0.9, 4)._replace(target=4.0, mean_kl=0.0123)
-    line = outcome([found, found._replace(accuracy=0.7)], 61.4)
+    found = replace(row("diffxkv", 64, 0.9, 4), target=4.0, mean_kl=0.0123)
+    line = outcome([found, replace(found, accuracy=0.7)], 61.4)
     assert line == "diffxkv at 4×: accuracy 80.0%, KL 0.012, compression 4.00, 2 cells in 61 s"
     assert "KL" not in outcome([row("full", 64, 0.9, 1)], 1)
 
@@ -230,7 +230,7 @@ def test_points_pool_the_tasks(tmp_path):
     assert first.bytes_share == pytest.approx((0.5 + 0.25) / 2)
     assert first.samples == 200
     assert first.recall == 0
-    few, *_ = points([row("a", 64, 0.9, 2)._replace(documents=10)])
+    few, *_ = points([replace(row("a", 64, 0.9, 2), documents=10)])
     assert few[4:7] == wilson(9, 10)
     plot(tmp_path / "plot.png", rows)
     assert (tmp_path / "plot.png").stat().st_size > 1000

@@ -10,7 +10,7 @@ from bench.accuracy.fake_quantization import Side, quantized, token_bytes
 from bench.accuracy.quantizer_report import KL_FLOOR, Sample, summarize
 from bench.accuracy.quantizers import Outputs
 from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.eval.prompts import make_cells
+from sglang_diffxkv.eval.questions.prompts import make_cells
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
 from sglang_diffxkv.kernels.pack.quantize import CLIP

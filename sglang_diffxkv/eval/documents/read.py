@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sglang_diffxkv.eval.ask import CacheError
-from sglang_diffxkv.eval.client import TOP, WARM_TOKENS, Client
+from sglang_diffxkv.client import Client
+from sglang_diffxkv.eval.ask import TOP, WARM_TOKENS, CacheError, warm
 from sglang_diffxkv.eval.documents.passages import Passage
 
 STEP = 256
@@ -44,12 +44,13 @@ class Session:
         self._client = client
         self._is_ours = is_ours
         self.stats: dict[str, Any] | None = None
-        client.flush()
+        client.flush_cache()
 
     def seal(self, ids: Sequence[int]) -> None:
         """Put the KV of `ids` into the cache."""
-        self._client.warm(ids, _NAMESPACE)
-        self._note_stats()
+        warm(self._client, ids, _NAMESPACE)
+        if self._is_ours:
+            self.stats = self._client.stats()
 
     def read(self, ids: Sequence[int], start: int) -> Reading:
         """Distributions before the tokens of `ids` after `start`; it reads the KV of those before.
@@ -60,9 +61,8 @@ class Session:
         """
         found = self._client.generate(
             ids,
-            _NAMESPACE,
-            WARM_TOKENS,
-            ignore_eos=True,
+            max_new_tokens=WARM_TOKENS,
+            extra_key=_NAMESPACE,
             return_logprob=True,
             logprob_start_len=start,
             top_logprobs_num=TOP,
@@ -81,10 +81,6 @@ class Session:
             top[..., 1].astype(np.int32),
             top[..., 0].astype(np.float32),
         )
-
-    def _note_stats(self) -> None:
-        if self._is_ours:
-            self.stats = self._client.stats()
 
 
 def half(session: Session, passage: Passage, other: Passage) -> Reading:

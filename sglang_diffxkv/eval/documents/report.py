@@ -1,23 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows about documents as JSON, as a Markdown page and as a plot."""
+"""Records about documents as JSON, as a Markdown page and as a plot."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from sglang_diffxkv.eval.client import TOP
+from sglang_diffxkv.eval.ask import TOP
 from sglang_diffxkv.eval.documents.plot import plot
 from sglang_diffxkv.eval.documents.read import STEP
-from sglang_diffxkv.eval.documents.score import DocumentRow
-from sglang_diffxkv.eval.report import label, table
-from sglang_diffxkv.eval.score import Estimate
-from sglang_diffxkv.eval.variants import FULL
-
-if TYPE_CHECKING:
-    from sglang_diffxkv.eval.run import Options
+from sglang_diffxkv.eval.documents.score import DocumentRecord
+from sglang_diffxkv.eval.estimate import Estimate
+from sglang_diffxkv.eval.options import Options
+from sglang_diffxkv.eval.page import by_length, head_of_page, table, tiers_cell, write_files
 
 _NOTE = (
     "The first half of each document, in whole pages, is sent first and sealed, all of it (there "
@@ -49,11 +44,11 @@ _HEAD = (
 
 
 def write(
-    rows: Sequence[DocumentRow],
+    records: Sequence[DocumentRecord],
     command: str,
     options: Options,
-    files: Sequence[Path],
     output: Path | None,
+    files: Sequence[Path],
 ) -> str:
     """Write JSON, page and plot to `output` and beside it, if given; return the page.
 
@@ -62,79 +57,58 @@ def write(
     """
     names = ", ".join(path.name for path in files) or "Python's documentation"
     model = f"Model {options.model.name}, in {options.dtype} on {options.device}"
-    page = markdown(rows, f"`{command}`\n\n{model}, on {names}.")
+    page = markdown(records, f"`{command}`\n\n{model}, on {names}.")
     if output:
-        content = {
-            "command": command,
-            "options": _plain(options),
-            "documents": names,
-            "rows": _plain(rows),
-        }
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(content, indent=1) + "\n")
-        output.with_suffix(".md").write_text(page)
-        plot(output.with_suffix(".png"), rows)
+        content = {"command": command, "options": options, "documents": names, "rows": records}
+        write_files(output, content, page)
+        plot(output.with_suffix(".png"), records)
     return page
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return value.name
-    if hasattr(value, "_asdict"):
-        return {key: _plain(item) for key, item in value._asdict().items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def markdown(rows: Sequence[DocumentRow], about: str) -> str:
+def markdown(records: Sequence[DocumentRecord], about: str) -> str:
     """A page with a table for each length."""
-    parts = ["# Documents against full KV", about, _NOTE]
-    if early := [row for row in rows if row.under_pressure]:
-        names = ", ".join(dict.fromkeys(map(label, early)))
-        parts.append(f"**Memory ran out and pages were sealed early: {names}.**")
-    for length in sorted({row.length for row in rows}):
-        here = [row for row in rows if row.length == length]
+    parts = head_of_page("Documents against full KV", about, _NOTE, records)
+    for length, here in by_length(records):
         parts += [f"## {length:,} tokens", table([_HEAD, *map(_cells, here)])]
     return "\n\n".join(parts) + "\n"
 
 
-def outcome(rows: Sequence[DocumentRow], seconds: float) -> str:
+def outcome(records: Sequence[DocumentRecord], seconds: float) -> str:
     """One line about a variant that is through."""
-    first = rows[0]
+    first = records[0]
     found = [
-        f"{row.task} "
-        + (f"perplexity {row.whole.perplexity.mean:.2f}" if row.policy == FULL else _kl(row))
-        for row in rows
+        f"{record.task} "
+        + (f"perplexity {record.whole.perplexity.mean:.2f}" if record.is_full else _kl(record))
+        for record in records
     ]
     return (
-        f"{label(first)}: {', '.join(found)}, compression {first.physical_compression:.2f}, "
+        f"{first.label}: {', '.join(found)}, compression {first.physical_compression:.2f}, "
         f"in {seconds:.0f} s"
     )
 
 
-def _kl(row: DocumentRow) -> str:
-    return f"KL {row.whole.mean_kl.mean:.2g} ({row.whole.agreement.mean:.1%} agree)"
+def _kl(record: DocumentRecord) -> str:
+    return f"KL {record.whole.mean_kl.mean:.2g} ({record.whole.agreement.mean:.1%} agree)"
 
 
-def _cells(row: DocumentRow) -> tuple[str, ...]:
-    whole, tiers, compared = row.whole, "–", ("–",) * 5
-    if row.kept_high is not None and row.kept_low is not None and row.pruned is not None:
-        tiers = f"{row.kept_high:.0%} / {row.kept_low:.0%} / {row.pruned:.0%}"
-    if row.policy != FULL:
+def _cells(record: DocumentRecord) -> tuple[str, ...]:
+    whole, compared = record.whole, ("–",) * 5
+    if not record.is_full:
         compared = (
             _estimate(whole.perplexity_ratio, ".3f"),
             _estimate(whole.mean_kl, ".2g"),
             _estimate(whole.p99_kl, ".2g"),
             _estimate(whole.agreement, ".1%"),
-            " ".join(f"{part.mean_kl.mean:.2g}" for part in row.parts),
+            " ".join(f"{part.mean_kl.mean:.2g}" for part in record.parts),
         )
     return (
-        label(row),
-        row.task,
-        str(row.documents),
+        record.label,
+        record.task,
+        str(record.documents),
         _estimate(whole.perplexity, ".2f"),
         *compared,
-        f"{row.physical_compression:.2f}",
-        tiers,
+        f"{record.physical_compression:.2f}",
+        tiers_cell(record),
     )
 
 

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,12 +12,12 @@ import numpy as np
 from sglang_diffxkv.eval.ask import Distribution, divergence
 from sglang_diffxkv.eval.documents.passages import Passage
 from sglang_diffxkv.eval.documents.read import Reading
-from sglang_diffxkv.eval.score import Estimate, pool_figures
+from sglang_diffxkv.eval.estimate import Estimate, bootstrap
+from sglang_diffxkv.eval.record import Record, pool_figures
 from sglang_diffxkv.eval.variants import Variant
 
 PARTS = 4
 """Of the second half, from its beginning to its end."""
-_RESAMPLES = 500
 
 
 class Compared(NamedTuple):
@@ -47,39 +48,29 @@ class Figures(NamedTuple):
     agreement: Estimate
 
 
-class DocumentRow(NamedTuple):
-    """One policy on one way to read documents of one length; `None` is for what does not apply."""
+@dataclass(frozen=True)
+class DocumentRecord(Record):
+    """How far one variant is from full KV, in one way to read documents."""
 
-    policy: str
-    target: float | None
-    task: str
-    length: int
-    documents: int
     tokens: int
     """That were compared, of all documents."""
     whole: Figures
     parts: list[Figures]
     """Of each quarter of the second half."""
-    physical_compression: float
-    kept_high: float | None
-    kept_low: float | None
-    pruned: float | None
-    sealed: float | None
-    under_pressure: int
 
 
 def compare(passage: Passage, full: Reading, other: Reading) -> Compared:
     """`other` beside `full`, of the same tokens of `passage`."""
     return Compared(
         place=(full.places - passage.half) / (len(passage.ids) - passage.half),
-        kl=np.array([divergence(a, b) for a, b in zip(_rows(full), _rows(other), strict=True)]),
+        kl=np.array([divergence(a, b) for a, b in zip(_listed(full), _listed(other), strict=True)]),
         loss=-other.logprobs.astype(np.float64),
         full_loss=-full.logprobs.astype(np.float64),
         agrees=(full.top_ids[:, 0] == other.top_ids[:, 0]).astype(np.float64),
     )
 
 
-def _rows(reading: Reading) -> list[Distribution]:
+def _listed(reading: Reading) -> list[Distribution]:
     pairs = zip(reading.top_ids.tolist(), reading.top_logprobs.tolist(), strict=True)
     return [dict(zip(ids, logprobs, strict=True)) for ids, logprobs in pairs]
 
@@ -90,9 +81,9 @@ def score(
     length: int,
     compared: Sequence[Compared],
     stats: Sequence[dict[str, Any]],
-) -> DocumentRow:
-    """The row of the documents in `compared`; `stats` are the pool's, none of SGLang's own."""
-    return DocumentRow(
+) -> DocumentRecord:
+    """The record of the documents in `compared`; `stats` are the pool's, none of SGLang's own."""
+    return DocumentRecord(
         policy=variant.name,
         target=variant.target,
         task=task,
@@ -130,15 +121,3 @@ def _perplexity(loss: np.ndarray) -> float:
 
 def _p99(values: np.ndarray) -> float:
     return float(np.quantile(values, 0.99))
-
-
-def bootstrap(documents: Sequence[np.ndarray], statistic: Callable[[np.ndarray], Any]) -> Estimate:
-    """`statistic` of all values, with the interval of its values over documents drawn anew.
-
-    Tokens of one document are not independent, so documents are drawn, whole.
-    """
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(len(documents), size=(_RESAMPLES, len(documents)))
-    found = [statistic(np.concatenate([documents[i] for i in row])) for row in drawn]
-    low, high = np.quantile(found, [0.025, 0.975])
-    return Estimate(float(statistic(np.concatenate(documents))), float(low), float(high))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from random import Random
 from typing import Any, NamedTuple
 
@@ -49,8 +50,8 @@ class Cell(NamedTuple):
 
 def make_cells(
     tokenizer: Any,
-    tasks: list[str],
-    lengths: list[int],
+    tasks: Sequence[str],
+    lengths: Sequence[int],
     samples: int,
     seed: int,
     suite: Suite = BUNDLED_SUITE,

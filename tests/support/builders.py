@@ -183,5 +183,10 @@ def error_norm(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def error_bound(bits: int) -> float:
-    """Largest error of an element in shares of its row's range: half a step, or what is clipped."""
+    """Largest error of an element in shares of its row's range: half a step, or what is clipped.
+
+    ``bits`` 0 are raw elements.
+    """
+    if bits == 0:
+        return 0.0
     return 1.04 * max(CLIP[bits] / (2**bits - 1) / 2, (1 - CLIP[bits]) / 2)

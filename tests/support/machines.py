@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -178,9 +179,25 @@ class AllocatorMachine(RuleBasedStateMachine):
         held = sum(-(-len(s) // PAGE_TOKENS) for s in [*running, *self.cache.sequences])
         free = self.allocator.available_size() // PAGE_TOKENS
         assert held + free == self.allocator.num_pages
-        usage = self.allocator.usage(self.cache)
-        assert 0 <= usage <= 1
-        pages = torch.cat([lens(), *running]) // PAGE_TOKENS
+        pages = torch.unique(torch.cat([lens(), *running]) // PAGE_TOKENS)
         assert not bool(self.allocator.store.directory.demotions[pages].any()), "somebody holds it"
-        if not self.running:
-            assert usage < 0.02, "nobody runs"
+        self._check_usage(pages)
+
+    def _check_usage(self, pages: torch.Tensor) -> None:
+        """Against what the pages of those who run take: raw pages exactly, frames about.
+
+        Cached lossless pages count as some that can be evicted, though they have no frames.
+        """
+        store = self.allocator.store
+        directory, ledger = store.directory, store.ledger
+        is_open, is_full = directory.raw_slot[pages] >= 0, directory.filled[pages] == PAGE_TOKENS
+        lossless = directory.quality[pages] == Quality.LOSSLESS
+        raw = int((is_open & (lossless | ~is_full)).sum()) / ledger.raw_total
+        growing, full = is_open & ~lossless & ~is_full, is_open & ~lossless & is_full
+        frames = int(directory.num_frames[pages].sum()) + int(growing.sum()) * ledger.worst_frames
+        frames += int(full.sum()) * ledger.fresh_mean
+        expected = max(raw, frames / ledger.frames_total)
+        usage = self.allocator.usage(self.cache)
+        assert raw - 1e-6 <= usage <= expected + 0.02
+        if ledger.raw_only == int((is_open & lossless).sum()):
+            assert usage == pytest.approx(expected, abs=0.02)

@@ -12,11 +12,11 @@ from tests.support.machines import AllocatorMachine, lens, walks
 from tests.support.pages import ask, running, write
 from tests.support.stores import PrefixCache, make_allocator
 
-TestDiffXKVAllocator = walks(AllocatorMachine, "diffxkv", examples=15, steps=40)
-TestDiffKVAllocator = walks(AllocatorMachine, "diffkv", examples=15, steps=40)
-TestLosslessAllocator = walks(AllocatorMachine, "lossless", examples=15, steps=40)
-TestUniformAllocator = walks(AllocatorMachine, "uniform", examples=15, steps=40)
-TestSnapKVAllocator = walks(AllocatorMachine, "snapkv", examples=15, steps=40)
+TestDiffXKVAllocator = walks(AllocatorMachine, "diffxkv", examples=100, steps=40)
+TestDiffKVAllocator = walks(AllocatorMachine, "diffkv", examples=100, steps=40)
+TestLosslessAllocator = walks(AllocatorMachine, "lossless", examples=100, steps=40)
+TestUniformAllocator = walks(AllocatorMachine, "uniform", examples=100, steps=40)
+TestSnapKVAllocator = walks(AllocatorMachine, "snapkv", examples=100, steps=40)
 
 
 def cached_sequence(cache: PrefixCache, pages: int, quality: Quality) -> None:

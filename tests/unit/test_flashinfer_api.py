@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import flashinfer as installed
 import pytest
 import torch
 
 from sglang_diffxkv.kernels.extend import OpenPrefill, extend_open, flashinfer, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-
-pytest.importorskip("flashinfer")
 
 
 def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
@@ -32,8 +31,6 @@ def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
 @pytest.fixture
 def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
     """FlashInfer's wrapper class, replaced by one that only checks how it is called."""
-    import flashinfer as installed
-
     fake = mock.create_autospec(installed.BatchPrefillWithPagedKVCacheWrapper)
     fake.return_value.run.side_effect = lambda q, kv, return_lse: (q, q[..., 0].float())
     monkeypatch.setattr(installed, "BatchPrefillWithPagedKVCacheWrapper", fake)
@@ -80,7 +77,6 @@ def test_its_reference_means_what_ours_does() -> None:
 
 
 def test_its_sources_say_what_we_rely_on() -> None:
-    import flashinfer as installed
     from flashinfer.utils import TensorLayout, is_fa3_prefill_head_dim_supported
 
     assert hasattr(TensorLayout, "NHD")

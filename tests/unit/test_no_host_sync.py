@@ -91,8 +91,9 @@ def test_a_step_that_seals_does_wait() -> None:
     """The test would notice: sealing lists pages, which needs their number."""
     backend = meta_backend("uniform")
     backend.full_pages.expect_any()
-    with recorded(), pytest.raises((NotImplementedError, RuntimeError)):
+    with recorded(), pytest.raises(NotImplementedError, match="nonzero") as waited:
         decode(backend, meta_batch([70, 130, 3, 999, 500]))
+    assert "gather_pages" in {entry.name for entry in waited.traceback}
 
 
 def test_capture_touches_no_page() -> None:

@@ -89,7 +89,6 @@ def test_attention_on_a_gpu_has_its_share() -> None:
 
     FlashInfer's workspace counts if it serves, and what prefixes are unpacked to always does.
     """
-    pytest.importorskip("triton")
     from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
     from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
     from sglang_diffxkv.kernels.extend.scratch import make_scratch

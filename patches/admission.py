@@ -28,17 +28,17 @@ def _use_prefix(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
 
 def _use_chunks(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
     allocator = self.token_to_kv_pool_allocator
-    if not isinstance(allocator, DiffXKVAllocator) or allocator.rows is None:
+    if not isinstance(allocator, DiffXKVAllocator):
         return
-    row = req.kv.req_pool_idx
+    index = req.kv.req_pool_idx
     table = self.tree_cache.req_to_token_pool.req_to_token
-    _use(allocator, table[row, : req.kv.kv_allocated_len])
-    allocator.rows.stay(row, allocator.store.next_step)
+    _use(allocator, table[index, : req.kv.kv_allocated_len])
+    allocator.running.stay(index, allocator.store.recency.next_step)
 
 
 def _use(allocator: DiffXKVAllocator, slots: torch.Tensor) -> None:
     pages = slots[::PAGE_TOKENS].to(allocator.device).long() // PAGE_TOKENS
-    allocator.store.expect(pages)
+    allocator.store.recency.expect(pages)
 
 
 def install() -> None:

@@ -48,13 +48,13 @@ def _get_token_info(result: PoolStats, self: Any) -> PoolStats | None:
     if not isinstance(allocator, DiffXKVAllocator):
         return None
     held = allocator.size - result.full_available_size - result.full_evictable_size
-    usage = max(held / allocator.size, allocator.usage(self.tree_cache))
+    usage = max(held / allocator.size, allocator.capacity.usage(self.tree_cache))
     return PhysicalPoolStats(
-        full_num_used=round(usage * allocator.expected_tokens),
+        full_num_used=round(usage * allocator.store.sizes.expected_tokens),
         full_token_usage=usage,
         full_available_size=result.full_available_size,
         full_evictable_size=result.full_evictable_size,
-        full_capacity=allocator.expected_tokens,
+        full_capacity=allocator.store.sizes.expected_tokens,
         tokens_running=held,
     )
 
@@ -65,9 +65,9 @@ def _get_worker_info(result: tuple[Any, ...], self: Any) -> tuple[Any, ...] | No
     if not isinstance(allocator, DiffXKVAllocator):
         return None
     _, *between, length, prompt = result[:6]
-    length = min(length, allocator.longest_prompt + allocator.page_size)
-    prompt = min(prompt, allocator.longest_prompt)
-    return (allocator.expected_tokens, *between, length, prompt, *result[6:])
+    length = min(length, allocator.capacity.longest_prompt + allocator.page_size)
+    prompt = min(prompt, allocator.capacity.longest_prompt)
+    return (allocator.store.sizes.expected_tokens, *between, length, prompt, *result[6:])
 
 
 def _check_virtual_pages(original: Callable[[Any], None], self: Any) -> None:

@@ -14,13 +14,13 @@ from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.server_args import is_active
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 
-_ROWS = "diffxkv_rows"
+_INDICES = "diffxkv_req_pool_indices"
 
 
-def _note_rows(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+def _note_requests(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """Whose tokens they are: on the host, and not by ids, which clients may give twice."""
     if is_active():
-        setattr(result, _ROWS, [req.kv.req_pool_idx for req in batch.reqs])
+        setattr(result, _INDICES, [req.kv.req_pool_idx for req in batch.reqs])
 
 
 def _before_forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
@@ -28,7 +28,7 @@ def _before_forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) ->
     prefills."""
     if isinstance(self.attn_backend, DiffXKVBackend):
         self.attn_backend.is_mixed = forward_batch.forward_mode.is_mixed()
-        self.attn_backend.batch_rows = getattr(forward_batch, _ROWS, None)
+        self.attn_backend.batch_indices = getattr(forward_batch, _INDICES, None)
 
 
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -55,6 +55,6 @@ def install() -> None:
     )
     forward = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
     batch = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
-    hook(batch, _note_rows, HookType.AFTER, ("batch",))
+    hook(batch, _note_requests, HookType.AFTER, ("batch",))
     hook(forward, _before_forward, HookType.BEFORE, ("forward_batch",))
     hook(forward, _after_forward, HookType.AFTER, ("forward_batch",))

@@ -28,7 +28,7 @@ def _limit_length(self: Any, req: Req) -> None:
     allocator = self.token_to_kv_pool_allocator
     if quality_of(req) is not Quality.LOSSLESS or req.to_finish is not None:
         return
-    capacity = allocator.lossless_pages * PAGE_TOKENS
+    capacity = allocator.capacity.lossless_pages * PAGE_TOKENS
     room = capacity - len(req.origin_input_ids)
     if room > 0:
         params = req.sampling_params
@@ -135,7 +135,7 @@ def _fits(adder: Any, req: Req, without: Collection[Req] = ()) -> bool:
         if _holds_raw_pages(r)
     ]
     pages = distinct_pages(adder.tree_cache, sequences)
-    return pages <= adder.token_to_kv_pool_allocator.lossless_pages
+    return pages <= adder.token_to_kv_pool_allocator.capacity.lossless_pages
 
 
 def install() -> None:

@@ -27,7 +27,7 @@ from sglang_diffxkv.policy.quality import (
     with_quality,
 )
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.request_rows import RequestRows, RunningRequest
+from sglang_diffxkv.pool.running import RunningRequest
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -37,9 +37,8 @@ _QUALITY = "diffxkv_quality"
 _ALLOCATOR = "diffxkv_allocator"
 
 
-def follow_rows(req_to_token_pool: Any, allocator: DiffXKVAllocator, rows: RequestRows) -> None:
-    """Keep ``rows`` up to date with the requests that get rows of ``req_to_token_pool``."""
-    allocator.rows = rows
+def follow_requests(req_to_token_pool: Any, allocator: DiffXKVAllocator) -> None:
+    """Tell the allocator which requests run, as they get their indices of ``req_to_token_pool``."""
     setattr(req_to_token_pool, _ALLOCATOR, allocator)
 
 
@@ -85,18 +84,17 @@ def namespace(salt: str | None, quality: Quality) -> str | None:
     return salt + mark
 
 
-def _enter_rows(result: list[int] | None, self: Any, reqs: list[Req]) -> None:
+def _enter(result: list[int] | None, self: Any, reqs: list[Req]) -> None:
     allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
-    if allocator is not None and allocator.rows is not None and result:
-        step = allocator.store.next_step
-        running = [RunningRequest(quality_of(req), step, req) for req in reqs]
-        allocator.rows.enter(result, running)
+    if allocator is not None and result:
+        step = allocator.store.recency.next_step
+        allocator.running.enter(result, [RunningRequest(quality_of(r), step, r) for r in reqs])
 
 
-def _leave_rows(result: None, self: Any, indices: list[int]) -> None:
+def _leave(result: None, self: Any, indices: list[int]) -> None:
     allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
-    if allocator is not None and allocator.rows is not None:
-        allocator.rows.leave(indices)
+    if allocator is not None:
+        allocator.running.leave(indices)
 
 
 def set_quality(req: Req, quality: Quality) -> None:
@@ -113,6 +111,6 @@ def install() -> None:
     hook(f"{manager}._create_tokenized_object", _settle, HookType.AFTER, ("obj",))
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     hook(f"{scheduler}._create_generation_req", _note, HookType.AFTER, ("recv_req",))
-    rows = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
-    hook(f"{rows}.alloc", _enter_rows, HookType.AFTER, ("reqs",))
-    hook(f"{rows}.free_rows", _leave_rows, HookType.AFTER, ("indices",))
+    pool = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
+    hook(f"{pool}.alloc", _enter, HookType.AFTER, ("reqs",))
+    hook(f"{pool}.free_rows", _leave, HookType.AFTER, ("indices",))

@@ -20,7 +20,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
     From sums that the store keeps, whatever its size; waits for the device. ``bytes`` has the parts
     of ``bytes_in_use``.
     """
-    layout, ledger, plan = store.layout, store.ledger, store.plan
+    layout, ledger, sizes = store.layout, store.ledger, store.sizes
     store.settle()  # so that all figures are of one moment
     sums = store.totals.by_layer()
     high, low = sum(sums.high), sum(sums.low)
@@ -39,10 +39,10 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
     return {
         "policy": store.policy.name,
         "tiers": {"high": layout.high.name, "low": layout.low.name},
-        "virtual_pages": plan.virtual_pages,
-        "raw_pages": plan.raw_pages,
+        "virtual_pages": sizes.virtual_pages,
+        "raw_pages": sizes.raw_pages,
         "pages_by_quality": {x.name.lower(): store.totals.by_quality[x] for x in Quality},
-        "frames": plan.frames,
+        "frames": sizes.frames,
         "frame_bytes": layout.frame_bytes,
         **_gauges(store, sums),
         "bytes": {
@@ -72,9 +72,9 @@ def pool_gauges(store: PageStore) -> dict[str, Any]:
 
 
 def _gauges(store: PageStore, sums: LayerSums) -> dict[str, Any]:
-    ledger, plan = store.ledger, store.plan
+    ledger, sizes = store.ledger, store.sizes
     high, low = sum(sums.high), sum(sums.low)
-    entries = ledger.sealed_pages * PAGE_TOKENS * plan.num_layers * store.layout.num_kv_heads
+    entries = ledger.sealed_pages * PAGE_TOKENS * sizes.num_layers * store.layout.num_kv_heads
     return {
         "sealed_pages": ledger.sealed_pages,
         "open_pages": ledger.open_pages,

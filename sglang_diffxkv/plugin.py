@@ -33,6 +33,7 @@ def _install() -> None:
         http_app,
         idle,
         input_buffers,
+        kv_dtype,
         lossless,
         observability,
         pool,
@@ -41,36 +42,33 @@ def _install() -> None:
         server_args,
     )
 
-    hooks = (server_args, pool, capacity, input_buffers, forward, observability, check, idle)
+    hooks = (
+        server_args,
+        kv_dtype,
+        pool,
+        capacity,
+        input_buffers,
+        forward,
+        observability,
+        check,
+        idle,
+    )
     for hook in (*hooks, admission, http_app, quality, lossless, profiling):
         hook.install()
 
     @register_attention_backend(server_args.BACKEND)
     def create_backend(model_runner: Any) -> Any:
+        from sglang_diffxkv.attention.factory import make_backend
         from sglang_diffxkv.patches.hook import check_applied
         from sglang_diffxkv.patches.model_validation import check_layers
 
         check_applied()
         check_layers(model_runner.model)
         _prepare_kernels(model_runner)
-        backend = _backend_class(model_runner)(model_runner)
+        backend = make_backend(model_runner, server_args.get_config())
         allocator = model_runner.token_to_kv_pool_allocator
-        quality.follow_rows(model_runner.req_to_token_pool, allocator, backend.rows)
+        quality.follow_requests(model_runner.req_to_token_pool, allocator)
         return backend
-
-
-def _backend_class(model_runner: Any) -> Any:
-    from sglang_diffxkv.kernels.gpu.device import on_gpu
-
-    if on_gpu(model_runner.req_to_token_pool.req_to_token):
-        from sglang_diffxkv.attention.device_backend import GPUBackend  # needs Triton
-
-        return GPUBackend
-    from sglang_diffxkv.attention.backend import DiffXKVBackend
-    from sglang_diffxkv.attention.host_backend import CPUBackend
-    from sglang_diffxkv.kernels.decode.layer import available
-
-    return CPUBackend if available() else DiffXKVBackend
 
 
 def _prepare_kernels(model_runner: Any) -> None:

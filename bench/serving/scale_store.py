@@ -20,12 +20,14 @@ import torch
 
 from bench.peak import peak_bytes
 from bench.serving.common import MIB, PAGE_TOKENS, table, write_results
-from sglang_diffxkv.attention.metadata import gather_pages, note_use, pages_to_seal
+from sglang_diffxkv.attention.batch_pages import gather_pages, note_use, page_table
+from sglang_diffxkv.attention.ready_pages import pages_to_seal
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
 from sglang_diffxkv.pool.clock import ClockHand
+from sglang_diffxkv.pool.recency import RAW_WINDOW, SEALED_WINDOW
+from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK
-from sglang_diffxkv.pool.store import DEMOTION_WINDOW, RAW_WINDOW
 from tests.support.policies import Shape
 from tests.support.stores import PrefixCache, allocator_of
 
@@ -43,7 +45,7 @@ class Pool:
         share = DiffXKVConfig().raw_share
         self.allocator = allocator_of(DiffXKVConfig(), budget, SHAPE, share, DEMOTION_SLACK)
         self.store = self.allocator.store
-        self.plan = self.store.plan
+        self.sizes = self.store.sizes
         self.cache = PrefixCache(self.allocator)
 
     def fill(self) -> None:
@@ -70,12 +72,12 @@ class Pool:
         self.store.begin_step(decodes=False)
         where = torch.arange(len(pages))
         self.store.ledger.write(tokens, tokens // PAGE_TOKENS)
-        self.store.touch(pages, where, torch.full((len(pages),), tokens), window=64)
+        self.store.recency.touch(pages, where, torch.full((len(pages),), tokens), window=64)
         return slots
 
     def seal(self, slots: torch.Tensor) -> None:
         pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
-        self.store.seal(pages, torch.zeros_like(pages))
+        seal(self.store, pages, torch.zeros_like(pages))
 
     # -- what is timed --
 
@@ -86,7 +88,7 @@ class Pool:
         pool_stats(self.store)
 
     def load_and_gauges(self) -> None:
-        self.allocator.usage(self.cache)
+        self.allocator.capacity.usage(self.cache)
         pool_gauges(self.store)
 
     def admission(self) -> None:
@@ -103,7 +105,7 @@ class Pool:
         assert self.allocator.check_decode_capacity(num_tokens=0, tree_cache=self.cache)
         store, rows = self.store, torch.arange(RUNNING)
         store.begin_step(decodes=True)
-        pages = gather_pages(store, self.table, rows, self.lens, LENGTH)
+        pages = gather_pages(store, page_table(self.table, rows, LENGTH), self.lens)
         note_use(store, pages, self.lens, 64)
         pages_to_seal(store, pages, self.lens - 1)
 
@@ -119,10 +121,10 @@ class Pool:
         self.store.begin_step(decodes=True)
         self.store.begin_step(decodes=True)
         # Where raw pages are short, all of them are in use, and the next window has cold ones.
-        self.store.raw_hand = ClockHand(self.plan.raw_pages, RAW_WINDOW)
+        self.store.recency.raw_hand = ClockHand(self.sizes.raw_pages, RAW_WINDOW)
         with self.only(raw_total=self.store.ledger.open_pages):
             begin = time.perf_counter()
-            assert self.allocator.reclaim(self.cache, NEW * PAGE_TOKENS)
+            assert self.allocator.reclaimer.reclaim(self.cache, NEW * PAGE_TOKENS)
             self.seconds = time.perf_counter() - begin
         self.allocator.free_segment(slots, start_pos=0)
 
@@ -130,10 +132,10 @@ class Pool:
         """No frame is free: cold pages lose tiers."""
         ledger = self.store.ledger
         demoted, needed = self.store.counters.demoted, ledger.frame_headroom
-        self.store.demotion_hand = ClockHand(self.plan.virtual_pages, DEMOTION_WINDOW)
+        self.store.recency.sealed_hand = ClockHand(self.sizes.virtual_pages, SEALED_WINDOW)
         with self.only(frames_total=ledger.frames_total - needed * ledger.worst_frames):
             begin = time.perf_counter()
-            self.allocator.reclaim(self.cache, PAGE_TOKENS)
+            self.allocator.reclaimer.reclaim(self.cache, PAGE_TOKENS)
             self.seconds = time.perf_counter() - begin
         assert self.store.counters.demoted > demoted
 
@@ -147,7 +149,7 @@ class Pool:
         needed = ledger.frame_headroom
         with self.only(frames_total=ledger.frames_total - needed * ledger.worst_frames):
             begin = time.perf_counter()
-            self.allocator._evict_until(self.cache, lambda: ledger.frame_headroom >= 1)
+            self.allocator.reclaimer.evict_until(self.cache, lambda: ledger.frame_headroom >= 1)
             self.seconds = time.perf_counter() - begin
         assert not self.cache.sequences
 
@@ -233,11 +235,11 @@ def sealing_peak() -> dict[str, Any]:
     pages = torch.cat(slots)[::PAGE_TOKENS] // PAGE_TOKENS
     sequence = torch.arange(len(pages)) // 32
     begin = time.perf_counter()
-    peak = peak_bytes(lambda: pool.store.seal(pages, sequence))
+    peak = peak_bytes(lambda: seal(pool.store, pages, sequence))
     return {
         "pages": len(pages),
         "peak_bytes": peak,
-        "workspace_bytes": pool.plan.workspace.nbytes,
+        "workspace_bytes": pool.sizes.workspace.nbytes,
         "seconds": time.perf_counter() - begin,
     }
 
@@ -280,7 +282,7 @@ def main() -> None:
     pools = [pool for pool, _ in made.values()]
     result: dict[str, Any] = {
         "pools": {
-            name: {"virtual_pages": pool.plan.virtual_pages, "made": cost}
+            name: {"virtual_pages": pool.sizes.virtual_pages, "made": cost}
             for name, (pool, cost) in made.items()
         },
         "microseconds": {name: measure(pools, name, rounds) for name in OPERATIONS},

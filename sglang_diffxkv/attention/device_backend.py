@@ -8,36 +8,48 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sglang_diffxkv.attention.decode_backend import DecodeBatch, StepBackend
-from sglang_diffxkv.attention.device_decode import DecodeStep, DeviceDecode
-from sglang_diffxkv.attention.metadata import ready_pages
+from sglang_diffxkv.attention.backend import DecodeBatch, DiffXKVBackend
+from sglang_diffxkv.attention.device_decode import DeviceDecode
+from sglang_diffxkv.attention.ready_pages import ready_pages
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.kernels.extend import make_scratch
+from sglang_diffxkv.pool.running import RunningRequests
+from sglang_diffxkv.pool.sealing import seal_ready
+from sglang_diffxkv.pool.store import PageStore
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-    from sglang.srt.model_executor.model_runner import ModelRunner
-
 
 MOST_ARENA_BYTES = 2**32 * 64
 """Numbers of rows have 32 bits where rows have 64 bytes or more (`payload.arena_row`)."""
 
 
-class GPUBackend(StepBackend):
+class DeviceBackend(DiffXKVBackend):
     """Prefills as everywhere; of decode steps only the first one after a prefill may wait for the
-    device."""
+    device.
 
-    def __init__(self, model_runner: ModelRunner) -> None:
-        super().__init__(model_runner)
-        nbytes = self.store.arena.buffer.nbytes
+    Raises:
+        ValueError: kernels do not reach all of the store's frames.
+    """
+
+    decode: DeviceDecode
+
+    def __init__(
+        self,
+        store: PageStore,
+        req_to_token: torch.Tensor,
+        config: DiffXKVConfig,
+        running: RunningRequests,
+    ) -> None:
+        super().__init__(store, req_to_token, config, running)
+        nbytes = store.arena.buffer.nbytes
         if nbytes > MOST_ARENA_BYTES:
             raise ValueError(
                 f"diffxkv: the pool has {nbytes / 2**30:.0f} GiB of frames, of which kernels reach "
                 f"{MOST_ARENA_BYTES >> 30}: lower memory_bytes"
             )
-        self.decode = DeviceDecode(
-            self.store, self.req_to_token_pool.req_to_token, self.config.window
-        )
-        self.decode_step: DecodeStep | None = None
+        self.decode = DeviceDecode(store, req_to_token, config.window)
+        self.scratch = make_scratch(store.layout, store.raw.keys[0].dtype, req_to_token.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1
@@ -46,13 +58,11 @@ class GPUBackend(StepBackend):
         """Nothing to do: graphs read SGLang's own buffers, and what they write is captured."""
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        # SGLang's warm-up begins steps that it does not end.
         self.decode_batch = self.forward_metadata = None
         if forward_batch.forward_mode.is_decode():
-            self.init_forward_metadata_out_graph(forward_batch)
-            self.init_forward_metadata_in_graph(forward_batch)
+            super().init_forward_metadata(forward_batch)  # SGLang's: out of the graph, then in it
         else:
-            super().init_forward_metadata(forward_batch)
+            self.begin_prefill(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
         """Before a decode step, or its graph's replay: what the host has to tell the device.
@@ -65,35 +75,19 @@ class GPUBackend(StepBackend):
             self.decode.tick(0)
             return
         real = fb.batch_size - getattr(fb, "num_padding", 0)
-        batch = DecodeBatch(fb.req_pool_indices[:real], fb.seq_lens[:real], fb.seq_lens_cpu[:real])
+        batch = DecodeBatch(
+            fb.req_pool_indices[:real], fb.seq_lens[:real].long(), fb.seq_lens_cpu[:real]
+        )
         self.begin_decode(batch, fb.out_cache_loc)
         self.decode.tick(real)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
         fb = forward_batch
-        self.decode_step = self.decode.begin(fb.req_pool_indices, fb.seq_lens)
+        self.decode.begin(fb.req_pool_indices, fb.seq_lens)
 
-    def forward_decode(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-    ) -> torch.Tensor:
-        """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
-        step = self.decode_step
-        assert step is not None and save_kv_cache  # models that write it themselves are hooked
-        index = layer.layer_id - self.token_to_kv_pool.start_layer
-        q, k, v = (x.view(len(x), -1, layer.qk_head_dim) for x in (q, k, v))
-        return self.decode.attend(step, index, q, k, v, layer.scaling).out.flatten(1)
-
-    def _seal(self, batch: DecodeBatch, due: float) -> None:
+    def seal_decoded(self, batch: DecodeBatch, due: float) -> None:
         if math.isinf(due):
-            super()._seal(batch, due)
+            super().seal_decoded(batch, due)
             return
-        store, table = self.store, self.req_to_token_pool.req_to_token
-        seq_lens, longest = batch.seq_lens.long(), int(batch.seq_lens_cpu.max())
-        scored = seq_lens - 1 if store.policy.needs_scores else seq_lens
-        store.seal_ready(*ready_pages(store, table, batch.rows, scored, longest, int(due)))
+        table, scored_lens = self.pages_of(batch), self.scored_lens(batch)
+        seal_ready(self.store, *ready_pages(self.store, table, scored_lens, int(due)))

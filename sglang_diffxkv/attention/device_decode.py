@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.attention.metadata import page_metadata
+from sglang_diffxkv.attention.batch_pages import page_metadata
 from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.merge import AttentionState
@@ -41,51 +41,49 @@ class DeviceDecode:
     """
 
     def __init__(self, store: PageStore, req_to_token: torch.Tensor, window: int) -> None:
-        self.store, self.window = store, window
+        self.store = store
+        self._window = window
         self._req_to_token = req_to_token
         device = req_to_token.device
         self._clock = torch.zeros(2, dtype=torch.int64, device=device)
         self._num_real = torch.zeros(1, dtype=torch.int32, device=device)
-        self._metadata = page_metadata(store)
+        self._page_metadata = page_metadata(store)
+        self._step: DecodeStep | None = None
 
     def tick(self, num_real: int) -> None:
         """Tell the device the time, and how many sequences of the batch are no padding."""
-        self._clock[:1].fill_(self.store.step)  # assigned, a number waits for the device
-        self._clock[1:].fill_(self.store.decode_step)
+        self._clock[:1].fill_(self.store.recency.step)  # assigned, a number waits for the device
+        self._clock[1:].fill_(self.store.recency.decode_step)
         self._num_real.fill_(num_real)
 
-    def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> DecodeStep:
-        """Look up the batch's pages, note their use, and divide the work.
+    def begin(self, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> DecodeStep:
+        """Look up the batch's pages, note their use, and divide the work of the step that follows.
 
         Args:
-            rows, seq_lens: int64 [B], with padding at the end.
+            req_pool_indices, seq_lens: int64 [B], with padding at the end.
         """
         store = self.store
         pages = begin_decode(
             self._req_to_token,
-            rows,
+            req_pool_indices,
             seq_lens,
             self._num_real,
             self._clock,
-            self._metadata,
-            self.window,
+            self._page_metadata,
+            self._window,
         )
         batch, width = pages.table.shape
-        first = torch.arange(0, batch * width, width, dtype=torch.int32, device=rows.device)
+        first = torch.arange(0, batch * width, width, dtype=torch.int32, device=seq_lens.device)
         raw_slot = store.directory.raw_slot
         sequences = SequencePages(
             pages.table.flatten(), first, pages.count, raw_slot, pages.last_len
         )
-        return DecodeStep(pages, plan_decode(sequences, store.directory.heads, store.layout))
+        plan = plan_decode(sequences, store.directory.heads, store.layout)
+        self._step = DecodeStep(pages, plan)
+        return self._step
 
     def attend(
-        self,
-        step: DecodeStep,
-        layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sm_scale: float,
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
     ) -> AttentionState:
         """Attention of the new tokens over all that is kept of one layer, themselves included.
 
@@ -97,10 +95,12 @@ class DeviceDecode:
         Returns:
             Its output is of q's dtype.
         """
+        assert self._step is not None
+        pages, plan = self._step
         store = self.store
         d, raw = store.directory, store.raw
-        rotated = write_tokens(q, k, v, step.pages.rows, raw.keys[layer], raw.values[layer])
-        part = attend(
+        rotated = write_tokens(q, k, v, pages.rows, raw.keys[layer], raw.values[layer])
+        state = attend(
             q,
             rotated if store.layout.rotates else q,
             store.arena.buffer,
@@ -108,7 +108,7 @@ class DeviceDecode:
             d.heads[layer],
             raw.keys[layer],
             raw.values[layer],
-            step.plan.layer(layer),
+            plan.layer(layer),
             store.layout,
             sm_scale,
             key_mean=store.key_means.by_layer[layer] if store.layout.rotates else None,
@@ -116,5 +116,5 @@ class DeviceDecode:
         )
         if store.policy.needs_scores:
             written = raw.keys[layer], d.raw_slot, raw.scores[layer]
-            score_decode(q, part.lse, step.pages, *written, sm_scale)
-        return part
+            score_decode(q, state.lse, pages, *written, sm_scale)
+        return state

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.attention.metadata import page_metadata
+from sglang_diffxkv.attention.batch_pages import page_metadata
 from sglang_diffxkv.kernels.decode.layer import DecodeLayers, LayerTables
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
@@ -15,7 +15,7 @@ from sglang_diffxkv.pool.store import PageStateError, PageStore
 
 
 class HostDecode:
-    """Decode steps of one page store; there is a compiler.
+    """Decode steps of one page store.
 
     Args:
         req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
@@ -23,25 +23,25 @@ class HostDecode:
     """
 
     def __init__(self, store: PageStore, req_to_token: torch.Tensor, window: int) -> None:
-        self.store = store
+        self._recency = store.recency
         d, raw = store.directory, store.raw
         scores = raw.scores if store.policy.needs_scores else None
         tables = (store.arena.buffer, d.frames, d.heads, d.raw_slot, raw.keys, raw.values, scores)
         self._layers = DecodeLayers(LayerTables(*tables, store.key_means.by_layer, store.layout))
         self._step = StepKernel(req_to_token, page_metadata(store), window, d.sealed)
 
-    def begin(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> StepPages:
+    def begin(self, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> StepPages:
         """Look up the batch's pages, and note their use.
 
         Args:
-            rows, seq_lens: int64 [B].
+            req_pool_indices, seq_lens: int64 [B].
 
         Raises:
             PageStateError: a page is free, or a sequence's last one sealed.
         """
-        store = self.store
+        now = self._recency.step, self._recency.decode_step
         try:
-            pages = self._step.begin(rows, seq_lens, len(rows), store.step, store.decode_step)
+            pages = self._step.begin(req_pool_indices, seq_lens, len(seq_lens), *now)
         except ValueError as problem:
             raise PageStateError(str(problem)) from problem
         if int(pages.rows.min()) < PAGE_TOKENS:

@@ -23,7 +23,7 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStore
 
 WINDOWS = 4
-"""Of `store.DEMOTION_WINDOW` pages, searched until enough have been demoted."""
+"""Of `recency.SEALED_WINDOW` pages, searched until enough have been demoted."""
 
 
 def demote_cold(store: PageStore, held_since: int, headroom: int) -> None:
@@ -32,7 +32,7 @@ def demote_cold(store: PageStore, held_since: int, headroom: int) -> None:
     Args:
         held_since: the step since which every page that a request holds has been used.
     """
-    for window in store.demotion_hand.windows(WINDOWS):
+    for window in store.recency.sealed_hand.windows(WINDOWS):
         for pages in _batches(store, cold_pages(store, window, held_since)):
             if store.ledger.frame_headroom >= headroom:
                 return
@@ -60,7 +60,7 @@ def _batches(store: PageStore, pages: torch.Tensor) -> Iterator[torch.Tensor]:
     """Those demoted least often first, each as often as it may be."""
     for demotions in range(MAX_DEMOTIONS):
         at_level = pages[store.directory.demotions[pages] == demotions]
-        yield from at_level.split(store.plan.workspace.demoted_pages)
+        yield from at_level.split(store.sizes.workspace.demoted_pages)
 
 
 def demote(store: PageStore, pages: torch.Tensor) -> None:
@@ -74,7 +74,7 @@ def demote(store: PageStore, pages: torch.Tensor) -> None:
     before = d.num_frames[pages]
     for layer in range(store.num_layers):
         _demote_layer(store, layer, pages)
-    # Which pages were repacked differs between ranks, what they are charged for must not: no rank
+    # Which pages were repacked differs between ranks, what is allocated to them must not: no rank
     # has more of a page than before, so neither has the one that has most of it.
     d.num_frames[pages] = store.agree(d.owned(pages))
     freed = before - d.num_frames[pages]

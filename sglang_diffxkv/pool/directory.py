@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.layout import PageLayout
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.reserve import reserve
 
 NO_SLOT = -1
@@ -28,8 +29,8 @@ class PageDirectory:
             undefined for other pages.
         heads: int32 [L, V, H, 2], byte offset and ``n_high | n_low << 8`` of each head's payload; 0
             for pages that are not sealed.
-        num_frames: int32 [V], frames that a sealed page is charged for over all layers: as many as
-            it has here, or on the rank where it has most (`pool.ranks`).
+        num_frames: int32 [V], frames allocated to a sealed page over all layers: as many as it has
+            here, or on the rank where it has most (`pool.ranks`).
         position: int32 [V], index of the page in its sequence.
         context: int32 [V], length of the sequence when the page was last attended to.
         plan: int32 [V], number of the plan that a sealed page was graded under, 0 for none.
@@ -83,17 +84,21 @@ class PageDirectory:
             t.index_fill_(0, pages, 0)
 
     def seal(
-        self, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor, charged: torch.Tensor
+        self,
+        pages: torch.Tensor,
+        frames: torch.Tensor,
+        heads: torch.Tensor,
+        allocated: torch.Tensor,
     ) -> None:
         """Point open ``pages`` [N] at their payload.
 
         Args:
             frames: int32 [L, N, max_frames]. heads: int32 [L, N, H, 2].
-            charged: int32 [N], their ``num_frames``.
+            allocated: int32 [N], their ``num_frames``.
         """
         self.frames[:, pages] = frames
         self.heads[:, pages] = heads
-        self.num_frames[pages] = charged
+        self.num_frames[pages] = allocated
         self.raw_slot.index_fill_(0, pages, NO_SLOT)
         self.sealed.index_fill_(0, pages, True)
         self.sealed[self.nowhere :].fill_(False)
@@ -102,13 +107,17 @@ class PageDirectory:
     def replace(
         self, layer: int, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor
     ) -> None:
-        """Point sealed ``pages`` [N] at another payload of one layer; the charge stays.
+        """Point sealed ``pages`` [N] at another payload of one layer; ``num_frames`` stays.
 
         Args:
             frames: int32 [N, max_frames]. heads: int32 [N, H, 2].
         """
         self.frames[layer, pages] = frames
         self.heads[layer, pages] = heads
+
+    def never_compressed(self, pages: torch.Tensor) -> torch.Tensor:
+        """Which ``pages`` (int64 [N]) are of lossless requests, and so never sealed: bool [N]."""
+        return self.quality[pages] == Quality.LOSSLESS
 
     def owned(self, pages: torch.Tensor) -> torch.Tensor:
         """Frames that sealed ``pages`` (int64 [N]) have on this rank: int32 [N]."""

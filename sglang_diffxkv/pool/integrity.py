@@ -42,20 +42,20 @@ def _check_frames(store: PageStore) -> list[str]:
     owners.index_add_(0, arena.free_ids().cpu(), torch.ones(num_free, dtype=torch.uint8))
     owned, found = 0, set()
     for pages in _slices(store):
-        sealed, charged = directory.sealed[pages], directory.num_frames[pages]
+        sealed, allocated = directory.sealed[pages], directory.num_frames[pages]
         frames = directory.frames[:, pages[sealed]]
         ids = frames[frames >= 0].long().cpu()
         owned += len(ids)
         owners.index_add_(0, ids, torch.ones(len(ids), dtype=torch.uint8))
-        unowned = charged[sealed] - directory.owned(pages[sealed])
+        unowned = allocated[sealed] - directory.owned(pages[sealed])
         if bool((unowned < 0).any()):
-            found.add("frames: a page has more than it is charged for")
+            found.add("frames: a page has more than are allocated to it")
         if store.agree is alone and bool((unowned > 0).any()):
-            found.add("frames: a page is charged for more than it has")
-        if bool((charged[~sealed] != 0).any()):
-            found.add("frames: a page that is not sealed is charged for some")
-        if bool((charged > store.ledger.worst_frames).any()):
-            found.add("frames: a page is charged for more than it was promised")
+            found.add("frames: a page has fewer than are allocated to it")
+        if bool((allocated[~sealed] != 0).any()):
+            found.add("frames: some are allocated to a page that is not sealed")
+        if bool((allocated > store.ledger.worst_frames).any()):
+            found.add("frames: more are allocated to a page than it reserved")
         if bool(directory.heads[:, pages[~sealed]].any()):
             found.add("a page that is not sealed has a payload")
     if not bool((owners == 1).all()):
@@ -111,7 +111,7 @@ def _check_sums(store: PageStore) -> list[str]:
         "open_pages": opened.pages,
         "full_pages": opened.full,
         "open_tokens": opened.tokens,
-        "raw_only": opened.raw_only,
+        "never_compressed": opened.never_compressed,
         "sealed_pages": fresh.pages + demoted.pages,
         "frames_used": fresh.frames + demoted.frames,
         "demoted_pages": demoted.pages,

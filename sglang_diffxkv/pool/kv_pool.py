@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, ClassVar, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
 
-from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.pool.ranks import Agree, alone
-from sglang_diffxkv.pool.sizing import PoolPlan
+from sglang_diffxkv.pool.sizing import PoolSizes
 from sglang_diffxkv.pool.store import PageStore
 
 logger = logging.getLogger(__name__)
@@ -23,10 +21,8 @@ logger = logging.getLogger(__name__)
 class PoolSetup(NamedTuple):
     """What was decided when memory was sized, for the pool that is built later."""
 
-    config: DiffXKVConfig
-    layout: PageLayout
     policy: TierPolicy
-    plan: PoolPlan
+    sizes: PoolSizes
     agree: Agree = alone
 
 
@@ -37,48 +33,44 @@ class DiffXKVPool(MHATokenToKVPool):
     impossible for sealed pages, so SGLang's buffer getters raise.
     """
 
-    setup: ClassVar[PoolSetup]
-
-    @classmethod
-    def with_setup(cls, setup: PoolSetup) -> type[DiffXKVPool]:
-        """A class that SGLang can construct with its own arguments only."""
-        return type(cls.__name__, (cls,), {"setup": setup})
+    def __init__(self, *args: Any, setup: PoolSetup, **kwargs: Any) -> None:
+        self._setup = setup
+        super().__init__(*args, **kwargs)
 
     def _create_buffers(self) -> None:
-        plan, layout = self.setup.plan, self.setup.layout
+        policy, sizes, agree = self._setup
+        layout = policy.layout
         if (self.head_num, self.head_dim, self.layer_num) != (
             layout.num_kv_heads,
             layout.head_dim,
-            plan.num_layers,
-        ) or self.size != plan.virtual_tokens:
+            sizes.num_layers,
+        ) or self.size != sizes.virtual_tokens:
             raise RuntimeError("diffxkv: the pool was sized for another model shape")
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
-            self.store = PageStore(
-                plan, layout, self.setup.policy, self.dtype, self.device, self.setup.agree
-            )
+            self.store = PageStore(sizes, policy, self.dtype, self.device, agree)
         # SGLang keeps views and pointer tables of these; the raw pages are the real thing.
         self.k_buffer = [k.flatten(0, 1) for k in self.store.raw.keys]
         self.v_buffer = [v.flatten(0, 1) for v in self.store.raw.values]
         self._init_data_ptrs_and_strides()
 
     def _finalize_allocation_log(self, num_tokens: int) -> None:
-        store, plan, mib = self.store, self.setup.plan, 2**20
+        store, sizes, mib = self.store, self._setup.sizes, 2**20
         self.mem_usage = store.nbytes / 2**30
         logger.info(
             "DiffXKV pool: policy=%s, %.1f MiB = %d raw pages (%.1f MiB) + %d frames of %d B "
             "(%.1f MiB) + directory of %d virtual pages (%.1f MiB); about %d tokens, "
             "the same bytes hold %d uncompressed tokens",
-            self.setup.policy.name,
+            store.policy.name,
             store.nbytes / mib,
-            plan.raw_pages,
+            sizes.raw_pages,
             store.raw.nbytes / mib,
-            plan.frames,
-            self.setup.layout.frame_bytes,
+            sizes.frames,
+            store.layout.frame_bytes,
             store.arena.nbytes / mib,
-            plan.virtual_pages,
+            sizes.virtual_pages,
             store.directory.nbytes / mib,
-            plan.expected_tokens,
-            store.nbytes // plan.dense_page_bytes * self.page_size,
+            sizes.expected_tokens,
+            store.nbytes // sizes.dense_page_bytes * self.page_size,
         )
 
     def get_kv_size_bytes(self) -> int:
@@ -99,13 +91,8 @@ class DiffXKVPool(MHATokenToKVPool):
             PageStateError: a slot's page is not open.
         """
         loc, _, _ = unwrap_write_loc(loc_info)
-        self.write(layer.layer_id, self.store.write_rows(loc), cache_k, cache_v)
-
-    def write(self, layer_id: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write K/V [T, H, D] to ``rows`` (int64 [T], from ``PageStore.write_rows``)."""
-        layer = layer_id - self.start_layer
-        self.k_buffer[layer][rows] = k.to(self.dtype)
-        self.v_buffer[layer][rows] = v.to(self.dtype)
+        rows = self.store.write_rows(loc)
+        self.store.raw.write(layer.layer_id - self.start_layer, rows, cache_k, cache_v)
 
     def _unreadable(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("diffxkv: sealed K/V can only be read through the diffxkv backend")

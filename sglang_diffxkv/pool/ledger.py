@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host-side byte accounting: what can still be promised, without asking the device."""
+"""Host-side byte accounting: what can still be reserved, without asking the device."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 
 
 class Share(NamedTuple):
-    """Some sealed pages, and the frames that they are charged for."""
+    """Some sealed pages, and the frames allocated to them."""
 
     pages: int
     frames: int
 
 
 class OpenShare(NamedTuple):
-    """Some open pages: how many, how many of them are full and may be sealed, how many are of
-    lossless requests, and the tokens in them."""
+    """Some open pages: how many, how many of them are full and may be sealed, how many are never
+    compressed, and the tokens in them."""
 
     pages: int
     full: int
-    raw_only: int
+    never_compressed: int
     tokens: int
 
 
 @dataclass
 class Ledger:
-    """Raw pages and frames, as promised and as used. All counts are pages or frames.
+    """Raw pages and frames, as reserved and as used. All counts are pages or frames.
 
-    An open page owns one raw page and has a promise of ``worst_frames`` frames, the most that
-    sealing it can take (the layers' byte caps). Sealing trades both for the frames really used,
-    so a promise that was kept can never fail, and what a page did not use is credited back. A page
-    that turns out to be a lossless request's is never sealed, and gives its promise back.
+    An open page owns one raw page and reserves ``worst_frames`` frames, the most that sealing it
+    can take (the layers' byte caps). Sealing trades both for the frames allocated, so it can never
+    fail for lack of frames, and those that a page reserved and did not take are released. A page
+    that turns out to be a lossless request's is never compressed, and its reservation is released.
 
-    Frames used are those charged for (`pool.ranks`), at least as many as pages have on this rank.
+    Frames used are those allocated (`pool.ranks`), at least as many as pages have on this rank.
     """
 
     raw_total: int
@@ -48,8 +48,8 @@ class Ledger:
     """Tokens written to open pages."""
     sealed_pages: int = 0
     frames_used: int = 0
-    raw_only: int = 0
-    """Of the open pages, those that will never be sealed."""
+    never_compressed: int = 0
+    """Of the open pages, those of lossless requests, which will never be sealed."""
     demoted_pages: int = 0
     """Of the sealed ones."""
     demoted_frames: int = 0
@@ -61,13 +61,13 @@ class Ledger:
 
     @property
     def frames_free(self) -> int:
-        """Frames neither used by a sealed page nor promised to an open one."""
+        """Frames neither allocated to a sealed page nor reserved for an open one."""
         return self.frames_total - self.frames_used - self.unsealed_pages * self.worst_frames
 
     @property
     def unsealed_pages(self) -> int:
         """Open pages that will be sealed, or freed before."""
-        return self.open_pages - self.raw_only
+        return self.open_pages - self.never_compressed
 
     @property
     def frame_headroom(self) -> int:
@@ -111,7 +111,7 @@ class Ledger:
 
     def open(self, pages: int) -> None:
         if pages > self.headroom:
-            raise RuntimeError(f"{pages} pages asked for, {self.headroom} can be promised")
+            raise RuntimeError(f"{pages} pages asked for, {self.headroom} can be opened")
         self.open_pages += pages
 
     def write(self, tokens: int, full: int) -> None:
@@ -119,14 +119,16 @@ class Ledger:
         self.open_tokens += tokens
         self.full_pages += full
 
-    def keep_raw(self, pages: int, full: int) -> None:
+    def never_compress(self, pages: int, full: int) -> None:
         """Open pages, ``full`` of them full, turn out to be lossless requests'."""
-        self.raw_only += pages
+        self.never_compressed += pages
         self.full_pages -= full
 
     def seal(self, pages: int, frames: int) -> None:
         if pages > self.unsealed_pages or frames > pages * self.worst_frames:
-            raise RuntimeError(f"sealing {pages} pages into {frames} frames breaks a promise")
+            raise RuntimeError(
+                f"sealing {pages} pages into {frames} frames exceeds what was reserved"
+            )
         self.open_pages -= pages
         self.full_pages -= pages
         self.open_tokens -= pages * PAGE_TOKENS
@@ -134,7 +136,7 @@ class Ledger:
         self.frames_used += frames
 
     def demote(self, fresh: Share, frames: int) -> None:
-        """Demoted pages, ``fresh`` of them for the first time, gave ``frames`` back."""
+        """Demoted pages, ``fresh`` of them for the first time, released ``frames``."""
         self.demoted_pages += fresh.pages
         self.demoted_frames += fresh.frames - frames
         self.frames_used -= frames
@@ -143,7 +145,7 @@ class Ledger:
         """Open pages, and fresh and demoted sealed ones, were freed."""
         self.open_pages -= opened.pages
         self.full_pages -= opened.full
-        self.raw_only -= opened.raw_only
+        self.never_compressed -= opened.never_compressed
         self.open_tokens -= opened.tokens
         self.sealed_pages -= fresh.pages + demoted.pages
         self.frames_used -= fresh.frames + demoted.frames
@@ -154,11 +156,11 @@ class Ledger:
         """What cannot be, whatever the pages are: in O(1), without the device."""
         parts = {
             "full pages": (self.full_pages, self.unsealed_pages),
-            "lossless pages": (self.raw_only, self.open_pages),
+            "never compressed pages": (self.never_compressed, self.open_pages),
             "open pages": (self.open_pages, self.raw_total),
             "demoted pages": (self.demoted_pages, self.sealed_pages),
             "demoted frames": (self.demoted_frames, self.frames_used),
-            "frames promised and used": (self.frames_total - self.frames_free, self.frames_total),
+            "frames reserved and used": (self.frames_total - self.frames_free, self.frames_total),
             "tokens in full pages": (self.full_pages * PAGE_TOKENS, self.open_tokens),
             "tokens in open pages": (self.open_tokens, self.open_pages * PAGE_TOKENS),
         }

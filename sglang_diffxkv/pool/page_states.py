@@ -45,7 +45,7 @@ class PageStates:
         return OpenShare(
             pages=int(self.is_open.sum()),
             full=int((self.is_open & full & ~lossless).sum()),
-            raw_only=int((self.is_open & lossless).sum()),
+            never_compressed=int((self.is_open & lossless).sum()),
             tokens=int(self._filled[self.is_open].sum()),
         )
 

@@ -4,15 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
-if TYPE_CHECKING:
-    from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-
-MIN_CHUNK_PAGES = 3
-"""A chunk is not cut shorter than this, its tail's page included: each costs a forward pass."""
+from sglang_diffxkv.pool.capacity import MIN_CHUNK_PAGES, Capacity
+from sglang_diffxkv.pool.reclaim import Reclaimer
 
 _NOT_IN_THIS_STEP = (True, 0)
 """A chunk of no tokens: SGLang passes the request over, and asks again before the next step."""
@@ -26,31 +24,32 @@ class DiffXKVPrefillBudget(PrefillBudget):
     that was really made: running short in the allocation that follows would end SGLang's scheduler.
     """
 
-    allocator: DiffXKVAllocator
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        allocator: PagedTokenToKVPoolAllocator,
+        tree_cache: Any,
+        reclaimer: Reclaimer,
+        capacity: Capacity,
+        num_mixed_decode_tokens: int = 0,
+    ) -> None:
+        super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
+        self._reclaimer, self._capacity = reclaimer, capacity
         # SGLang keeps track of one unfinished prompt: after one that we shortened or put off,
         # nobody else may be admitted in this pass.
         self.closed = False
 
     @property
     def remaining_total(self) -> float:
-        evictable = self.tree_cache.evictable_size()
-        tokens = min(
-            self.allocator.available_size() + evictable,
-            self.allocator.tokens_when_sealed(evictable),
-        )
-        return tokens - self.total_offset
+        return self._evictable_as(self._capacity.tokens_when_sealed) - self.total_offset
 
     @property
     def remaining_current(self) -> float:
+        return self._evictable_as(self._capacity.tokens_openable) - self.current_offset
+
+    def _evictable_as(self, estimate: Callable[[int], float]) -> float:
+        """What ``estimate`` makes of the tree's evictable tokens, as far as virtual pages go."""
         evictable = self.tree_cache.evictable_size()
-        tokens = min(
-            self.allocator.available_size() + evictable,
-            self.allocator.tokens_openable(evictable),
-        )
-        return tokens - self.current_offset
+        return min(self.allocator.available_size() + evictable, estimate(evictable))
 
     def _holds(self, condition: Callable[[], bool]) -> bool:
         """Whether so, if need be with what was freed and the ledger does not know yet.
@@ -59,7 +58,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
         """
         if condition():
             return True
-        self.allocator.store.settle()
+        self._reclaimer.settle()
         return condition()
 
     def has_capacity(self) -> bool:
@@ -70,13 +69,13 @@ class DiffXKVPrefillBudget(PrefillBudget):
     def _openable(self, tokens: int) -> int:
         """How many of ``tokens`` new ones, in whole pages, raw pages allow to open in this step.
 
-        The rest of a prompt is opened in later steps, when these are sealed: to promise frames to
+        The rest of a prompt is opened in later steps, when these are sealed: to reserve frames for
         it now would evict, at the worst case, much that sealing does not need. Raw pages that ended
         lossless requests left in the cache are evicted for it, as sealing cannot free them.
         """
         offset = int(self.current_offset)
-        self.allocator.evict_for_raw_pages(self.tree_cache, tokens + offset)
-        tokens = min(tokens, self.allocator.tokens_with_raw_page - offset)
+        self._reclaimer.evict_for_raw_pages(self.tree_cache, tokens + offset)
+        tokens = min(tokens, self._capacity.tokens_with_raw_page - offset)
         return max(0, tokens // self.page_size * self.page_size)
 
     def _make_room(self, tokens: int) -> int:
@@ -87,9 +86,9 @@ class DiffXKVPrefillBudget(PrefillBudget):
         Returns:
             How many of them can be opened for sure, a multiple of the page.
         """
-        self.allocator.reclaim(self.tree_cache, tokens + self.current_offset)
-        promisable = self.allocator.tokens_promisable - int(self.current_offset)
-        return self._openable(min(tokens, promisable))
+        self._reclaimer.reclaim(self.tree_cache, tokens + self.current_offset)
+        most = min(self.allocator.available_size(), self._capacity.tokens_reservable)
+        return self._openable(min(tokens, most - int(self.current_offset)))
 
     def check_prefill(
         self,
@@ -105,7 +104,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
         if self.closed or not self._holds(lambda: total_tokens < self.remaining_total):
             return False, None
         wanted = extend_input_len if chunk_limit is None else min(extend_input_len, chunk_limit)
-        needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will charge it
+        needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will count it
         openable = self._openable(needed)
         fits = self._holds(lambda: openable <= self.remaining_current)
         if not fits or self._make_room(openable) < openable:

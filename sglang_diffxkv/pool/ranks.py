@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ranks that serve one model agree on: how many frames a page is charged for.
+"""What the ranks that serve one model agree on: how many frames are allocated to a page.
 
 Each rank seals its own KV heads, so a page takes more frames on one than on another; but all run
 the scheduler, and must admit, evict and retract alike. They do, because they decide by the ledger
-and by tables that hold the same everywhere, and both count what a page is *charged* for: the most
+and by tables that hold the same everywhere, and both count what is *allocated* to a page: the most
 that it takes on any rank.
 """
 

@@ -77,6 +77,11 @@ class RawPages:
         self.counts.index_fill_(0, slots, 0)
         return taken
 
+    def write(self, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write K/V [T, H, D] of one layer to ``rows`` (int64 [T], `PageStore.write_rows`)."""
+        for pages, new in ((self.keys[layer], k), (self.values[layer], v)):
+            pages.flatten(0, 1)[rows] = new.to(pages.dtype)
+
     def give_back(self, slots: torch.Tensor) -> None:
         """Free ``slots`` (int [N]); those below 1 stand for none."""
         slots = slots.flip(0).long()  # to be taken in this order again

@@ -3,18 +3,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
-from sglang_diffxkv.kernels.layout import PRUNED, encode_importance, measure
+from sglang_diffxkv.kernels.gpu.transfer import Download
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PRUNED, encode_importance, measure
 from sglang_diffxkv.kernels.pack import Grades, pack
 from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.policy.base import SealContext
 from sglang_diffxkv.pool.payload import tokens_to_seal
+from sglang_diffxkv.pool.store import PageStore
+from sglang_diffxkv.pool.unsettled import PageStateError, Sealed
 
-if TYPE_CHECKING:
-    from sglang_diffxkv.pool.store import PageStore
+
+def seal(store: PageStore, pages: torch.Tensor, sequence: torch.Tensor | None = None) -> None:
+    """Seal full open ``pages`` (int64 [N], distinct), as many at a time as there is room to grade.
+
+    The policy assigns a tier to every (layer, head, token), payloads are packed into frames, and
+    the raw pages are free again.
+
+    Args:
+        sequence: int64 [N], equal for pages of one sequence, which the policy may judge together;
+            None: nothing is known, every page is judged by itself.
+
+    Raises:
+        PageStateError: a page is not open, not full or a lossless request's.
+    """
+    if pages.numel() == 0:
+        return
+    store.check_ids(pages)
+    d = store.directory
+    slots = d.raw_slot[pages].long()
+    if not bool(((slots >= 0) & (d.filled[pages] == PAGE_TOKENS)).all()):
+        raise PageStateError("seal: page is not open and full")
+    if bool(d.never_compressed(pages).any()):
+        raise PageStateError("seal: page is of a lossless request")
+    if sequence is None:
+        order = torch.arange(pages.numel(), device=pages.device)
+    else:  # its pages stay together, as far as there is room to grade them together
+        order = sequence.argsort(stable=True)
+    for part in _batches(store, order):
+        own = None if sequence is None else sequence[part]
+        allocated = write_sealed(store, pages[part], slots[part], own)
+        store.totals.by_plan[store.policy.plan_number] += len(part)
+        store.raw.give_back(slots[part])
+        store.ledger.seal(len(part), int(allocated.sum()))
+        store.counters.sealed += len(part)
+
+
+def seal_ready(store: PageStore, pages: torch.Tensor, ready: torch.Tensor) -> None:
+    """`seal` where ``ready``, each page by itself, without waiting for the device.
+
+    Args:
+        pages: int64 [N]; those that are ready are open, full, distinct and no lossless ones.
+        ready: bool [N].
+    """
+    pages = torch.where(ready, pages, store.directory.nowhere)
+    slots = store.directory.raw_slot[pages].long().clamp(min=0)
+    for part in _batches(store, torch.arange(pages.numel(), device=pages.device)):
+        allocated = write_sealed(store, pages[part], slots[part], None, ready[part])
+        store.raw.give_back(slots[part])
+        sums = Download(torch.stack([ready[part].sum(), allocated.sum()]))
+        store.unsettled.add(Sealed(store.recency.step, store.policy.plan_number, sums))
+    if store.checks_use:
+        store.settle()
+
+
+def _batches(store: PageStore, order: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Parts of ``order`` (int64 [N]) that there is room to grade at a time."""
+    return order.tensor_split(max(1, -(-len(order) // store.sizes.workspace.graded_pages)))
 
 
 def write_sealed(
@@ -27,11 +83,11 @@ def write_sealed(
     """Grade and pack full open ``pages`` (int64 [S]), and point the directory at their payload.
 
     Args:
-        slots: int64 [S], their raw pages. sequence: int64 [S], as `PageStore.seal` takes it.
+        slots: int64 [S], their raw pages. sequence: int64 [S], as `seal` takes it.
         ready: bool [S], which of them really to seal; the others take no frames. None: all.
 
     Returns:
-        int32 [S], the frames that each page is charged for.
+        int32 [S], the frames allocated to each page.
     """
     layout, num_layers = store.layout, store.num_layers
     context = seal_context(store, pages, slots, sequence)
@@ -40,7 +96,7 @@ def write_sealed(
             importance=context.importance.masked_fill(~ready[:, None, None, None], 0),
             count=context.count * ready[:, None],
         )
-    at_once = store.plan.workspace.packed_pages
+    at_once = store.sizes.workspace.packed_pages
     if layout.rotates and not store.counters.sealed:
         bits = layout.high.key_bits
         store.key_means.learn(
@@ -73,10 +129,10 @@ def write_sealed(
     store.totals.add_payload(heads, counts.T)
     # Tiers, and all that they follow from (scores, plans), are a rank's own; what the host goes
     # by from here on is the same on all ranks.
-    charged = store.agree(counts.sum(dim=1, dtype=torch.int32))
-    store.directory.seal(pages, frames, heads, charged)
+    allocated = store.agree(counts.sum(dim=1, dtype=torch.int32))
+    store.directory.seal(pages, frames, heads, allocated)
     store.directory.plan.index_fill_(0, pages, store.policy.plan_number)
-    return charged
+    return allocated
 
 
 def seal_context(

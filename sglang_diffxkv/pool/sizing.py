@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
@@ -10,7 +11,7 @@ from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.key_means import KeyMeans
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.totals import Totals
-from sglang_diffxkv.pool.workspace import Workspace, plan_workspace
+from sglang_diffxkv.pool.workspace import Workspace, size_workspace
 
 MIN_RAW_PAGES = 4
 VIRTUAL_SLACK = 1.25
@@ -25,7 +26,26 @@ FREE_LIST_BYTES = 8
 """SGLang's allocator keeps an int64 per free page."""
 
 
-class PoolPlan(NamedTuple):
+class PoolBudget(NamedTuple):
+    """Memory for the pool, and how it is to be divided.
+
+    Attributes:
+        nbytes: the sum of all that is sized.
+        raw_share: share of it for raw pages.
+        virtual_slack: virtual pages per page that is expected to fit, raw pages aside.
+        max_virtual_pages: user's bound (``--max-total-tokens``); memory beyond what so many
+            uncompressed pages would take is then not allocated.
+        attention_bytes: what attention keeps beside the pages, on a GPU.
+    """
+
+    nbytes: int
+    raw_share: float
+    virtual_slack: float = VIRTUAL_SLACK
+    max_virtual_pages: int | None = None
+    attention_bytes: int = 0
+
+
+class PoolSizes(NamedTuple):
     """How many of what; ``worst_frames`` is the most a page can need when it is sealed.
 
     ``workspace`` and ``attention_bytes`` are memory that is taken when it is needed.
@@ -47,39 +67,29 @@ class PoolPlan(NamedTuple):
 
     @property
     def expected_tokens(self) -> int:
-        """Tokens that are expected to fit when all of their pages are sealed."""
+        """Tokens that are expected to fit when all of their pages are sealed: what SGLang
+        publishes as the capacity, as virtual pages are plenty by design."""
         pages = min(self.virtual_pages, int(self.frames / self.expected_frames))
         return pages * PAGE_TOKENS
 
 
-def plan_pool(
-    budget_bytes: int,
-    layout: PageLayout,
-    num_layers: int,
-    caps: list[int],
-    expected_fill: float,
-    raw_share: float,
-    max_virtual_pages: int | None = None,
-    virtual_slack: float = VIRTUAL_SLACK,
-    attention_bytes: int = 0,
-) -> PoolPlan:
-    """Size everything so that its sum is at most ``budget_bytes``.
+def size_pool(
+    budget: PoolBudget, layout: PageLayout, caps: Sequence[int], expected_fill: float
+) -> PoolSizes:
+    """Size everything so that its sum is at most the budget.
 
     Args:
-        caps: bytes per layer that a sealed (page, layer) may take at most.
-        expected_fill: share of its cap that a sealed page takes on average (policy's estimate).
-        raw_share: share of the budget for raw pages.
-        max_virtual_pages: user's bound (``--max-total-tokens``); memory beyond what so many
-            uncompressed pages would take is then not allocated.
-        virtual_slack: virtual pages per page that is expected to fit, raw pages aside.
-        attention_bytes: what attention keeps beside the pages, on a GPU.
+        caps: bytes, by layer, that a sealed (page, layer) may take at most.
+        expected_fill: share of its caps that a sealed page takes on average (policy's estimate).
 
     Raises:
         ValueError: the budget is too small to serve anything.
     """
+    nbytes, raw_share, virtual_slack, max_virtual_pages, attention_bytes = budget
+    num_layers = len(caps)
     dense = 2 * num_layers * PAGE_TOKENS * layout.num_kv_heads * layout.row_bytes(0)
     if max_virtual_pages is not None:
-        budget_bytes = min(budget_bytes, max_virtual_pages * dense + attention_bytes)
+        nbytes = min(nbytes, max_virtual_pages * dense + attention_bytes)
     raw_bytes = RawPages.bytes_per_slot(
         num_layers, layout.num_kv_heads, layout.head_dim, layout.raw_itemsize
     )
@@ -88,14 +98,13 @@ def plan_pool(
     worst = sum(-(-cap // layout.frame_bytes) for cap in caps)
     expected = max(1.0, worst * expected_fill)
 
-    workspace = plan_workspace(budget_bytes, layout, num_layers)
+    workspace = size_workspace(nbytes, layout, num_layers)
     fixed = workspace.nbytes + attention_bytes + Totals.bytes_for(num_layers)
     fixed += KeyMeans.bytes_for(num_layers, layout.num_kv_heads, layout.head_dim)
-    raw_pages = (
-        int((budget_bytes - attention_bytes) * raw_share) // raw_bytes - 1
-    )  # one more slot for padded tokens
+    # One more slot takes padded tokens.
+    raw_pages = int((nbytes - attention_bytes) * raw_share) // raw_bytes - 1
     # Two entries of the directory are no pages: those of padded tokens, and of none.
-    rest = budget_bytes - fixed - (raw_pages + 1) * raw_bytes - (raw_pages + 2) * entry_bytes
+    rest = nbytes - fixed - (raw_pages + 1) * raw_bytes - (raw_pages + 2) * entry_bytes
     frames = int(rest / (frame_bytes + virtual_slack * entry_bytes / expected))
     if raw_pages < MIN_RAW_PAGES or frames < MIN_RAW_PAGES * worst:
         need = max(
@@ -103,21 +112,20 @@ def plan_pool(
             fixed + (MIN_RAW_PAGES + 1) * worst * (frame_bytes + entry_bytes) / (1 - raw_share),
         )
         raise ValueError(
-            f"diffxkv: {budget_bytes / 2**20:.1f} MiB hold {max(raw_pages, 0)} raw pages and "
+            f"diffxkv: {nbytes / 2**20:.1f} MiB hold {max(raw_pages, 0)} raw pages and "
             f"{max(frames, 0) // worst} sealed pages; raise memory_bytes (or --mem-fraction-static "
             f"or --max-total-tokens) to at least {need / 2**20:.1f} MiB"
         )
     pages = raw_pages + int(virtual_slack * frames / expected)
-    limit = max(MAX_VIRTUAL_RATIO * budget_bytes // dense, raw_pages + frames // worst)
-    pages = min(pages, limit, max_virtual_pages or pages)
-    return PoolPlan(
-        num_layers,
-        pages,
-        raw_pages,
-        frames,
-        worst,
-        expected,
-        dense,
-        workspace,
-        attention_bytes,
+    limit = max(MAX_VIRTUAL_RATIO * nbytes // dense, raw_pages + frames // worst)
+    return PoolSizes(
+        num_layers=num_layers,
+        virtual_pages=min(pages, limit, max_virtual_pages or pages),
+        raw_pages=raw_pages,
+        frames=frames,
+        worst_frames=worst,
+        expected_frames=expected,
+        dense_page_bytes=dense,
+        workspace=workspace,
+        attention_bytes=attention_bytes,
     )

@@ -30,7 +30,7 @@ class Released(NamedTuple):
 
 class Sealed(NamedTuple):
     """Pages that were sealed in a step under a plan; ``sums``: int [2], how many of them and the
-    frames that they are charged for."""
+    frames allocated to them."""
 
     step: int
     plan: int
@@ -38,7 +38,7 @@ class Sealed(NamedTuple):
 
 
 class Unsettled:
-    """In the order in which it happened. Until it is settled, the ledger promises less than it
+    """In the order in which it happened. Until it is settled, the ledger gives out less than it
     could: freed pages count as held, sealed ones as open."""
 
     def __init__(self, ledger: Ledger, totals: Totals) -> None:

@@ -41,7 +41,7 @@ class Workspace(NamedTuple):
     demoted_pages: int
 
 
-def plan_workspace(budget_bytes: int, layout: PageLayout, num_layers: int) -> Workspace:
+def size_workspace(budget_bytes: int, layout: PageLayout, num_layers: int) -> Workspace:
     """Set a small share of the budget aside; one page at a time always has room.
 
     The same on all ranks, which seal and demote in step.

@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sglang_diffxkv.attention.batch_pages import gather_pages, note_use, page_table
 from sglang_diffxkv.attention.device_decode import DeviceDecode
 from sglang_diffxkv.attention.full_pages import FullPages
-from sglang_diffxkv.attention.metadata import count_scores, decode_queries, gather_pages, note_use
+from sglang_diffxkv.attention.scoring import ScoringQueries, count_scores
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
@@ -16,6 +17,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import merge_states
 from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.score import SampledQueries, score_open
+from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_norm
 from tests.support.device import as_on_gpu
@@ -52,7 +54,7 @@ class World:
         first = torch.cat(sealed)
         self.store.ledger.write(len(first) * PAGE_TOKENS, full=len(first))
         self.store.directory.filled[first] = PAGE_TOKENS
-        self.store.seal(first)
+        seal(self.store, first)
         assert self.store.key_means.by_layer.any() == self.store.layout.rotates
         self.store.begin_step(decodes=True)
         self.queries = torch.randn(4, HEADS * GROUP, DIM, generator=gen)
@@ -60,7 +62,8 @@ class World:
     def on_host(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention, then scores, as `backend` computes them."""
         store, q = self.store, self.queries
-        pages = gather_pages(store, self.req_to_token, self.rows, self.lens, max(LENGTHS))
+        table = page_table(self.req_to_token, self.rows, max(LENGTHS))
+        pages = gather_pages(store, table, self.lens)
         if layer == 0:
             note_use(store, pages, self.lens, WINDOW)
         raw, d = store.raw, store.directory
@@ -73,7 +76,7 @@ class World:
             found = from_sealed(found, q, store.key_means.by_layer[layer], SCALE)
         part = merge_states(part, found)
         if store.policy.needs_scores:
-            scoring = decode_queries(self.lens)
+            scoring = ScoringQueries.at(None, torch.arange(5, dtype=torch.int32), self.lens - 1)
             lse = part.lse - scoring.log2_seen
             queries = SampledQueries(q, scoring.indptr, scoring.position)
             lists = pages.open_indptr, pages.slots, pages.position
@@ -103,7 +106,7 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
         for pages in (device.store.raw.keys, device.store.raw.values):
             pages[layer].flatten(0, 1)[step.pages.rows] = torch.nan
         with as_on_gpu():
-            part = decode.attend(step, layer, q, *new, SCALE)
+            part = decode.attend(layer, q, *new, SCALE)
         out, lse = host.on_host(layer)
         assert error_norm(part.out[:4], out) < 1e-3
         assert (part.lse[:4] - lse).abs().max() < 1e-3

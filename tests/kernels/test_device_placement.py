@@ -27,22 +27,22 @@ def test_serving_stays_on_the_device(policy: str) -> None:
         running(Quality.BALANCED, step=0),
         running(Quality.LOSSLESS, step=0),
     ]
-    server.backend.rows.enter([2, 1], requests)
+    server.allocator.running.enter([2, 1], requests)
     server.warm_up()
     server.extend([192, 70])
     server.extend([69, 57])
     for _ in range(3):
         server.decode()
-    assert store.counters.sealed >= 2 and store.ledger.raw_only == 3
+    assert store.counters.sealed >= 2 and store.ledger.never_compressed == 3
     # The first sequence ends, and its prefix stays in the cache.
     cache.sequences.append(server.table[2, :256].long())
     allocator.free(server.table[2, 256:264].long())
-    server.backend.rows.leave([2])
+    server.allocator.running.leave([2])
     store.begin_step(decodes=True)
-    assert allocator.usage(cache) > 0
+    assert allocator.capacity.usage(cache) > 0
     budget = allocator.create_prefill_budget(cache)
     assert budget.remaining_total > 0
-    allocator.reclaim(cache, allocator.available_size())
+    allocator.reclaimer.reclaim(cache, allocator.available_size())
     assert store.policy.can_demote == (store.counters.demoted > 0)
     assert pool_stats(store)["open_pages"] == store.ledger.open_pages
     assert allocator.check() == []

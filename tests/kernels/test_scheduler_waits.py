@@ -19,6 +19,7 @@ from sglang_diffxkv.policy.budgeting.plan import Plan, solve_plan
 from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
 from sglang_diffxkv.policy.methods.diffxkv import DiffXKVPolicy
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 from tests.support.device_server import HEADS, LAYERS, Server
 from tests.support.fake_device import DEVICE, waits
@@ -31,7 +32,7 @@ def started(policy: str, second: Quality, lengths: tuple[int, int] = (130, 62)) 
     """Two requests that decode; the second one may have asked for a quality."""
     server = Server(policy)
     requests = [running(Quality.BALANCED, 0), running(second, 0)]
-    server.backend.rows.enter([2, 1], requests)
+    server.allocator.running.enter([2, 1], requests)
     server.extend(list(lengths))
     server.backend.full_pages._waiting = 0  # as after the decode step that seals what they left
     return server
@@ -83,7 +84,7 @@ def cached(server: Server) -> torch.Tensor:
     first = slots[:1] // PAGE_TOKENS
     store.ledger.write(PAGE_TOKENS, full=1)
     store.directory.filled.index_fill_(0, first, PAGE_TOKENS)
-    store.seal(first)
+    seal(store, first)
     return slots
 
 
@@ -97,13 +98,15 @@ def test_who_finishes_and_who_enters_does_not_wait(policy: str) -> None:
     with waits() as found:
         before = replace(ledger)
         server.allocator.free_segment(slots, start_pos=0)
-        server.backend.rows.enter([3], [running(Quality.LOSSLESS, server.store.next_step)])
+        server.allocator.running.enter(
+            [3], [running(Quality.LOSSLESS, server.store.recency.next_step)]
+        )
         load_snapshot(server)
         assert ledger == before
         budget = server.allocator.create_prefill_budget(server.cache)
         assert budget.has_capacity()
         server.decode(checks=False)
-        server.backend.rows.leave([3])
+        server.allocator.running.leave([3])
         assert ledger == replace(before, open_tokens=before.open_tokens + 2)
         server.decode(checks=False)
         load_snapshot(server)
@@ -182,7 +185,7 @@ def filled_and_freed() -> Server:
         pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
         store.ledger.write(len(slots), full=most)
         store.directory.filled.index_fill_(0, pages, PAGE_TOKENS)
-        store.seal(pages)
+        seal(store, pages)
         taken.append(slots)
     server.allocator.free_segment(torch.cat(taken), start_pos=0)
     assert store.ledger.frame_headroom == 0 < store.ledger.raw_free

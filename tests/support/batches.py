@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from sglang_diffxkv.attention.metadata import gather_pages, note_use
+from sglang_diffxkv.attention.batch_pages import BatchPages, gather_pages, note_use, page_table
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.pages import count
 from tests.support.stores import make_store
@@ -40,7 +41,7 @@ class Batch:
         self._count()
         ids = torch.tensor(first, dtype=torch.int64)
         self.store.directory.filled[ids] = PAGE_TOKENS
-        self.store.seal(ids)
+        seal(self.store, ids)
 
     def _count(self) -> None:
         filled = {}
@@ -48,10 +49,12 @@ class Batch:
             filled |= {p: min(PAGE_TOKENS, length - i * PAGE_TOKENS) for i, p in enumerate(own)}
         count(self.store, torch.tensor(list(filled)), torch.tensor(list(filled.values())))
 
-    def gather(self):  # type: ignore[no-untyped-def]
-        return gather_pages(
-            self.store, self.req_to_token, self.rows, self.lens, int(self.lens.max())
-        )
+    @property
+    def table(self) -> torch.Tensor:
+        return page_table(self.req_to_token, self.rows, int(self.lens.max()))
+
+    def gather(self) -> BatchPages:
+        return gather_pages(self.store, self.table, self.lens)
 
     def touch(self, decodes: bool) -> None:
         self.store.begin_step(decodes)

@@ -8,15 +8,12 @@ from typing import Any
 
 import torch
 
-from sglang_diffxkv.attention.device_backend import GPUBackend
-from sglang_diffxkv.attention.device_decode import DeviceDecode
-from sglang_diffxkv.attention.full_pages import FullPages
+from sglang_diffxkv.attention.device_backend import DeviceBackend
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.request_rows import RequestRows
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK
 from tests.support.fake_device import DEVICE, Event
-from tests.support.policies import Shape
+from tests.support.policies import Shape, config_of
 from tests.support.stores import PrefixCache, make_store
 
 SHAPE = Shape(layers=2, heads=1, dtype=torch.bfloat16)
@@ -32,26 +29,17 @@ class Server:
             policy, 2 << 20, DEMOTION_SLACK, shape=SHAPE, raw_share=0.5, device=DEVICE,
             window=WINDOW,
         )  # fmt: skip
-        pool: Any = SimpleNamespace(store=store, write=self._write, start_layer=0)
+        pool: Any = SimpleNamespace(store=store)
         self.allocator = DiffXKVAllocator(
-            store.plan.virtual_tokens, PAGE_TOKENS, torch.bfloat16, DEVICE, pool, need_sort=False
+            store.sizes.virtual_tokens, PAGE_TOKENS, torch.bfloat16, DEVICE, pool, need_sort=False
         )
         self.cache = PrefixCache(self.allocator)
         self.table = torch.zeros(4, 512, dtype=torch.int32, device=DEVICE)
-        self.backend = backend = object.__new__(GPUBackend)
-        backend.store, backend.config, backend.token_to_kv_pool = store, store.policy.config, pool
-        backend.req_to_token_pool = SimpleNamespace(req_to_token=self.table)
-        backend.rows = self.allocator.rows = RequestRows(4, self.table.device)
-        backend.decode = DeviceDecode(store, self.table, WINDOW)
-        backend.full_pages = FullPages(WINDOW, store.policy.needs_scores)
-        backend.decode_step = backend.decode_batch = backend.forward_metadata = None
+        config = config_of(policy, window=WINDOW)
+        self.backend = DeviceBackend(store, self.table, config, self.allocator.running)
         self.lens = [0, 0]
         self._checks = True
         self.rows = torch.tensor([2, 1], device=DEVICE)
-
-    def _write(self, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.store.raw.keys[layer].flatten(0, 1)[rows] = k
-        self.store.raw.values[layer].flatten(0, 1)[rows] = v
 
     def extend(self, new: list[int]) -> None:
         """A chunk of each prompt."""
@@ -113,7 +101,7 @@ class Server:
             seq_lens_cpu=lens,
             out_cache_loc=loc,
         )
-        self.backend.batch_rows = [2, 1]
+        self.backend.batch_indices = [2, 1]
         Event.launched += 1
         self.backend.init_forward_metadata(batch)
         self._forward(len(loc), batch)

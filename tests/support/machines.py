@@ -13,7 +13,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.request_rows import RequestRows
 from tests.support.pages import running
 from tests.support.stores import PrefixCache, make_allocator
 
@@ -37,12 +36,12 @@ def lens(*values: int) -> torch.Tensor:
 
 
 class Request(NamedTuple):
-    """A running request: its token slots, what it asked for, how long it may get, its row."""
+    """A running request: its token slots, what it asked for, how long it may get, its index."""
 
     slots: torch.Tensor
     quality: Quality
     longest: int
-    row: int
+    index: int
 
     @property
     def raw_pages(self) -> int:
@@ -59,27 +58,26 @@ class AllocatorMachine(RuleBasedStateMachine):
         super().__init__()
         self.allocator = make_allocator(self.policy)
         self.cache = PrefixCache(self.allocator)
-        self.allocator.rows = self.rows = RequestRows(8192, torch.device("cpu"))
-        self.free_rows = list(range(8192))
+        self.free_indices = list(range(8192))
         self.running: list[Request] = []
 
     def _touch(self, decodes: bool) -> None:
         """What a forward pass notes: over all running requests, or over the newest one."""
         store = self.allocator.store
         store.begin_step(decodes)
-        for slots, quality, _, row in self.running if decodes else self.running[-1:]:
+        for slots, _, _, index in self.running if decodes else self.running[-1:]:
             start, end = len(slots) - 1 if decodes else 0, len(slots)
             full = end // PAGE_TOKENS - start // PAGE_TOKENS
             store.ledger.write(end - start, full)
-            noted = self.rows.note_quality([row], [start], [len(slots)])
-            opened = slots[::PAGE_TOKENS][-(-start // PAGE_TOKENS) :] // PAGE_TOKENS
-            store.set_quality(opened, torch.full_like(opened, quality, dtype=torch.uint8), noted)
+            asked = self.allocator.running.opened([index], [start], [len(slots)])
+            if asked is not None:
+                store.note_quality(slots[start:], asked)
             pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
             position = torch.arange(len(pages))
             is_open = store.directory.raw_slot[pages] >= 0
             context = torch.full((int(is_open.sum()),), len(slots))
-            store.touch(pages[is_open], position[is_open], context, window=64)
-            store.read(pages[~is_open])
+            store.recency.touch(pages[is_open], position[is_open], context, window=64)
+            store.recency.read(pages[~is_open])
 
     @rule(
         tokens=st.integers(1, 700),
@@ -87,9 +85,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         quality=st.sampled_from([Quality.BALANCED, Quality.LOSSLESS]),
     )
     def prefill(self, tokens: int, answer: int, quality: Quality) -> None:
-        request = Request(lens(), quality, tokens + answer, self.free_rows[-1])
+        request = Request(lens(), quality, tokens + answer, self.free_indices[-1])
         held = sum(other.raw_pages for other in self.running)
-        if request.raw_pages and held + request.raw_pages > self.allocator.lossless_pages:
+        if request.raw_pages and held + request.raw_pages > self.allocator.capacity.lossless_pages:
             return
         budget = self.allocator.create_prefill_budget(self.cache)
         fits, limit = budget.check_prefill(
@@ -111,8 +109,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         )
         assert out is not None and len(torch.unique(out)) == tokens
         self.running.append(request._replace(slots=out))
-        entry = running(quality, self.allocator.store.next_step)
-        self.rows.enter([self.free_rows.pop()], [entry])
+        entry = running(quality, self.allocator.store.recency.next_step)
+        self.allocator.running.enter([self.free_indices.pop()], [entry])
         self._touch(decodes=False)
 
     @precondition(lambda self: self.running)
@@ -161,8 +159,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         self._leave(request)
 
     def _leave(self, request: Request) -> None:
-        self.rows.leave([request.row])
-        self.free_rows.append(request.row)
+        self.allocator.running.leave([request.index])
+        self.free_indices.append(request.index)
 
     @rule()
     def flush(self) -> None:
@@ -197,7 +195,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         frames = int(directory.num_frames[pages].sum()) + int(growing.sum()) * ledger.worst_frames
         frames += int(full.sum()) * ledger.fresh_mean
         expected = max(raw, frames / ledger.frames_total)
-        usage = self.allocator.usage(self.cache)
+        usage = self.allocator.capacity.usage(self.cache)
         assert raw - 1e-6 <= usage <= expected + 0.02
-        if ledger.raw_only == int((is_open & lossless).sum()):
+        if ledger.never_compressed == int((is_open & lossless).sum()):
             assert usage == pytest.approx(expected, abs=0.02)

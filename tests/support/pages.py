@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a backend tells a store of its open pages, for tests that have none."""
 
-from collections import Counter
 from collections.abc import Sequence
 from types import SimpleNamespace
 
@@ -9,8 +8,8 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.request_rows import RunningRequest
-from sglang_diffxkv.pool.store import NotedQuality, PageStore
+from sglang_diffxkv.pool.running import RunningRequest
+from sglang_diffxkv.pool.store import AskedPages, PageStore
 
 EVERY_SLOT = slice(None)
 
@@ -24,7 +23,9 @@ def running(quality: Quality, step: int = 0) -> RunningRequest:
 def count(store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
     """Tokens are written to ``pages`` (int64 [N], distinct), up to ``filled`` [N] of each."""
     before = store.directory.filled[pages]
-    full = (filled == PAGE_TOKENS) & (before < PAGE_TOKENS) & store.may_seal(pages)
+    full = (
+        (filled == PAGE_TOKENS) & (before < PAGE_TOKENS) & ~store.directory.never_compressed(pages)
+    )
     store.ledger.write(int((filled - before).sum()), int(full.sum()))
 
 
@@ -35,18 +36,17 @@ def write(
     context: torch.Tensor,
     window: int = 64,
 ) -> None:
-    """Count what a step writes, and note it; arguments as for `PageStore.touch`."""
+    """Count what a step writes, and note it; arguments as for `Recency.touch`."""
     own, place = torch.unique(pages, return_inverse=True)
     filled = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS)
     most = torch.zeros_like(own).scatter_reduce_(0, place, filled, "amax")
     count(store, own, most)
-    store.touch(pages, position, context, window)
+    store.recency.touch(pages, position, context, window)
 
 
 def ask(store: PageStore, pages: torch.Tensor, levels: Sequence[Quality]) -> None:
     """Open ``pages`` (int64 [N], distinct) are of requests that asked for these qualities."""
     lossless = torch.tensor([level is Quality.LOSSLESS for level in levels], dtype=torch.bool)
     full = int((store.directory.filled[pages][lossless] == PAGE_TOKENS).sum())
-    quality = torch.tensor(levels, dtype=torch.uint8)
-    opened = Counter(level for level in levels if level is not Quality.BALANCED)
-    store.set_quality(pages, quality, NotedQuality(opened, full))
+    asked = AskedPages(torch.arange(len(pages)), levels, full)
+    store.note_quality(pages * PAGE_TOKENS, asked)

@@ -22,10 +22,9 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.patches import quality as quality_seam
+from sglang_diffxkv.patches import quality as quality_hook
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.request_rows import RequestRows
 from tests.support.pages import ask, write
 
 VOCABULARY = 1000
@@ -41,7 +40,7 @@ class Requests:
         params = SamplingParams(max_new_tokens=new, ignore_eos=True)
         request = Req(str(next(self._ids)), "", array("q", prompt), params, vocab_size=VOCABULARY)
         request.priority = priority
-        quality_seam.set_quality(request, quality)
+        quality_hook.set_quality(request, quality)
         if quality is not Quality.BALANCED:
             request.extra_key = f"|diffxkv:{quality.name.lower()}"
         return request
@@ -66,8 +65,7 @@ class Scheduling:
     ) -> None:
         self.allocator, self.chunk = allocator, chunk
         self.rows = ReqToTokenPool(rows, 1 << 16, "cpu", False)
-        allocator.rows = RequestRows(self.rows.req_to_token.shape[0], torch.device("cpu"))
-        quality_seam.follow_rows(self.rows, allocator, allocator.rows)
+        quality_hook.follow_requests(self.rows, allocator)
         self.tree = UnifiedRadixCache(
             CacheInitParams(
                 disable=not radix,
@@ -136,8 +134,7 @@ class Scheduling:
         self.running.reqs += [r for r in requests if r is not self.chunked]
 
     def _write(self, requests: list[Req], spans: list[tuple[int, int]]) -> None:
-        store, rows = self.allocator.store, self.allocator.rows
-        assert rows is not None
+        store = self.allocator.store
         store.begin_step(decodes=False)
         for request, (start, end) in zip(requests, spans, strict=True):
             row = request.kv.req_pool_idx
@@ -145,8 +142,8 @@ class Scheduling:
             pages = torch.unique(slots // PAGE_TOKENS)
             position = torch.arange(start // PAGE_TOKENS, -(-end // PAGE_TOKENS))
             write(store, pages, position, torch.full((len(pages),), end))
-            rows.note_quality([row], [start], [end])
-            level = quality_seam.quality_of(request)
+            self.allocator.running.opened([row], [start], [end])
+            level = quality_hook.quality_of(request)
             if level is not Quality.BALANCED:
                 ask(store, pages, [level] * len(pages))
 
@@ -154,7 +151,7 @@ class Scheduling:
         """A step that reads every page of those who run, and adds nothing to them."""
         self.allocator.store.begin_step(decodes=True)
         for request in self.running.reqs:
-            self.allocator.store.read(torch.tensor(list(self.pages(request))))
+            self.allocator.store.recency.read(torch.tensor(list(self.pages(request))))
 
     @property
     def held(self) -> list[Req]:

@@ -13,7 +13,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
-from sglang_diffxkv.pool.sizing import VIRTUAL_SLACK, PoolPlan, plan_pool
+from sglang_diffxkv.pool.sizing import VIRTUAL_SLACK, PoolBudget, PoolSizes, size_pool
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.policies import Shape, config_of, policy_of
 
@@ -23,17 +23,10 @@ ALLOCATOR = Shape(layers=2, heads=2)
 
 def sizes_of(
     budget: int, policy: TierPolicy, raw_share: float, virtual_slack: float = VIRTUAL_SLACK
-) -> PoolPlan:
+) -> PoolSizes:
     """The sizes of a pool of so many bytes, the policy's own ones included."""
-    return plan_pool(
-        budget - policy.nbytes,
-        policy.layout,
-        len(policy.caps),
-        policy.caps,
-        policy.expected_fill,
-        raw_share,
-        virtual_slack=virtual_slack,
-    )
+    memory = PoolBudget(budget - policy.nbytes, raw_share, virtual_slack)
+    return size_pool(memory, policy.layout, policy.caps, policy.expected_fill)
 
 
 def make_store(
@@ -49,7 +42,7 @@ def make_store(
     """A store of so many bytes; what else is given are fields of the configuration."""
     graded = policy_of(config_of(policy, **config), shape)
     sizes = sizes_of(budget, graded, raw_share, virtual_slack)
-    return PageStore(sizes, graded.layout, graded, shape.dtype, device)
+    return PageStore(sizes, graded, shape.dtype, device)
 
 
 def make_allocator(policy: str = "diffkv", mib: float = 3, **config: Any) -> DiffXKVAllocator:
@@ -67,7 +60,7 @@ def allocator_of(
     """SGLang's allocator over a pool on the CPU, as SGLang makes both."""
     policy = policy_of(config, shape)
     sizes = sizes_of(budget, policy, raw_share, virtual_slack)
-    pool = DiffXKVPool.with_setup(PoolSetup(config, policy.layout, policy, sizes))(
+    pool = DiffXKVPool(
         sizes.virtual_tokens,
         page_size=PAGE_TOKENS,
         dtype=shape.dtype,
@@ -76,6 +69,7 @@ def allocator_of(
         layer_num=shape.layers,
         device="cpu",
         enable_memory_saver=False,
+        setup=PoolSetup(policy, sizes),
     )
     return DiffXKVAllocator(
         sizes.virtual_tokens,

@@ -43,7 +43,7 @@ def server_arguments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]
 def allocator() -> DiffXKVAllocator:
     """15 pages for lossless requests."""
     allocator = make_allocator(mib=6)
-    assert allocator.lossless_pages == 15
+    assert allocator.capacity.lossless_pages == 15
     return allocator
 
 
@@ -63,15 +63,15 @@ def test_a_shared_prefix_counts_once(allocator: DiffXKVAllocator) -> None:
     scheduling.finish(first)
     scheduling.waiting = [make([*prefix, 1, i, 1], 30, LOSSLESS) for i in range(6)]
     assert len(scheduling.prefill()) == 6
-    assert allocator.store.ledger.raw_only == 11
-    assert allocator.usage(scheduling.tree) == pytest.approx(11 / 18)
+    assert allocator.store.ledger.never_compressed == 11
+    assert allocator.capacity.usage(scheduling.tree) == pytest.approx(11 / 18)
 
 
 def test_equal_prompts_that_nobody_has_cached_count_each(allocator: DiffXKVAllocator) -> None:
     scheduling, prefix = Scheduling(allocator, rows=16), prompt(5)
     scheduling.waiting = [make([*prefix, 1, i, 1], 30, LOSSLESS) for i in range(6)]
     assert len(scheduling.prefill()) == 2, "6 pages each while they are computed"
-    assert allocator.store.ledger.raw_only == 7, "the second one's prefix was freed again"
+    assert allocator.store.ledger.never_compressed == 7, "the second one's prefix was freed again"
     assert len(scheduling.prefill()) == 4
 
 
@@ -119,8 +119,8 @@ def test_a_cached_prefix_that_was_evicted_meanwhile_is_no_promise(
     (other,) = scheduling.prefill()
     scheduling.waiting = [make([*prefix, 1], PAGE_TOKENS - 1, LOSSLESS) for _ in range(2)]
     assert not scheduling.prefill(), "11 + 7 pages"
-    allocator.evict_for_raw_pages(scheduling.tree, 7 * PAGE_TOKENS)
-    assert allocator.store.ledger.raw_only == 10, "the waiting ones' prefix has gone"
+    allocator.reclaimer.evict_for_raw_pages(scheduling.tree, 7 * PAGE_TOKENS)
+    assert allocator.store.ledger.never_compressed == 10, "the waiting ones' prefix has gone"
     assert not scheduling.prefill()
     scheduling.finish(other)
     assert len(scheduling.prefill()) == 2
@@ -146,7 +146,7 @@ def test_they_never_outgrow_the_raw_pages() -> None:
         cut = rng.choice(prefixes)
         tokens = cut[: rng.randint(1, len(cut))] + prompt(rng.uniform(0.02, 2), 100 + step)
         new = rng.randint(1, 2 * PAGE_TOKENS)
-        if len(tokens) + new <= allocator.lossless_pages * PAGE_TOKENS:
+        if len(tokens) + new <= allocator.capacity.lossless_pages * PAGE_TOKENS:
             scheduling.waiting.append(make(tokens, new, rng.choice([LOSSLESS, BALANCED])))
         scheduling.prefill()
         held = [r for r in scheduling.held if r.extra_key]
@@ -154,8 +154,8 @@ def test_they_never_outgrow_the_raw_pages() -> None:
             paged(r, len(r.origin_input_ids) + r.sampling_params.max_new_tokens) for r in held
         ]
         most = distinct_pages(scheduling.tree, longest)
-        assert most <= allocator.lossless_pages
-        now = distinct_pages(scheduling.tree, allocator.rows.lossless)  # type: ignore[union-attr]
+        assert most <= allocator.capacity.lossless_pages
+        now = distinct_pages(scheduling.tree, allocator.running.lossless)
         assert now == len(set().union(*(scheduling.pages(r) for r in held), set()))
         shared += now < sum(len(scheduling.pages(r)) for r in held)
         scheduling.decode()

@@ -6,7 +6,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.reclaim import seal_cold
 from sglang_diffxkv.pool.store import PageStateError
 from tests.support.machines import AllocatorMachine, lens, walks
 from tests.support.pages import ask, running, write
@@ -40,17 +40,17 @@ def test_lossless_prefixes_are_evicted_for_raw_pages() -> None:
     cached_sequence(cache, 2, Quality.BALANCED)
     cached_sequence(cache, raw - 6, Quality.LOSSLESS)
     cached_sequence(cache, 1, Quality.BALANCED)
-    assert (ledger.raw_free, ledger.raw_only) == (1, raw - 4)
-    assert allocator.reclaim(cache, 4 * PAGE_TOKENS)
+    assert (ledger.raw_free, ledger.never_compressed) == (1, raw - 4)
+    assert allocator.reclaimer.reclaim(cache, 4 * PAGE_TOKENS)
     assert len(cache.sequences) == 4, "sealing the balanced ones was enough"
     assert ledger.raw_free == 4
-    assert allocator.reclaim(cache, 5 * PAGE_TOKENS)
+    assert allocator.reclaimer.reclaim(cache, 5 * PAGE_TOKENS)
     assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [2, raw - 6, 1]
     assert ledger.raw_free == 6
-    assert allocator.reclaim(cache, 7 * PAGE_TOKENS)
+    assert allocator.reclaimer.reclaim(cache, 7 * PAGE_TOKENS)
     # the oldest goes first, sealed as it is; what is younger than the last lossless one stays
     assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [1]
-    assert ledger.raw_free == raw and ledger.raw_only == 0
+    assert ledger.raw_free == raw and ledger.never_compressed == 0
 
 
 def test_held_lossless_pages_cost_no_prefix() -> None:
@@ -59,34 +59,36 @@ def test_held_lossless_pages_cost_no_prefix() -> None:
     cache, ledger = PrefixCache(allocator), allocator.store.ledger
     cached_sequence(cache, 3, Quality.BALANCED)
     cached_sequence(cache, ledger.raw_total - 3, Quality.LOSSLESS)
-    cache.sequences.pop()  # as if it still ran
-    assert not allocator.reclaim(cache, 4 * PAGE_TOKENS)
+    held = len(cache.sequences.pop())  # by somebody who runs
+    allocator.running.enter([2], [running(Quality.LOSSLESS, allocator.store.recency.step)])
+    allocator.running.opened([2], [0], [held])
+    assert not allocator.reclaimer.reclaim(cache, 4 * PAGE_TOKENS)
     assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [3]
-    assert allocator.usage(cache) == pytest.approx(1 - 3 / ledger.raw_total)
-    assert allocator.reclaim(cache, 3 * PAGE_TOKENS)
+    assert allocator.capacity.usage(cache) == pytest.approx(1 - 3 / ledger.raw_total)
+    assert allocator.reclaimer.reclaim(cache, 3 * PAGE_TOKENS)
 
 
 def test_pressure_is_met_once_for_many_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raw pages run out: sealing makes room beyond the page that is asked for; so does eviction."""
-    monkeypatch.setattr("sglang_diffxkv.pool.store.SPARE_SHARE", 1 / 4)
+    monkeypatch.setattr("sglang_diffxkv.pool.reclaim.SEALED_SPARE", 1 / 4)
     allocator = make_allocator("uniform", mib=6)
     cache, store = PrefixCache(allocator), allocator.store
     raw = store.ledger.raw_total
     cached_sequence(cache, raw, Quality.BALANCED)
     store.begin_step(decodes=True)  # so that its window is nobody's
-    assert store.ledger.raw_free == 0 and allocator.reclaim(cache, PAGE_TOKENS)
+    assert store.ledger.raw_free == 0 and allocator.reclaimer.reclaim(cache, PAGE_TOKENS)
     assert store.ledger.raw_free == 1 + raw // 4 and store.counters.evicted == 0
-    monkeypatch.setattr("sglang_diffxkv.pool.allocator.SPARE_SHARE", 1 / 8)
+    monkeypatch.setattr("sglang_diffxkv.pool.reclaim.RECLAIMED_SPARE", 1 / 8)
     while store.ledger.frame_headroom > 0:
         cached_sequence(cache, 1, Quality.BALANCED)
         store.begin_step(decodes=True)
-        store.seal_cold(store.ledger.raw_total, include_window=True)
+        seal_cold(store, store.ledger.raw_total, include_window=True)
     cache.sequences = [page for slots in cache.sequences for page in slots.split(PAGE_TOKENS)]
-    assert allocator.reclaim(cache, PAGE_TOKENS)
+    assert allocator.reclaimer.reclaim(cache, PAGE_TOKENS)
     assert store.ledger.frame_headroom >= 1 + store.ledger.largest_sequence // 8
     reclaims = store.counters.reclaims
     for _ in range(store.ledger.largest_sequence // 8):
-        assert allocator.reclaim(cache, PAGE_TOKENS)
+        assert allocator.reclaimer.reclaim(cache, PAGE_TOKENS)
         assert allocator.alloc(PAGE_TOKENS) is not None
     assert store.counters.reclaims == reclaims, "there was room"
 
@@ -94,7 +96,6 @@ def test_pressure_is_met_once_for_many_pages(monkeypatch: pytest.MonkeyPatch) ->
 def test_nobody_holds_what_the_last_step_used() -> None:
     """Where nobody runs no step follows: a prompt must not wait for one."""
     allocator = make_allocator()
-    allocator.rows = RequestRows(4, torch.device("cpu"))
     cache, raw = PrefixCache(allocator), allocator.store.ledger.raw_total
     cached_sequence(cache, raw - 1, Quality.LOSSLESS)
     # nor where the only one who runs is a prompt between two chunks, whose pages stay
@@ -102,12 +103,12 @@ def test_nobody_holds_what_the_last_step_used() -> None:
     assert own is not None
     write(allocator.store, own[:1] // PAGE_TOKENS, torch.tensor([0]), torch.tensor([PAGE_TOKENS]))
     ask(allocator.store, own[:1] // PAGE_TOKENS, [Quality.LOSSLESS])
-    allocator.rows.enter([2], [running(Quality.LOSSLESS, allocator.store.step)])
-    allocator.store.expect(own[:1] // PAGE_TOKENS)
-    allocator.rows.stay(2, allocator.store.next_step)
-    assert allocator.reclaim(cache, 3 * PAGE_TOKENS)
-    assert not cache.sequences and allocator.store.ledger.raw_only == 1
-    assert not allocator.reclaim(cache, raw * PAGE_TOKENS)
+    allocator.running.enter([2], [running(Quality.LOSSLESS, allocator.store.recency.step)])
+    allocator.store.recency.expect(own[:1] // PAGE_TOKENS)
+    allocator.running.stay(2, allocator.store.recency.next_step)
+    assert allocator.reclaimer.reclaim(cache, 3 * PAGE_TOKENS)
+    assert not cache.sequences and allocator.store.ledger.never_compressed == 1
+    assert not allocator.reclaimer.reclaim(cache, raw * PAGE_TOKENS)
 
 
 def test_double_free_raises() -> None:
@@ -135,7 +136,7 @@ def test_longest_request_is_admitted_alone(policy: str) -> None:
     clip = {"token_capacity": allocator.size, "sliding_window_size": None, "chunk_size": 512}
     assert allocator.max_new_tokens_for_memory(tokens, 10**6, **clip) == PAGE_TOKENS - 1
     assert allocator.max_new_tokens_for_memory(capacity, 1, **clip) == 0
-    assert allocator.longest_prompt == tokens
+    assert allocator.capacity.longest_prompt == tokens
     done, last = 0, lens(-1)
     while done < tokens:
         budget = allocator.create_prefill_budget(cache)

@@ -4,18 +4,18 @@
 import pytest
 import torch
 
-from sglang_diffxkv.attention.metadata import (
+from sglang_diffxkv.attention.ready_pages import pages_to_seal, ready_pages
+from sglang_diffxkv.attention.scoring import (
+    NewTokens,
+    ScoringQueries,
     count_scores,
-    decode_queries,
     extend_queries,
-    note_quality,
-    pages_to_seal,
-    ready_pages,
 )
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.scoring import Sampler, last_queries, sample_queries
-from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.pool.running import RunningRequests
+from sglang_diffxkv.pool.sealing import seal, seal_ready
 from sglang_diffxkv.pool.store import PageStateError
 from tests.support.batches import Batch
 from tests.support.pages import EVERY_SLOT, running
@@ -52,13 +52,13 @@ def test_counts_are_of_later_queries(sampler: Sampler | None, most: int) -> None
     prefix = b.lens - 1 if sampler is None else torch.tensor([70, 0, 128])
     extend = (b.lens - prefix).tolist()
     if sampler is None:
-        queries = decode_queries(b.lens)
+        queries = ScoringQueries.at(None, torch.arange(4, dtype=torch.int32), b.lens - 1)
     else:
         lens = torch.tensor(extend)
         indptr = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
         spans = zip(prefix.tolist(), b.lens.tolist(), strict=True)
         new = torch.cat([torch.arange(start, end) for start, end in spans])
-        queries = extend_queries(new, indptr, prefix, extend, most, sampler)
+        queries = extend_queries(NewTokens(indptr, new, prefix, extend), most, sampler)
     positions = [
         queries.position[queries.indptr[i] : queries.indptr[i + 1]].tolist() for i in range(3)
     ]
@@ -99,13 +99,13 @@ def test_ready_pages_are_the_first_that_may_be_sealed(due: int) -> None:
     b.touch(decodes=True)
     scored = b.lens - 1
     listed = pages_to_seal(b.store, b.gather(), scored).pages.tolist()
-    pages, ready = ready_pages(b.store, b.req_to_token, b.rows, scored, 800, due)
+    pages, ready = ready_pages(b.store, b.table, scored, due)
     assert len(pages) == len(ready) == due
     found = pages[ready].tolist()
     assert len(set(found)) == len(found) and set(found) <= set(listed) and len(listed) > 8
     assert due < 30 or set(found) == set(listed)
     before = b.store.ledger.sealed_pages
-    b.store.seal_ready(pages, ready)
+    seal_ready(b.store, pages, ready)
     assert bool(b.store.directory.sealed[found].all())
     assert b.store.ledger.sealed_pages == before + len(found)
 
@@ -114,14 +114,16 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     b = Batch([700, 130, 300], sealed=[0, 0, 0])
     b.touch(decodes=False)
     batch = b.gather()
-    rows = RequestRows(len(b.lens) + 3, torch.device("cpu"))
+    requests = RunningRequests()
     asked = [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS]
-    requests = [running(level, step=0) for level in asked]
-    rows.enter(b.rows.tolist(), requests)
+    requests.enter(b.rows.tolist(), [running(level, step=0) for level in asked])
     before = torch.tensor([0, 0, 100])  # 2 pages of the last one were opened before
-    noted = rows.note_quality(b.rows.tolist(), before.tolist(), b.lens.tolist())
-    assert noted.opened == {Quality.SMALL: 11, Quality.LOSSLESS: 3} and noted.lossless_full == 3
-    note_quality(b.store, batch, before, rows.quality[b.rows], noted)
+    opened = requests.opened(b.rows.tolist(), before.tolist(), b.lens.tolist())
+    assert opened is not None and opened.lossless_full == 3
+    assert list(opened.quality) == [Quality.SMALL] * 11 + [Quality.LOSSLESS] * 3
+    spans = zip(b.rows.tolist(), before.tolist(), b.lens.tolist(), strict=True)
+    loc = torch.cat([b.req_to_token[row, start:end] for row, start, end in spans])
+    b.store.note_quality(loc.long(), opened)
     first, second, third = b.pages
     quality = b.store.directory.quality
     assert set(quality[first].tolist()) == {Quality.SMALL}
@@ -129,16 +131,16 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     third = third[2:]
     sealable = pages_to_seal(b.store, batch, b.lens).pages.tolist()
     assert set(third).isdisjoint(sealable) and set(first[:9] + second[:1]) < set(sealable)
-    assert not set(third) & set(b.store.sealable(EVERY_SLOT, include_window=True).tolist())
-    assert [s.length for s in rows.lossless] == [300]
-    rows.leave(b.rows.tolist())
-    assert not rows.lossless and not rows.asked
+    assert not set(third) & set(b.store.recency.sealable(EVERY_SLOT, include_window=True).tolist())
+    assert [s.length for s in requests.lossless] == [300]
+    requests.leave(b.rows.tolist())
+    assert not requests.lossless and not requests.asked
 
 
 def test_every_page_of_a_batch_counts_as_used() -> None:
     """Sealed ones, too: what is read in a step is not cold."""
     b = Batch([700, 130, 300], sealed=[9, 1, 2])
-    b.store.step = 40
+    b.store.recency.step = 40
     b.touch(decodes=True)
     used = b.store.directory.last_used
     held = torch.tensor([page for own in b.pages for page in own])
@@ -153,7 +155,7 @@ def test_shared_page_waits_for_every_window() -> None:
     batch = b.gather()
     assert b.pages[0][1] not in pages_to_seal(b.store, batch, b.lens).pages.tolist()
     b.store.begin_step(decodes=True)  # the short one has finished, the long one goes on
-    assert b.pages[0][1] in b.store.sealable(EVERY_SLOT, include_window=False).tolist()
+    assert b.pages[0][1] in b.store.recency.sealable(EVERY_SLOT, include_window=False).tolist()
 
 
 def test_shared_page_is_sealed_once_with_the_first_sequence_that_may() -> None:
@@ -167,7 +169,7 @@ def test_shared_page_is_sealed_once_with_the_first_sequence_that_may() -> None:
     )
     assert dict(zip(pages.tolist(), sequence.tolist(), strict=True)) == owners
     assert len(pages) == len(owners)
-    b.store.seal(pages, sequence)
+    seal(b.store, pages, sequence)
     assert bool(b.store.directory.sealed[pages].all())
     # for the first sequence, they were written by this very step
     b = Batch([400, 300, 500], sealed=[0, 0, 0], shared=3)

@@ -23,6 +23,7 @@ from sglang_diffxkv.pool.demotion import (
     read_tokens,
 )
 from sglang_diffxkv.pool.integrity import check_integrity
+from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_bound
 from tests.support.machines import AllocatorMachine, lens
@@ -42,7 +43,7 @@ def sealed_store(pages: int, **config: Any) -> tuple[PageStore, torch.Tensor, Co
     ids = torch.arange(1, pages + 1)
     contents = fill(store, ids)
     write(store, ids, torch.arange(pages), torch.full((pages,), pages * PAGE_TOKENS + 70))
-    store.seal(ids)
+    seal(store, ids)
     store.begin_step(decodes=True)
     return store, ids, contents
 
@@ -121,7 +122,7 @@ def test_negligible_tokens_are_told_from_unscored_ones() -> None:
     store.raw.counts[slot] = 8
     store.raw.counts[slot, 60:] = 0
     write(store, pages, torch.tensor([2]), torch.tensor([500]))
-    store.seal(pages)
+    seal(store, pages)
     for tokens in tokens_of(store, pages):
         assert (tokens.codes[..., :60] == 1).all() and (tokens.codes[..., 60:] == 0).all()
 
@@ -208,11 +209,11 @@ def test_colder_half_goes_coldest_first() -> None:
     store, _, _ = sealed_store(8)
     for page in (2, 7, 1, 5):  # and 3, 4, 6, 8 never again
         store.begin_step(decodes=True)
-        store.read(torch.tensor([page]))
-    everything, now = slice(0, store.plan.virtual_pages), store.step + 1
+        store.recency.read(torch.tensor([page]))
+    everything, now = slice(0, store.sizes.virtual_pages), store.recency.step + 1
     assert cold_pages(store, everything, now).tolist() == [8, 6, 4, 3]
     assert cold_pages(store, slice(3, 6), now).tolist() == [6], "4 to 6 are all that is searched"
-    held_since = store.step - 1  # 1 and 5 are held
+    held_since = store.recency.step - 1  # 1 and 5 are held
     assert cold_pages(store, everything, held_since).tolist() == [8, 6, 4]
     before = store.directory.frames[:, [1, 2, 3, 5, 7]].clone()
     demote_cold(store, held_since, headroom=10**6)
@@ -224,22 +225,22 @@ def test_colder_half_goes_coldest_first() -> None:
 
 def test_each_page_once_before_any_twice_and_no_more_than_needed() -> None:
     store, ids, _ = sealed_store(48)
-    batch = store.plan.workspace.demoted_pages
+    batch = store.sizes.workspace.demoted_pages
     asked = store.ledger.frame_headroom + 1
-    demote_cold(store, store.step, asked)
+    demote_cold(store, store.recency.step, asked)
     demoted = store.counters.demoted
     assert demoted % batch == 0 and store.ledger.frame_headroom >= asked
     assert store.directory.demotions[ids].tolist() == [0] * (48 - demoted) + [1] * demoted
     most = store.counters.frames_demoted / demoted * batch  # that the last batch has freed, about
     assert store.ledger.frames_free - 1.2 * most < asked * store.ledger.worst_frames
-    demote_cold(store, store.step, store.ledger.frame_headroom)
+    demote_cold(store, store.recency.step, store.ledger.frame_headroom)
     assert store.counters.demoted == demoted, "nothing was needed"
 
 
 def test_who_asked_for_high_quality_keeps_it() -> None:
     store, _, _ = sealed_store(4)
     store.directory.quality[4] = Quality.HIGH
-    assert cold_pages(store, slice(0, 64), store.step).tolist() == [3]
+    assert cold_pages(store, slice(0, 64), store.recency.step).tolist() == [3]
 
 
 def test_a_page_that_is_used_again_starts_anew() -> None:
@@ -249,7 +250,7 @@ def test_a_page_that_is_used_again_starts_anew() -> None:
     assert check_integrity(store) == []
     fill(store, pages[:2])
     write(store, pages[:2], torch.arange(2), torch.full((2,), 300))
-    store.seal(pages[:2])
+    seal(store, pages[:2])
     assert store.directory.demotions[pages].tolist() == [0, 0, 1, 1]
     assert check_integrity(store) == []
 
@@ -317,7 +318,7 @@ def test_random_load_over_memory() -> None:
             machine.finish(data=first_of, cached=True)
         for slots in rng.sample(cache.sequences, len(cache.sequences) // 3):
             pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
-            store.read(pages[store.directory.sealed[pages]])
+            store.recency.read(pages[store.directory.sealed[pages]])
         machine.consistent()
     assert store.counters.demoted > 20 and store.counters.evicted > 20
     assert store.ledger.demoted_pages > 0

@@ -13,6 +13,7 @@ from sglang_diffxkv.eval.model import Model
 from sglang_diffxkv.eval.variants import served
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_stats
+from sglang_diffxkv.pool.sealing import seal
 from tests.support.pages import write
 from tests.support.policies import Shape
 from tests.support.stores import make_store
@@ -56,7 +57,7 @@ def stats_of(policy: str, elements: torch.dtype, **config: object) -> dict:
     store.raw.scores[:, slots] = scores**4
     store.raw.counts[slots] = 8
     write(store, pages, torch.arange(6), torch.full((6,), 6 * PAGE_TOKENS), window=0)
-    store.seal(pages[:4])
+    seal(store, pages[:4])
     return pool_stats(store)
 
 

@@ -6,18 +6,22 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_diffxkv.attention.backend import DiffXKVBackend
-from sglang_diffxkv.patches.forward import _before_forward, _note_rows
-from sglang_diffxkv.pool.request_rows import RequestRows
+from sglang_diffxkv.attention.host_backend import HostBackend
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.patches.forward import _before_forward, _note_requests
+from sglang_diffxkv.pool.running import RunningRequests
 from tests.support.batches import Batch
+
+
+def backend_of(batch: Batch) -> HostBackend:
+    return HostBackend(batch.store, batch.req_to_token, DiffXKVConfig(), RunningRequests())
 
 
 def test_mixed_batches_are_told_apart() -> None:
     """SGLang turns them into prefills before the backend sees them."""
-    backend = object.__new__(DiffXKVBackend)
+    backend = backend_of(Batch([64], sealed=[0]))
     runner = SimpleNamespace(attn_backend=backend)
     for mode in (ForwardMode.MIXED, ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.DECODE):
         _before_forward(runner, SimpleNamespace(forward_mode=mode))
@@ -28,10 +32,7 @@ def test_mixed_batches_are_told_apart() -> None:
 def test_windows_age_in_mixed_batches(mode: ForwardMode, monkeypatch: pytest.MonkeyPatch) -> None:
     """One is a decode step of every running request, too, though SGLang shows it as a prefill."""
     batch = Batch([130, 64], sealed=[0, 0])
-    backend = object.__new__(DiffXKVBackend)
-    backend.store, backend.config = batch.store, batch.store.policy.config
-    backend.rows = RequestRows(len(batch.req_to_token), torch.device("cpu"))
-    backend.req_to_token_pool = SimpleNamespace(req_to_token=batch.req_to_token)
+    backend = backend_of(batch)
     forward_batch = SimpleNamespace(
         forward_mode=mode,
         req_pool_indices=batch.rows,
@@ -43,12 +44,12 @@ def test_windows_age_in_mixed_batches(mode: ForwardMode, monkeypatch: pytest.Mon
         extend_seq_lens_cpu=[1, 1],
         out_cache_loc=batch.req_to_token[batch.rows, batch.lens - 1].long(),
     )
-    before = batch.store.decode_step
+    before = batch.store.recency.decode_step
     monkeypatch.setattr("sglang_diffxkv.patches.forward.is_active", lambda: True)
     requests = [SimpleNamespace(kv=SimpleNamespace(req_pool_idx=row)) for row in (2, 3)]
-    _note_rows(forward_batch, None, SimpleNamespace(reqs=requests))
+    _note_requests(forward_batch, None, SimpleNamespace(reqs=requests))
     _before_forward(SimpleNamespace(attn_backend=backend), forward_batch)
     forward_batch.forward_mode = ForwardMode.EXTEND
     backend.init_forward_metadata(forward_batch)
-    assert backend.batch_rows == [2, 3]
-    assert batch.store.decode_step - before == (mode == ForwardMode.MIXED)
+    assert backend.batch_indices == [2, 3]
+    assert batch.store.recency.decode_step - before == (mode == ForwardMode.MIXED)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from sglang_diffxkv.patches import pool as pool_seam
+from sglang_diffxkv.patches import pool_setup
 from sglang_diffxkv.pool.host_memory import available_memory, default_budget, too_much
 
 GIB = 2**30
@@ -102,13 +102,13 @@ def test_budget_of_a_rank(
     """With `memory_bytes`, which is used as it is, SGLang's own budget is passed on."""
     sizes = SimpleNamespace(tp_size=4, dp_size=1, nnodes=2, tp_rank=0)
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: sizes)
-    monkeypatch.setattr(pool_seam, "available_memory", lambda: 80 * GIB)
-    monkeypatch.setattr(pool_seam, "fraction_is_given", lambda: given)
+    monkeypatch.setattr(pool_setup, "available_memory", lambda: 80 * GIB)
+    monkeypatch.setattr(pool_setup, "fraction_is_given", lambda: given)
     with caplog.at_level(logging.INFO):
-        assert pool_seam.host_budget(memory, 90 * GIB) == expected
+        assert pool_setup.host_budget(memory, 90 * GIB) == expected
     told = [record.message for record in caplog.records]
     assert len(told) == (expected == 10 * GIB)
     for part in ("10.00 GiB", "2 ranks", "80.0 GiB", "memory_bytes", "--mem-fraction-static"):
         assert all(part in line for line in told)
     with pytest.raises(ValueError, match=r"^diffxkv: memory_bytes of 41.0 GiB on each of 2 ranks"):
-        pool_seam.host_budget(41 * GIB, 90 * GIB)
+        pool_setup.host_budget(41 * GIB, 90 * GIB)

@@ -10,6 +10,7 @@ import torch
 from sglang_diffxkv.config import Tiers
 from sglang_diffxkv.pool.key_means import SINKS, KeyMeans
 from sglang_diffxkv.pool.raw_pages import RawPages
+from sglang_diffxkv.pool.sealing import seal
 from tests.support.pages import write
 from tests.support.stores import make_store
 
@@ -110,7 +111,7 @@ def test_a_plan_of_pages_that_lack_none_sets_none(tmp_path: Path) -> None:
     page = torch.tensor([1])
     saving.open(page)
     write(saving, page, torch.tensor([0]), torch.tensor([64]))
-    saving.seal(page)
+    seal(saving, page)
     saving.policy.on_idle()
     saving.policy.learner.wait()
     assert json.loads(Path(path).read_text())["key_means"] is None

@@ -16,7 +16,7 @@ from sglang.srt.runtime_context import publish, restore_context, snapshot_contex
 from sglang.srt.server_args import prepare_server_args
 
 from sglang_diffxkv.demo_model import write_demo_model
-from sglang_diffxkv.patches.pool import _check_dtype
+from sglang_diffxkv.patches.kv_dtype import check_dtype
 from sglang_diffxkv.patches.validation import check_kv_dtype
 
 
@@ -60,15 +60,15 @@ def test_raw_pages_stay_in_the_models_dtype(backend: str, algorithm: str | None)
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint8, torch.float64])
 def test_other_dtypes_are_refused_in_one_line(dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=f"KV in {dtype} of a model") as refusal:
-        _check_dtype(dtype, dtype)
+        check_dtype(dtype, dtype)
     assert "\n" not in str(refusal.value)
     for known in (torch.float32, torch.float16, torch.bfloat16):
-        _check_dtype(known, known)
+        check_dtype(known, known)
 
 
 def test_raw_pages_of_another_dtype_than_the_models_are_refused() -> None:
     with pytest.raises(ValueError, match=r"KV in torch.bfloat16 of a model in torch.float32"):
-        _check_dtype(torch.bfloat16, torch.float32)
+        check_dtype(torch.bfloat16, torch.float32)
     check_kv_dtype("auto", torch.float32)
     check_kv_dtype("bf16", torch.bfloat16)
     with pytest.raises(ValueError, match="a model in float32") as refusal:

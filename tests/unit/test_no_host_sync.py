@@ -12,12 +12,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sglang_diffxkv.attention.device_backend import GPUBackend
-from sglang_diffxkv.attention.device_decode import DeviceDecode
-from sglang_diffxkv.attention.full_pages import FullPages
+from sglang_diffxkv.attention.device_backend import DeviceBackend
 from sglang_diffxkv.kernels.gpu.launch import recorded
-from sglang_diffxkv.pool.request_rows import RequestRows
-from tests.support.policies import Shape
+from sglang_diffxkv.pool.running import RunningRequests
+from tests.support.policies import Shape, config_of
 from tests.support.stores import make_store
 
 SHAPE = Shape(layers=3, heads=2, dtype=torch.bfloat16)
@@ -25,23 +23,10 @@ LAYERS, HEADS, DIM, _ = SHAPE
 BATCH = 5
 
 
-def meta_backend(policy: str) -> GPUBackend:
-    """The backend as SGLang makes it, but for the parts of SGLang that only hold tensors."""
-    backend = object.__new__(GPUBackend)
+def meta_backend(policy: str) -> DeviceBackend:
     store = make_store(policy, 16 << 20, 2.0, shape=SHAPE, device="meta")
     table = torch.empty(8, 1024, dtype=torch.int32, device="meta")
-    backend.store, backend.req_to_token_pool = store, SimpleNamespace(req_to_token=table)
-    backend.rows = RequestRows(8, table.device)
-    backend.decode = DeviceDecode(store, table, window=64)
-    backend.full_pages = FullPages(64, store.policy.needs_scores)
-    backend.decode_step = backend.decode_batch = backend.forward_metadata = None
-
-    def write(layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        store.raw.keys[layer].flatten(0, 1)[rows] = k
-        store.raw.values[layer].flatten(0, 1)[rows] = v
-
-    backend.token_to_kv_pool = SimpleNamespace(write=write, start_layer=0)
-    return backend
+    return DeviceBackend(store, table, config_of(policy), RunningRequests())
 
 
 def meta_batch(lengths: list[int]) -> SimpleNamespace:
@@ -58,7 +43,7 @@ def meta_batch(lengths: list[int]) -> SimpleNamespace:
     )
 
 
-def decode(backend: GPUBackend, batch: SimpleNamespace) -> None:
+def decode(backend: DeviceBackend, batch: SimpleNamespace) -> None:
     """One decode step, all layers, with what the allocator does for it."""
     backend.store.open(torch.empty(2, dtype=torch.int64, device="meta"))
     backend.init_forward_metadata(batch)
@@ -98,7 +83,7 @@ def test_a_step_that_seals_does_wait() -> None:
 
 def test_capture_touches_no_page() -> None:
     backend = meta_backend("diffxkv")
-    before = backend.store.step
+    before = backend.store.recency.step
     with recorded():
         backend.init_forward_metadata_out_graph(meta_batch([1] * BATCH), in_capture=True)
-    assert backend.store.step == before and backend.decode_batch is None
+    assert backend.store.recency.step == before and backend.decode_batch is None

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
-import torch
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -31,7 +30,6 @@ from sglang_diffxkv.policy.quality import (
     requested_quality,
     with_quality,
 )
-from sglang_diffxkv.pool.request_rows import RequestRows
 from tests.support.stores import make_allocator
 
 
@@ -251,38 +249,39 @@ def test_other_pools_are_left_alone() -> None:
 def test_lossless_answers_are_clipped_to_raw_pages(
     scheduler: SimpleNamespace, asked: int | None, got: int
 ) -> None:
-    capacity = scheduler.token_to_kv_pool_allocator.lossless_pages * PAGE_TOKENS
+    capacity = scheduler.token_to_kv_pool_allocator.capacity.lossless_pages * PAGE_TOKENS
     request = entered(scheduler, capacity - 40, asked, ask("lossless"))
     assert request.sampling_params.max_new_tokens == got and request.to_finish is None
     assert entered(scheduler, capacity - 40, asked).sampling_params.max_new_tokens == asked
 
 
 def test_lossless_prompts_beyond_raw_pages_are_refused(scheduler: SimpleNamespace) -> None:
-    capacity = scheduler.token_to_kv_pool_allocator.lossless_pages * PAGE_TOKENS
+    capacity = scheduler.token_to_kv_pool_allocator.capacity.lossless_pages * PAGE_TOKENS
     request = entered(scheduler, capacity, 1, ask("lossless"))
     assert f"hold {capacity} tokens here, but the prompt has {capacity}" in request.to_finish
     assert entered(scheduler, capacity, 1).to_finish is None
 
 
-def test_rows_have_their_requests_quality(scheduler: SimpleNamespace) -> None:
+def test_running_requests_have_their_quality(scheduler: SimpleNamespace) -> None:
     pool = ReqToTokenPool(4, 64, "cpu", False)
-    rows = RequestRows(pool.req_to_token.shape[0], torch.device("cpu"))
-    hook.follow_rows(pool, scheduler.token_to_kv_pool_allocator, rows)
+    allocator = scheduler.token_to_kv_pool_allocator
+    running = allocator.running
+    hook.follow_requests(pool, allocator)
     for first, second in (("lossless", "balanced"), ("balanced", "lossless")):
         requests: Any = [entered(scheduler, 5, 5, ask(level)) for level in (first, second)]
         given = pool.alloc(requests)
-        hook._enter_rows(given, pool, requests)
+        hook._enter(given, pool, requests)
         levels = [Quality[level.upper()] for level in (first, second)]
-        assert rows.quality[given].tolist() == levels
         assert given is not None
-        assert rows.asked and len(rows.running) == 2
+        assert [running.by_index[index].quality for index in given] == levels
+        assert running.asked and len(running.by_index) == 2
         pool.free_rows(given)
-        hook._leave_rows(None, pool, given)
-        assert not rows.asked and not rows.running
-    hook._enter_rows(None, pool, requests)  # there were no rows left
+        hook._leave(None, pool, given)
+        assert not running.asked and not running.by_index
+    hook._enter(None, pool, requests)  # there were no rows left
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
-    hook._enter_rows(pool.alloc(requests), pool, requests)
-    assert not rows.asked and not rows.quality.any()
+    hook._enter(pool.alloc(requests), pool, requests)
+    assert not running.asked
 
 
 @pytest.fixture

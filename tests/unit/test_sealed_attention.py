@@ -13,6 +13,7 @@ from sglang_diffxkv.kernels.decode import decode_sealed
 from sglang_diffxkv.kernels.extend import extend_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.pool.sealing import seal
 from tests.support.builders import error_norm
 from tests.support.stores import STORE, make_store
 
@@ -43,8 +44,8 @@ def test_attention_over_sealed_pages(policy: str, tiers: Tiers, rotates: bool, m
     store.raw.scores[:, slots] = 16 * torch.rand(LAYERS, PAGES, HEADS, PAGE_TOKENS, generator=gen)
     store.raw.counts[slots] = 8
     context = torch.full((PAGES,), PAGES * PAGE_TOKENS)
-    store.touch(pages, torch.arange(PAGES), context, window=0)
-    store.seal(pages)
+    store.recency.touch(pages, torch.arange(PAGES), context, window=0)
+    seal(store, pages)
     assert store.key_means.by_layer.any() == rotates
     q = torch.randn(1, GROUP * HEADS, DIM, generator=gen)
     indptr = torch.tensor([0, PAGES], dtype=torch.int32)

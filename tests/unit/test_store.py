@@ -18,6 +18,8 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import POLICIES
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
+from sglang_diffxkv.pool.reclaim import seal_cold
+from sglang_diffxkv.pool.sealing import seal, seal_ready
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 from tests.support.builders import error_bound
@@ -42,7 +44,7 @@ class StoreMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.store = make_store(self.policy)
-        self.free = set(range(1, self.store.plan.virtual_pages + 1))
+        self.free = set(range(1, self.store.sizes.virtual_pages + 1))
         self.open: set[int] = set()
         self.full: set[int] = set()
         """Those that may be sealed: of no lossless request."""
@@ -66,7 +68,7 @@ class StoreMachine(RuleBasedStateMachine):
     @rule(data=st.data(), position=st.integers(0, 3))
     def fill_pages(self, data: st.DataObject, position: int) -> None:
         pages = self._pick(data, self.open)
-        self.store.step += 1
+        self.store.recency.step += 1
         for page in pages:
             slot = int(self.store.directory.raw_slot[page])
             written = torch.randn(2, LAYERS, PAGE_TOKENS, HEADS, DIM, generator=self.generator)
@@ -101,24 +103,24 @@ class StoreMachine(RuleBasedStateMachine):
         pages = self._pick(data, self.full)
         numbers = st.lists(st.integers(0, 2), min_size=len(pages), max_size=len(pages))
         sequence = data.draw(st.none() | numbers.map(torch.LongTensor))
-        self.store.seal(ids(pages), sequence)
+        seal(self.store, ids(pages), sequence)
         self._sealed(set(pages))
 
     @precondition(lambda self: self.full)
     @rule(data=st.data())
     def seal_ready_pages(self, data: st.DataObject) -> None:
         """Whatever stands where no page is ready is left as it is."""
-        everything = set(range(self.store.plan.virtual_pages + 1))
+        everything = set(range(self.store.sizes.virtual_pages + 1))
         others = [*self._pick(data, everything), 0, 0]
         pages = self._pick(data, self.full)
         ready = torch.tensor([True] * len(pages) + [False] * len(others))
         order = torch.tensor(data.draw(st.permutations(range(len(ready)))))
-        self.store.seal_ready(torch.tensor(pages + others)[order], ready[order])
+        seal_ready(self.store, torch.tensor(pages + others)[order], ready[order])
         self._sealed(set(pages))
 
     @rule(headroom=st.integers(1, 8), include_window=st.booleans())
     def seal_cold(self, headroom: int, include_window: bool) -> None:
-        self.store.seal_cold(headroom, include_window)
+        seal_cold(self.store, headroom, include_window)
         self._sealed({p for p in self.full if bool(self.store.directory.sealed[p])})
         if include_window and self.store.ledger.headroom < headroom:
             assert not self.full, "a full page could have been sealed"
@@ -133,10 +135,10 @@ class StoreMachine(RuleBasedStateMachine):
     def demote_pages(self, data: st.DataObject, headroom: int) -> None:
         directory = self.store.directory
         held = self._pick(data, set(self.sealed), most=30)
-        self.store.step += 1
-        self.store.read(ids(held))
+        self.store.recency.step += 1
+        self.store.recency.read(ids(held))
         demotions, frames = directory.demotions.clone(), directory.num_frames.clone()
-        demote_cold(self.store, self.store.step, headroom)
+        demote_cold(self.store, self.store.recency.step, headroom)
         changed = set(torch.nonzero(directory.demotions != demotions).flatten().tolist())
         unheld = set(self.sealed) - set(held)
         assert len(changed) <= len(unheld) // 2 and changed <= unheld
@@ -161,16 +163,16 @@ class StoreMachine(RuleBasedStateMachine):
         with pytest.raises(PageStateError):
             self.store.release(ids([page]))
         with pytest.raises(PageStateError):
-            self.store.seal(ids([page]))
+            seal(self.store, ids([page]))
         with pytest.raises(PageStateError):
             self.store.write_rows(torch.tensor([page * PAGE_TOKENS + 3]))
-        for unknown in (0, self.store.plan.virtual_pages + 1):
+        for unknown in (0, self.store.sizes.virtual_pages + 1):
             with pytest.raises(PageStateError):
                 self.store.open(ids([unknown]))
         if self.lossless:
             lossless = data.draw(st.sampled_from(sorted(self.lossless)))
             with pytest.raises(PageStateError):
-                self.store.seal(ids([lossless]))
+                seal(self.store, ids([lossless]))
         if self.sealed:
             sealed = data.draw(st.sampled_from(sorted(self.sealed)))
             with pytest.raises(PageStateError):
@@ -192,7 +194,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def sealable_pages_are_counted(self) -> None:
-        found = self.store.sealable(EVERY_SLOT, include_window=True).tolist()
+        found = self.store.recency.sealable(EVERY_SLOT, include_window=True).tolist()
         assert set(found) == self.full and self.store.ledger.full_pages == len(self.full)
 
     @invariant()
@@ -200,7 +202,7 @@ class StoreMachine(RuleBasedStateMachine):
         assert check_integrity(self.store) == []
         ledger = self.store.ledger
         assert (ledger.open_pages, ledger.sealed_pages) == (len(self.open), len(self.sealed))
-        assert ledger.raw_only == len(self.lossless)
+        assert ledger.never_compressed == len(self.lossless)
         assert self.lossless <= self.open, "a lossless page was sealed"
 
     def teardown(self) -> None:
@@ -250,7 +252,7 @@ def test_plan_stays_within_the_budget() -> None:
     for policy, budget in product(POLICIES, (5 << 20, 17 << 20)):
         slack = DEMOTION_SLACK if POLICIES[policy].can_demote else VIRTUAL_SLACK
         store = make_store(policy, budget, slack)
-        assert store.nbytes + 8 * store.plan.virtual_pages <= budget
+        assert store.nbytes + 8 * store.sizes.virtual_pages <= budget
         assert store.nbytes > 0.85 * budget
 
 
@@ -261,10 +263,10 @@ def test_too_little_memory_is_refused_with_what_is_needed() -> None:
     make_store("diffkv", int(needed * 2**20) + 1)
 
 
-def test_ledger_refuses_more_than_it_can_promise() -> None:
+def test_ledger_refuses_more_than_it_can_reserve() -> None:
     store = make_store("lossless")
     too_many = store.ledger.headroom + 1
-    with pytest.raises(RuntimeError, match="can be promised"):
+    with pytest.raises(RuntimeError, match="can be opened"):
         store.open(torch.arange(1, too_many + 1))
     assert check_integrity(store) == []
 
@@ -275,11 +277,11 @@ def test_cold_pages_go_before_recent_ones() -> None:
     # sequence of 192 tokens: page 2 (the last) lies in the window of 64
     pages, position = torch.arange(1, 4), torch.arange(3)
     write(store, pages, position, torch.full((3,), 192))
-    assert sorted(store.sealable(EVERY_SLOT, include_window=False).tolist()) == [1, 2]
-    store.step += 1
+    assert sorted(store.recency.sealable(EVERY_SLOT, include_window=False).tolist()) == [1, 2]
+    store.recency.step += 1
     write(store, torch.tensor([1]), torch.tensor([0]), torch.tensor([192]))
-    assert store.sealable(EVERY_SLOT, include_window=False).tolist() == [2, 1]
-    assert store.sealable(EVERY_SLOT, include_window=True).tolist()[-1] == 1
+    assert store.recency.sealable(EVERY_SLOT, include_window=False).tolist() == [2, 1]
+    assert store.recency.sealable(EVERY_SLOT, include_window=True).tolist()[-1] == 1
 
 
 def test_pages_keep_their_quality() -> None:
@@ -289,8 +291,8 @@ def test_pages_keep_their_quality() -> None:
     write(store, pages, torch.arange(6), torch.full((6,), 6 * PAGE_TOKENS), window=0)
     asked = [Quality.HIGH, Quality.SMALL, Quality.SMALL, Quality.LOSSLESS, Quality.LOSSLESS]
     ask(store, pages[:5], asked)
-    assert sorted(store.sealable(EVERY_SLOT, include_window=True).tolist()) == [1, 2, 3, 6]
-    store.seal(torch.tensor([1, 2, 6]))
+    assert sorted(store.recency.sealable(EVERY_SLOT, include_window=True).tolist()) == [1, 2, 3, 6]
+    seal(store, torch.tensor([1, 2, 6]))
     assert pool_stats(store)["pages_by_quality"] == {
         "balanced": 1,
         "lossless": 2,
@@ -314,7 +316,7 @@ def test_pages_keep_their_quality() -> None:
     }
 
 
-def test_lossless_pages_give_promised_frames_back() -> None:
+def test_lossless_pages_release_reserved_frames() -> None:
     store = make_store("diffkv")
     free = store.ledger.frames_free
     pages = torch.arange(1, 4)
@@ -322,4 +324,4 @@ def test_lossless_pages_give_promised_frames_back() -> None:
     ask(store, pages, [Quality.LOSSLESS] * 3)
     assert store.ledger.frames_free == free
     store.release(pages)
-    assert store.ledger.frames_free == free and store.ledger.raw_only == 0
+    assert store.ledger.frames_free == free and store.ledger.never_compressed == 0

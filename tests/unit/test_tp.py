@@ -13,13 +13,15 @@ import torch
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
-from sglang_diffxkv.patches import pool as pool_seam
+from sglang_diffxkv.patches import pool_setup
 from sglang_diffxkv.policy.budgeting.plan import solve_plan
 from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.ranks import Agree, alone
+from sglang_diffxkv.pool.reclaim import seal_cold
+from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.machines import AllocatorMachine
 from tests.support.pages import EVERY_SLOT, write
@@ -111,7 +113,7 @@ def test_stores_stay_alike(policy: str) -> None:
         for rank, store in enumerate(stores):
             store.agree = ranks.agree(rank)
         held: set[int] = set()
-        free = set(range(1, stores[0].plan.virtual_pages + 1))
+        free = set(range(1, stores[0].sizes.virtual_pages + 1))
 
         def on_both(work: Callable[[PageStore], object]) -> None:
             ranks.run(lambda rank: work(stores[rank]))
@@ -141,24 +143,24 @@ def test_stores_stay_alike(policy: str) -> None:
             free.update(pages.tolist())
 
         def seal_some() -> None:
-            pages = stores[0].sealable(EVERY_SLOT, include_window=True)[: rng.randint(0, 9)]
+            pages = stores[0].recency.sealable(EVERY_SLOT, include_window=True)[: rng.randint(0, 9)]
             sequence = torch.arange(len(pages)) // 5
-            on_both(lambda store: store.seal(pages, sequence))
+            on_both(lambda store: seal(store, pages, sequence))
 
         def demote_some() -> None:
             more = rng.randint(1, 3)
 
             def work(store: PageStore) -> None:
-                demote_cold(store, store.step + 1, store.ledger.frame_headroom + more)
+                demote_cold(store, store.recency.step + 1, store.ledger.frame_headroom + more)
 
             on_both(work)
 
-        def seal_cold() -> None:
+        def seal_coldest() -> None:
             more = rng.randint(1, 6)
-            on_both(lambda s: s.seal_cold(s.ledger.headroom + more, include_window=True))
+            on_both(lambda s: seal_cold(s, s.ledger.headroom + more, include_window=True))
 
         for _ in range(150):
-            rng.choice([open_some, open_some, seal_some, seal_cold, demote_some, release_some])()
+            rng.choice([open_some, open_some, seal_some, seal_coldest, demote_some, release_some])()
             assert_alike(*stores)
             for rank, store in enumerate(stores):
                 sealed = store.directory.sealed.nonzero().flatten()
@@ -166,7 +168,7 @@ def test_stores_stay_alike(policy: str) -> None:
                 differed[rank] |= bool(short.any())
         counters = stores[0].counters
     assert min(counters.sealed, counters.demoted, counters.released) > 20
-    assert all(differed), "each rank takes less than it is charged for, at times"
+    assert all(differed), "each rank takes fewer than are allocated, at times"
 
 
 class RankMachine(AllocatorMachine):
@@ -179,7 +181,7 @@ class RankMachine(AllocatorMachine):
         store = self.allocator.store
         pages = store.raw.page[1:].long()
         pages = pages[pages > 0]
-        generator = torch.Generator().manual_seed(2 * store.step + self.rank)
+        generator = torch.Generator().manual_seed(2 * store.recency.step + self.rank)
         fill(store, self.rank, pages, generator)
 
 
@@ -201,7 +203,9 @@ def test_allocators_decide_alike() -> None:
             assert len(ours.running) == len(theirs.running)
             for one, other in zip(ours.running, theirs.running, strict=True):
                 assert torch.equal(one.slots, other.slots)
-            assert ours.allocator.usage(ours.cache) == theirs.allocator.usage(theirs.cache)
+            assert ours.allocator.capacity.usage(ours.cache) == theirs.allocator.capacity.usage(
+                theirs.cache
+            )
 
         for _ in range(50):
             tokens, answer = rng.randint(100, 700), rng.randint(1, 200)
@@ -240,26 +244,26 @@ def test_sizes_follow_from_what_ranks_agree_on(
     )
     current = threading.local()
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: current.parallel)
-    monkeypatch.setattr(pool_seam, "_check_chunk", lambda raw_pages: None)
-    monkeypatch.setattr(pool_seam, "make_agreement", lambda group: group)
+    monkeypatch.setattr(pool_setup, "_check_chunk", lambda raw_pages: None)
+    monkeypatch.setattr(pool_setup, "make_agreement", lambda group: group)
     with Ranks() as ranks:
 
-        def plan_of(rank: int, size: int, agree: Agree) -> Any:
+        def setup_of(rank: int, size: int, agree: Agree) -> Any:
             current.parallel = SimpleNamespace(
                 attn_tp_rank=rank, attn_tp_size=size, attn_tp_group=agree
             )
             budget = (9 + rank) << 20
-            return pool_seam.make_setup(config, configurator, budget, None)
+            return pool_setup.make_setup(config, configurator, budget, None)
 
-        first, second = ranks.run(lambda rank: plan_of(rank, 2, ranks.agree(rank)))
-    assert first.plan == second.plan
+        first, second = ranks.run(lambda rank: setup_of(rank, 2, ranks.agree(rank)))
+    assert first.sizes == second.sizes
     assert first.policy.expected_fill != second.policy.expected_fill
-    assert first.config.plan == str(tmp_path / "plan-0.json")
+    assert first.policy.config.plan == str(tmp_path / "plan-0.json")
 
 
 def test_a_rank_alone_agrees_with_itself() -> None:
     values = torch.tensor([3, 1])
-    assert pool_seam.make_agreement(SimpleNamespace(world_size=1)) is alone
+    assert pool_setup.make_agreement(SimpleNamespace(world_size=1)) is alone
     assert torch.equal(alone(values), values)
 
 

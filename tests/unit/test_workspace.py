@@ -10,9 +10,10 @@ from sglang_diffxkv.policy.budgeting.caps import full_bytes
 from sglang_diffxkv.policy.registry import POLICIES
 from sglang_diffxkv.pool.demotion import demote
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.sizing import plan_pool
+from sglang_diffxkv.pool.sealing import seal
+from sglang_diffxkv.pool.sizing import PoolBudget, size_pool
 from sglang_diffxkv.pool.store import PageStore
-from sglang_diffxkv.pool.workspace import MOST_BYTES, plan_workspace
+from sglang_diffxkv.pool.workspace import MOST_BYTES, size_workspace
 from tests.support.pages import write
 from tests.support.policies import Shape, config_of, policy_of
 from tests.support.stores import make_store
@@ -45,9 +46,9 @@ def full_store(policy: str, budget: int = 400 << 20, sequences: int = 3) -> Page
 @pytest.mark.parametrize("policy", POLICIES)
 def test_sealing_many_pages_at_once_stays_in_the_workspace(policy: str) -> None:
     store = full_store(policy)
-    pages, workspace = torch.arange(1, PAGES + 1), store.plan.workspace
+    pages, workspace = torch.arange(1, PAGES + 1), store.sizes.workspace
     assert workspace.graded_pages < PAGES / 2, "the test would show nothing"
-    peak = peak_bytes(lambda: store.seal(pages, torch.arange(PAGES) % 3))
+    peak = peak_bytes(lambda: seal(store, pages, torch.arange(PAGES) % 3))
     assert peak <= workspace.nbytes + SLACK
     if policy == "diffxkv":  # what it takes most for: the figures are not idle
         assert peak > 0.7 * workspace.nbytes
@@ -60,28 +61,28 @@ def test_sealing_many_pages_at_once_stays_in_the_workspace(policy: str) -> None:
 def test_demotion_stays_in_the_workspace(policy: str) -> None:
     store = full_store(policy)
     pages = torch.arange(1, PAGES + 1)
-    store.seal(pages, torch.arange(PAGES) % 3)
-    batch = pages[: store.plan.workspace.demoted_pages]
+    seal(store, pages, torch.arange(PAGES) % 3)
+    batch = pages[: store.sizes.workspace.demoted_pages]
     for _ in (1, 2):
         peak = peak_bytes(lambda: demote(store, batch))
-        assert 0 < peak <= store.plan.workspace.nbytes + SLACK
+        assert 0 < peak <= store.sizes.workspace.nbytes + SLACK
     assert store.counters.demoted > 0
 
 
 def test_the_budget_holds_the_workspace() -> None:
     store = full_store("diffxkv", budget=400 << 20)
     assert store.nbytes <= 400 << 20
-    assert store.nbytes - store.plan.workspace.nbytes < 392 << 20
+    assert store.nbytes - store.sizes.workspace.nbytes < 392 << 20
 
 
 def test_workspaces_stop_growing() -> None:
     """32 layers of 8 KV heads of 128: a chunk of 2,048 tokens is graded together."""
     layout = policy_of(config_of("diffxkv"), LLAMA_8B).layout
     for budget in (100 << 30, 1 << 40):
-        workspace = plan_workspace(budget, layout, 32)
+        workspace = size_workspace(budget, layout, 32)
         assert workspace.nbytes == MOST_BYTES <= 64 << 20
         assert workspace.graded_pages >= 32
-    assert plan_workspace(64 << 20, layout, 32).graded_pages == 1
+    assert size_workspace(64 << 20, layout, 32).graded_pages == 1
 
 
 def test_attention_on_a_gpu_has_its_share() -> None:
@@ -110,8 +111,8 @@ def test_attention_on_a_gpu_has_its_share() -> None:
     assert attention_bytes(*shape, flashinfer=True) == counted + WORKSPACE_BYTES
     counted -= make_scratch(layout, torch.bfloat16, meta).nbytes
     assert taken <= counted <= taken + (8 << 20)
-    plan = plan_pool(10 << 30, layout, 32, [full_bytes(layout)] * 32, 0.5, 0.2)
-    smaller = plan_pool(10 << 30, layout, 32, [full_bytes(layout)] * 32, 0.5, 0.2,
-                        attention_bytes=1 << 30)  # fmt: skip
+    caps, budget = [full_bytes(layout)] * 32, PoolBudget(10 << 30, raw_share=0.2)
+    sizes = size_pool(budget, layout, caps, 0.5)
+    smaller = size_pool(budget._replace(attention_bytes=1 << 30), layout, caps, 0.5)
     per_frame = layout.frame_bytes + 4
-    assert (plan.frames - smaller.frames) * per_frame == pytest.approx(0.8 * 2**30, rel=0.1)
+    assert (sizes.frames - smaller.frames) * per_frame == pytest.approx(0.8 * 2**30, rel=0.1)

@@ -15,14 +15,13 @@ from transformers import PreTrainedConfig
 
 from bench.accuracy.real_models.protocol import WINDOW
 from bench.accuracy.real_models.reader import LayerPrefix, Prefix, States
-from sglang_diffxkv.attention.metadata import (
-    BatchPages,
+from sglang_diffxkv.attention.batch_pages import BatchPages, gather_pages, note_use, page_table
+from sglang_diffxkv.attention.ready_pages import pages_to_seal
+from sglang_diffxkv.attention.scoring import (
+    NewTokens,
     ScoringQueries,
     count_scores,
     extend_queries,
-    gather_pages,
-    note_use,
-    pages_to_seal,
 )
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.eval.variants import ITEMSIZE
@@ -33,7 +32,8 @@ from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
 from sglang_diffxkv.kernels.score import SampledQueries, score_open
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.directory import PageDirectory
-from sglang_diffxkv.pool.sizing import FREE_LIST_BYTES, plan_pool
+from sglang_diffxkv.pool.sealing import seal
+from sglang_diffxkv.pool.sizing import FREE_LIST_BYTES, PoolBudget, size_pool
 from sglang_diffxkv.pool.store import PageStore
 
 FRAME_ID_BYTES = 4
@@ -96,9 +96,9 @@ class Sealer:
         )
         layout = policy.layout
         is_raw = layout.high.is_raw or layout.low.is_raw
-        plan = plan_pool(BUDGET, layout, shape.layers, policy.caps, 1.0, config.raw_share)
+        sizes = size_pool(PoolBudget(BUDGET, config.raw_share), layout, policy.caps, 1.0)
         dtype = torch.bfloat16 if is_raw else torch.float32
-        self.store = PageStore(plan, layout, policy, dtype)
+        self.store = PageStore(sizes, policy, dtype)
 
     def seal(self, states: States, window: int = WINDOW) -> Sealed:
         """All but the last `window` tokens of a prompt of n, both multiples of 64."""
@@ -108,7 +108,7 @@ class Sealer:
         lens = torch.tensor([tokens])
         store.begin_step(decodes=True)
         store.open(pages)
-        batch = gather_pages(store, slots, torch.tensor([0]), lens, tokens)
+        batch = gather_pages(store, page_table(slots, torch.tensor([0]), tokens), lens)
         note_use(store, batch, lens, window)
         store.ledger.write(tokens, full=len(pages))
         for layer in range(self.shape.layers):
@@ -117,7 +117,7 @@ class Sealer:
                 raw[layer][batch.slots.long()] = by_page.to(raw[layer].dtype)
         if store.policy.needs_scores:
             self._score(states, batch)
-        store.seal(*pages_to_seal(store, batch, lens))
+        seal(store, *pages_to_seal(store, batch, lens))
         found = self._read(states, pages)
         store.clear()
         if hasattr(store.policy, "learner"):
@@ -127,14 +127,13 @@ class Sealer:
     def _score(self, states: States, batch: BatchPages) -> None:
         """As a prefill step does, of a prompt in one chunk."""
         tokens, scale = states.keys.shape[2], self.shape.head_dim**-0.5
-        queries = extend_queries(
-            torch.arange(tokens),
-            torch.tensor([0, tokens], dtype=torch.int32),
-            torch.tensor([0]),
-            [tokens],
-            self.config.score_queries,
-            self.store.policy.sample,
+        new = NewTokens(
+            indptr=torch.tensor([0, tokens], dtype=torch.int32),
+            positions=torch.arange(tokens),
+            prefix_lens=torch.tensor([0]),
+            lens=[tokens],
         )
+        queries = extend_queries(new, self.config.score_queries, self.store.policy.sample)
         rows = torch.arange(tokens) if queries.rows is None else queries.rows
         raw = self.store.raw
         for layer in range(self.shape.layers):

@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How large the pool of this rank gets, and by which policy: decided when SGLang divides memory."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.patches.kv_dtype import check_dtype
+from sglang_diffxkv.patches.server_args import fraction_is_given, ranks_per_host
+from sglang_diffxkv.policy.registry import make_policy
+from sglang_diffxkv.pool.host_memory import available_memory, default_budget, on_each, too_much
+from sglang_diffxkv.pool.kv_pool import PoolSetup
+from sglang_diffxkv.pool.ranks import Agree, alone
+from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, PoolBudget, size_pool
+
+logger = logging.getLogger(__name__)
+
+MOST_RUNNING = 256
+"""Requests at once where neither flags nor CUDA graphs say how many."""
+
+
+def make_setup(
+    config: DiffXKVConfig, configurator: Any, budget_bytes: int, cap_tokens: int | None
+) -> PoolSetup:
+    """Divide the budget for the configurator's model on this rank, as all ranks do.
+
+    Raises:
+        ValueError: the budget is too small (one line that says what to raise), or the dtype is
+            unknown.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel, model = get_parallel(), configurator.model_config
+    check_dtype(configurator.kv_cache_dtype, model.dtype)
+    config = config.of_rank(parallel.attn_tp_rank, parallel.attn_tp_size)
+    agree = make_agreement(parallel.attn_tp_group)
+    num_layers = configurator.layer_info.num_effective_layers
+    policy = make_policy(
+        config,
+        head_dim=model.head_dim,
+        num_kv_heads=model.get_num_kv_heads(parallel.attn_tp_size),
+        raw_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
+        num_layers=num_layers,
+    )
+    # What each rank measured or learnt by itself: the least memory, the fullest pages of any, and
+    # what FlashInfer takes where one has it.
+    attention = _attention_bytes(configurator, policy.layout, num_layers)
+    own = torch.tensor([-budget_bytes, policy.expected_fill, attention], dtype=torch.float64)
+    least, expected_fill, attention = agree(own).tolist()
+    budget = PoolBudget(
+        (config.memory_bytes or int(-least)) - policy.nbytes,
+        config.raw_share,
+        virtual_slack=DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK,
+        max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
+        attention_bytes=int(attention),
+    )
+    sizes = size_pool(budget, policy.layout, policy.caps, expected_fill)
+    _check_chunk(sizes.raw_pages)
+    return PoolSetup(policy, sizes, agree)
+
+
+def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> int:
+    """What attention keeps beside the pages; nothing to speak of on a CPU.
+
+    Makes FlashInfer ready first: whether it can be decides about its workspace, which is not in use
+    yet when SGLang looks how much memory is free.
+    """
+    if configurator.device != "cuda":
+        return 0
+    from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
+
+    from sglang_diffxkv.kernels.extend import flashinfer
+    from sglang_diffxkv.kernels.gpu.workspace import attention_bytes
+
+    model, graphs = configurator.model_config, get_exec().graph.cuda_graph_config
+    batch = get_schedule().max_running_requests or graphs.decode.max_bs or MOST_RUNNING
+    device = torch.device(configurator.device)
+    heads = model.num_attention_heads // get_parallel().attn_tp_size
+    shape = flashinfer.Shape(
+        device, configurator.kv_cache_dtype, heads, layout.num_kv_heads, layout.head_dim
+    )
+    return attention_bytes(
+        layout,
+        num_layers,
+        heads,
+        batch,
+        -(-model.context_len // PAGE_TOKENS),
+        device,
+        flashinfer=flashinfer.make_ready(shape),
+    )
+
+
+def make_agreement(group: Any) -> Agree:
+    """`Agree` of SGLang's ``GroupCoordinator`` of attention ranks.
+
+    It uses the group's gloo processes: the numbers are for the host, which waits for them in any
+    case, and pages are sealed and demoted on two streams, between which NCCL calls of several
+    communicators may come to be ordered differently on different ranks.
+    """
+    if group.world_size == 1:
+        return alone
+
+    def agree(values: torch.Tensor) -> torch.Tensor:
+        most = values.to("cpu", copy=True)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group.cpu_group)
+        return most.to(values.device)
+
+    return agree
+
+
+def host_budget(memory_bytes: int | None, budget_bytes: int) -> int:
+    """What this rank may take of the host's memory, from what SGLang would give its own pool.
+
+    SGLang would leave next to nothing to the host, and does not know how many ranks share it.
+
+    Raises:
+        ValueError: the ranks' ``memory_bytes`` are more than is left now that the model is loaded.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    parallel, available = get_parallel(), available_memory()
+    ranks = ranks_per_host(parallel)
+    if memory_bytes is not None:
+        problem = too_much(memory_bytes, available, ranks)
+        if problem is not None:
+            raise ValueError(f"diffxkv: {problem}")
+    if memory_bytes is not None or fraction_is_given():
+        return budget_bytes
+    chosen = default_budget(budget_bytes, available, ranks)
+    if parallel.tp_rank == 0:
+        logger.info(
+            "diffxkv: the pool takes %.2f GiB%s of the %.1f GiB that this host has available; "
+            "memory_bytes or --mem-fraction-static changes that",
+            chosen / 2**30,
+            on_each(ranks),
+            available / 2**30,
+        )
+    return chosen
+
+
+def _check_chunk(raw_pages: int) -> None:
+    """Without the radix cache SGLang takes whole chunks only: one must fit into the raw pages.
+
+    Raises:
+        ValueError: it does not.
+    """
+    from sglang.srt.runtime_context import get_memory, get_schedule
+
+    largest = (raw_pages - 1) * PAGE_TOKENS
+    if get_memory().disable_radix_cache and get_schedule().chunked_prefill_size > largest:
+        raise ValueError(
+            f"diffxkv: with --disable-radix-cache, --chunked-prefill-size may be at most {largest} "
+            f"({raw_pages} raw pages): lower it, or raise memory_bytes or raw_share"
+        )

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Making room, from what costs least to what costs most: seal, demote, evict, seal windows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.pool.capacity import Capacity
+from sglang_diffxkv.pool.demotion import demote_cold
+from sglang_diffxkv.pool.running import RunningRequests
+from sglang_diffxkv.pool.sealing import seal
+from sglang_diffxkv.pool.store import PageStore
+
+RAW_WINDOWS = 4
+"""How many windows of raw pages are searched before recent windows of running requests are sealed,
+too."""
+SEALED_SPARE = 1 / 64
+"""Of the raw pages, sealed beyond what is asked for, so that it is not asked for each page."""
+RECLAIMED_SPARE = 1 / 256
+"""Of the pages that the pool holds at worst, reclaimed beyond what is asked for: so memory pressure
+is met once for many pages. A small pool reclaims what it must."""
+
+
+def seal_cold(store: PageStore, headroom: int, include_window: bool) -> None:
+    """Seal the coldest full open pages until ``headroom`` pages may be opened, if that helps.
+
+    With ``include_window`` recent windows of running requests go too: it costs them accuracy, so
+    everything else is tried before, and no more of them is sealed than is needed.
+    """
+    ledger, recency = store.ledger, store.recency
+    if ledger.headroom >= headroom:
+        return
+    spare = 0 if include_window else int(store.sizes.raw_pages * SEALED_SPARE)
+    # The last resort goes on until it has found them: each that there is makes room.
+    for slots in recency.raw_hand.windows(None if include_window else RAW_WINDOWS):
+        if not ledger.full_pages or ledger.headroom >= headroom:
+            return
+        cold = recency.sealable(slots, include_window)
+        while ledger.headroom < headroom and cold.numel():
+            frames_free, batch = ledger.frames_free, headroom - ledger.headroom + spare
+            seal(store, cold[:batch])
+            store.counters.sealed_under_pressure += len(cold[:batch])
+            cold = cold[batch:]
+            if ledger.raw_free >= headroom and ledger.frames_free == frames_free:
+                return  # only frames lack, and these pages take all that they reserved
+
+
+class Reclaimer:
+    """The ladder, for the pages behind an allocator's virtual ones.
+
+    Costs what it reclaims: candidates are found in the store, a window at a time, and where there
+    is pressure at all, more is reclaimed than is needed at once.
+    """
+
+    def __init__(
+        self,
+        store: PageStore,
+        running: RunningRequests,
+        capacity: Capacity,
+        virtual: PagedTokenToKVPoolAllocator,
+    ) -> None:
+        self._store, self._running, self._capacity = store, running, capacity
+        self._virtual = virtual
+
+    def reclaim(self, tree_cache: Any, num_tokens: int) -> bool:
+        """Do everything short of retraction to have ``num_tokens``; whether they can be had now."""
+        self._virtual.evict_to_free_tokens(tree_cache, num_tokens)
+        store, pages = self._store, -(-num_tokens // PAGE_TOKENS)
+        ledger = store.ledger
+        if ledger.headroom < pages:
+            store.settle()
+        if ledger.headroom < pages:
+            store.counters.reclaims += 1
+            seal_cold(store, pages, include_window=False)
+            if ledger.frame_headroom < pages:
+                goal = pages + int(ledger.largest_sequence * RECLAIMED_SPARE)
+                self._demote_for_frames(tree_cache, goal)
+                if ledger.frame_headroom < pages:
+                    self.evict_until(tree_cache, lambda: ledger.frame_headroom >= goal)
+            self.evict_for_raw_pages(tree_cache, num_tokens)
+        return self.secure(pages) and self._virtual.available_size() >= num_tokens
+
+    def settle(self) -> None:
+        """Have the ledger know all that was freed; waits for the device."""
+        self._store.settle()
+
+    def secure(self, pages: int) -> bool:
+        """Make ``pages`` openable without the tree's help; the gates before saw to the rest."""
+        if self._store.ledger.headroom < pages:
+            self._store.settle()
+        seal_cold(self._store, pages, include_window=False)
+        seal_cold(self._store, pages, include_window=True)
+        return self._store.ledger.headroom >= pages
+
+    def evict_for_raw_pages(self, tree_cache: Any, num_tokens: int) -> None:
+        """Evict until raw pages can hold ``num_tokens``, if that helps.
+
+        Cached pages that may be sealed count as free already: only lossless ones have to go.
+        """
+        store, ledger, capacity = self._store, self._store.ledger, self._capacity
+        if capacity.tokens_with_raw_page < num_tokens:
+            store.settle()
+        if capacity.tokens_with_raw_page >= num_tokens or not ledger.never_compressed:
+            return
+        unused = store.recency.never_compressed_unused(self.held_since)
+        held = ledger.never_compressed - unused
+        self.evict_until(
+            tree_cache,
+            lambda: capacity.tokens_with_raw_page >= num_tokens or ledger.never_compressed <= held,
+        )
+
+    def evict_until(self, tree_cache: Any, enough: Callable[[], bool]) -> None:
+        """Evict prefixes, the coldest first, until there is enough or none is left."""
+        if enough() or not tree_cache.supports_prefix_sharing():
+            return
+        counters = self._store.counters
+        released = counters.released
+
+        def satisfied() -> bool:
+            self._store.settle()
+            return enough()
+
+        tree_cache.evict_for_alloc(
+            EvictParams(num_tokens=tree_cache.evictable_size()),
+            allocation_reclaim_satisfied=satisfied,
+        )
+        counters.evicted += counters.released - released
+
+    @property
+    def held_since(self) -> int:
+        """A step since which all pages that requests hold have been used, by them or by others.
+
+        Whoever decodes reads its pages in every decode step, and whoever does not yet in the step
+        that it entered in, the next one perhaps (`patches.admission`).
+        """
+        recency = self._store.recency
+        return max(recency.decoded_at, self._running.entered_since(recency.next_step))
+
+    def _demote_for_frames(self, tree_cache: Any, pages: int) -> None:
+        policy = self._store.policy
+        if policy.can_demote and policy.config.demote and tree_cache.supports_prefix_sharing():
+            demote_cold(self._store, self.held_since, pages)

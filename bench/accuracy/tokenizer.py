@@ -7,11 +7,11 @@ import random
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from sglang_diffxkv.demo_model import SPECIAL_TOKENS, byte_vocab
 from sglang_diffxkv.eval.tasks.base import Scene
 from sglang_diffxkv.eval.tasks.records import FIELDS
 from sglang_diffxkv.eval.tasks.registry import TASKS
 from sglang_diffxkv.eval.tasks.words import EVERY, HELD_OUT, TRAIN
+from tests.support.demo_model import SPECIAL_TOKENS, byte_vocab
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}"

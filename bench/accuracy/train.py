@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from bench.accuracy.corpus import DRILL, Batch, Corpus
 from bench.accuracy.init import look_back
 from bench.accuracy.tokenizer import CHAT_TEMPLATE, make_tokenizer
-from sglang_diffxkv.demo_model import save_tokenizer
+from tests.support.demo_model import save_tokenizer
 
 CONTEXT = 4096
 LENGTHS = (64, 128, 256, 512, 1024, 2048)

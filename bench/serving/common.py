@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 from bench.serving.heavy_hitters import add_heavy_hitters
-from sglang_diffxkv.demo_model import write_demo_model
+from tests.support.demo_model import write_demo_model
 from tests.support.harness import Json, Server
 
 RESULTS = Path(__file__).parents[1] / "results"

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 from bench.serving.common import MIB, diffxkv_server, random_prompt, table, write_results
-from sglang_diffxkv.demo_model import write_demo_model
+from tests.support.demo_model import write_demo_model
 from tests.support.harness import Json, Server
 
 SHAPE = {"layers": 8, "heads": 16, "kv_heads": 4, "head_dim": 64, "hidden": 1024}

@@ -41,23 +41,12 @@ def sample_queries(extend_lens: Sequence[int], n: int) -> SampledQueries:
         extend_lens: [B] new tokens of each chunk.
         n: samples per chunk, at least 1.
     """
-    lens = np.asarray(extend_lens, dtype=np.int64)
-    taken = np.minimum(lens, n)
-    chunk, nth = _members(taken)
-    # Rounded down, so that the sample at nth = taken - 1 is the chunk's last query.
-    return _sampled(lens, taken, chunk, (nth + 1) * lens[chunk] // taken[chunk] - 1)
+    return _sample(extend_lens, n, late=0)
 
 
 def last_queries(extend_lens: Sequence[int], n: int) -> SampledQueries:
-    """The last `n` queries of each chunk, all of a shorter one: SnapKV's observation window.
-
-    Args:
-        extend_lens, n: as for `sample_queries`.
-    """
-    lens = np.asarray(extend_lens, dtype=np.int64)
-    taken = np.minimum(lens, n)
-    chunk, nth = _members(taken)
-    return _sampled(lens, taken, chunk, (lens - taken)[chunk] + nth)
+    """The last `n` queries of each chunk, all of a shorter one: SnapKV's observation window."""
+    return _sample(extend_lens, n, late=n)
 
 
 def spread_queries(extend_lens: Sequence[int], n: int) -> SampledQueries:
@@ -65,33 +54,29 @@ def spread_queries(extend_lens: Sequence[int], n: int) -> SampledQueries:
 
     The end of a prompt is where its question is, which tells best what the answer will need; the
     others speak for the questions that other requests may ask of the same prefix.
-
-    Args:
-        extend_lens, n: as for `sample_queries`; all of a chunk that is shorter.
     """
+    return _sample(extend_lens, n, late=n // 2)
+
+
+def _sample(extend_lens: Sequence[int], n: int, late: int) -> SampledQueries:
+    """Up to `late` queries from the end of each chunk, and evenly from before those up to `n`."""
     lens = np.asarray(extend_lens, dtype=np.int64)
-    late = np.minimum(lens, n // 2)
-    early = np.minimum(lens - late, n - n // 2)
-    chunk, nth = _members(early + late)
-    spread = (nth + 1) * (lens - late)[chunk] // np.maximum(early, 1)[chunk] - 1
-    offsets = np.where(nth < early[chunk], spread, (lens - late - early)[chunk] + nth)
-    return _sampled(lens, early + late, chunk, offsets)
-
-
-def _members(counts: Longs) -> tuple[Longs, Longs]:
-    """[B] to int64 [sum] twice: which chunk each sample is of, and its rank among that one's."""
-    chunk = np.repeat(np.arange(len(counts)), counts)
-    return chunk, np.arange(len(chunk)) - _starts(counts)[chunk]
+    last = np.minimum(lens, late)
+    early = np.minimum(lens - last, n - late)
+    taken = early + last
+    starts = _starts(taken)
+    chunk = np.repeat(np.arange(len(lens)), taken)
+    nth = np.arange(len(chunk)) - starts[chunk]
+    # Rounded down, so that the early sample at nth = early - 1 is the one before the last ones.
+    spread = (nth + 1) * (lens - last)[chunk] // np.maximum(early, 1)[chunk] - 1
+    offsets = np.where(nth < early[chunk], spread, (lens - taken)[chunk] + nth)
+    return SampledQueries(
+        torch.from_numpy(_starts(lens)[chunk] + offsets),
+        torch.from_numpy(starts.astype(np.int32)),
+        torch.from_numpy(offsets),
+    )
 
 
 def _starts(lens: Longs) -> Longs:
     """[B] to [B + 1]: exclusive cumulative sums and the total."""
     return np.concatenate(([0], np.cumsum(lens)))
-
-
-def _sampled(lens: Longs, taken: Longs, chunk: Longs, offsets: Longs) -> SampledQueries:
-    return SampledQueries(
-        torch.from_numpy(_starts(lens)[chunk] + offsets),
-        torch.from_numpy(_starts(taken).astype(np.int32)),
-        torch.from_numpy(offsets),
-    )

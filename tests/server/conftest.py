@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.models.prepare import prepare
+from tests.support.demo_model import write_demo_model
 from tests.support.harness import Server
 from tests.support.workload import assert_healthy
 

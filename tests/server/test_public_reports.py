@@ -17,7 +17,7 @@ import requests
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_diffxkv.demo_model import write_demo_model
+from tests.support.demo_model import write_demo_model
 from tests.support.harness import Json, Server
 from tests.support.workload import assert_healthy, random_tokens
 

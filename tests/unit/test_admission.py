@@ -11,11 +11,11 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import publish, restore_context, snapshot_context
 from sglang.srt.server_args import prepare_server_args
 
-from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.shared_pages import distinct_pages, paged
+from tests.support.demo_model import write_demo_model
 from tests.support.scheduling import VOCABULARY, Requests, Scheduling
 from tests.support.stores import make_allocator
 

@@ -10,11 +10,11 @@ import pytest
 from tokenizers import Tokenizer
 
 from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.eval.questions.prompts import SHARED_QUESTIONS, make_cells
 from sglang_diffxkv.eval.tasks.base import Sample, Scene
 from sglang_diffxkv.eval.tasks.registry import NAMES, SHARED_TASKS, TASKS
 from sglang_diffxkv.eval.tasks.words import HELD_OUT, TRAIN, WORDS
+from tests.support.demo_model import write_demo_model
 
 BUDGETS = (60, 400, 1700)
 TOKENIZER = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))

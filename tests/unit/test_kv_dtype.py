@@ -15,9 +15,9 @@ from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import publish, restore_context, snapshot_context
 from sglang.srt.server_args import prepare_server_args
 
-from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.patches.kv_dtype import check_dtype
 from sglang_diffxkv.patches.validation import check_kv_dtype
+from tests.support.demo_model import write_demo_model
 
 
 @pytest.fixture(params=["diffxkv", "torch_native"])

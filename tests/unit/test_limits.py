@@ -8,9 +8,9 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.server_args import ServerArgs
 
-from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.patches.model_validation import HEAD_DIMS, kinds_of
 from sglang_diffxkv.patches.validation import _FLAGS, _VARIABLES, _Flag
+from tests.support.demo_model import write_demo_model
 
 LIMITS = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
 

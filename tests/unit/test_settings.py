@@ -8,14 +8,14 @@ import pytest
 
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.policy.registry import POLICIES
-from sglang_diffxkv.settings_page import page
+from tests.support.settings_page import page
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 
 
 def test_the_page_is_up_to_date() -> None:
     assert PAGE.read_text() == page(), (
-        "run: python -m sglang_diffxkv.settings_page > docs/settings.md"
+        "run: python -m tests.support.settings_page > docs/settings.md"
     )
 
 

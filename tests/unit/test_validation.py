@@ -20,11 +20,11 @@ from sglang.srt.server_args import ServerArgs, prepare_server_args
 from torch import nn
 
 from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig
-from sglang_diffxkv.demo_model import write_demo_model
 from sglang_diffxkv.kernels.cpu import build
 from sglang_diffxkv.patches.model_validation import check_layers
 from sglang_diffxkv.patches.server_args import fraction_is_given, get_config, is_active
 from sglang_diffxkv.patches.validation import WORKER_APP
+from tests.support.demo_model import write_demo_model
 
 OURS = ("--attention-backend", "diffxkv")
 GPU = ("--device", "cuda")

@@ -177,7 +177,7 @@ def token_bytes(scale: Scale, kind: Kind) -> int:
 
 def write_models(folder: Path, scale: Scale) -> tuple[Path, Path]:
     """The small model, and configuration of the large one, for ``--load-format dummy``."""
-    from sglang_diffxkv.demo_model import write_demo_model
+    from tests.support.demo_model import write_demo_model
 
     small = write_demo_model(folder / "small", dtype=scale.dtype, **scale.small)
     large = write_demo_model(folder / "large", dtype=scale.dtype, layers=1)

@@ -24,39 +24,22 @@ from sglang_diffxkv.eval.tasks.retrieval import (
 from sglang_diffxkv.eval.tasks.tracking import vt
 from sglang_diffxkv.eval.tasks.words import HELD_OUT
 
-TASKS: dict[str, Maker] = {
-    maker.__name__: maker
-    for maker in (
-        niah_single,
-        niah_multikey,
-        niah_multiquery,
-        kv_lookup,
-        vt,
-        cwe,
-        fwe,
-        copy,
-        recall,
-        record,
-        records,
-    )
-}
+_MAKERS: tuple[tuple[Maker, Maker], ...] = (
+    (niah_single, needles.niah_single),
+    (niah_multikey, needles.niah_multikey),
+    (niah_multiquery, needles.niah_multiquery),
+    (kv_lookup, needles.kv_lookup),
+    (vt, tracking.vt),
+    (cwe, counting.cwe),
+    (fwe, counting.fwe),
+    (copy, copying.copy),
+    (recall, chat.recall),
+    (record, copying.record),
+    (records, copying.records),
+)
+TASKS = {maker.__name__: maker for maker, _ in _MAKERS}
 """In the language that the bundled model was trained on, and the only one it knows."""
-ENGLISH_TASKS: dict[str, Maker] = {
-    maker.__name__: maker
-    for maker in (
-        needles.niah_single,
-        needles.niah_multikey,
-        needles.niah_multiquery,
-        needles.kv_lookup,
-        tracking.vt,
-        counting.cwe,
-        counting.fwe,
-        copying.copy,
-        chat.recall,
-        copying.record,
-        copying.records,
-    )
-}
+ENGLISH_TASKS = {maker.__name__: english for maker, english in _MAKERS}
 """The same in plain English."""
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prints docs/settings.md, from the dataclasses that hold the settings.
 
-python -m sglang_diffxkv.settings_page > docs/settings.md
+python -m tests.support.settings_page > docs/settings.md
 """
 
 import json
@@ -19,7 +19,7 @@ without it, the environment variable `DIFFXKV_CONFIG` is read. Unknown keys and 
 are refused at start, in one line that says what is allowed. The keys lie flat in one object,
 whatever they belong to; [policies.md](policies.md) has what the policies make of them.
 
-This page is generated from the dataclasses: `python -m sglang_diffxkv.settings_page`.
+This page is generated from the dataclasses: `python -m tests.support.settings_page`.
 """
 
 

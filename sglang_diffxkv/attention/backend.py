@@ -222,14 +222,12 @@ class DiffXKVBackend(AttentionBackend):
         assert queries is not None
         if queries.rows is not None:
             q, lse = q[queries.rows], lse[queries.rows]
-        score_open(
-            SampledQueries(q, queries.indptr, queries.position),
-            # scores in units of uniform attention: a query that sees n tokens gives each n * p
-            (lse - queries.log2_seen).contiguous(),
-            OpenPages(raw.keys[layer], raw.values[layer], *pages.open_lists),
-            raw.scores[layer],
-            sm_scale,
-        )
+        # In units of uniform attention: a query that sees n tokens gives each n * p.
+        lse = (lse - queries.log2_seen).contiguous()
+        sampled = SampledQueries(q, queries.indptr, queries.position)
+        lists = pages.open_indptr, pages.slots, pages.position
+        opened = OpenPages(raw.keys[layer], raw.values[layer], *lists)
+        score_open(sampled, lse, opened, raw.scores[layer], sm_scale)
 
     def forward_decode(
         self,

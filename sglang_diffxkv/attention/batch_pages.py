@@ -38,11 +38,6 @@ class BatchPages(NamedTuple):
         return torch.repeat_interleave(values, self.open_indptr.diff())
 
     @property
-    def open_lists(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What `kernels.pages.OpenPages` lists."""
-        return self.open_indptr, self.slots, self.position
-
-    @property
     def sequence(self) -> torch.Tensor:
         """Int64 [No]: which sequence of the batch lists each open page."""
         return self.per_page(torch.arange(len(self.last_len), device=self.pages.device))
@@ -109,7 +104,7 @@ def note_use(store: PageStore, batch: BatchPages, seq_lens: torch.Tensor, window
 
 
 def page_metadata(store: PageStore) -> PageMetadata:
-    """The tables in which a decode step records what `note_use` and `count_scores` do."""
+    """The tables in which a decode step notes what `note_use` and `count_scores` do."""
     d = store.directory
     counts = store.raw.counts if store.policy.needs_scores else None
     return PageMetadata(

@@ -47,7 +47,7 @@ class DeviceDecode:
         device = req_to_token.device
         self._clock = torch.zeros(2, dtype=torch.int64, device=device)
         self._num_real = torch.zeros(1, dtype=torch.int32, device=device)
-        self._page_metadata = page_metadata(store)
+        self._metadata = page_metadata(store)
         self._step: DecodeStep | None = None
 
     def tick(self, num_real: int) -> None:
@@ -69,7 +69,7 @@ class DeviceDecode:
             seq_lens,
             self._num_real,
             self._clock,
-            self._page_metadata,
+            self._metadata,
             self._window,
         )
         batch, width = pages.table.shape

@@ -143,12 +143,11 @@ def read_tokens(store: PageStore, layer: int, pages: torch.Tensor) -> GradedToke
     """
     d, layout, raw_dtype = store.directory, store.layout, store.raw.keys[0].dtype
     dtype = raw_dtype if layout.high.is_raw or layout.low.is_raw else torch.float32
-    tables = SealedTables(store.arena.buffer, d.frames[layer], d.heads[layer], layout)
-    stored = unpack(tables, pages, dtype, raw_dtype)
+    stored = unpack(store.sealed_tables(layer), pages, dtype, raw_dtype)
     page, head, place = stored.kept.nonzero().unbind(1)
     token = stored.position[page, head, place].long()
 
-    n_high, _ = head_counts(tables.heads[pages])
+    n_high, _ = head_counts(d.heads[layer, pages])
     by_token = (pages.numel(), PAGE_TOKENS, layout.num_kv_heads)
     by_head = (pages.numel(), layout.num_kv_heads, PAGE_TOKENS)
     keys, values = stored.k.new_zeros((2, *by_token, layout.head_dim))

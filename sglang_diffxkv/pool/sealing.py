@@ -5,12 +5,20 @@ from __future__ import annotations
 
 import torch
 
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import to_sealed_keys
 from sglang_diffxkv.kernels.gpu.transfer import Download
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PRUNED, encode_importance, measure
-from sglang_diffxkv.kernels.pack import Grades, pack
+from sglang_diffxkv.kernels.layout import (
+    PAGE_TOKENS,
+    PRUNED,
+    PageLayout,
+    encode_importance,
+    measure,
+)
+from sglang_diffxkv.kernels.pack import Grades, RawTokens, pack
 from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.policy.base import SealContext
-from sglang_diffxkv.pool.payload import tokens_to_seal
+from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.unsettled import PageStateError, Sealed
 
@@ -122,7 +130,7 @@ def write_sealed(
     for layer in range(num_layers):
         for part in torch.arange(len(slots), device=slots.device).split(at_once):
             mean = store.key_means.by_layer[layer]
-            raw = tokens_to_seal(store.raw, layout, layer, slots[part], mean)
+            raw = _tokens_to_seal(store.raw, layout, layer, slots[part], mean)
             placed = frames[layer, part], heads[layer, part]
             tables = SealedTables(store.arena.buffer, *placed, layout)
             pack(raw, Grades(tiers[layer, part], codes[layer, part]), tables)
@@ -154,3 +162,18 @@ def seal_context(
         sequence=sequence,
         quality=d.quality[pages].long(),
     )
+
+
+def _tokens_to_seal(
+    raw: RawPages, layout: PageLayout, layer: int, slots: torch.Tensor, key_mean: torch.Tensor
+) -> RawTokens:
+    """The raw pages at ``slots`` (int64 [S]) of one layer, in the basis of sealed pages.
+
+    Args:
+        key_mean: fp32 [H, D], of this layer, looked at where pages rotate.
+    """
+    keys, values = raw.keys[layer], raw.values[layer]
+    if not layout.rotates:
+        return RawTokens(keys, values, slots)
+    rows = torch.arange(len(slots), device=slots.device)
+    return RawTokens(to_sealed_keys(keys[slots], key_mean), rotate(values[slots].float()), rows)

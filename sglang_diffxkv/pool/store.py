@@ -13,6 +13,7 @@ import torch
 
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
@@ -249,6 +250,11 @@ class PageStore:
         meter = 0 if self.retention is None else self.retention.nbytes
         beside = self.sizes.workspace.nbytes + self.sizes.attention_bytes
         return tables + meter + self.policy.nbytes + beside
+
+    def sealed_tables(self, layer: int) -> SealedTables:
+        """Where the sealed pages of one layer lie."""
+        d = self.directory
+        return SealedTables(self.arena.buffer, d.frames[layer], d.heads[layer], self.layout)
 
     def page_bytes(self, frames: int, raw_pages: int) -> int:
         """Bytes of so many frames and raw pages, with the latter's scores."""

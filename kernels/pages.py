@@ -13,6 +13,18 @@ import torch
 from sglang_diffxkv.kernels.layout import PageLayout
 
 
+class SealedLists(NamedTuple):
+    """Which sealed pages each of B sequences has, in any layer.
+
+    Attributes:
+        indptr: int32 [B + 1], into ``pages``.
+        pages: int32 [N], page ids, in any order.
+    """
+
+    indptr: torch.Tensor
+    pages: torch.Tensor
+
+
 class SealedTables(NamedTuple):
     """Where the sealed pages of one layer lie.
 
@@ -34,12 +46,7 @@ class SealedTables(NamedTuple):
 
 
 class SealedPages(NamedTuple):
-    """`SealedTables`, and which pages of them each sequence has.
-
-    Attributes:
-        indptr: int32 [B + 1], into ``pages``.
-        pages: int32 [N], page ids, in any order.
-    """
+    """`SealedTables`, and `SealedLists` of them."""
 
     arena: torch.Tensor
     frames: torch.Tensor
@@ -52,17 +59,36 @@ class SealedPages(NamedTuple):
     def tables(self) -> SealedTables:
         return SealedTables(*self[:4])
 
+    @property
+    def lists(self) -> SealedLists:
+        return SealedLists(self.indptr, self.pages)
 
-class OpenPages(NamedTuple):
-    """Raw pages of one layer, and which of them each sequence has.
+
+class OpenLists(NamedTuple):
+    """Which raw pages each of B sequences has, in any layer.
 
     Attributes:
-        keys, values: [R, 64, H, D], fp32, bf16 or fp16; slots may be strided, the rest is
-            contiguous.
         indptr: int32 [B + 1], into ``slots``; may be empty ranges.
         slots: int32 [N], raw page of each open page, by increasing position in its sequence.
         position: int32 [N], index of each page in its sequence: token j of it is token
             ``64 * position + j``.
+    """
+
+    indptr: torch.Tensor
+    slots: torch.Tensor
+    position: torch.Tensor
+
+    def of(self, keys: torch.Tensor, values: torch.Tensor) -> OpenPages:
+        """Those of one layer, given its raw pages."""
+        return OpenPages(keys, values, *self)
+
+
+class OpenPages(NamedTuple):
+    """Raw pages of one layer, and `OpenLists` of them.
+
+    Attributes:
+        keys, values: [R, 64, H, D], fp32, bf16 or fp16; slots may be strided, the rest is
+            contiguous.
     """
 
     keys: torch.Tensor
@@ -70,6 +96,26 @@ class OpenPages(NamedTuple):
     indptr: torch.Tensor
     slots: torch.Tensor
     position: torch.Tensor
+
+    @property
+    def lists(self) -> OpenLists:
+        return OpenLists(*self[2:])
+
+
+class LayerPages(NamedTuple):
+    """All pages of one layer of a pool.
+
+    Attributes:
+        tables: of the sealed ones.
+        keys, values: [R, 64, H, D] raw pages, as `OpenPages` has them.
+        key_mean: fp32 [H, D], contiguous, which sealed keys lack; None where they are not rotated
+            (`PageLayout.rotates`).
+    """
+
+    tables: SealedTables
+    keys: torch.Tensor
+    values: torch.Tensor
+    key_mean: torch.Tensor | None
 
 
 class Queries(NamedTuple):

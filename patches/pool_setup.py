@@ -75,7 +75,7 @@ def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> 
     from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
 
     from sglang_diffxkv.kernels.extend import flashinfer
-    from sglang_diffxkv.kernels.gpu.workspace import attention_bytes
+    from sglang_diffxkv.kernels.workspace import attention_bytes
 
     model, graphs = configurator.model_config, get_exec().graph.cuda_graph_config
     batch = get_schedule().max_running_requests or graphs.decode.max_bs or MOST_RUNNING

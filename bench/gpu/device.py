@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted
 
@@ -23,8 +24,8 @@ def kernels(operation: str) -> ModuleType:
 
 
 def to(device: torch.device, *values: Any) -> tuple[Any, ...]:
-    """The same values with tensors on a device."""
-    return tuple(x.to(device) if isinstance(x, torch.Tensor) else x for x in values)
+    """The same values with tensors, those in NamedTuples, too, on a device."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, values)
 
 
 class DeviceLost(RuntimeError):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.decode.plan import SequencePages
+from sglang_diffxkv.kernels.decode.work import SequencePages
 from sglang_diffxkv.kernels.layout import (
     META_BYTES,
     PAGE_TOKENS,
@@ -18,7 +18,7 @@ from sglang_diffxkv.kernels.layout import (
     measure,
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens
-from sglang_diffxkv.kernels.pages import SealedTables
+from sglang_diffxkv.kernels.pages import LayerPages, SealedPages, SealedTables
 
 PACKED_AT_ONCE = 4096
 """(page, layer)s whose tiers, importance and scratch exist at one time."""
@@ -60,9 +60,17 @@ class Layers(NamedTuple):
     sealed_indptr: torch.Tensor
     sealed_pages: torch.Tensor
 
-    def tables(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Arena, frame table and records, as the operations take them."""
-        return self.arena, self.frames[layer], self.heads[layer]
+    def tables(self, layer: int) -> SealedTables:
+        """Of the sealed pages."""
+        return SealedTables(self.arena, self.frames[layer], self.heads[layer], self.layout)
+
+    def sealed(self, layer: int) -> SealedPages:
+        """The sealed pages, of each sequence."""
+        return self.tables(layer).listed(self.sealed_indptr, self.sealed_pages)
+
+    def pages(self, layer: int, key_mean: torch.Tensor | None = None) -> LayerPages:
+        """All pages."""
+        return LayerPages(self.tables(layer), self.k_raw[layer], self.v_raw[layer], key_mean)
 
     def payload_bytes(self) -> float:
         """Bytes of codes, scales and raw tokens that attention reads per layer, on average."""

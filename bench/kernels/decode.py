@@ -41,7 +41,7 @@ from sglang_diffxkv.kernels.layout import (
     measure,
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, pack
-from sglang_diffxkv.kernels.pages import SealedTables
+from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
 
 HQ, H, D, TOKENS = 32, 8, 128, 4096
 PAGES = TOKENS // PAGE_TOKENS
@@ -74,9 +74,7 @@ class Layer(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    arena: torch.Tensor
-    frames: torch.Tensor
-    heads: torch.Tensor
+    sealed: SealedTables
 
 
 class Tables(NamedTuple):
@@ -84,6 +82,7 @@ class Tables(NamedTuple):
 
     indptr: torch.Tensor
     pages: torch.Tensor
+    position: torch.Tensor
     last_len: torch.Tensor
     req_to_token: torch.Tensor
 
@@ -94,6 +93,7 @@ def make_tables(batch: int) -> Tables:
     return Tables(
         torch.arange(0, batch * PAGES + 1, PAGES, dtype=torch.int32),
         pages,
+        torch.arange(PAGES, dtype=torch.int32).repeat(batch),
         torch.full((batch,), PAGE_TOKENS, dtype=torch.int32),
         tokens.view(batch, TOKENS),
     )
@@ -125,7 +125,7 @@ def make_layer(case: Case, pages: torch.Tensor) -> Layer:
     tables = SealedTables(arena, frames, measured.heads, LAYOUT)
     pack(RawTokens(k, v, torch.arange(len(pages))), Grades(tiers, torch.zeros_like(tiers)), tables)
     q = torch.randn(case.batch, HQ, D).bfloat16()
-    return Layer(q, k, v, arena, frames, measured.heads)
+    return Layer(q, k, v, tables)
 
 
 def torch_native(layer: Layer, tables: Tables) -> torch.Tensor:
@@ -153,13 +153,14 @@ def folded(layer: Layer, tables: Tables) -> torch.Tensor:
 
 def uncompressed(layer: Layer, tables: Tables) -> torch.Tensor:
     """Our kernel on bf16 pages."""
-    return decode_open(layer.q, layer.k, layer.v, *tables[:3], SCALE).out
+    opened = OpenPages(layer.k, layer.v, tables.indptr, tables.pages, tables.position)
+    return decode_open(layer.q, opened, tables.last_len, SCALE).out
 
 
 def sealed(layer: Layer, tables: Tables) -> torch.Tensor:
     """Our kernel on sealed pages."""
-    pages = layer.arena, layer.frames, layer.heads, tables.indptr, tables.pages
-    return decode_sealed(layer.q, *pages, LAYOUT, SCALE).out
+    listed = layer.sealed.listed(tables.indptr, tables.pages)
+    return decode_sealed(layer.q, listed, SCALE).out
 
 
 def sealed_with(isa: str) -> Callable[[Layer, Tables], torch.Tensor]:
@@ -193,10 +194,9 @@ def verify(layer: Layer, tables: Tables) -> float:
         assert relative_error(run(layer, tables), expected) < 1e-2
     # The reference is slow: a few pages of one sequence.
     pages = tables.pages[:4]
-    args = (layer.q[:1], layer.arena, layer.frames, layer.heads)
-    indptr = torch.tensor([0, len(pages)], dtype=torch.int32)
-    exact = naive.decode_sealed(*args, indptr, pages, LAYOUT, SCALE)
-    ours = decode_sealed(*args, indptr, pages, LAYOUT, SCALE)
+    listed = layer.sealed.listed(torch.tensor([0, len(pages)], dtype=torch.int32), pages)
+    exact = naive.decode_sealed(layer.q[:1], listed, SCALE)
+    ours = decode_sealed(layer.q[:1], listed, SCALE)
     error = relative_error(ours.out, exact.out)
     assert error < 1e-3 and (ours.lse - exact.lse).abs().max() < 1e-3
     return error
@@ -211,7 +211,7 @@ def measure_case(case: Case, rounds: int) -> dict[str, object]:
     torch.manual_seed(case.batch)
     tables = make_tables(case.batch)
     layers = [make_layer(case, tables.pages)]
-    while sum(layer.arena.nbytes for layer in layers) < SEALED_BYTES:
+    while sum(layer.sealed.arena.nbytes for layer in layers) < SEALED_BYTES:
         layers.append(make_layer(case, tables.pages))
     error = verify(layers[0], tables)
     runs = contestants()
@@ -237,7 +237,7 @@ def measure_case(case: Case, rounds: int) -> dict[str, object]:
         "case": case.title,
         "layers": len(layers),
         "bf16_mb": round(2 * layers[0].k.nbytes / 1e6, 1),
-        "sealed_mb": round(layers[0].arena.nbytes / 1e6, 1),
+        "sealed_mb": round(layers[0].sealed.arena.nbytes / 1e6, 1),
         "error": error,
         "ms": {name: spread(values) for name, values in times.items()},
         "times_slower_than_sealed": ratios,

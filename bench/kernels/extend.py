@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
-from sglang_diffxkv.kernels.extend import OpenList, PageList, Prefill
+from sglang_diffxkv.kernels.extend.prefill import Prefill, PrefillBatch
 from sglang_diffxkv.kernels.layout import (
     FORMATS,
     HIGH,
@@ -33,7 +33,7 @@ from sglang_diffxkv.kernels.layout import (
     measure,
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows, pack, unpack_into
-from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.pages import LayerPages, OpenLists, OpenPages, SealedLists, SealedTables
 from sglang_diffxkv.kernels.score import SampledQueries, score_open
 from tests.support import torch_pack
 
@@ -138,20 +138,25 @@ def ours(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
     pages = torch.arange(case.batch * data.per_sequence).int().view(case.batch, -1)
     counts = torch.arange(case.batch + 1).int()
     old = case.prefix // PAGE_TOKENS if case.sealed else 0
-    open_list = OpenList(
-        torch.full((case.batch,), case.prefix),
+    opened = OpenLists(
         counts * (data.per_sequence - old),
         pages[:, old:].reshape(-1),
-        torch.arange(old, data.per_sequence).repeat(case.batch),
+        torch.arange(old, data.per_sequence).int().repeat(case.batch),
     )
-    sealed = PageList(counts * old, pages[:, :old].reshape(-1)) if old else None
-    last_len = torch.full((case.batch,), (case.prefix + case.new - 1) % PAGE_TOKENS + 1)
-    sizes = [case.new] * case.batch, [case.prefix] * case.batch
-    step = Prefill(counts * case.new, open_list, last_len, sealed, *sizes, None)
+    batch = PrefillBatch(
+        indptr=counts * case.new,
+        position=torch.full((case.batch,), case.prefix, dtype=torch.int32),
+        opened=opened,
+        last_len=torch.full((case.batch,), (case.prefix + case.new - 1) % PAGE_TOKENS + 1),
+        sealed=SealedLists(counts * old, pages[:, :old].reshape(-1)) if old else None,
+        new=[case.new] * case.batch,
+        prefix=[case.prefix] * case.batch,
+    )
+    step = Prefill(batch, None)
+    layer = LayerPages(data.tables, data.k, data.v, None)
 
     def run() -> torch.Tensor:
-        part = step.run(data.q, data.k, data.v, data.tables, case.shape.dim**-0.5)
-        return part.out.to(data.q.dtype)
+        return step.attend(data.q, layer, case.shape.dim**-0.5).out.to(data.q.dtype)
 
     return run
 

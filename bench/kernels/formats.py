@@ -29,7 +29,7 @@ from sglang_diffxkv.kernels.layout import (
     measure,
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, pack
-from sglang_diffxkv.kernels.pages import SealedTables
+from sglang_diffxkv.kernels.pages import Queries, SealedTables
 
 HEAD_DIM, KV_HEADS, GROUP, PAGES, QUERIES = 128, 4, 4, 16, 32
 OUTLIER_CHANNELS, OUTLIER_FACTOR = 4, 8.0
@@ -80,17 +80,9 @@ def through_pages(tokens: Tokens, tier: TierFormat) -> torch.Tensor:
         q, k, v = rotate(q.float()), rotate(k.float()), v.float()
     tables = SealedTables(arena, frames, heads, layout)
     pack(RawTokens(k, v, pages), Grades(tiers, torch.zeros_like(tiers)), tables)
-    return extend_sealed(
-        q,
-        torch.tensor([0, QUERIES], dtype=torch.int32),
-        arena,
-        frames,
-        heads,
-        torch.tensor([0, PAGES], dtype=torch.int32),
-        pages,
-        layout,
-        HEAD_DIM**-0.5,
-    ).out
+    asked, listed, after = (torch.tensor(x).int() for x in ([0, QUERIES], [0, PAGES], [PAGES * 64]))
+    queries = Queries(q, asked, after)
+    return extend_sealed(queries, tables.listed(listed, pages), HEAD_DIM**-0.5).out
 
 
 def errors(kind: str, tier: TierFormat, rounds: int) -> torch.Tensor:

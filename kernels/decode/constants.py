@@ -12,10 +12,16 @@ them: no compiler needs constants of its own. Which are the fastest is for
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+from sglang_diffxkv.kernels.layout import PageLayout
 
 
-class Constants(NamedTuple):
+@dataclass(frozen=True)
+class Constants:
     """How the kernel is compiled and launched.
 
     Attributes:
@@ -43,3 +49,56 @@ def attend_constants(group_block: int, dim_block: int) -> Constants:
     """Constants for a GQA group and head_dim, each as padded to a power of two."""
     size = group_block * dim_block
     return next((constants for most, constants in _BY_SIZE if size <= most), _LARGER)
+
+
+def padded_group(group: int) -> int:
+    """The power of two that the queries of a KV head are padded to, as products want them."""
+    return max(8, triton.next_power_of_2(group))
+
+
+@dataclass(frozen=True)
+class DecodeTraits:
+    """What the decode kernel is compiled for.
+
+    Attributes:
+        layout: of sealed pages.
+        group: query heads of a KV head.
+        raw: Triton's dtype of raw elements, in open pages and in raw tiers.
+        in_fp32: whether these are multiplied in fp32, not in their own 16 bits.
+        constants: of the launch.
+        pages: that are addressed at a time.
+    """
+
+    layout: PageLayout
+    group: int
+    raw: Any
+    in_fp32: bool
+    constants: Constants
+    pages: int = 32
+
+    @property
+    def kv_heads(self) -> int:
+        return self.layout.num_kv_heads
+
+    @property
+    def dim(self) -> int:
+        return self.layout.head_dim
+
+    @property
+    def dim_block(self) -> int:
+        """The power of two that D is padded to."""
+        return triton.next_power_of_2(self.dim)
+
+    @property
+    def group_block(self) -> int:
+        return padded_group(self.group)
+
+    @property
+    def tokens(self) -> int:
+        """Of a tile of codes."""
+        return self.constants.tokens
+
+    @property
+    def raw_tokens(self) -> int:
+        """Of a tile of raw rows: rows in 16 bits take twice the registers."""
+        return max(16, self.tokens // 2)

@@ -13,11 +13,11 @@ class SealedWorker {
                  int64_t group)
         : layout_(layout), in_(in), pages_(pages), streams_(layout, raw, group) {}
 
-    void operator()(const Item& item, const float* q, const Partial& partial) {
+    void operator()(const WorkTile& tile, const float* q, const Partial& partial) {
         streams_.begin(q);
-        for (int64_t i = item.first_page; i < item.last_page; ++i) {
-            in_.prefetch(layout_, pages_[std::min(i + kAhead, item.last_page - 1)], item.head);
-            streams_.push(in_, pages_[i], item.head);
+        for (int64_t i = tile.first_page; i < tile.last_page; ++i) {
+            in_.prefetch(layout_, pages_[std::min(i + kAhead, tile.last_page - 1)], tile.head);
+            streams_.push(in_, pages_[i], tile.head);
         }
         streams_.finish(partial);
     }
@@ -41,13 +41,13 @@ class OpenWorker {
     OpenWorker(const OpenPages& in, DType raw, int64_t group, int64_t dim)
         : in_(in), engine_(raw, group, dim), scores_(group * kPageTokens) {}
 
-    void operator()(const Item& item, const float* q, const Partial& partial) {
+    void operator()(const WorkTile& tile, const float* q, const Partial& partial) {
         engine_.begin(q);
-        for (int64_t i = item.first_page; i < item.last_page; ++i) {
-            const bool last = i == in_.indptr[item.sequence + 1] - 1;
-            const int64_t at = in_.slots[i] * in_.page_bytes + item.head * in_.row_bytes;
+        for (int64_t i = tile.first_page; i < tile.last_page; ++i) {
+            const bool last = i == in_.indptr[tile.sequence + 1] - 1;
+            const int64_t at = in_.slots[i] * in_.page_bytes + tile.head * in_.row_bytes;
             engine_.attend(in_.key + at, in_.value + at, in_.token_bytes,
-                           last ? in_.last_len[item.sequence] : kPageTokens, scores_.data());
+                           last ? in_.last_len[tile.sequence] : kPageTokens, scores_.data());
         }
         engine_.finish(partial);
     }
@@ -65,15 +65,15 @@ using namespace diffxkv;
 
 // q: fp32 [B, Hkv * G, D], times sm_scale * log2(e). out: fp32 like q; lse: fp32 [B, Hkv * G].
 extern "C" void diffxkv_decode_sealed(const float* q, int64_t batch, int64_t group,
-                                      const uint8_t* arena, const int32_t* frames,
-                                      int64_t frames_stride, const int32_t* heads,
-                                      int64_t heads_stride, const int32_t* indptr,
-                                      const int32_t* pages, const Layout* layout, int64_t raw_dtype,
-                                      float* out, float* lse, int64_t threads) {
-    Shape shape{batch, layout->kv_heads, group, layout->head_dim};
-    SealedPages in{arena, frames, heads, frames_stride, heads_stride};
-    run_items(shape, q, indptr, out, lse, threads,
-              [&] { return SealedWorker(*layout, in, pages, static_cast<DType>(raw_dtype), group); });
+                                      const SealedTables* tables, const int32_t* indptr,
+                                      const int32_t* pages, int64_t raw_dtype, float* out,
+                                      float* lse, int64_t threads) {
+    const Layout& layout = *tables->layout;
+    Shape shape{batch, layout.kv_heads, group, layout.head_dim};
+    SealedPages in{tables->arena, tables->frames, tables->heads, tables->frames_stride,
+                   tables->heads_stride};
+    run_tiles(shape, q, indptr, out, lse, threads,
+              [&] { return SealedWorker(layout, in, pages, static_cast<DType>(raw_dtype), group); });
 }
 
 // key, value: [R, 64, Hkv, D] of raw_dtype, page_stride elements from one slot to the next.
@@ -87,7 +87,7 @@ extern "C" void diffxkv_decode_open(const float* q, int64_t batch, int64_t group
     OpenPages in{key, value, page_stride * itemsize, kv_heads * dim * itemsize, dim * itemsize,
                  indptr, slots, last_len};
     with_dim(dim, [&](auto known) {
-        run_items(shape, q, indptr, out, lse, threads, [&] {
+        run_tiles(shape, q, indptr, out, lse, threads, [&] {
             return OpenWorker<known>(in, static_cast<DType>(raw_dtype), group, dim);
         });
     });

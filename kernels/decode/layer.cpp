@@ -93,17 +93,17 @@ class Layer {
     void attend(Heads q, uint8_t* out, float* lse) {
         const Shape shape{batch_.size, layout_.kv_heads, group_, layout_.head_dim};
         const int64_t rows = shape.batch * shape.kv_heads;
-        ItemList items(shape, pages_.first.data(), batch_.threads);
-        std::atomic<int64_t> next_item{0}, next_row{0};
+        WorkTiles tiles(shape, pages_.first.data(), batch_.threads);
+        std::atomic<int64_t> next_tile{0}, next_row{0};
         Pool::instance().run(batch_.threads, [&] {
             Worker<Dim> worker(*this);
-            for (int64_t i; (i = next_item.fetch_add(1)) < items.size();)
-                worker.run(items.item(i), q, items.partial(i));
+            for (int64_t i; (i = next_tile.fetch_add(1)) < tiles.size();)
+                worker.run(tiles.tile(i), q, tiles.partial(i));
         });
         Pool::instance().run(batch_.threads, [&] {
             std::vector<float> group(group_ * shape.dim);
             for (int64_t r; (r = next_row.fetch_add(1)) < rows;) {
-                items.merge(r / shape.kv_heads, r % shape.kv_heads, group.data(), lse + r * group_);
+                tiles.merge(r / shape.kv_heads, r % shape.kv_heads, group.data(), lse + r * group_);
                 float_to_row(group.data(), dtype_, group_ * shape.dim, out + r * group_ * row_bytes_);
             }
         });
@@ -133,11 +133,11 @@ class Layer {
               out_(layer.group_ * layer.layout_.head_dim),
               unscored_(layer.scores_ ? 0 : layer.group_ * kPageTokens) {}
 
-        void run(const Item& item, Heads q, const Partial& partial) {
+        void run(const WorkTile& tile, Heads q, const Partial& partial) {
             const Layer& on = layer_;
             const int64_t dim = on.layout_.head_dim, width = on.group_ * dim;
             const uint8_t* group =
-                q.first + (item.sequence * q.stride + item.head * width) * on.layout_.raw_itemsize;
+                q.first + (tile.sequence * q.stride + tile.head * width) * on.layout_.raw_itemsize;
             float *plain = q_.data(), *rotated = plain + width;
             row_to_float(group, 0, on.dtype_, width, plain);
             for (int64_t i = 0; i < width; ++i) plain[i] *= on.scale_;
@@ -146,21 +146,21 @@ class Layer {
                 for (int64_t g = 0; g < on.group_; ++g) rotate_row(rotated + g * dim, dim);
             open_.begin(plain);
             streams_.begin(rotated);
-            const int32_t* table = on.batch_.table + item.sequence * on.batch_.width -
-                                   on.pages_.first[item.sequence];
-            for (int64_t i = item.first_page; i < item.last_page; ++i) {
-                on.sealed_.prefetch(on.layout_, table[std::min(i + kAhead, item.last_page - 1)],
-                                    item.head);
+            const int32_t* table = on.batch_.table + tile.sequence * on.batch_.width -
+                                   on.pages_.first[tile.sequence];
+            for (int64_t i = tile.first_page; i < tile.last_page; ++i) {
+                on.sealed_.prefetch(on.layout_, table[std::min(i + kAhead, tile.last_page - 1)],
+                                    tile.head);
                 const int64_t opened = on.pages_.opened[i];
                 if (opened < 0) {
-                    streams_.push(on.sealed_, table[i], item.head);
+                    streams_.push(on.sealed_, table[i], tile.head);
                 } else {
-                    attend_open(opened, item.head);
+                    attend_open(opened, tile.head);
                 }
             }
             open_.finish(partial);
             if (on.key_mean_) {
-                finish_sealed(partial, plain, on.key_mean_ + item.head * dim);
+                finish_sealed(partial, plain, on.key_mean_ + tile.head * dim);
             } else {
                 streams_.finish(partial);
             }

@@ -2,7 +2,7 @@
 """One layer of a decode step on a CPU in one call: write, attend, score (layer.cpp).
 
 As many small operations they cost more than what they compute: some ten of torch's and three of
-ours, each with arguments to be converted. Where there is no compiler they are used one by one.
+ours, each with arguments to be converted.
 """
 
 from __future__ import annotations
@@ -15,17 +15,14 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, int64_words, layout_words
-from sglang_diffxkv.kernels.cpu.build import load_library
+from sglang_diffxkv.kernels.cpu.function import CFunction
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.step import StepPages
 
-__all__ = ["DecodeLayers", "LayerTables", "available"]
-
 LOG2_E = math.log2(math.e)
 
-_P, _I = ctypes.c_void_p, ctypes.c_int64
-_LAYER = (_P, _P, _I, _I, _P, _I, _P, _I, _P, _I, ctypes.c_float, _P, _P)
+_layer_function = CFunction("decode", "diffxkv_decode_layer")
 
 
 class LayerTables(NamedTuple):
@@ -52,11 +49,6 @@ class LayerTables(NamedTuple):
     layout: PageLayout
 
 
-def available() -> bool:
-    """Whether there is a compiler, or what it has made before."""
-    return load_library("decode") is not None
-
-
 class DecodeLayers:
     """Attention of decode steps over the pages of one pool.
 
@@ -65,10 +57,6 @@ class DecodeLayers:
     """
 
     def __init__(self, tables: LayerTables) -> None:
-        library = load_library("decode")
-        assert library is not None, "asked for without a compiler"
-        self._call = library.diffxkv_decode_layer
-        self._call.argtypes, self._call.restype = _LAYER, None
         _check(tables)
         self._tables = tables  # kept alive: the kernel has their addresses
         self.dtype = tables.keys[0].dtype
@@ -120,7 +108,7 @@ class DecodeLayers:
         batch, heads = q.shape[:2]
         out = torch.empty(q.shape, dtype=self.dtype)
         lse = torch.empty(batch, heads)
-        self._call(
+        _layer_function(
             self._words,
             self._batch,
             layer,

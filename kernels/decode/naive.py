@@ -7,8 +7,9 @@ import math
 
 import torch
 
-from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.pages import OpenPages, SealedPages
 
 LOG2_E = math.log2(math.e)
 
@@ -57,8 +58,8 @@ def read_head(
     raw_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dequantized keys and values (float64 [n, D]) of one head of a sealed page."""
-    offset, counts = int(record[0]), int(record[1])
-    n_high, n_low = counts & 0xFF, counts >> 8 & 0xFF
+    offset = int(record[0])
+    n_high, n_low = (int(n) for n in head_counts(record))
     s = layout.sections(n_high, n_low)
     keys: list[torch.Tensor] = []
     values: list[torch.Tensor] = []
@@ -103,24 +104,16 @@ def _attend_all(
     return AttentionState(out.float(), lse.float())
 
 
-def decode_sealed(
-    q: torch.Tensor,
-    arena: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
-    indptr: torch.Tensor,
-    pages: torch.Tensor,
-    layout: PageLayout,
-    sm_scale: float,
-) -> AttentionState:
-    """See :func:`sglang_diffxkv.kernels.decode.decode_sealed`."""
+def decode_sealed(q: torch.Tensor, sealed: SealedPages, sm_scale: float) -> AttentionState:
+    """See `decode.decode_sealed`."""
+    arena, frames, heads, layout, indptr, pages = sealed
+    empty = torch.empty(0, layout.head_dim, dtype=torch.float64)
     kv = []
     for b in range(q.shape[0]):
         listed = pages[indptr[b] : indptr[b + 1]].tolist()
         per_head = []
         for h in range(layout.num_kv_heads):
             parts = [read_head(arena, frames[p], heads[p, h], layout, q.dtype) for p in listed]
-            empty = torch.empty(0, layout.head_dim, dtype=torch.float64)
             keys = torch.cat([empty, *(k for k, _ in parts)])
             values = torch.cat([empty, *(v for _, v in parts)])
             per_head.append((keys, values))
@@ -129,20 +122,14 @@ def decode_sealed(
 
 
 def decode_open(
-    q: torch.Tensor,
-    k_raw: torch.Tensor,
-    v_raw: torch.Tensor,
-    indptr: torch.Tensor,
-    slots: torch.Tensor,
-    last_len: torch.Tensor,
-    sm_scale: float,
+    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, sm_scale: float
 ) -> AttentionState:
-    """See :func:`sglang_diffxkv.kernels.decode.decode_open`."""
+    """See `decode.decode_open`."""
     kv = []
     for b in range(q.shape[0]):
-        listed = slots[indptr[b] : indptr[b + 1]].long()
+        listed = opened.slots[opened.indptr[b] : opened.indptr[b + 1]].long()
         length = max(0, len(listed) - 1) * PAGE_TOKENS + (int(last_len[b]) if len(listed) else 0)
-        keys = k_raw[listed].flatten(0, 1)[:length].double()
-        values = v_raw[listed].flatten(0, 1)[:length].double()
-        kv.append([(keys[:, h], values[:, h]) for h in range(k_raw.shape[2])])
+        keys = opened.keys[listed].flatten(0, 1)[:length].double()
+        values = opened.values[listed].flatten(0, 1)[:length].double()
+        kv.append([(keys[:, h], values[:, h]) for h in range(keys.shape[1])])
     return _attend_all(q, kv, sm_scale)

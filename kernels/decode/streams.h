@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "float_engine.h"
-#include "items.h"
+#include "work.h"
 #ifdef __AVX512VNNI__
 #include "vnni_engine.h"
 #endif

@@ -16,6 +16,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.pages import OpenPages, Queries
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -94,13 +95,7 @@ def supports(q: torch.Tensor) -> bool:
 
 
 def plan(
-    q: torch.Tensor,
-    q_indptr: torch.Tensor,
-    k_raw: torch.Tensor,
-    indptr: torch.Tensor,
-    slots: torch.Tensor,
-    last_len: torch.Tensor,
-    sm_scale: float,
+    queries: Queries, opened: OpenPages, last_len: torch.Tensor, sm_scale: float
 ) -> BatchPrefillWithPagedKVCacheWrapper:
     """Make ready for layers with queries and raw pages like these. Waits for the device.
 
@@ -108,11 +103,11 @@ def plan(
     must end with the page of its last new token. Gaps between earlier pages do not matter.
 
     Args:
-        q, q_indptr, k_raw, indptr, slots, sm_scale: as in `open.extend_open`.
+        queries, opened, sm_scale: as in `extend_open`.
         last_len: int32 [B], tokens in each sequence's last listed page, 1 to 64.
     """
     assert _ready is not None
-    _plan(_ready.wrapper, q, q_indptr, k_raw, indptr, slots, last_len, sm_scale)
+    _plan(_ready.wrapper, queries, opened, last_len, sm_scale)
     return _ready.wrapper
 
 
@@ -129,27 +124,24 @@ def run(
 
 def _plan(
     wrapper: BatchPrefillWithPagedKVCacheWrapper,
-    q: torch.Tensor,
-    q_indptr: torch.Tensor,
-    k_raw: torch.Tensor,
-    indptr: torch.Tensor,
-    slots: torch.Tensor,
+    queries: Queries,
+    opened: OpenPages,
     last_len: torch.Tensor,
     sm_scale: float,
 ) -> None:
     wrapper.plan(
-        q_indptr,
-        indptr,
-        slots,
+        queries.indptr,
+        opened.indptr,
+        opened.slots,
         last_len,
-        q.shape[1],
-        k_raw.shape[2],
-        q.shape[2],
+        queries.q.shape[1],
+        opened.keys.shape[2],
+        queries.q.shape[2],
         PAGE_TOKENS,
         causal=True,
         sm_scale=sm_scale,
-        q_data_type=q.dtype,
-        kv_data_type=k_raw.dtype,
+        q_data_type=queries.q.dtype,
+        kv_data_type=opened.keys.dtype,
     )
 
 
@@ -179,16 +171,17 @@ def check(wrapper: BatchPrefillWithPagedKVCacheWrapper, shape: Shape) -> None:
     q = torch.randn(3, shape.heads, shape.head_dim, generator=gen).to(shape.dtype)
     raw_shape = 2, 3, PAGE_TOKENS, shape.kv_heads, shape.head_dim
     k, v = torch.randn(raw_shape, generator=gen).to(shape.dtype)
-    q_indptr, start, indptr, slots, position, last_len = (
+    indptr, start, listed, slots, position, last_len = (
         torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [69], [0, 2], [2, 0], [0, 1], [8])
     )
     scale = shape.head_dim**-0.5
-    new, old, q_indptr_, indptr_, slots_, last_len_ = (
-        x.to(shape.device) for x in (q, torch.stack([k, v]), q_indptr, indptr, slots, last_len)
-    )
-    _plan(wrapper, new, q_indptr_, old[0], indptr_, slots_, last_len_, scale)
-    part = AttentionState(*(x.double().cpu() for x in run(wrapper, new, old[0], old[1])))
-    true = naive.extend_open(q, q_indptr, start, k, v, indptr, slots, position, scale)
+    queries, opened = Queries(q, indptr, start), OpenPages(k, v, listed, slots, position)
+    on_device = Queries(*(x.to(shape.device) for x in queries))
+    pages = OpenPages(*(x.to(shape.device) for x in opened))
+    _plan(wrapper, on_device, pages, last_len.to(shape.device), scale)
+    found = run(wrapper, on_device.q, pages.keys, pages.values)
+    part = AttentionState(*(x.double().cpu() for x in found))
+    true = naive.extend_open(queries, opened, scale)
     error = float((part.out - true.out).norm() / true.out.norm())
     lse_error = float((part.lse - true.lse).abs().max())
     if not (error <= TOLERANCE and lse_error <= TOLERANCE):

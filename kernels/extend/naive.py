@@ -7,10 +7,10 @@ import math
 
 import torch
 
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state
 from sglang_diffxkv.kernels.pack import unpack
-from sglang_diffxkv.kernels.pages import SealedTables
+from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedPages
 
 
 def attend_one(
@@ -24,31 +24,22 @@ def attend_one(
     return (scores - lse).exp() @ v.double(), float(lse) / math.log(2)
 
 
-def extend_sealed(
-    q: torch.Tensor,
-    q_indptr: torch.Tensor,
-    arena: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
-    indptr: torch.Tensor,
-    pages: torch.Tensor,
-    layout: PageLayout,
-    sm_scale: float,
-) -> AttentionState:
-    """See `sealed.extend_sealed`."""
-    part = empty_state(q)
-    group = q.shape[1] // layout.num_kv_heads
+def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> AttentionState:
+    """See `extend.extend_sealed`."""
+    q, indptr = queries.q, sealed.indptr
+    state = empty_state(q)
+    group = q.shape[1] // sealed.layout.num_kv_heads
     for b in range(len(indptr) - 1):
-        mine = pages[indptr[b] : indptr[b + 1]]
-        tokens = unpack(SealedTables(arena, frames, heads, layout), mine, torch.float32, q.dtype)
-        for t in range(q_indptr[b], q_indptr[b + 1]):
+        mine = sealed.pages[indptr[b] : indptr[b + 1]]
+        tokens = unpack(sealed.tables, mine, torch.float32, q.dtype)
+        for t in range(queries.indptr[b], queries.indptr[b + 1]):
             for head in range(q.shape[1]):
                 kv_head = head // group
                 kept = tokens.kept[:, kv_head]
-                part.out[t, head], part.lse[t, head] = attend_one(
+                state.out[t, head], state.lse[t, head] = attend_one(
                     q[t, head], tokens.k[:, kv_head][kept], tokens.v[:, kv_head][kept], sm_scale
                 )
-    return part
+    return state
 
 
 def row_starts(heads: torch.Tensor, pages: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -69,32 +60,21 @@ def row_starts(heads: torch.Tensor, pages: torch.Tensor, capacity: int) -> torch
     return starts
 
 
-def extend_open(
-    q: torch.Tensor,
-    q_indptr: torch.Tensor,
-    q_position: torch.Tensor,
-    k_raw: torch.Tensor,
-    v_raw: torch.Tensor,
-    indptr: torch.Tensor,
-    slots: torch.Tensor,
-    page_position: torch.Tensor,
-    sm_scale: float,
-) -> AttentionState:
-    """See `open.extend_open`."""
-    part = empty_state(q)
-    group = q.shape[1] // k_raw.shape[2]
+def extend_open(queries: Queries, opened: OpenPages, sm_scale: float) -> AttentionState:
+    """See `extend.extend_open`."""
+    q, indptr = queries.q, opened.indptr
+    state = empty_state(q)
+    group = q.shape[1] // opened.keys.shape[2]
     for b in range(len(indptr) - 1):
         listed = slice(int(indptr[b]), int(indptr[b + 1]))
-        first = page_position[listed].long()[:, None] * PAGE_TOKENS
+        first = opened.position[listed].long()[:, None] * PAGE_TOKENS
         position = (first + torch.arange(PAGE_TOKENS)).flatten()
-        k, v = (raw[slots[listed].long()].double().flatten(0, 1) for raw in (k_raw, v_raw))
-        for i, t in enumerate(range(q_indptr[b], q_indptr[b + 1])):
-            visible = position <= q_position[b] + i
+        slots = opened.slots[listed].long()
+        k, v = (raw[slots].double().flatten(0, 1) for raw in (opened.keys, opened.values))
+        for i, t in enumerate(range(queries.indptr[b], queries.indptr[b + 1])):
+            visible = position <= queries.position[b] + i
             for head in range(q.shape[1]):
-                part.out[t, head], part.lse[t, head] = attend_one(
-                    q[t, head],
-                    k[visible, head // group],
-                    v[visible, head // group],
-                    sm_scale,
+                state.out[t, head], state.lse[t, head] = attend_one(
+                    q[t, head], k[visible, head // group], v[visible, head // group], sm_scale
                 )
-    return part
+    return state

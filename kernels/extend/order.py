@@ -27,16 +27,15 @@ def quarters(column, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_queries(
-    rows, seen, BITS: tl.constexpr, COMPUTE, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr
-):
-    """Queries [M, DIM_BLOCK] as keys of these bits want them, and their sums as rounded, fp32 [M].
+def ordered_queries(rows, seen, BITS: tl.constexpr, TRAITS: tl.constexpr):
+    """Queries [M, dim_block] as keys of these bits want them, and their sums as rounded, fp32 [M].
 
     Args:
         rows: pointers [M]. seen: [M].
         BITS: of the keys; 0: raw ones, which are in the order of quarters.
-        COMPUTE: dtype of raw keys' products.
     """
+    DIM: tl.constexpr = TRAITS.shape.dim
+    DIM_BLOCK: tl.constexpr = TRAITS.shape.dim_block
     column = tl.arange(0, DIM_BLOCK)
     if BITS:
         at, weight, inside = element(column, BITS, DIM)
@@ -47,7 +46,7 @@ def load_queries(
     queries = tl.load(rows[:, None] + at[None, :], mask=mask, other=0).to(tl.float32)
     # Adding 0 changes no bit that matters. Plain loads would be read by the products from shared
     # memory, which takes more instructions, for the addresses, and no fewer registers.
-    queries = (queries * weight[None, :] + 0.0).to(tl.float16 if BITS else COMPUTE)
+    queries = (queries * weight[None, :] + 0.0).to(tl.float16 if BITS else TRAITS.compute)
     # Zeros cancel against codes exactly only if both meet the same, rounded queries.
     if BITS:
         # Dot products with 16 times 1/16, for exact sums in the layout of scores.

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton: blocks of query rows, which are a sequence's new tokens times its GQA group.
 
-Row r of a sequence and KV head is query head ``r % GROUP`` of new token ``r // GROUP``: keys and
+Row r of a sequence and KV head is query head ``r % group`` of new token ``r // group``: keys and
 values are read once for the whole group.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,43 +15,75 @@ import triton.language as tl
 from sglang_diffxkv.kernels.gpu.ragged import first_block, sequence_of_block
 
 
-@triton.jit
-def locate_rows(q_indptr, sequences, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows of this program.
+class RowBlock(NamedTuple):
+    """Rows of a program, and how they are found again.
 
-    Returns:
-        The sequence; its first query; which of its rows come first in this block; how many rows it
-        has, which may be fewer: then there is nothing to do.
+    Attributes:
+        sequence: whose rows they are.
+        start: the sequence's first query.
+        first: which of its rows come first in this block.
+        rows: how many it has, which may be fewer: then there is nothing to do.
     """
+
+    sequence: tl.tensor
+    start: tl.tensor
+    first: tl.tensor
+    rows: tl.tensor
+
+
+class QueryRows(NamedTuple):
+    """Which of a block's rows exist [M], their queries int64 [M], and their query heads [M]."""
+
+    seen: tl.tensor
+    query: tl.tensor
+    head: tl.tensor
+
+
+@triton.jit
+def locate_rows(indptr, sequences, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The `RowBlock` of this program, given ``indptr`` of `QueryView`."""
     block = tl.program_id(0)
-    b = sequence_of_block(q_indptr, sequences, block, GROUP, BLOCK_M)
-    start = tl.load(q_indptr + b)
-    first = (block - first_block(q_indptr, b, GROUP, BLOCK_M)) * BLOCK_M
-    return b, start, first, (tl.load(q_indptr + b + 1) - start) * GROUP
+    b = sequence_of_block(indptr, sequences, block, GROUP, BLOCK_M)
+    start = tl.load(indptr + b)
+    first = (block - first_block(indptr, b, GROUP, BLOCK_M)) * BLOCK_M
+    return RowBlock(b, start, first, (tl.load(indptr + b + 1) - start) * GROUP)
 
 
 @triton.jit
-def query_of_rows(start, first, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Query int64 [BLOCK_M] and query head int32 [BLOCK_M] of rows ``first ...`` of a KV head."""
+def rows_of(start, first, rows, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """`QueryRows` from ``first`` on, of a KV head and the sequence that starts with a query."""
     row = first + tl.arange(0, BLOCK_M)
-    return (start + row // GROUP).to(tl.int64), head * GROUP + row % GROUP
+    return QueryRows(row < rows, (start + row // GROUP).to(tl.int64), head * GROUP + row % GROUP)
 
 
 @triton.jit
-def read_rows(start, ahead, rows, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Which of a block's rows exist, their queries and their query heads.
+def read_rows(indptr, block, head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """`rows_of` a block.
 
     Read from memory each time, or the compiler would keep all rows' addresses in registers.
-
-    Args:
-        start: pointer to the first query of the sequence. ahead: what the block's first row has
-            more than that. rows: of the sequence.
     """
-    query = tl.load(start, volatile=True)
-    first = query + ahead
-    seen = first + tl.arange(0, BLOCK_M) < rows
-    query, query_head = query_of_rows(query, first, head, GROUP, BLOCK_M)
-    return seen, query, query_head
+    query = tl.load(indptr + block.sequence, volatile=True)
+    return rows_of(query, query + (block.first - block.start), block.rows, head, GROUP, BLOCK_M)
+
+
+@triton.jit
+def load_queries(queries, rows, TRAITS: tl.constexpr):
+    """Queries of these rows in the dtype of the products: [M, dim_block]."""
+    column = tl.arange(0, TRAITS.shape.dim_block)
+    inside = rows.seen[:, None] & (column < TRAITS.shape.dim)[None, :]
+    at = queries.data + rows.query * queries.stride + rows.head * TRAITS.shape.dim
+    loaded = tl.load(at[:, None] + column[None, :], mask=inside, other=0)
+    return loaded.to(tl.float32).to(TRAITS.compute)
+
+
+@triton.jit
+def store_rows(merged, rows, out, lse, TRAITS: tl.constexpr):
+    """Write the states of these rows: out [M, dim_block] and lse [M] to an `AttentionState`."""
+    column = tl.arange(0, TRAITS.shape.dim_block)
+    inside = rows.seen[:, None] & (column < TRAITS.shape.dim)[None, :]
+    at = rows.query * TRAITS.shape.q_heads + rows.head
+    tl.store(merged.lse + at, lse, mask=rows.seen)
+    tl.store(merged.out + (at * TRAITS.shape.dim)[:, None] + column[None, :], out, mask=inside)
 
 
 @triton.jit

@@ -1,32 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton: attention of a block of query rows over what a sequence keeps in one tier.
 
-Tiles are full: the tokens of a group of pages are one range of ranks (`gpu.ranks`), in rows of 32,
-one to a warp, so that looking up a rank's page is a shuffle. Scales and zeros never touch an
-element, but are folded into the scores and the weights.
+Tiles are full: the tokens of a group of pages are one range of ordinals (`gpu.ordinals`), in rows
+of 32, one to a warp, so that looking up an ordinal's page is a shuffle. Scales and zeros never
+touch an element, but are folded into the scores and the weights.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.extend.order import (
     codes_of_values,
-    load_queries,
     load_raw,
+    ordered_queries,
     parts,
     values_of_codes,
 )
+from sglang_diffxkv.kernels.gpu.ordinals import page_of_ordinal, per_row
 from sglang_diffxkv.kernels.gpu.payload import (
     CODE_UNIT,
+    bytes_of_row,
     load_meta,
     load_words_at,
-    row_bytes,
-    section_starts,
+    sections,
     unpack_words,
 )
-from sglang_diffxkv.kernels.gpu.ranks import page_of_rank, per_row
 
 HEADROOM: tl.constexpr = tl.constexpr(4)
 """The largest weight of a row so far is 2**4: times value scales, which may be up to 4,000, it does
@@ -35,13 +37,42 @@ SUMS: tl.constexpr = tl.constexpr(8)
 """Columns of sums of weights: the first is their own, the second that of weighted zeros."""
 
 
+class CodeState(NamedTuple):
+    """Online softmax of M query rows: fp32.
+
+    Attributes:
+        base: [M], base-2 logarithm of the unit of weights.
+        sums: [M, SUMS] of weights, in that unit.
+        acc: [M, dim_block] of weighted values.
+    """
+
+    base: tl.tensor
+    sums: tl.tensor
+    acc: tl.tensor
+
+
+class CodeTile(NamedTuple):
+    """Coded tokens: words of their keys and values, and their metadata as of `load_meta`."""
+
+    k: tl.tensor
+    v: tl.tensor
+    meta: tl.tuple
+
+
+class PageRange(NamedTuple):
+    """Pages ``[begin, end)`` of a list."""
+
+    listed: tl.tensor
+    begin: tl.tensor
+    end: tl.tensor
+
+
 @triton.jit
 def empty_state(ROWS: tl.constexpr, DIM_BLOCK: tl.constexpr):
-    """Base-2 logarithm of the unit of weights [ROWS], and sums in that unit: [ROWS, SUMS] of
-    weights, [ROWS, DIM_BLOCK] of weighted values."""
+    """The `CodeState` of no tokens."""
     base = tl.full([ROWS], -float("inf"), tl.float32)
     sums = tl.zeros([ROWS, SUMS], tl.float32)
-    return base, sums, tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+    return CodeState(base, sums, tl.zeros([ROWS, DIM_BLOCK], tl.float32))
 
 
 @triton.jit
@@ -75,193 +106,156 @@ def _everywhere(x):
 
 
 @triton.jit
-def _rows_of_ranks(table, start, place, rank, UNIT: tl.constexpr, NBYTES, FRAME_BYTES):
+def _row_offsets(table, start, place, ordinal, UNIT: tl.constexpr, NBYTES, FRAME_BYTES):
     """Offsets in the arena, int64 [N], of rows of one section, in units of so many bytes.
 
     Args:
-        table: pointers [N / 32, 32] to the frames of each rank's page.
-        start: int32 [N / 32, PAGES], where the section would start, had its page all earlier ranks.
-        place, rank: int32 [N / 32, 32], pages within the group, and ranks.
+        table: pointers [N / 32, 32] to the frames of each ordinal's page.
+        start: int32 [N / 32, PAGES], where the section would start, had its page all before.
+        place, ordinal: int32 [N / 32, 32], pages within the group, and ordinals.
     """
-    virtual = (tl.gather(start, place, 1) + rank * NBYTES).to(tl.uint32)
+    virtual = (tl.gather(start, place, 1) + ordinal * NBYTES).to(tl.uint32)
     frame = tl.load(table + virtual // FRAME_BYTES)
     at = frame.to(tl.int64) * (FRAME_BYTES // UNIT) + virtual % FRAME_BYTES // UNIT
     return tl.reshape(at, [at.shape[0] * at.shape[1]])
 
 
 @triton.jit
-def _attend_codes(
-    state,
-    queries,
-    q_sum,
-    key_words,
-    value_words,
-    meta,
-    valid,
-    score_scale,
-    byte_mask,
-    KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-):
-    """A tile of coded tokens: words of their rows, and their metadata as of `load_meta`."""
-    base, sums, acc = state
-    key_scale, key_zero, value_scale, value_zero = meta
-    keys = unpack_words(key_words, byte_mask, KEY_BITS, DIM_BLOCK)
-    scores = tl.dot(queries, tl.trans(keys))
+def _attend_codes(state, queries, tile, valid, score_scale, byte_mask, TIER: tl.constexpr):
+    """Take a `CodeTile` into the state.
+
+    Args:
+        queries: of `ordered_queries`, and their sums.
+        valid: [N], which tokens there are.
+    """
+    query, q_sum = queries
+    DIM_BLOCK: tl.constexpr = query.shape[1]
+    key_scale, key_zero, value_scale, value_zero = tile.meta
+    keys = unpack_words(tile.k, byte_mask, TIER.key_bits, DIM_BLOCK)
+    scores = tl.dot(query, tl.trans(keys))
     scores *= _everywhere(key_scale * (score_scale * CODE_UNIT))[None, :]
     scores += q_sum[:, None] * _everywhere(key_zero * score_scale)[None, :]
-    weights, fade, base = _weights(base, scores)
+    weights, fade, base = _weights(state.base, scores)
     # Sums over tokens are products, too: numerator and denominator meet the same rounded weights.
     weights = weights.to(tl.float16)
     column = tl.arange(0, SUMS)[None, :]
     one = tl.where(valid, 1.0, 0.0)[:, None]
     value_zero = tl.where(valid, value_zero, 0.0)[:, None]
     summands = tl.where(column == 0, one, tl.where(column == 1, value_zero, 0.0))
-    sums = tl.dot(weights, summands.to(tl.float16), sums * fade)
+    sums = tl.dot(weights, summands.to(tl.float16), state.sums * fade)
     weights *= _everywhere(tl.where(valid, value_scale, 0.0).to(tl.float16))[None, :]
-    values = unpack_words(value_words, byte_mask, VALUE_BITS, DIM_BLOCK)
-    return base, sums, tl.dot(weights, values, acc * fade)
+    values = unpack_words(tile.v, byte_mask, TIER.value_bits, DIM_BLOCK)
+    return CodeState(base, sums, tl.dot(weights, values, state.acc * fade))
 
 
 @triton.jit
-def _attend_raw(state, queries, keys, values, valid, score_scale, PRECISION: tl.constexpr):
-    """A tile of raw tokens: keys and values [N, DIM_BLOCK]."""
-    base, sums, acc = state
-    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
+def _attend_raw(state, query, keys, values, valid, score_scale, PRECISION: tl.constexpr):
+    """Take a tile of raw tokens, keys and values [N, dim_block], into the state."""
+    scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
     scores = tl.where(valid[None, :], scores * score_scale, -float("inf"))
-    weights, fade, base = _weights(base, scores)
+    weights, fade, base = _weights(state.base, scores)
     column = tl.arange(0, SUMS)[None, :]
-    sums = sums * fade + tl.where(column == 0, tl.sum(weights, 1)[:, None], 0.0)
+    sums = state.sums * fade + tl.where(column == 0, tl.sum(weights, 1)[:, None], 0.0)
     weights = weights.to(values.dtype)
-    return base, sums, tl.dot(weights, values, acc * fade, input_precision=PRECISION)
+    acc = tl.dot(weights, values, state.acc * fade, input_precision=PRECISION)
+    return CodeState(base, sums, acc)
 
 
 @triton.jit
-def attend_tier(
-    state,
-    q_rows,
-    seen,
-    arena,
-    frames,
-    frames_stride,
-    heads,
-    heads_stride,
-    pages,
-    first_page,
-    end_page,
-    score_scale,
-    byte_mask,
-    HIGH_KEY_BITS: tl.constexpr,
-    HIGH_VALUE_BITS: tl.constexpr,
-    LOW_KEY_BITS: tl.constexpr,
-    LOW_VALUE_BITS: tl.constexpr,
-    IS_HIGH: tl.constexpr,
-    RAW: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_BLOCK: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PAGES: tl.constexpr,
-    FRAME_BYTES: tl.constexpr,
-):
-    """All tokens that pages ``[first_page, end_page)`` of the list keep in one tier.
+def attend_tier(state, queries, rows, sealed, pages, IS_HIGH: tl.constexpr, TRAITS: tl.constexpr):
+    """All tokens that a range of pages keeps in one tier.
 
     Args:
-        state: of `empty_state`, sums of values in the order of `order.quarters`.
-        q_rows: pointers [M] to the queries. seen: [M].
-        heads: of this KV head.
-        RAW: dtype of raw elements; COMPUTE, PRECISION: dtype and precision of their products.
+        state: `CodeState`, sums of values in the order of `order.quarters`.
+        queries: `QueryView`. rows: `QueryRows` of it.
+        sealed: `SealedView`, with records from this KV head on.
+        pages: `PageRange`.
+        TRAITS: `traits.SealedTraits`.
     """
-    ITEM: tl.constexpr = RAW.primitive_bitwidth // 8
-    KEY_BITS: tl.constexpr = HIGH_KEY_BITS if IS_HIGH else LOW_KEY_BITS
-    VALUE_BITS: tl.constexpr = HIGH_VALUE_BITS if IS_HIGH else LOW_VALUE_BITS
-    RANK_ROWS: tl.constexpr = BLOCK_N // 32
-    KEY_BYTES: tl.constexpr = row_bytes(DIM, KEY_BITS, ITEM)
-    VALUE_BYTES: tl.constexpr = row_bytes(DIM, VALUE_BITS, ITEM)
+    LAYOUT: tl.constexpr = TRAITS.layout
+    TIER: tl.constexpr = LAYOUT.high if IS_HIGH else LAYOUT.low
+    KEY_BITS: tl.constexpr = TIER.key_bits
+    VALUE_BITS: tl.constexpr = TIER.value_bits
+    FRAME_BYTES: tl.constexpr = LAYOUT.frame_bytes
+    DIM: tl.constexpr = TRAITS.shape.dim
+    DIM_BLOCK: tl.constexpr = TRAITS.shape.dim_block
+    PAGES: tl.constexpr = TRAITS.pages
+    PRECISION: tl.constexpr = TRAITS.precision
+    BLOCK_N: tl.constexpr = TRAITS.tile.tokens
+    ROWS: tl.constexpr = BLOCK_N // 32
+    KEY_BYTES: tl.constexpr = bytes_of_row(LAYOUT, KEY_BITS)
+    VALUE_BYTES: tl.constexpr = bytes_of_row(LAYOUT, VALUE_BITS)
     KEY_UNIT: tl.constexpr = _alignment(KEY_BYTES)
     VALUE_UNIT: tl.constexpr = _alignment(VALUE_BYTES)
-    queries, q_sum = load_queries(q_rows, seen, KEY_BITS, COMPUTE, DIM, DIM_BLOCK)
-    base, sums, acc = state
+    arena, score_scale = sealed.arena, queries.score_scale
+    q_rows = queries.data + rows.query * queries.stride + rows.head * DIM
+    ordered = ordered_queries(q_rows, rows.seen, KEY_BITS, TRAITS)
     if VALUE_BITS:
-        acc = codes_of_values(acc, VALUE_BITS)
-    state = base, sums, acc
+        state = CodeState(state.base, state.sums, codes_of_values(state.acc, VALUE_BITS))
     words = arena.to(tl.pointer_type(tl.uint32))
     every = tl.full([BLOCK_N], True, tl.int1)
-    for group in range(first_page, end_page, PAGES):
+    for group in range(pages.begin, pages.end, PAGES):
         listed = group + tl.arange(0, PAGES)
-        inside = listed < end_page
-        page = tl.load(pages + listed, mask=inside, other=0)
-        record = heads + page.to(tl.int64) * heads_stride
+        inside = listed < pages.end
+        page = tl.load(pages.listed + listed, mask=inside, other=0)
+        record = sealed.heads + page.to(tl.int64) * (TRAITS.shape.kv_heads * 2)
         offset = tl.load(record, mask=inside, other=0)
         word = tl.load(record + 1, mask=inside, other=0)
         n_high, n_low = word & 0xFF, word >> 8
-        starts = section_starts(
-            n_high,
-            n_low,
-            row_bytes(DIM, HIGH_KEY_BITS, ITEM),
-            row_bytes(DIM, HIGH_VALUE_BITS, ITEM),
-            row_bytes(DIM, LOW_KEY_BITS, ITEM),
-            row_bytes(DIM, LOW_VALUE_BITS, ITEM),
-            8 if HIGH_KEY_BITS else 0,
-            8 if LOW_KEY_BITS else 0,
-        )
+        starts = sections(n_high, n_low, LAYOUT)
         counts = n_high if IS_HIGH else n_low
         ends = tl.cumsum(counts, 0)
-        # As if a page's ranks started with it: where a row lies is then linear in its rank.
+        # As if a page's ordinals started with it: where a row lies is then linear in its ordinal.
         skipped = ends - counts
-        key_start = offset + (starts[0] if IS_HIGH else starts[2]) - skipped * KEY_BYTES
-        value_start = offset + (starts[1] if IS_HIGH else starts[3]) - skipped * VALUE_BYTES
-        meta_start = offset + (starts[4] if IS_HIGH else starts[5]) - skipped * 8
+        key_start = starts.key_high if IS_HIGH else starts.key_low
+        value_start = starts.value_high if IS_HIGH else starts.value_low
+        meta_start = starts.meta_high if IS_HIGH else starts.meta_low
+        key_start = offset + key_start - skipped * KEY_BYTES
+        value_start = offset + value_start - skipped * VALUE_BYTES
+        meta_start = offset + meta_start - skipped * 8
         n = tl.sum(counts, 0)
-        ends, page = per_row(ends, RANK_ROWS), per_row(page, RANK_ROWS)
-        key_start, value_start = per_row(key_start, RANK_ROWS), per_row(value_start, RANK_ROWS)
-        meta_start = per_row(meta_start, RANK_ROWS)
+        ends, page = per_row(ends, ROWS), per_row(page, ROWS)
+        key_start, value_start = (
+            per_row(key_start, ROWS),
+            per_row(value_start, ROWS),
+        )
+        meta_start = per_row(meta_start, ROWS)
         for first in tl.range(0, n, BLOCK_N, disable_licm=True):
             token = first + tl.arange(0, BLOCK_N)
             valid = token < n
             # The last token stands in for those after it: its score cannot be a new maximum.
-            rank = tl.reshape(tl.minimum(token, n - 1), [RANK_ROWS, 32])
-            place = page_of_rank(ends, rank, PAGES)
-            table = frames + tl.gather(page, place, 1).to(tl.int64) * frames_stride
+            ordinal = tl.reshape(tl.minimum(token, n - 1), [ROWS, 32])
+            place = page_of_ordinal(ends, ordinal, PAGES)
+            table = sealed.frames + tl.gather(page, place, 1).to(tl.int64) * sealed.frames_stride
             key_at = _everywhere(
-                _rows_of_ranks(table, key_start, place, rank, KEY_UNIT, KEY_BYTES, FRAME_BYTES)
+                _row_offsets(table, key_start, place, ordinal, KEY_UNIT, KEY_BYTES, FRAME_BYTES)
             )
             value_at = _everywhere(
-                _rows_of_ranks(
-                    table, value_start, place, rank, VALUE_UNIT, VALUE_BYTES, FRAME_BYTES
+                _row_offsets(
+                    table, value_start, place, ordinal, VALUE_UNIT, VALUE_BYTES, FRAME_BYTES
                 )
             )
             # All loads before the first product, so that their latencies overlap.
             if KEY_BITS:
-                meta_at = _rows_of_ranks(table, meta_start, place, rank, 1, 8, FRAME_BYTES)
+                meta_at = _row_offsets(table, meta_start, place, ordinal, 1, 8, FRAME_BYTES)
                 meta = load_meta(arena, meta_at, every)
                 key_at *= KEY_UNIT // 4
                 value_at *= VALUE_UNIT // 4
+                keys = load_words_at(words, key_at, every, KEY_BITS, DIM, DIM_BLOCK, 1)
+                values = load_words_at(
+                    words, value_at, every, VALUE_BITS, DIM, DIM_BLOCK, parts(VALUE_BITS)
+                )
+                tile = CodeTile(keys, values, meta)
                 state = _attend_codes(
-                    state,
-                    queries,
-                    q_sum,
-                    load_words_at(words, key_at, every, KEY_BITS, DIM, DIM_BLOCK, 1),
-                    load_words_at(
-                        words, value_at, every, VALUE_BITS, DIM, DIM_BLOCK, parts(VALUE_BITS)
-                    ),
-                    meta,
-                    valid,
-                    score_scale,
-                    byte_mask,
-                    KEY_BITS,
-                    VALUE_BITS,
-                    DIM_BLOCK,
+                    state, ordered, tile, valid, score_scale, sealed.byte_mask, TIER
                 )
             else:
-                key_rows = (arena + key_at * KEY_UNIT).to(tl.pointer_type(RAW))
-                value_rows = (arena + value_at * VALUE_UNIT).to(tl.pointer_type(RAW))
-                keys = load_raw(key_rows, COMPUTE, DIM, DIM_BLOCK)
-                values = load_raw(value_rows, COMPUTE, DIM, DIM_BLOCK)
-                state = _attend_raw(state, queries, keys, values, valid, score_scale, PRECISION)
-    base, sums, acc = state
+                key_rows = (arena + key_at * KEY_UNIT).to(tl.pointer_type(TRAITS.raw))
+                value_rows = (arena + value_at * VALUE_UNIT).to(tl.pointer_type(TRAITS.raw))
+                keys = load_raw(key_rows, TRAITS.compute, DIM, DIM_BLOCK)
+                values = load_raw(value_rows, TRAITS.compute, DIM, DIM_BLOCK)
+                query, _ = ordered
+                state = _attend_raw(state, query, keys, values, valid, score_scale, PRECISION)
     if VALUE_BITS:
-        acc = values_of_codes(acc, VALUE_BITS)
-    return base, sums, acc
+        state = CodeState(state.base, state.sums, values_of_codes(state.acc, VALUE_BITS))
+    return state

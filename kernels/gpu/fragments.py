@@ -104,7 +104,7 @@ def by_lane(x):
 
 
 @triton.jit
-def by_rank(x):
+def by_ordinal(x):
     """[N, G], in the order of tokens, of x in that of `dots_by_lane`."""
     return tl.reshape(tl.permute(x, 0, 2, 1, 3), [x.shape[0] * 16, x.shape[3]])
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from sglang_diffxkv.kernels.gpu.views import SealedView
+
 CODE_UNIT: tl.constexpr = tl.constexpr(2.0**24)
 """What products with codes as `load_quarter` returns them are to be multiplied by."""
 
@@ -30,7 +32,7 @@ class SectionStarts(NamedTuple):
     value_low: tl.tensor
     meta_high: tl.tensor
     meta_low: tl.tensor
-    notes: tl.tensor
+    token_metadata: tl.tensor
 
 
 @triton.jit
@@ -55,7 +57,8 @@ def section_starts(
         KEY_HIGH ... META_LOW: bytes of a row of each section; 0 for the meta of raw tiers.
 
     Returns:
-        Starts of the sections: key and value high, key and value low, meta high, meta low, notes.
+        Starts of the sections: key and value high, key and value low, meta high
+        and low, token metadata.
     """
     value_high = align_up(n_high * KEY_HIGH, VALUE_HIGH)
     key_low = align_up(value_high + n_high * VALUE_HIGH, KEY_LOW)
@@ -100,6 +103,19 @@ def sections(n_high, n_low, LAYOUT: tl.constexpr):
 def bytes_of_row(layout, bits):
     """`PageLayout.row_bytes`."""
     return layout.row_bytes(bits)
+
+
+@triton.jit
+def records_from(sealed, head):
+    """`SealedView` with the records from this KV head on."""
+    return SealedView(
+        sealed.arena,
+        sealed.frames,
+        sealed.heads + head * 2,
+        sealed.frames_stride,
+        sealed.heads_stride,
+        sealed.byte_mask,
+    )
 
 
 @triton.jit

@@ -3,9 +3,10 @@
 
 Tensors and numbers come in NamedTuples, whose fields kernels read by name; a field that is None is
 a constant, which kernels tell by ``is None``. `kernels.merge.AttentionState` and others that hold
-nothing but tensors are passed as they are. Constants come in frozen dataclasses, as arguments that
+nothing but tensors are passed as they are (a field must not be named ``values`` or ``type``, which
+Triton's own tuples have). Constants come in frozen dataclasses, as arguments that
 are declared `tl.constexpr`: a `PageLayout` is one (NamedTuples inside constants lose the names of
-their fields in Triton 3.6).
+their fields in Triton 3.6, and there names are to be given to constants that make up a shape).
 
 Triton specialises each field as if it were an argument of its own, for numbers and addresses that
 16 divides, and for 1. It cannot be told not to: ``do_not_specialize`` is about arguments, not about
@@ -14,14 +15,37 @@ their fields. So numbers that vary with the batch stay arguments.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
 from sglang_diffxkv.kernels.pages import SealedTables
 
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
 BYTE_MASK = 0x00FF00FF
 """Of two codes in a word: an argument, as the compiler would undo what it is for if it knew it."""
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Attention heads of one rank: a constant of kernels."""
+
+    kv_heads: int
+    group: int
+    dim: int
+
+    @property
+    def q_heads(self) -> int:
+        return self.kv_heads * self.group
+
+    @property
+    def dim_block(self) -> int:
+        """The power of two that D is padded to."""
+        return triton.next_power_of_2(self.dim)
 
 
 class SealedView(NamedTuple):
@@ -51,8 +75,8 @@ class SealedView(NamedTuple):
 class RawView(NamedTuple):
     """Raw pages [R, 64, H, D]: ``page_stride`` elements from one to the next, of both."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
     page_stride: int
 
     @staticmethod

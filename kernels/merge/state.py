@@ -1,13 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention states: what every attention operation returns, and what is made of several."""
+"""Attention states: what every attention operation returns."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
-
-from sglang_diffxkv.kernels.gpu.device import on_gpu
 
 
 class AttentionState(NamedTuple):
@@ -22,32 +20,22 @@ class AttentionState(NamedTuple):
     lse: torch.Tensor
 
 
-def merge_states(a: AttentionState, b: AttentionState) -> AttentionState:
-    """Attention over the union of two disjoint sets of tokens; either may be empty."""
-    if on_gpu(a.lse):
-        from sglang_diffxkv.kernels.merge import triton  # not installed everywhere
-
-        return triton.merge_states(a, b)
-    top = torch.maximum(a.lse, b.lse)
-    # Where both are empty, any finite base keeps -inf - -inf = NaN out.
-    base = torch.where(torch.isinf(top), torch.zeros_like(top), top)
-    weight_a, weight_b = torch.exp2(a.lse - base), torch.exp2(b.lse - base)
-    total = weight_a + weight_b
-    scale = torch.where(total > 0, total, torch.ones_like(total)).reciprocal()
-    out = a.out * (weight_a * scale).unsqueeze(-1) + b.out * (weight_b * scale).unsqueeze(-1)
-    return AttentionState(out, base + torch.log2(total))
-
-
 def empty_state(q: torch.Tensor) -> AttentionState:
     """The state of no tokens, for queries [T, Hq, D]."""
+    state = unwritten_state(q)
+    return AttentionState(state.out.zero_(), state.lse.fill_(-torch.inf))
+
+
+def unwritten_state(
+    q: torch.Tensor, *parts: int, dtype: torch.dtype = torch.float32
+) -> AttentionState:
+    """Room for the states of queries [T, Hq, D], of so many parts of the tokens if told.
+
+    Args:
+        dtype: of the output.
+    """
+    shape = (*parts, *q.shape)
     return AttentionState(
-        torch.zeros_like(q, dtype=torch.float32),
-        q.new_full(q.shape[:2], -torch.inf, dtype=torch.float32),
+        torch.empty(shape, dtype=dtype, device=q.device),
+        torch.empty(shape[:-1], dtype=torch.float32, device=q.device),
     )
-
-
-def concat_states(states: list[AttentionState]) -> AttentionState:
-    """States of different queries, one after the other; at least one. A lone one is not copied."""
-    if len(states) == 1:
-        return states[0]
-    return AttentionState(torch.cat([s.out for s in states]), torch.cat([s.lse for s in states]))

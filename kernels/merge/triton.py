@@ -6,33 +6,89 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_diffxkv.kernels import merge as ops
 from sglang_diffxkv.kernels.gpu.launch import launch
-from sglang_diffxkv.kernels.merge.state import AttentionState
-from sglang_diffxkv.kernels.merge.triton_kernels import merge_two
+from sglang_diffxkv.kernels.gpu.views import HeadShape, QueryView
+from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
+from sglang_diffxkv.kernels.merge.kernels import merge_splits, merge_two
+from sglang_diffxkv.kernels.merge.tile_kernels import merge_work_tiles
 
-_MERGE_ROWS = 16
+MERGE_ROWS = 16
 
 
+@ops.merge_states.register("gpu")
 def merge_states(a: AttentionState, b: AttentionState) -> AttentionState:
-    """See `merge.merge_states`; one pass over each of the two."""
+    """One pass over each of the two."""
     rows, dim = a.lse.numel(), a.out.shape[-1]
-    merged = AttentionState(
-        torch.empty(a.out.shape, dtype=torch.float32, device=a.out.device),
-        torch.empty(a.lse.shape, dtype=torch.float32, device=a.lse.device),
-    )
+    merged = unwritten_state(a.out)
     launch(
         merge_two,
-        (triton.cdiv(rows, _MERGE_ROWS),),
-        out_a=a.out.contiguous(),
-        lse_a=a.lse.contiguous(),
-        out_b=b.out.contiguous(),
-        lse_b=b.lse.contiguous(),
-        out=merged.out,
-        lse=merged.lse,
+        (triton.cdiv(rows, MERGE_ROWS),),
+        a=_contiguous(a),
+        b=_contiguous(b),
+        merged=merged,
         rows=rows,
         DIM=dim,
-        DIM_BLOCK=triton.next_power_of_2(dim),
-        ROWS=_MERGE_ROWS,
+        ROWS=MERGE_ROWS,
         num_warps=4,
     )
     return merged
+
+
+def _contiguous(state: AttentionState) -> AttentionState:
+    return AttentionState(state.out.contiguous(), state.lse.contiguous())
+
+
+def merge_into(splits: AttentionState, merged: AttentionState, *, onto: bool) -> None:
+    """Merge the states of the same queries over several parts of the tokens into one.
+
+    Args:
+        splits: [splits, T, Hq, D] and [splits, T, Hq].
+        merged: [T, Hq, D] and [T, Hq], written.
+        onto: whether it holds attention over further tokens.
+    """
+    rows = merged.lse.numel()
+    launch(
+        merge_splits,
+        (triton.cdiv(rows, MERGE_ROWS),),
+        parts=splits,
+        splits=len(splits.lse),
+        rows=rows,
+        merged=merged,
+        ONTO=onto,
+        DIM=merged.out.shape[2],
+        ROWS=MERGE_ROWS,
+        num_warps=4,
+    )
+
+
+def merge_tiles(
+    parts: AttentionState,
+    segment_start: torch.Tensor,
+    queries: QueryView,
+    key_mean: torch.Tensor | None,
+    merged: AttentionState,
+) -> None:
+    """Merge the work tiles of a decode step.
+
+    Args:
+        parts: fp32 [N, group, D] and [N, group], of each tile.
+        segment_start: int32 [B * H * 3 + 1], first tile of each segment (`decode.work`).
+        queries: [B, Hq, D], not rotated.
+        key_mean: fp32 [H, D], contiguous, which sealed keys lack: what is found in sealed pages is
+            brought back from their basis (`basis.sealed`). None: it is left in that.
+        merged: [B, Hq, D] and [B, Hq], written.
+    """
+    batch, q_heads, dim = merged.out.shape
+    group = parts.lse.shape[1]
+    launch(
+        merge_work_tiles,
+        (batch * q_heads,),
+        parts=parts,
+        segment_start=segment_start,
+        queries=queries,
+        key_mean=key_mean,
+        merged=merged,
+        SHAPE=HeadShape(q_heads // group, group, dim),
+        num_warps=4,
+    )

@@ -21,10 +21,10 @@ from sglang_diffxkv.attention.scoring import (
     extend_queries,
 )
 from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.kernels.extend import OpenList, PageList, Prefill, PrefixScratch, SealedTables
+from sglang_diffxkv.kernels.extend.prefill import Prefill, PrefillBatch
+from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
-from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.score import SampledQueries, score_open
 from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal
@@ -149,16 +149,16 @@ class DiffXKVBackend(AttentionBackend):
     def _plan_attention(
         self, new: NewTokens, pages: BatchPages, prefix_lens_cpu: list[int]
     ) -> Prefill:
-        starts = new.prefix_lens.to(torch.int32)
-        return Prefill(
-            new.indptr,
-            OpenList(starts, pages.open_indptr, pages.slots, pages.position),
-            pages.last_len,
-            PageList(pages.sealed_indptr, pages.sealed) if pages.any_sealed else None,
-            new.lens,
-            prefix_lens_cpu,
-            self.scratch,
+        batch = PrefillBatch(
+            indptr=new.indptr,
+            position=new.prefix_lens.to(torch.int32),
+            opened=pages.open_lists,
+            last_len=pages.last_len,
+            sealed=pages.sealed_lists if pages.any_sealed else None,
+            new=new.lens,
+            prefix=prefix_lens_cpu,
         )
+        return Prefill(batch, self.scratch)
 
     def begin_decode(self, batch: DecodeBatch, loc: torch.Tensor) -> None:
         """Count the step's tokens, and note what they asked for whose page is opened for it.
@@ -201,18 +201,10 @@ class DiffXKVBackend(AttentionBackend):
             k, v = (x.view(-1, layer.tp_k_head_num, dim) for x in (k, v))
             self.store.raw.write(index, step.rows, k, v)
         q = q.reshape(-1, layer.tp_q_head_num, dim)
-        state = self._attend(step, index, q, layer.scaling)
+        state = step.attention.attend(q, self.store.layer_pages(index), layer.scaling)
         if step.queries is not None:
             self._score(step, index, q, state.lse, layer.scaling)
         return state.out.to(q.dtype).flatten(1)
-
-    def _attend(
-        self, step: PrefillStep, layer: int, q: torch.Tensor, sm_scale: float
-    ) -> AttentionState:
-        store, d, raw = self.store, self.store.directory, self.store.raw
-        tables = SealedTables(store.arena.buffer, d.frames[layer], d.heads[layer], store.layout)
-        mean = store.key_means.by_layer[layer]
-        return step.attention.run(q, raw.keys[layer], raw.values[layer], tables, mean, sm_scale)
 
     def _score(
         self, step: PrefillStep, layer: int, q: torch.Tensor, lse: torch.Tensor, sm_scale: float
@@ -225,8 +217,7 @@ class DiffXKVBackend(AttentionBackend):
         # In units of uniform attention: a query that sees n tokens gives each n * p.
         lse = (lse - queries.log2_seen).contiguous()
         sampled = SampledQueries(q, queries.indptr, queries.position)
-        lists = pages.open_indptr, pages.slots, pages.position
-        opened = OpenPages(raw.keys[layer], raw.values[layer], *lists)
+        opened = pages.open_lists.of(raw.keys[layer], raw.values[layer])
         score_open(sampled, lse, opened, raw.scores[layer], sm_scale)
 
     def forward_decode(

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.pages import OpenLists, SealedLists
 from sglang_diffxkv.kernels.step import PageMetadata
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 
@@ -36,6 +37,14 @@ class BatchPages(NamedTuple):
     def per_page(self, values: torch.Tensor) -> torch.Tensor:
         """Repeat a value per sequence ([B]) for each of its open pages ([No])."""
         return torch.repeat_interleave(values, self.open_indptr.diff())
+
+    @property
+    def open_lists(self) -> OpenLists:
+        return OpenLists(self.open_indptr, self.slots, self.position)
+
+    @property
+    def sealed_lists(self) -> SealedLists:
+        return SealedLists(self.sealed_indptr, self.sealed)
 
     @property
     def sequence(self) -> torch.Tensor:

@@ -12,7 +12,7 @@ from sglang_diffxkv.attention.backend import DecodeBatch, DiffXKVBackend
 from sglang_diffxkv.attention.device_decode import DeviceDecode
 from sglang_diffxkv.attention.ready_pages import ready_pages
 from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.kernels.extend import make_scratch
+from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal_ready
 from sglang_diffxkv.pool.store import PageStore

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.attention.batch_pages import page_metadata
-from sglang_diffxkv.kernels.decode.plan import DecodePlan, SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
+from sglang_diffxkv.kernels.decode.work import SequencePages, WorkTiles, divide_work
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.score import score_decode
 from sglang_diffxkv.kernels.step import StepPages, begin_decode
@@ -25,11 +25,11 @@ class DecodeStep(NamedTuple):
 
     Attributes:
         pages: the batch's pages.
-        plan: of all layers.
+        work: of all layers.
     """
 
     pages: StepPages
-    plan: DecodePlan
+    work: WorkTiles
 
 
 class DeviceDecode:
@@ -78,8 +78,8 @@ class DeviceDecode:
         sequences = SequencePages(
             pages.table.flatten(), first, pages.count, raw_slot, pages.last_len
         )
-        plan = plan_decode(sequences, store.directory.heads, store.layout)
-        self._step = DecodeStep(pages, plan)
+        work = divide_work(sequences, store.directory.heads, store.layout)
+        self._step = DecodeStep(pages, work)
         return self._step
 
     def attend(
@@ -96,25 +96,12 @@ class DeviceDecode:
             Its output is of q's dtype.
         """
         assert self._step is not None
-        pages, plan = self._step
-        store = self.store
-        d, raw = store.directory, store.raw
-        rotated = write_tokens(q, k, v, pages.rows, raw.keys[layer], raw.values[layer])
-        state = attend(
-            q,
-            rotated if store.layout.rotates else q,
-            store.arena.buffer,
-            d.frames[layer],
-            d.heads[layer],
-            raw.keys[layer],
-            raw.values[layer],
-            plan.layer(layer),
-            store.layout,
-            sm_scale,
-            key_mean=store.key_means.by_layer[layer] if store.layout.rotates else None,
-            dtype=q.dtype,
-        )
+        step, store = self._step, self.store
+        pages = store.layer_pages(layer)
+        rotated = write_tokens(q, k, v, step.pages.rows, pages.keys, pages.values)
+        q_sealed = rotated if store.layout.rotates else q
+        state = attend(q, q_sealed, pages, step.work.layer(layer), sm_scale, q.dtype)
         if store.policy.needs_scores:
-            written = raw.keys[layer], d.raw_slot, raw.scores[layer]
-            score_decode(q, state.lse, pages, *written, sm_scale)
+            written = pages.keys, store.directory.raw_slot, store.raw.scores[layer]
+            score_decode(q, state.lse, step.pages, *written, sm_scale)
         return state

@@ -10,6 +10,9 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.reserve import reserve
 
 NO_SLOT = -1
+ALIGNED_PAGES = 4
+"""Entries of so many pages end at a multiple of 16 bytes in any table: each layer's start at one
+then, and kernels are not compiled for other addresses (`kernels.gpu.views.SealedView`)."""
 
 
 class PageDirectory:
@@ -42,7 +45,7 @@ class PageDirectory:
     """
 
     def __init__(self, num_pages: int, num_layers: int, layout: PageLayout, device: str) -> None:
-        v, heads = num_pages + 2, layout.num_kv_heads
+        v, heads = -(-(num_pages + 2) // ALIGNED_PAGES) * ALIGNED_PAGES, layout.num_kv_heads
         self.num_pages, self.nowhere = num_pages, num_pages + 1
 
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
@@ -73,8 +76,8 @@ class PageDirectory:
     @staticmethod
     def bytes_per_page(num_layers: int, layout: PageLayout) -> int:
         """Bytes that one more virtual page costs, for sizing."""
-        one = PageDirectory(1, num_layers, layout, "meta")
-        return one.nbytes // 3
+        one = PageDirectory(ALIGNED_PAGES - 2, num_layers, layout, "meta")
+        return one.nbytes // ALIGNED_PAGES
 
     def open(self, pages: torch.Tensor, slots: torch.Tensor) -> None:
         """Give free ``pages`` (int64 [N]) the raw ``slots`` (int32 [N])."""

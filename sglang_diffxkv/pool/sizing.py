@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.pool.directory import PageDirectory
+from sglang_diffxkv.pool.directory import ALIGNED_PAGES, PageDirectory
 from sglang_diffxkv.pool.key_means import KeyMeans
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.totals import Totals
@@ -103,8 +103,9 @@ def size_pool(
     fixed += KeyMeans.bytes_for(num_layers, layout.num_kv_heads, layout.head_dim)
     # One more slot takes padded tokens.
     raw_pages = int((nbytes - attention_bytes) * raw_share) // raw_bytes - 1
-    # Two entries of the directory are no pages: those of padded tokens, and of none.
-    rest = nbytes - fixed - (raw_pages + 1) * raw_bytes - (raw_pages + 2) * entry_bytes
+    # Two entries of the directory are no pages: those of padded tokens, and of none. Others pad it.
+    entries = raw_pages + 2 + ALIGNED_PAGES - 1
+    rest = nbytes - fixed - (raw_pages + 1) * raw_bytes - entries * entry_bytes
     frames = int(rest / (frame_bytes + virtual_slack * entry_bytes / expected))
     if raw_pages < MIN_RAW_PAGES or frames < MIN_RAW_PAGES * worst:
         need = max(

@@ -13,7 +13,7 @@ import torch
 
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.pages import SealedTables
+from sglang_diffxkv.kernels.pages import LayerPages, SealedTables
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
@@ -104,6 +104,13 @@ class PageStore:
         self.recency = Recency(self.directory, self.raw)
         self.checks_use = torch.device(device).type == "cpu"
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
+
+    def layer_pages(self, layer: int) -> LayerPages:
+        """All pages of one layer, as kernels take them."""
+        d, raw = self.directory, self.raw
+        tables = SealedTables(self.arena.buffer, d.frames[layer], d.heads[layer], self.layout)
+        mean = self.key_means.by_layer[layer] if self.layout.rotates else None
+        return LayerPages(tables, raw.keys[layer], raw.values[layer], mean)
 
     def clear(self) -> None:
         """Free every page (SGLang's ``/flush_cache``)."""

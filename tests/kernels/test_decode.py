@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import triton.language as tl
 
 from sglang_diffxkv.kernels import decode
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
@@ -18,6 +19,8 @@ from sglang_diffxkv.kernels.decode import naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PRUNED
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.merge import triton as merge_triton
+from sglang_diffxkv.kernels.pages import OpenPages
+from tests.support.attention import moved
 from tests.support.builders import (
     SealedArena,
     build_sealed,
@@ -73,8 +76,7 @@ def implementation(name: str) -> Any:
 def run(name: str, function: str, case: Case) -> AttentionState:
     """Call a decode function where its implementation runs."""
     device = DEVICE if name == "triton" else torch.device("cpu")
-    args = (x.to(device) if isinstance(x, torch.Tensor) else x for x in case.args)
-    part = getattr(implementation(name), function)(*args)
+    part = getattr(implementation(name), function)(*moved(case.args, device))
     return AttentionState(part.out.cpu(), part.lse.cpu())
 
 
@@ -126,7 +128,7 @@ def sealed_case(
         listed = pages[indptr[b] : indptr[b + 1]].long()
         kept = arena.tiers[listed].flatten(0, 1) != PRUNED
         kv.append((arena.keys[listed].flatten(0, 1), arena.values[listed].flatten(0, 1), kept))
-    args = (q, arena.arena, arena.frames, arena.heads, indptr, pages, layout, sm_scale)
+    args = (q, arena.tables.listed(indptr, pages), sm_scale)
     return Case(args, dense_reference(q, kv, sm_scale))
 
 
@@ -197,9 +199,11 @@ def test_everything_pruned(name: str) -> None:
 
 
 def test_many_pages_split_over_kv(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More pages than one work item takes, for a single sequence and for ragged ones."""
-    if name == "triton":  # and more items than are merged at a time
-        monkeypatch.setattr(implementation(name), "_MERGE_PARTS", 4 * 16)
+    """More pages than one work tile takes, for a single sequence and for ragged ones."""
+    if name == "triton":  # and more tiles than are merged at a time
+        from sglang_diffxkv.kernels.merge import tile_kernels
+
+        monkeypatch.setattr(tile_kernels, "ELEMENTS", tl.constexpr(4 * 16))
     arena = sealed("K4V4", "K2V2", head_dim=16, kv_heads=1)
     check_sealed(name, arena, [61], 2)
     check_sealed(name, arena, [40, 3, 0, 17], 2)
@@ -232,7 +236,9 @@ def open_case(dtype: torch.dtype, head_dim: int, group: int) -> Case:
         length = len(keys) - PAGE_TOKENS + int(last_len[b])
         kept = (torch.arange(len(keys)) < length).unsqueeze(1).expand(-1, 3)
         kv.append((keys, values, kept))
-    args = (q, k_raw, v_raw, indptr, slots, last_len, head_dim**-0.5)
+    position = torch.arange(8, dtype=torch.int32)
+    opened = OpenPages(k_raw, v_raw, indptr, slots, position)
+    args = (q, opened, last_len, head_dim**-0.5)
     return Case(args, dense_reference(q, kv, head_dim**-0.5))
 
 
@@ -290,10 +296,11 @@ def test_mismatches_are_refused() -> None:
     gen = torch.Generator().manual_seed(7)
     arena = sealed()
     indptr, pages = page_lists([1], 1, gen)
-    tables = (arena.arena, arena.frames, arena.heads, indptr, pages, arena.layout, 1.0)
+    listed = arena.tables.listed(indptr, pages)
     for shape in ((1, 4, 64), (1, 3, 128)):
         with pytest.raises(ValueError, match="against"):
-            decode.decode_sealed(torch.zeros(shape), *tables)
+            decode.decode_sealed(torch.zeros(shape), listed, 1.0)
     raw = torch.zeros(1, PAGE_TOKENS, 128, 2).transpose(2, 3)
     with pytest.raises(ValueError, match="strides"):
-        decode.decode_open(torch.zeros(1, 4, 128), raw, raw, indptr, pages, indptr, 1.0)
+        opened = OpenPages(raw, raw, indptr, pages, pages)
+        decode.decode_open(torch.zeros(1, 4, 128), opened, indptr, 1.0)

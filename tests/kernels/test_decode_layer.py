@@ -11,9 +11,10 @@ import torch
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
-from sglang_diffxkv.kernels.decode import AttentionState, layer, naive
+from sglang_diffxkv.kernels.decode import layer, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.merge import merge_states
+from sglang_diffxkv.kernels.merge import AttentionState, merge_states
+from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
 from sglang_diffxkv.kernels.score import naive as score_naive
 from sglang_diffxkv.kernels.step import StepPages
 from tests.support.builders import build_sealed, error_norm, layout_of, random_tiers
@@ -102,16 +103,16 @@ def reference(case: Case, index: int, sm_scale: float) -> AttentionState:
     is_open, is_sealed = valid & (slots >= 0), valid & (slots < 0)
     indptr = [torch.tensor([0, *mask.sum(1).cumsum(0)]).int() for mask in (is_open, is_sealed)]
     keys, values = tables.keys[index], tables.values[index]
-    opened = naive.decode_open(
-        case.q, keys, values, indptr[0], slots[is_open], pages.last_len, sm_scale
-    )
+    places = places.expand_as(is_open)[is_open].int()
+    opened = OpenPages(keys, values, indptr[0], slots[is_open], places)
+    part = naive.decode_open(case.q, opened, pages.last_len, sm_scale)
     q = rotate(case.q.double()).float() if layout.rotates else case.q
     listed = pages.table[is_sealed]
-    where = tables.arena, tables.frames[index], tables.heads[index], indptr[1], listed
-    sealed = naive.decode_sealed(q, *where, layout, sm_scale)
+    of_layer = SealedTables(tables.arena, tables.frames[index], tables.heads[index], layout)
+    sealed = naive.decode_sealed(q, of_layer.listed(indptr[1], listed), sm_scale)
     if layout.rotates:
         sealed = from_sealed(sealed, case.q, tables.key_means[index], sm_scale)
-    part = merge_states(opened, sealed)
+    part = merge_states(part, sealed)
     if tables.scores is not None:
         raw = keys, tables.raw_slot, tables.scores[index]
         score_naive.score_decode(case.q, part.lse, pages, *raw, sm_scale)
@@ -121,7 +122,6 @@ def reference(case: Case, index: int, sm_scale: float) -> AttentionState:
 @pytest.fixture(params=available_isas())
 def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(ISA_VARIABLE, request.param)
-    assert layer.available()
     return str(request.param)
 
 

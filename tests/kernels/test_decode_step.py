@@ -15,7 +15,6 @@ from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import merge_states
-from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.score import SampledQueries, score_open
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
@@ -66,12 +65,13 @@ class World:
         pages = gather_pages(store, table, self.lens)
         if layer == 0:
             note_use(store, pages, self.lens, WINDOW)
-        raw, d = store.raw, store.directory
-        opened = (pages.open_indptr, pages.slots, pages.last_len)
-        part = decode_open(q, raw.keys[layer], raw.values[layer], *opened, SCALE)
-        sealed = (store.arena.buffer, d.frames[layer], d.heads[layer], pages.sealed_indptr)
+        raw = store.raw
+        opened = pages.open_lists.of(raw.keys[layer], raw.values[layer])
+        part = decode_open(q, opened, pages.last_len, SCALE)
+        tables = store.layer_pages(layer).tables
         q_sealed = rotate(q) if store.layout.rotates else q
-        found = decode_sealed(q_sealed, *sealed, pages.sealed, store.layout, SCALE)
+        sealed = tables.listed(*pages.sealed_lists)
+        found = decode_sealed(q_sealed, sealed, SCALE)
         if store.layout.rotates:
             found = from_sealed(found, q, store.key_means.by_layer[layer], SCALE)
         part = merge_states(part, found)
@@ -79,8 +79,6 @@ class World:
             scoring = ScoringQueries.at(None, torch.arange(5, dtype=torch.int32), self.lens - 1)
             lse = part.lse - scoring.log2_seen
             queries = SampledQueries(q, scoring.indptr, scoring.position)
-            lists = pages.open_indptr, pages.slots, pages.position
-            opened = OpenPages(raw.keys[layer], raw.values[layer], *lists)
             score_open(queries, lse, opened, raw.scores[layer], SCALE)
             if layer == 0:
                 count_scores(store, pages, scoring)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from types import ModuleType
 from typing import Any
@@ -14,12 +15,21 @@ from sglang_diffxkv.kernels import extend as ops
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
-from sglang_diffxkv.kernels.extend import naive, sealed, triton
+from sglang_diffxkv.kernels.extend import naive, triton
+from sglang_diffxkv.kernels.extend.prefill import Prefill, PrefillBatch
+from sglang_diffxkv.kernels.extend.traits import SealedTraits
 from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import FORMATS, HIGH, PAGE_TOKENS, PRUNED, make_layout
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state, merge_states
 from sglang_diffxkv.kernels.pack import pack
-from tests.support.attention import assert_close, indptr
+from sglang_diffxkv.kernels.pages import (
+    LayerPages,
+    OpenLists,
+    OpenPages,
+    Queries,
+    SealedLists,
+)
+from tests.support.attention import assert_close, indptr, moved
 from tests.support.device import DEVICE
 from tests.support.sealed import random_tiers, seal
 
@@ -39,9 +49,17 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 def on_device(implementation: ModuleType, args: tuple[Any, ...]) -> tuple[Any, ...]:
     """Arguments where the implementation wants its tensors."""
-    if implementation is not triton:
-        return args
-    return tuple(x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args)
+    return moved(args, DEVICE) if implementation is triton else args
+
+
+def few_pages_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of 4 pages."""
+    monkeypatch.setattr(triton, "SealedTraits", partial(SealedTraits, pages=4))
+
+
+def starts_at_0(q: torch.Tensor, queries: torch.Tensor) -> Queries:
+    """Queries of which sealed pages do not ask the positions."""
+    return Queries(q, queries, torch.zeros(len(queries) - 1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
@@ -63,9 +81,8 @@ def test_sealed(
     low: str,
     dtype: torch.dtype,
     group: int,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ragged heads, sequences without pages or queries, pages shared by two sequences, blocks."""
+    """Ragged heads, sequences without pages or queries, pages shared by two sequences."""
     torch.manual_seed(head_dim + group)
     layout = make_layout(
         head_dim=head_dim,
@@ -77,11 +94,10 @@ def test_sealed(
     tiers = random_tiers(head_dim, 6, 2)
     tiers[3:5, 1] = PRUNED
     data = seal(layout, pages=6, dtype=dtype, pack=pack, tiers=tiers)
-    monkeypatch.setattr(sealed, "BLOCK_BYTES", 3 * 2 * PAGE_TOKENS * 2 * head_dim * 4)
     queries, listed = indptr(3, 0, 5, 1, 2), indptr(4, 1, 0, 5, 2)
     pages = torch.tensor([5, 0, 2, 1, 2, 0, 1, 2, 3, 4, 3, 4], dtype=torch.int32)
     q = torch.randn(11, 2 * group, head_dim).to(dtype)
-    args = (q, queries, data.arena, data.frames, data.heads, listed, pages, layout, 0.11)
+    args = (starts_at_0(q, queries), data.tables.listed(listed, pages), 0.11)
     expected = naive.extend_sealed(*args)
     assert (expected.lse == -torch.inf).any()
     part = implementation.extend_sealed(*on_device(implementation, args))
@@ -91,7 +107,7 @@ def test_sealed(
 @pytest.mark.parametrize("capability", [80, 90])
 def test_sealed_in_many_blocks_and_groups(capability: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """More rows than a block has, more pages than a group has; queries strided as in a QKV row."""
-    monkeypatch.setattr(triton, "GROUP_PAGES", 4)
+    few_pages_at_a_time(monkeypatch)
     torch.manual_seed(4)
     layout = make_layout(
         head_dim=80, num_kv_heads=2, raw_itemsize=2, high=FORMATS["K8V4"], low=FORMATS["K4V2"]
@@ -99,8 +115,8 @@ def test_sealed_in_many_blocks_and_groups(capability: int, monkeypatch: pytest.M
     data = seal(layout, pages=6, dtype=torch.bfloat16, pack=pack)
     q = torch.randn(50, 3 * 10 * 80)[:, 800:1600].view(50, 10, 80)
     pages = torch.arange(9, dtype=torch.int32) % 6
-    args = (q, indptr(1, 0, 44, 5), data.arena, data.frames, data.heads, indptr(2, 0, 6, 1), pages)
-    args = (*args, layout, 0.1)
+    listed = data.tables.listed(indptr(2, 0, 6, 1), pages)
+    args = (starts_at_0(q, indptr(1, 0, 44, 5)), listed, 0.1)
     with assumed_capability(capability):
         part = triton.extend_sealed(*on_device(triton, args))
     assert_close(part, naive.extend_sealed(*args), 1e-3)
@@ -117,10 +133,11 @@ def test_sealed_with_scores_far_below_zero_and_constant_values() -> None:
     v[:, ::2] = 0.75
     data = seal(layout, pages=3, dtype=torch.bfloat16, pack=pack, k=k, v=v)
     q = (-30 + torch.randn(5, 3, 64)).to(torch.bfloat16)
-    args = (q, indptr(5), data.arena, data.frames, data.heads, indptr(3), torch.arange(3).int())
-    expected = naive.extend_sealed(*args, layout, 0.1)
+    listed = data.tables.listed(indptr(3), torch.arange(3).int())
+    args = (starts_at_0(q, indptr(5)), listed, 0.1)
+    expected = naive.extend_sealed(*args)
     assert (expected.lse < -100).all()
-    part = triton.extend_sealed(*on_device(triton, (*args, layout, 0.1)))
+    part = triton.extend_sealed(*on_device(triton, args))
     # Exponents of hundreds leave the weights fewer exact bits.
     assert_close(part, expected, 5e-2)
 
@@ -132,7 +149,7 @@ def test_sealed_in_splits(
 ) -> None:
     """Many pages for few queries: as many programs as there is room for, some without pages."""
     monkeypatch.setattr(triton, "multiprocessors", lambda device: multiprocessors)
-    monkeypatch.setattr(triton, "GROUP_PAGES", 4)
+    few_pages_at_a_time(monkeypatch)
     monkeypatch.setattr(triton, "SPLIT_PAGES", 1)
     torch.manual_seed(multiprocessors)
     layout = make_layout(
@@ -141,8 +158,8 @@ def test_sealed_in_splits(
     data = seal(layout, pages=7, dtype=torch.bfloat16, pack=pack)
     q = torch.randn(5, 6, dim).to(torch.bfloat16)
     pages = torch.randint(0, 7, (23,), dtype=torch.int32)
-    args = (q, indptr(1, 0, 3, 1), data.arena, data.frames, data.heads, indptr(19, 1, 3, 0), pages)
-    args = (*args, layout, 0.1)
+    listed = data.tables.listed(indptr(19, 1, 3, 0), pages)
+    args = (starts_at_0(q, indptr(1, 0, 3, 1)), listed, 0.1)
     part = triton.extend_sealed(*on_device(triton, args))
     assert_close(part, naive.extend_sealed(*args), 1e-3)
 
@@ -174,9 +191,8 @@ def test_quality_of_formats(name: str, bound: float) -> None:
     data = seal(layout, pages=8, dtype=torch.float32, pack=pack, tiers=HIGH, k=k, v=v)
     q = torch.randn(20, 4, 128)
     pages = torch.arange(8).int()
-    part = ops.extend_sealed(
-        q, indptr(20), data.arena, data.frames, data.heads, indptr(8), pages, layout, 128**-0.5
-    )
+    listed = data.tables.listed(indptr(8), pages)
+    part = ops.extend_sealed(starts_at_0(q, indptr(20)), listed, 128**-0.5)
     keys, values = (x.double().flatten(0, 1).repeat_interleave(2, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,lhd->hql", q.double(), keys) * 128**-0.5
     exact = torch.einsum("hql,lhd->qhd", scores.softmax(-1), values)
@@ -246,17 +262,10 @@ def check_open(
             i += 1
     queries = indptr(*(new for _, new, _ in sequences))
     q = torch.randn(int(queries[-1]), heads * group, head_dim).to(dtype)
-    args = (
-        q,
-        queries,
-        torch.tensor([start for start, _, _ in sequences]).int(),
-        k,
-        v,
-        indptr(*(len(pages) for _, _, pages in sequences)),
-        slots,
-        torch.tensor(listed).int(),
-        0.13,
-    )
+    starts = torch.tensor([start for start, _, _ in sequences]).int()
+    counts = indptr(*(len(pages) for _, _, pages in sequences))
+    opened = OpenPages(k, v, counts, slots, torch.tensor(listed).int())
+    args = (Queries(q, queries, starts), opened, 0.13)
     part = implementation.extend_open(*on_device(implementation, args))
     assert part.out.isfinite().all() and part.lse.isfinite().all()
     tolerance = 1e-3 if implementation is triton else 3e-6
@@ -268,11 +277,17 @@ def test_open_refuses_missing_pages() -> None:
     q = torch.zeros(100, 1, 64)
     for listed in ([0, 1], [1, 3], [2], []):
         slots = torch.arange(len(listed)).int()
-        pages = torch.tensor(listed).int()
+        opened = OpenPages(k, k, indptr(len(listed)), slots, torch.tensor(listed).int())
+        queries = Queries(q, indptr(100), torch.tensor([64]).int())
         with pytest.raises(ValueError, match="lack new tokens"):
-            ops.extend_open(
-                q, indptr(100), torch.tensor([64]), k, k, indptr(len(listed)), slots, pages, 1.0
-            )
+            ops.extend_open(queries, opened, 1.0)
+
+
+def test_lists_of_other_integers_are_refused() -> None:
+    k, queries = torch.zeros(1, PAGE_TOKENS, 1, 64), torch.zeros(3, 1, 64)
+    opened = OpenPages(k, k, indptr(1), torch.tensor([0]), torch.tensor([0]).int())
+    with pytest.raises(ValueError, match="int64"):
+        ops.extend_open(Queries(queries, indptr(3), torch.tensor([0]).int()), opened, 1.0)
 
 
 def test_merge_of_parts_equals_the_whole() -> None:
@@ -320,32 +335,32 @@ def test_one_pass_over_sealed_and_open_pages(
     )
     data = seal(layout, pages=18, dtype=torch.float32, pack=pack, tiers=random_tiers(1, 18, 2))
     sealed_pages, open_pages = (17, 3, 16, 0), ([17, 18, 19], [], [16], [0])
-    q_position = torch.tensor([17 * 64 + 5, 0, 16 * 64 + 63, 40])
+    position = torch.tensor([17 * 64 + 5, 0, 16 * 64 + 63, 40]).int()
     k, v = torch.full((2, 8, PAGE_TOKENS, 2, head_dim), torch.nan)
-    slots = torch.tensor([6, 1, 3, 0, 5])
+    slots = torch.tensor([6, 1, 3, 0, 5]).int()
     for slot, written in zip(slots.tolist(), (64, 64, 27, 64, 60), strict=True):
         k[slot, :written], v[slot, :written] = torch.randn(2, written, 2, head_dim)
     queries = indptr(*new)
     q = torch.randn(sum(new), 3, 2 * group, head_dim)[:, 1]
-    open_list = ops.OpenList(
-        q_position,
+    opened = OpenLists(
         indptr(*map(len, open_pages)),
         slots,
-        torch.tensor([page for pages in open_pages for page in pages]),
+        torch.tensor([page for pages in open_pages for page in pages]).int(),
     )
-    sealed_list = ops.PageList(indptr(*sealed_pages), torch.arange(36).int() % 18)
-    step = ops.Prefill(queries, open_list, torch.ones(4), sealed_list, new, [1] * 4, None)
-    tables = ops.SealedTables(data.arena, data.frames, data.heads, layout)
-    torch.set_num_threads(threads)
+    sealed = SealedLists(indptr(*sealed_pages), torch.arange(36).int() % 18)
+    batch = PrefillBatch(queries, position, opened, torch.ones(4), sealed, new, [1] * 4)
     mean = torch.randn(2, head_dim)
-    part = step.run(q, k, v, tables, mean, 0.1)
+    pages = LayerPages(data.tables, k, v, mean if layout.rotates else None)
+    step = Prefill(batch, None)
+    torch.set_num_threads(threads)
+    part = step.attend(q, pages, 0.1)
     torch.set_num_threads(1)  # the reference
     rotated = rotate(q.double()).float() if layout.rotates else q
-    q = q.contiguous()
-    sealed = naive.extend_sealed(rotated, queries, *tables[:3], *sealed_list, layout, 0.1)
+    asked = Queries(q.contiguous(), queries, position)
+    listed = data.tables.listed(*sealed)
+    expected = naive.extend_sealed(asked._replace(q=rotated), listed, 0.1)
     if layout.rotates:
-        sealed = from_sealed(sealed, q, mean, 0.1)
-    opened = naive.extend_open(q, queries, q_position, k, v, *open_list[1:], 0.1)
-    expected = merge_states(sealed, opened)
+        expected = from_sealed(expected, asked.q, mean, 0.1)
+    expected = merge_states(expected, naive.extend_open(asked, opened.of(k, v), 0.1))
     assert_close(part, expected, 3e-6)
-    assert_close(step.run(q, k, v, tables, mean, 0.1), part, 1e-6)
+    assert_close(step.attend(q, pages, 0.1), part, 1e-6)

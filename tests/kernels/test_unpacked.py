@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from sglang_diffxkv.kernels.extend import naive, prefill, scratch, triton, unpacked
-from sglang_diffxkv.kernels.extend.prefill import PageList, SealedPrefill
+from sglang_diffxkv.kernels.extend.prefill import PrefillBatch, SealedPrefill
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, make_scratch, scratch_bytes
+from sglang_diffxkv.kernels.extend.traits import Tile
 from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import (
     FORMATS,
@@ -22,7 +21,8 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pack import pack
-from tests.support.attention import assert_close, indptr
+from sglang_diffxkv.kernels.pages import OpenLists, Queries, SealedLists
+from tests.support.attention import assert_close, indptr, moved
 from tests.support.device import DEVICE
 from tests.support.fake_device import DEVICE as FAKE
 from tests.support.fake_device import fake_device, waits
@@ -38,8 +38,8 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 3e-6}
 def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's interpreter multiplies fp16 slowly, and a tile as a whole."""
 
-    def tile(dim: int, *_: object) -> unpacked.Tile:
-        return unpacked.Tile(16, 32, 4, 1, peel=dim <= 128)
+    def tile(dim: int, *_: object) -> Tile:
+        return Tile(16, 32, 4, 1, peel=dim <= 128)
 
     monkeypatch.setattr(unpacked, "unpacked_tile", tile)
 
@@ -71,30 +71,34 @@ def random_part(t: int, heads: int, dim: int) -> AttentionState:
     return part
 
 
+def asking(q: torch.Tensor, queries: torch.Tensor) -> Queries:
+    """Queries of which sealed pages do not ask the positions."""
+    return Queries(q, queries, torch.zeros(len(queries) - 1, dtype=torch.int32))
+
+
+def prefill_batch(
+    queries: torch.Tensor, sealed: SealedLists, new: list[int], prefix: list[int]
+) -> PrefillBatch:
+    """With sealed pages only."""
+    none = torch.zeros(len(queries), dtype=torch.int32)
+    opened = OpenLists(none, none[:0], none[:0])
+    return PrefillBatch(queries, none[1:], opened, none[1:], sealed, new, prefix)
+
+
 def check(
     q: torch.Tensor,
     queries: torch.Tensor,
     data: Sealed,
-    lists: PageList,
+    lists: SealedLists,
     room: PrefixScratch,
     tolerance: float,
 ) -> None:
     """What is added to a part is what the reference computes."""
     before = random_part(*q.shape)
-    args = (
-        q,
-        queries,
-        data.arena,
-        data.frames,
-        data.heads,
-        *lists,
-        data.layout,
-        q.shape[2] ** -0.5,
-    )
+    args = (asking(q, queries), data.tables.listed(*lists), q.shape[2] ** -0.5)
     expected = merge_states(before, naive.extend_sealed(*args))
     part = AttentionState(*(x.to(DEVICE, copy=True) for x in before))
-    moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args)
-    unpacked.extend_unpacked(part, *moved, room)
+    unpacked.extend_unpacked(part, *moved(args, DEVICE), room)
     assert_close(part, expected, tolerance)
 
 
@@ -125,7 +129,7 @@ def test_unpacked(
     tiers = random_tiers(head_dim, 6, 2)
     tiers[3:5, 1] = PRUNED
     data = seal(layout, pages=6, dtype=dtype, pack=pack, tiers=tiers).to(DEVICE)
-    lists = PageList(
+    lists = SealedLists(
         indptr(4, 1, 0, 5, 2), torch.tensor([5, 0, 2, 1, 2, 0, 1, 2, 3, 4, 3, 4]).int()
     )
     q = torch.randn(11, 2 * group, head_dim).to(dtype)
@@ -144,7 +148,7 @@ def test_many_rows_and_full_tiles(
     layout = layout_of(80)
     data = seal(layout, pages=6, dtype=torch.bfloat16, pack=pack, tiers=HIGH)
     q = torch.randn(50, 3 * 10 * 80)[:, 800:1600].view(50, 10, 80)
-    lists = PageList(indptr(2, 0, 6, 1), torch.arange(9, dtype=torch.int32) % 6)
+    lists = SealedLists(indptr(2, 0, 6, 1), torch.arange(9, dtype=torch.int32) % 6)
     room = small_scratch(layout, torch.bfloat16, pages, monkeypatch)
     with assumed_capability(capability):
         check(q, indptr(1, 0, 44, 5), data, lists, room, 1e-3)
@@ -161,7 +165,7 @@ def test_splits(multiprocessors: int, dim: int, monkeypatch: pytest.MonkeyPatch)
     layout = layout_of(dim)
     data = seal(layout, pages=7, dtype=torch.bfloat16, pack=pack)
     q = torch.randn(5, 6, dim)
-    lists = PageList(indptr(9, 1, 2, 0), torch.randint(0, 7, (12,), dtype=torch.int32))
+    lists = SealedLists(indptr(9, 1, 2, 0), torch.randint(0, 7, (12,), dtype=torch.int32))
     room = small_scratch(layout, torch.bfloat16, 8, monkeypatch)
     check(q, indptr(1, 0, 3, 1), data, lists, room, 1e-3)
 
@@ -173,14 +177,13 @@ def test_scores_far_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     k = 3 + torch.rand(3, PAGE_TOKENS, 1, 64)
     data = seal(layout, pages=3, dtype=torch.bfloat16, pack=pack, k=k)
     q = -30 + torch.randn(5, 3, 64)
-    lists = PageList(indptr(3), torch.arange(3).int())
+    lists = SealedLists(indptr(3), torch.arange(3).int())
     room = small_scratch(layout, torch.bfloat16, 4, monkeypatch)
     # Exponents of hundreds leave the weights fewer exact bits.
-    args = (q, indptr(5), data.arena, data.frames, data.heads, *lists, layout, 0.1)
+    args = (asking(q, indptr(5)), data.tables.listed(*lists), 0.1)
     part = naive.empty_state(q)
     part = AttentionState(*(x.to(DEVICE) for x in part))
-    moved = (x.to(DEVICE) if isinstance(x, torch.Tensor) else x for x in args)
-    unpacked.extend_unpacked(part, *moved, room)
+    unpacked.extend_unpacked(part, *moved(args, DEVICE), room)
     expected = naive.extend_sealed(*args)
     assert (expected.lse < -100).all()
     assert_close(part, expected, 5e-2)
@@ -202,12 +205,13 @@ NEW, PREFIX = [64, 3, 70, 1, 0], [256, 320, 0, 64, 130]
 """Of five sequences, two of which have pages to be unpacked, or would have."""
 
 
-def sealed_batch(layout: PageLayout) -> tuple[Sealed, PageList, torch.Tensor]:
+def sealed_batch(layout: PageLayout) -> tuple[Sealed, SealedLists, torch.Tensor]:
     """Pages of `PREFIX`, some of which are not sealed; page 0 has no tokens."""
     tiers = random_tiers(3, 9, layout.num_kv_heads)
     tiers[0] = PRUNED
     data = seal(layout, pages=9, dtype=torch.bfloat16, pack=pack, tiers=tiers)
-    lists = PageList(indptr(3, 5, 0, 1, 2), torch.tensor([1, 2, 3, 8, 7, 6, 5, 4, 8, 2, 3]).int())
+    listed = torch.tensor([1, 2, 3, 8, 7, 6, 5, 4, 8, 2, 3]).int()
+    lists = SealedLists(indptr(3, 5, 0, 1, 2), listed)
     return data, lists, torch.randn(sum(NEW), 4, layout.head_dim)
 
 
@@ -221,7 +225,7 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
     q = torch.randn(sum(new), 4, 64)
     queries = indptr(*new)
     before = random_part(*q.shape)
-    args = (q, queries, data.arena, data.frames, data.heads, *lists, layout, 0.1)
+    args = (asking(q, queries), data.tables.listed(*lists), 0.1)
     expected = merge_states(before, naive.extend_sealed(*args))
     monkeypatch.setattr(scratch, "MOST_TOKENS", 3 * PAGE_TOKENS)
     called = []
@@ -231,16 +235,12 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
             module, name, lambda *a, real=real, name=name: called.append(name) or real(*a)
         )
     with fake_device():
-
-        def here(*tensors: torch.Tensor) -> list[Any]:
-            return [x.to(FAKE) for x in tensors]
-
         room = make_scratch(layout, torch.bfloat16, FAKE)
-        mine, pages = here(queries), PageList(*here(*lists))
+        batch, mine = moved((prefill_batch(queries, lists, new, PREFIX), args[0]), FAKE)
         with waits() as waited:
-            step = SealedPrefill(*mine, pages, new, PREFIX, room)
-            found = step.run(*here(q, data.arena, data.frames, data.heads), layout, 0.1)
-            part = merge_states(AttentionState(*here(*before)), found)
+            step = SealedPrefill(batch, room)
+            found = step.attend(mine, moved(data.tables, FAKE), 0.1)
+            part = merge_states(moved(before, FAKE), found)
             assert waited == []
         part = AttentionState(*(x.cpu() for x in part))
     assert_close(part, expected, 1e-3)
@@ -249,8 +249,8 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
 
 
 def test_without_scratch_nothing_is_unpacked() -> None:
-    lists = PageList(indptr(3), torch.arange(3).int())
-    step = SealedPrefill(indptr(1000), lists, [1000], [192], None)
+    lists = SealedLists(indptr(3), torch.arange(3).int())
+    step = SealedPrefill(prefill_batch(indptr(1000), lists, [1000], [192]), None)
     assert step._unpacked is None and step._fused is lists
 
 

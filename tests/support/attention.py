@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch.utils._pytree import tree_map
 
 from sglang_diffxkv.kernels.merge import AttentionState
 
@@ -11,6 +14,11 @@ from sglang_diffxkv.kernels.merge import AttentionState
 def indptr(*counts: int) -> torch.Tensor:
     """Begins int32 [B + 1] of so many entries of each sequence."""
     return torch.tensor([0, *counts]).cumsum(0).int()
+
+
+def moved(args: Any, device: torch.device | str) -> Any:
+    """The same with its tensors, in NamedTuples, too, on another device."""
+    return tree_map(lambda x: x.to(device) if isinstance(x, torch.Tensor) else x, args)
 
 
 def assert_close(part: AttentionState, expected: AttentionState, tolerance: float) -> None:

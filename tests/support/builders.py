@@ -22,6 +22,7 @@ from sglang_diffxkv.kernels.layout import (
     make_layout,
 )
 from sglang_diffxkv.kernels.pack.quantize import CLIP
+from sglang_diffxkv.kernels.pages import SealedTables
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +30,7 @@ class SealedArena:
     """One layer's sealed pages.
 
     Attributes:
-        arena, frames, heads: as ``decode_sealed`` takes them.
+        layout, arena, frames, heads: `SealedTables`.
         keys, values: float64 [V, 64, H, D], dequantized; meaningless where ``tiers`` is PRUNED.
         tiers: uint8 [V, 64, H].
     """
@@ -41,6 +42,10 @@ class SealedArena:
     keys: torch.Tensor
     values: torch.Tensor
     tiers: torch.Tensor
+
+    @property
+    def tables(self) -> SealedTables:
+        return SealedTables(self.arena, self.frames, self.heads, self.layout)
 
 
 def layout_of(

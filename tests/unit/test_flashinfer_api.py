@@ -12,12 +12,14 @@ import flashinfer as installed
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.extend import OpenPrefill, extend_open, flashinfer, naive
+from sglang_diffxkv.kernels.extend import extend_open, flashinfer, naive
+from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.pages import OpenPages, Queries
 
 
-def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """q and the other arguments of extend_open before the scale; every last page is full."""
+def step(dtype: torch.dtype = torch.float32) -> tuple[Queries, OpenPages]:
+    """Arguments of extend_open before the scale; every last page is full."""
     gen = torch.Generator().manual_seed(1)
     q = torch.randn(75, 4, 64, generator=gen).to(dtype)
     k, v = torch.randn(2, 9, PAGE_TOKENS, 2, 64, generator=gen).to(dtype)
@@ -25,7 +27,7 @@ def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     q_indptr, q_position, indptr, slots, position = (
         torch.tensor(x, dtype=torch.int32) for x in lists
     )
-    return q, q_indptr, q_position, k, v, indptr, slots, position
+    return Queries(q, q_indptr, q_position), OpenPages(k, v, indptr, slots, position)
 
 
 @pytest.fixture
@@ -44,12 +46,11 @@ def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
 
 def test_our_calls_fit_the_installed_signatures(wrapper: mock.MagicMock) -> None:
     """One plan for all layers, another for another scale."""
-    q, q_indptr, q_position, k, v, indptr, slots, position = step(torch.bfloat16)
-    last_len = torch.full((2,), PAGE_TOKENS, dtype=torch.int32)
-    prefill = OpenPrefill(q_indptr, q_position, indptr, slots, position, last_len)
+    queries, opened = step(torch.bfloat16)
+    prefill = OpenPrefill(torch.full((2,), PAGE_TOKENS, dtype=torch.int32))
     planned = wrapper.return_value
     for scale, plans in ((0.1, 1), (0.1, 1), (0.2, 2)):
-        part = prefill.run(q, k, v, scale)
+        part = prefill.attend(queries, opened, scale)
         assert planned.plan.call_count == plans
         assert planned.plan.call_args.kwargs["sm_scale"] == scale
         assert part.out.dtype == part.lse.dtype == torch.float32
@@ -57,11 +58,10 @@ def test_our_calls_fit_the_installed_signatures(wrapper: mock.MagicMock) -> None
 
 
 def test_elsewhere_our_own_kernel_runs() -> None:
-    q, q_indptr, q_position, k, v, indptr, slots, position = args = step()
-    assert not flashinfer.supports(q)
-    last_len = torch.full((2,), PAGE_TOKENS, dtype=torch.int32)
-    prefill = OpenPrefill(q_indptr, q_position, indptr, slots, position, last_len)
-    part, expected = prefill.run(q, k, v, 0.1), extend_open(*args, 0.1)
+    queries, opened = step()
+    assert not flashinfer.supports(queries.q)
+    prefill = OpenPrefill(torch.full((2,), PAGE_TOKENS, dtype=torch.int32))
+    part, expected = prefill.attend(queries, opened, 0.1), extend_open(queries, opened, 0.1)
     assert torch.equal(part.out, expected.out) and torch.equal(part.lse, expected.lse)
 
 
@@ -69,9 +69,9 @@ def test_its_reference_means_what_ours_does() -> None:
     """Pages [R, 64, H, D], the last query sees the last token, LSE in base 2."""
     from flashinfer.trace.templates.attention import _gqa_paged_prefill_reference
 
-    q, q_indptr, _, k, v, indptr, slots, _ = args = step()
+    (q, q_indptr, _), (k, v, indptr, slots, _) = queries, opened = step()
     out, lse = _gqa_paged_prefill_reference(q, k, v, q_indptr, indptr, slots, 0.1)
-    expected = naive.extend_open(*args, 0.1)
+    expected = naive.extend_open(queries, opened, 0.1)
     torch.testing.assert_close(out.float(), expected.out, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(lse, expected.lse, rtol=1e-4, atol=1e-4)
 

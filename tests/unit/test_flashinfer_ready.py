@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.extend import OpenPrefill, flashinfer, naive
+from sglang_diffxkv.kernels.extend import flashinfer, naive
 from sglang_diffxkv.kernels.extend.flashinfer import Shape, make_ready, supports
+from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
+from sglang_diffxkv.kernels.pages import OpenPages, Queries
 
 CPU = torch.device("cpu")
 SHAPE = Shape(CPU, torch.bfloat16, heads=4, kv_heads=2, head_dim=64)
@@ -46,8 +48,8 @@ class Wrapper:
         listed = indptr.diff()
         position = torch.cat([torch.arange(n) for n in listed.tolist()])
         start = (listed - 1) * 64 + last_len - q_indptr.diff()
-        lists = indptr, slots, position
-        part = naive.extend_open(q, q_indptr, start, *kv, *lists, self.sm_scale)
+        queries = Queries(q, q_indptr, start)
+        part = naive.extend_open(queries, OpenPages(*kv, indptr, slots, position), self.sm_scale)
         assert return_lse
         return part.out.to(q.dtype), self.lse_factor * part.lse
 
@@ -90,14 +92,17 @@ def test_our_kernel_serves_where_it_fails(build: Any, caplog: pytest.LogCaptureF
     assert record.levelno == logging.WARNING and "\n" not in record.message
     for text in ("our Triton kernels", "flashinfer-python", "ninja", "nvcc"):
         assert text in record.message
-    part = prefill(Wrapper()).run(queries(3, 4, 64), *queries(2, 2, 64, 2, 64), 0.1)
+    prefill, lists = open_prefill()
+    new, raw = Queries(queries(3, 4, 64), *lists[:2]), queries(2, 2, 64, 2, 64)
+    part = prefill.attend(new, OpenPages(*raw, *lists[2:]), 0.1)
     assert part.out.isfinite().all()
 
 
-def prefill(wrapper: Wrapper) -> OpenPrefill:
-    """Three new tokens after 69."""
-    lists = [0, 3], [69], [0, 2], [1, 0], [0, 1], [8]
-    return OpenPrefill(*(torch.tensor(x, dtype=torch.int32) for x in lists))
+def open_prefill() -> tuple[OpenPrefill, list[torch.Tensor]]:
+    """Three new tokens after 69: lists of `Queries`, and of `OpenPages`."""
+    values = [0, 3], [69], [0, 2], [1, 0], [0, 1], [8]
+    *lists, last_len = (torch.tensor(x, dtype=torch.int32) for x in values)
+    return OpenPrefill(last_len), lists
 
 
 def test_it_serves_where_it_is_right(caplog: pytest.LogCaptureFixture) -> None:
@@ -112,9 +117,10 @@ def test_it_serves_where_it_is_right(caplog: pytest.LogCaptureFixture) -> None:
         queries(3, 4, 64, dtype=torch.float16), queries(3, 4, 64).to("meta"),
     ):  # fmt: skip
         assert not supports(other)
-    step = prefill(wrapper)
+    step, lists = open_prefill()
+    new, raw = Queries(queries(3, 4, 64), *lists[:2]), queries(2, 2, 64, 2, 64)
     for scale, plans in ((0.1, 2), (0.1, 2), (0.2, 3)):
-        step.run(queries(3, 4, 64), *queries(2, 2, 64, 2, 64), scale)
+        step.attend(new, OpenPages(*raw, *lists[2:]), scale)
         assert wrapper.plans == plans
 
 

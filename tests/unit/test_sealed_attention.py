@@ -13,6 +13,7 @@ from sglang_diffxkv.kernels.decode import decode_sealed
 from sglang_diffxkv.kernels.extend import extend_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.pages import Queries
 from sglang_diffxkv.pool.sealing import seal
 from tests.support.builders import error_norm
 from tests.support.stores import STORE, make_store
@@ -50,11 +51,10 @@ def test_attention_over_sealed_pages(policy: str, tiers: Tiers, rotates: bool, m
     q = torch.randn(1, GROUP * HEADS, DIM, generator=gen)
     indptr = torch.tensor([0, PAGES], dtype=torch.int32)
     for layer in range(LAYERS):
-        tables = store.directory.frames[layer], store.directory.heads[layer]
-        where = store.arena.buffer, *tables, indptr, pages.int(), store.layout, SCALE
-        queries = rotate(q) if rotates else q
+        sealed = store.layer_pages(layer).tables.listed(indptr, pages.int())
         one = torch.tensor([0, 1], dtype=torch.int32)
-        parts = decode_sealed(queries, *where), extend_sealed(queries, one, *where)
+        queries = Queries(rotate(q) if rotates else q, one, PAGES * PAGE_TOKENS * one[:1])
+        parts = decode_sealed(queries.q, sealed, SCALE), extend_sealed(queries, sealed, SCALE)
         if rotates:
             mean = store.key_means.by_layer[layer]
             parts = tuple(from_sealed(part, q, mean, SCALE) for part in parts)

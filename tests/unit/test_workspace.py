@@ -90,11 +90,11 @@ def test_attention_on_a_gpu_has_its_share() -> None:
 
     FlashInfer's workspace counts if it serves, and what prefixes are unpacked to always does.
     """
-    from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
+    from sglang_diffxkv.kernels.decode.work import SequencePages, divide_work
     from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
     from sglang_diffxkv.kernels.extend.scratch import make_scratch
     from sglang_diffxkv.kernels.gpu.launch import recorded
-    from sglang_diffxkv.kernels.gpu.workspace import attention_bytes
+    from sglang_diffxkv.kernels.workspace import attention_bytes
 
     layout = policy_of(config_of("diffxkv"), LLAMA_8B).layout
     batch, width, meta = 200, 2048, torch.device("meta")
@@ -103,9 +103,9 @@ def test_attention_on_a_gpu_has_its_share() -> None:
     heads = torch.empty(32, 1000, 8, 2, dtype=torch.int32, device=meta)
     with recorded():
         sequences = SequencePages(table, of_sequence, of_sequence, of_sequence, of_sequence)
-        plan = plan_decode(sequences, heads, layout)
-    parts = plan.items.shape[1] * (32 // 8) * (128 + 1) * 4
-    taken = plan.items.nbytes + 2 * plan.row_start.nbytes + table.nbytes + parts
+        work = divide_work(sequences, heads, layout)
+    parts = work.tiles.shape[1] * (32 // 8) * (128 + 1) * 4
+    taken = work.tiles.nbytes + 2 * work.segment_start.nbytes + table.nbytes + parts
     shape = layout, 32, 32, batch, width, meta
     counted = attention_bytes(*shape, flashinfer=False)
     assert attention_bytes(*shape, flashinfer=True) == counted + WORKSPACE_BYTES

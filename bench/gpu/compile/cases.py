@@ -10,15 +10,16 @@ import torch
 
 from sglang_diffxkv.kernels.arena import return_frames, take_frames
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
-from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
 from sglang_diffxkv.kernels.decode.triton import attend
-from sglang_diffxkv.kernels.extend import extend_open, extend_sealed, make_scratch
+from sglang_diffxkv.kernels.decode.work import SequencePages, divide_work
+from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
+from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
 from sglang_diffxkv.kernels.merge import empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, copy_rows, pack, unpack
-from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, Queries, SealedPages, SealedTables
 from sglang_diffxkv.kernels.score import SampledQueries, score_decode, score_open
 from sglang_diffxkv.kernels.step import PageMetadata, StepPages, begin_decode
 from sglang_diffxkv.kernels.write import write_tokens
@@ -72,6 +73,9 @@ class Setting(NamedTuple):
     def queries(self, count: int) -> torch.Tensor:
         return self.of_model(count, self.model.heads, self.model.head_dim)
 
+    def new_tokens(self, count: int, sequences: int) -> Queries:
+        return Queries(self.queries(count), ints(sequences + 1), ints(sequences))
+
     def raw_pages(self) -> torch.Tensor:
         return self.of_model(OPEN_PAGES, PAGE_TOKENS, self.model.kv_heads, self.model.head_dim)
 
@@ -84,6 +88,15 @@ class Setting(NamedTuple):
     def key_mean(self) -> torch.Tensor | None:
         shape = self.model.kv_heads, self.model.head_dim
         return torch.empty(shape, device="meta") if self.layout.rotates else None
+
+    def sealed_pages(self, sequences: int, pages: int) -> SealedPages:
+        """So many of `PAGES` pages, of so many sequences."""
+        return self.sealed().listed(ints(sequences + 1), ints(pages))
+
+    def opened(self) -> OpenPages:
+        """`OPEN_PAGES` pages of `BATCH` sequences."""
+        raw = self.raw_pages()
+        return OpenPages(raw, raw, ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES))
 
     def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Frame table and head records of `PAGES` pages."""
@@ -131,55 +144,48 @@ def _decode(s: Setting) -> None:
     layers, pages = 2, ints(PAGES)
     heads = ints(layers, PAGES, s.model.kv_heads, 2)
     sequences = SequencePages(pages, ints(BATCH), ints(BATCH), ints(PAGES), ints(BATCH))
-    plan = plan_decode(sequences, heads, s.layout)
-    # Layers after the first have plans at other addresses, which may be less aligned.
+    work = divide_work(sequences, heads, s.layout)
+    # Layers after the first have work at other addresses, which may be less aligned.
     for layer in range(layers if s is SETTINGS[0] else 1):
-        mine = plan.layer(layer)
-        q, raw, frames = s.queries(BATCH), s.raw_pages(), s.tables()[0]
-        arguments = (q, q, s.arena(), frames, heads[layer], raw, raw, mine, s.layout, s.sm_scale)
-        attend(*arguments, key_mean=s.key_mean(), dtype=s.dtype)
+        tables = SealedTables(s.arena(), s.tables()[0], heads[layer], s.layout)
+        mine = LayerPages(tables, s.raw_pages(), s.raw_pages(), s.key_mean())
+        q = s.queries(BATCH)
+        attend(q, q, mine, work.layer(layer), s.sm_scale, s.dtype)
 
 
 def _decode_parts(s: Setting) -> None:
     """The parts alone, which the same kernels compute; one setting stands for all."""
     if s is not SETTINGS[0]:
         return
-    q, indptr, raw = s.queries(BATCH), ints(BATCH + 1), s.raw_pages()
-    decode_sealed(q, s.arena(), *s.tables(), indptr, ints(PAGES), s.layout, s.sm_scale)
-    decode_open(q, raw, raw, indptr, ints(OPEN_PAGES), ints(BATCH), s.sm_scale)
+    q = s.queries(BATCH)
+    decode_sealed(q, s.sealed_pages(BATCH, PAGES), s.sm_scale)
+    decode_open(q, s.opened(), ints(BATCH), s.sm_scale)
 
 
 def _extend_sealed(s: Setting) -> None:
-    q, q_indptr, indptr = s.queries(QUERIES), ints(BATCH + 1), ints(BATCH + 1)
-    extend_sealed(q, q_indptr, s.arena(), *s.tables(), indptr, ints(PAGES), s.layout, s.sm_scale)
+    extend_sealed(s.new_tokens(QUERIES, BATCH), s.sealed_pages(BATCH, PAGES), s.sm_scale)
     # Few queries, whose pages are split.
-    few = s.queries(16), ints(2), s.arena(), *s.tables(), ints(2), ints(PAGES)
-    extend_sealed(*few, s.layout, s.sm_scale)
+    extend_sealed(s.new_tokens(16, 1), s.sealed_pages(1, PAGES), s.sm_scale)
 
 
 def _extend_unpacked(s: Setting) -> None:
     scratch = make_scratch(s.layout, s.dtype, "meta")
     # Sealed keys that are rotated meet queries that were, in fp32.
     dtype = torch.float32 if s.layout.rotates else s.dtype
-    for queries, batch in ((QUERIES, BATCH), (64, 1)):  # few, whose tokens are split
-        q = s.queries(queries).to(dtype)
-        lists = ints(batch + 1), ints(scratch.pages)
-        where = ints(batch + 1), s.arena(), *s.tables(), *lists
-        extend_unpacked(empty_state(q), q, *where, s.layout, s.sm_scale, scratch)
+    for tokens, batch in ((QUERIES, BATCH), (64, 1)):  # few, whose tokens are split
+        queries = s.new_tokens(tokens, batch)
+        queries = queries._replace(q=queries.q.to(dtype))
+        sealed = s.sealed_pages(batch, scratch.pages)
+        extend_unpacked(empty_state(queries.q), queries, sealed, s.sm_scale, scratch)
 
 
 def _extend_open(s: Setting) -> None:
-    q, q_indptr, q_position = s.queries(QUERIES), ints(BATCH + 1), ints(BATCH)
-    pages = ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES)
-    raw = s.raw_pages()
-    extend_open(q, q_indptr, q_position, raw, raw, *pages, s.sm_scale)
+    extend_open(s.new_tokens(QUERIES, BATCH), s.opened(), s.sm_scale)
 
 
 def _score_open(s: Setting) -> None:
     queries = SampledQueries(s.queries(QUERIES), ints(BATCH + 1), ints(QUERIES))
-    lists = ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES)
-    opened = OpenPages(s.raw_pages(), s.raw_pages(), *lists)
-    score_open(queries, floats(QUERIES, s.model.heads), opened, s.accumulated(), s.sm_scale)
+    score_open(queries, floats(QUERIES, s.model.heads), s.opened(), s.accumulated(), s.sm_scale)
 
 
 def _score_decode(s: Setting) -> None:

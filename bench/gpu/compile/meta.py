@@ -7,9 +7,10 @@ import torch
 
 from bench.gpu.device import kernels
 from bench.gpu.shapes import TIERS, Model
-from sglang_diffxkv.kernels.decode.plan import SequencePages, plan_decode
+from sglang_diffxkv.kernels.decode.work import SequencePages, divide_work
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
+from sglang_diffxkv.kernels.pages import LayerPages, SealedTables
 
 LAYERS = 5
 """Slices of layers are aligned differently, which Triton compiles kernels for."""
@@ -37,10 +38,9 @@ def decode_launches(model: Model, batch: int, pages: int) -> list[Launch]:
     arena = raw.new_empty(total, layout.frame_bytes, dtype=torch.uint8)
     frames, heads = ints(LAYERS, total, layout.max_frames), ints(LAYERS, total, model.kv_heads, 2)
     with recorded() as launches:
-        plan = plan_decode(SequencePages(*lists), heads, layout)
+        work = divide_work(SequencePages(*lists), heads, layout)
         for i in range(LAYERS):
-            kernels("decode").attend(
-                q[i], q[i], arena, frames[i], heads[i], raw[i], raw[i], plan.layer(i), layout, 1.0,
-                key_mean=mean,
-            )  # fmt: skip
+            tables = SealedTables(arena, frames[i], heads[i], layout)
+            mine = LayerPages(tables, raw[i], raw[i], mean)
+            kernels("decode").attend(q[i], q[i], mine, work.layer(i), 1.0)
     return launches

@@ -73,7 +73,7 @@ def predictions(results: Iterable[Built], kernel: str, case: str) -> dict[str, P
 def decode_rows(results: Sequence[Built]) -> Iterator[list[Any]]:
     """One row per model and mix, of one compiler."""
     for shape in SHAPES:
-        tiles = predictions(results, "decode.attend_item", f"decode {shape.case}")
+        tiles = predictions(results, "decode.attend_work_tile", f"decode {shape.case}")
         if not tiles:
             continue
         per_token = BATCH * shape.kv_heads * shape.layers * 1e-12

@@ -60,38 +60,46 @@ def _tier(tokens: int, dim: int, key_bits: int, value_bits: int, itemsize: int) 
 
 def _decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     """Open, high and low tokens; tiles of raw ones are half as long."""
-    tokens, dim, itemsize = c["BLOCK_N"], c["DIM"], ITEMSIZE[signature["keys"]]
+    tokens, dim = c["TRAITS.constants.tokens"], c["TRAITS.layout.head_dim"]
+    itemsize = ITEMSIZE[signature["raw.k"]]
 
     def tier(kind: str, key_bits: int, value_bits: int) -> Tile:
         size = tokens if key_bits else max(16, tokens // 2)
         tile = _tier(size, dim, key_bits, value_bits, itemsize)
-        return tile._replace(per_turn=c["PAGES"] * PAGE_TOKENS * SHARES[kind] / size)
+        return tile._replace(per_turn=c["TRAITS.pages"] * PAGE_TOKENS * SHARES[kind] / size)
 
     tiles = []
-    if c["HAS_OPEN"]:
+    if signature["work.sequences.raw_slot"] != "constexpr":
         tiles.append(tier("open", 0, 0)._replace(name="open"))
-    if c["HAS_SEALED"]:
-        tiles.append(tier("high", c["KEY_HIGH"], c["VALUE_HIGH"]))
-        tiles.append(tier("low", c["KEY_LOW"], c["VALUE_LOW"]))
+    if "sealed.arena" in signature:
+        tiles += [tier(kind, *_bits(c, kind)) for kind in ("high", "low")]
     return tiles
 
 
+def _bits(c: dict[str, Any], tier: str) -> tuple[int, int]:
+    """Of keys and values."""
+    return c[f"TRAITS.layout.{tier}.key_bits"], c[f"TRAITS.layout.{tier}.value_bits"]
+
+
 def _extend_sealed(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
-    size, itemsize = (c["BLOCK_N"], c["DIM"]), ITEMSIZE[signature["q"]]
-    return [
-        _tier(*size, c["HIGH_KEY_BITS"], c["HIGH_VALUE_BITS"], itemsize),
-        _tier(*size, c["LOW_KEY_BITS"], c["LOW_VALUE_BITS"], itemsize),
-    ]
+    size = c["TRAITS.tile.tokens"], c["TRAITS.shape.dim"]
+    itemsize = ITEMSIZE[signature["queries.data"]]
+    return [_tier(*size, *_bits(c, tier), itemsize) for tier in ("high", "low")]
 
 
 def _extend_open(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
-    return [_tile("open", c["BLOCK_N"], c["DIM"], 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]])]
+    return [_raw_rows("open", c, signature["raw.k"])]
 
 
 def _extend_unpacked(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     """Full tiles, and the last one where that is masked by itself."""
-    tile = _tile("rows", c["BLOCK_N"], c["DIM"], 2 * c["DIM"] * ITEMSIZE[signature["k"]])
-    return [tile, tile._replace(name="last rows")] if c["PEEL"] else [tile]
+    tile = _raw_rows("rows", c, signature["scratch.k"])
+    return [tile, tile._replace(name="last rows")] if c["TRAITS.tile.peel"] else [tile]
+
+
+def _raw_rows(name: str, c: dict[str, Any], pointer: str) -> Tile:
+    dim = c["TRAITS.shape.dim"]
+    return _tile(name, c["TRAITS.tile.tokens"], dim, 2 * dim * ITEMSIZE[pointer])
 
 
 def _pack(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
@@ -117,7 +125,7 @@ def _score(c: dict[str, Any], signature: dict[str, str], name: str, iterations: 
 
 
 TILES: dict[str, Callable[[dict[str, Any], dict[str, str]], list[Tile]]] = {
-    "decode.attend_item": _decode,
+    "decode.attend_work_tile": _decode,
     "extend.sealed_kernel": _extend_sealed,
     "extend.unpacked_kernel": _extend_unpacked,
     "extend.open_kernel": _extend_open,

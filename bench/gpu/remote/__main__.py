@@ -38,7 +38,7 @@ MEMCHECK = ("compute-sanitizer", "--tool", "memcheck", "--target-processes", "al
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "SchedulerStats",
             "LaunchStats", "Occupancy", "InstructionStats")  # fmt: skip
 NCU = (
-    "ncu", "--clock-control", "none", "--target-processes", "all", "-k", "regex:attend_item",
+    "ncu", "--clock-control", "none", "--target-processes", "all", "-k", "regex:attend_work_tile",
     *(argument for section in SECTIONS for argument in ("--section", section)),
 )  # fmt: skip
 

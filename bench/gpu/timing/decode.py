@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decode against FlashInfer at equal logical length; a step's plan, and the merge by itself."""
+"""Decode against FlashInfer at equal logical length; a step's division, the merge by itself."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from bench.gpu.timing.timer import (
     interleaved,
     l2_bytes,
 )
-from sglang_diffxkv.kernels.decode.plan import DecodePlan, plan_decode
+from sglang_diffxkv.kernels.decode.work import divide_work
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.merge.triton_kernels import merge_items
+from sglang_diffxkv.kernels.merge.tile_kernels import merge_work_tiles
 from sglang_diffxkv.kernels.step import StepPages
 
 BATCHES = (1, 8, 32, 64, 256)
@@ -35,7 +35,7 @@ MEMORY_SHARE = 0.6
 """Of the device's free memory, for all candidates together."""
 
 STEP_LAYERS = 32
-"""Layers of the model whose plan is timed."""
+"""Layers of the model for which work is divided."""
 
 
 def loads() -> list[Load]:
@@ -60,21 +60,18 @@ def tiny_loads() -> list[Load]:
 
 
 def our_candidates(load: Load, layers: Layers, copies: int) -> dict[str, Candidate]:
-    """The whole operation of a layer with a plan that is there, and its parts."""
+    """The whole operation of a layer whose work is divided already, and its parts."""
     device = layers.arena.device
     triton, sm_scale = kernels("decode"), load.model.dim**-0.5
-    plan = plan_decode(layers.sequences, layers.heads, layers.layout)
+    work = divide_work(layers.sequences, layers.heads, layers.layout)
     q = torch.randn(copies, load.batch, load.model.heads, load.model.dim, device=device)
     q = q.to(torch.bfloat16)
     mean = torch.randn(load.model.kv_heads, load.model.dim, device=device)
 
     def attend(i: int) -> None:
-        triton.attend(
-            q[i], q[i], *layers.tables(i), layers.k_raw[i], layers.v_raw[i], plan.layer(i),
-            layers.layout, sm_scale, key_mean=mean,
-        )  # fmt: skip
+        triton.attend(q[i], q[i], layers.pages(i, mean), work.layer(i), sm_scale)
 
-    merge = merging(attend, plan, copies)
+    merge = merging(attend, copies)
     return {"diffxkv": attend, "merge": merge, "score_decode": scoring(load, layers, q)}
 
 
@@ -97,16 +94,16 @@ def scoring(load: Load, layers: Layers, q: torch.Tensor) -> Candidate:
     return lambda i: run(q[i], lse, pages, layers.k_raw[i], raw_slot, accum, sm_scale)
 
 
-def merging(attend: Candidate, plan: DecodePlan, copies: int) -> Candidate:
+def merging(attend: Candidate, copies: int) -> Candidate:
     """The merge's launches alone, over parts that hold anything."""
     launches = []
     for i in range(copies):
         with recorded() as made:
             attend(i)
-        launches.append(next(x for x in made if x.kernel is merge_items))
+        launches.append(next(x for x in made if x.kernel is merge_work_tiles))
     for launch in launches:
-        for name in ("parts", "part_lse"):
-            launch.arguments[name].zero_()
+        for x in launch.arguments["parts"]:
+            x.zero_()
 
     def merge(i: int) -> None:
         x = launches[i]
@@ -115,16 +112,16 @@ def merging(attend: Candidate, plan: DecodePlan, copies: int) -> Candidate:
     return merge
 
 
-def plan_of_step(layers: Layers, copies: int) -> Timing:
-    """Planning a step of STEP_LAYERS layers, whose records repeat."""
+def division_of_step(layers: Layers, copies: int) -> Timing:
+    """Dividing the work of a step of STEP_LAYERS layers, whose records repeat."""
     repeats = -(-STEP_LAYERS // copies)
     heads = layers.heads.repeat(repeats, 1, 1, 1)[:STEP_LAYERS]
-    run = partial(_plan, layers, heads)
+    run = partial(_divide, layers, heads)
     return interleaved({"plan": run}, 1, layers.arena.device, seconds=0.1)["plan"]
 
 
-def _plan(layers: Layers, heads: torch.Tensor, _: int) -> None:
-    plan_decode(layers.sequences, heads, layers.layout)
+def _divide(layers: Layers, heads: torch.Tensor, _: int) -> None:
+    divide_work(layers.sequences, heads, layers.layout)
 
 
 def stock_candidates(
@@ -172,7 +169,7 @@ def measure(
         del candidates["score_decode"]
     candidates |= stock_candidates(load, copies, ready, device)
     timed = interleaved(candidates, copies, device)
-    timed["plan"] = plan_of_step(layers, copies)
+    timed["plan"] = division_of_step(layers, copies)
     return record | {"times": {name: timing._asdict() for name, timing in timed.items()}}
 
 

@@ -14,12 +14,13 @@ from bench.gpu.inputs import Layers, draw_tiers, shuffled_frames
 from bench.gpu.shapes import LLAMA_8B, TINY, USUAL, Load, Model, draw
 from bench.gpu.timing import baselines
 from bench.gpu.timing.timer import Candidate, Deadline, interleaved
-from sglang_diffxkv.kernels.extend import flashinfer, make_scratch
+from sglang_diffxkv.kernels.extend import flashinfer
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
+from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, measure
 from sglang_diffxkv.kernels.merge import empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
-from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedTables
 from sglang_diffxkv.kernels.score import SampledQueries
 
 SCORE_QUERIES = 64
@@ -89,41 +90,42 @@ class Ours:
     def ints(self, *values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
+    def queries(self, position: int) -> Queries:
+        """Of the chunk, whose first token has this position."""
+        return Queries(self.q, self.ints(0, self.chunk.tokens), self.ints(position))
+
+    def opened(self) -> OpenPages:
+        """The chunk's own pages."""
+        slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
+        return OpenPages(self.k_raw, self.v_raw, self.ints(0, self.pages), slots, slots)
+
     def extend_sealed(self) -> Candidate:
-        prefix, queries = self.prefix, self.ints(0, self.chunk.tokens)
-        run = kernels("extend").extend_sealed
-        lists = prefix.sealed_indptr, prefix.sealed_pages
+        run, queries = kernels("extend").extend_sealed, self.queries(self.chunk.prefix)
 
         def extend(i: int) -> None:
-            run(self.q, queries, *prefix.tables(i), *lists, prefix.layout, self.sm_scale)
+            run(queries, self.prefix.sealed(i), self.sm_scale)
 
         return extend
 
     def extend_open(self) -> Candidate:
-        run = kernels("extend").extend_open
-        slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
-        queries, first = self.ints(0, self.chunk.tokens), self.ints(0)
-        listed = self.ints(0, self.pages)
+        run, queries, opened = kernels("extend").extend_open, self.queries(0), self.opened()
 
         def extend(_: int) -> None:
-            raw = self.k_raw, self.v_raw
-            run(self.q, queries, first, *raw, listed, slots, slots, self.sm_scale)
+            run(queries, opened, self.sm_scale)
 
         return extend
 
     def open_prefill(self) -> Candidate:
         """What the server runs for the chunk's own pages where FlashInfer is installed."""
-        slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
-        queries, first = self.ints(0, self.chunk.tokens), self.ints(0)
-        listed = self.ints(0, self.pages)
         model = self.chunk.model
         flashinfer.make_ready(
             flashinfer.Shape(self.device, self.q.dtype, model.heads, model.kv_heads, model.dim)
         )
-        step = OpenPrefill(queries, first, listed, slots, slots, self.ints(PAGE_TOKENS))
+        step = OpenPrefill(self.ints(PAGE_TOKENS))
+        queries, opened = self.queries(0), self.opened()
 
         def prefill(_: int) -> None:
-            step.run(self.q, self.k_raw, self.v_raw, self.sm_scale)
+            step.attend(queries, opened, self.sm_scale)
 
         return prefill
 
@@ -134,11 +136,9 @@ class Ours:
         position = position.int().to(self.device)
         q = self.q[position.long()].contiguous()
         lse = torch.full((len(q), model.heads), 14.0, device=self.device)
-        slots = torch.arange(self.pages, dtype=torch.int32, device=self.device)
         accum = torch.zeros(self.pages, model.kv_heads, PAGE_TOKENS, device=self.device)
         queries = SampledQueries(q, self.ints(0, len(q)), position)
-        lists = self.ints(0, self.pages), slots, slots
-        opened = OpenPages(self.k_raw, self.v_raw, *lists)
+        opened = self.opened()
 
         def score(_: int) -> None:
             run(queries, lse, opened, accum, self.sm_scale)
@@ -170,25 +170,22 @@ def measure_crossover(
     from sglang_diffxkv.kernels.extend import unpacked  # needs Triton
 
     layers: Layers = draw(Load(model, 1, prefix, USUAL), COPIES, device)
-    layout, pages, indptr = layers.layout, layers.sealed_pages, layers.sealed_indptr
-    scratch = make_scratch(layout, torch.bfloat16, device)
+    scratch = make_scratch(layers.layout, torch.bfloat16, device)
     run_fused, sm_scale = kernels("extend").extend_sealed, model.dim**-0.5
     for count in tokens:
         q = torch.randn(count, model.heads, model.dim, device=device)
-        new = torch.tensor([0, count], dtype=torch.int32, device=device)
-        part = empty_state(q)
+        bounds = torch.tensor([0, count, prefix], dtype=torch.int32, device=device)
+        new, part = Queries(q, bounds[:2], bounds[2:]), empty_state(q)
 
-        def fused(i: int, q: torch.Tensor = q, new: torch.Tensor = new, part: Any = part) -> None:
-            lists = *layers.tables(i), indptr, pages
-            merge_states(part, run_fused(q, new, *lists, layout, sm_scale))
+        def fused(i: int, new: Queries = new, part: Any = part) -> None:
+            merge_states(part, run_fused(new, layers.sealed(i), sm_scale))
 
-        def dense(i: int, q: torch.Tensor = q, new: torch.Tensor = new, part: Any = part) -> None:
-            lists = *layers.tables(i), indptr, pages
-            unpacked.extend_unpacked(part, q, new, *lists, layout, sm_scale, scratch)
+        def dense(i: int, new: Queries = new, part: Any = part) -> None:
+            unpacked.extend_unpacked(part, new, layers.sealed(i), sm_scale, scratch)
 
         def unpack(i: int) -> None:
-            tables = SealedTables(*layers.tables(i), layout)
-            mine = pages[: scratch.pages]
+            tables = layers.tables(i)
+            mine = layers.sealed_pages[: scratch.pages]
             starts = scratch.starts[: len(mine) + 1]
             unpacked.count_rows(tables.heads, mine, starts, scratch.pages * PAGE_TOKENS)
             rows = TokenRows(scratch.k, scratch.v)

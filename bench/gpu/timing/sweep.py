@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, astuple
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -15,34 +16,34 @@ from bench.gpu.device import kernels
 from bench.gpu.shapes import LLAMA_8B, PURE, TINY, USUAL, Load, draw
 from bench.gpu.timing.timer import Candidate, Deadline, copies_needed, interleaved
 from bench.gpu.verify.check import TOLERANCE, compare
-from sglang_diffxkv.kernels.decode import plan as plans
+from sglang_diffxkv.kernels.decode import work as dividing
 from sglang_diffxkv.kernels.decode.constants import Constants, attend_constants
 from sglang_diffxkv.kernels.merge import AttentionState
 
 
 class Setting(NamedTuple):
-    """What the kernel is launched with, and items per multiprocessor."""
+    """What the kernel is launched with, and work tiles per multiprocessor."""
 
     constants: Constants
     items: int
 
     @property
     def name(self) -> str:
-        tokens, num_warps, num_stages, registers = self.constants
+        tokens, num_warps, num_stages, registers = astuple(self.constants)
         return (
             f"{tokens} tokens, {num_warps} warps, {num_stages} stages, {registers} registers, "
             f"{self.items} items/SM"
         )
 
     def record(self) -> dict[str, int]:
-        return self.constants._asdict() | {"items": self.items}
+        return asdict(self.constants) | {"items": self.items}
 
 
 def shipped() -> Setting:
     """What `decode.triton` launches with."""
     model = LLAMA_8B
     group = triton.next_power_of_2(model.heads // model.kv_heads)
-    return Setting(attend_constants(max(8, group), model.dim), plans.ITEMS_PER_SM)
+    return Setting(attend_constants(max(8, group), model.dim), dividing.TILES_PER_SM)
 
 
 def grid() -> list[Setting]:
@@ -72,7 +73,7 @@ def overridden(setting: Setting) -> Iterator[None]:
     module = kernels("decode")
     with (
         patch.object(module, "attend_constants", lambda *_: setting.constants),
-        patch.object(plans, "ITEMS_PER_SM", setting.items),
+        patch.object(dividing, "TILES_PER_SM", setting.items),
     ):
         yield
 
@@ -93,14 +94,13 @@ class Input:
         """Attention with this setting, and its result on the first layer."""
         layers = self.layers
         with overridden(setting):
-            plan = plans.plan_decode(layers.sequences, layers.heads, layers.layout)
+            work = dividing.divide_work(layers.sequences, layers.heads, layers.layout)
 
         def attend(i: int) -> AttentionState:
             with overridden(setting):
                 return kernels("decode").attend(
-                    self.q[i], self.q[i], *layers.tables(i), layers.k_raw[i], layers.v_raw[i],
-                    plan.layer(i), layers.layout, self.sm_scale,
-                )  # fmt: skip
+                    self.q[i], self.q[i], layers.pages(i), work.layer(i), self.sm_scale
+                )
 
         return attend, attend(0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of decode: sealed, open and mixed pages, planned on the device as a server plans them."""
+"""Checks of decode: sealed, open and mixed pages, divided on the device as a server does it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from bench.gpu.verify.check import TOLERANCE, Check, Found, compare, is_timed, w
 from bench.gpu.verify.reference import decode_layer, merge64
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import naive
-from sglang_diffxkv.kernels.decode.plan import plan_decode
+from sglang_diffxkv.kernels.decode.work import divide_work
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.pages import OpenPages
 from tests.support import torch_pack
 
 
@@ -110,9 +111,7 @@ def naive_layer(
 ) -> AttentionState:
     """The readable reference over both kinds of pages."""
     cpu = torch.device("cpu")
-    lists = layers.sealed_indptr, layers.sealed_pages
-    arguments = (q_sealed, *layers.tables(layer), *lists, layers.layout, sm_scale)
-    sealed = naive.decode_sealed(*to(cpu, *arguments))
+    sealed = naive.decode_sealed(*to(cpu, q_sealed, layers.sealed(layer), sm_scale))
     if key_mean is not None:
         sealed = from_sealed(sealed, *to(cpu, q, key_mean, sm_scale))
     sequences = layers.sequences
@@ -123,14 +122,15 @@ def naive_layer(
         mine = sequences.raw_slot[sequences.pages[first : first + count].long()]
         slots.append(mine[mine >= 0])
         indptr.append(indptr[-1] + len(slots[-1]))
-    raw = layers.k_raw[layer], layers.v_raw[layer]
-    listed = torch.tensor(indptr, dtype=torch.int32), torch.cat(slots)
-    opened = naive.decode_open(*to(cpu, q, *raw, *listed, sequences.last_len, sm_scale))
-    return merge64([sealed, opened])
+    position = torch.cat([torch.arange(len(x)) for x in slots]).int()
+    lists = torch.tensor(indptr, dtype=torch.int32), torch.cat(slots), position
+    opened = OpenPages(layers.k_raw[layer], layers.v_raw[layer], *lists)
+    found = naive.decode_open(*to(cpu, q, opened, sequences.last_len, sm_scale))
+    return merge64([sealed, found])
 
 
 def check(case: Case, device: torch.device, *, large: bool) -> Found:
-    """Both layers with one plan; queries of sealed and of open pages differ.
+    """Both layers, divided at once; queries of sealed and of open pages differ.
 
     In the second layer what is found in sealed pages comes back from their basis.
     """
@@ -138,26 +138,23 @@ def check(case: Case, device: torch.device, *, large: bool) -> Found:
     triton, sm_scale = kernels("decode"), case.dim**-0.5
     shape = (2, len(case.drops), case.kv_heads * case.group, case.dim)
     q, q_sealed = (torch.randn(shape, device=device).to(case.dtype) for _ in range(2))
-    plan = plan_decode(layers.sequences, layers.heads, layers.layout)
+    work = divide_work(layers.sequences, layers.heads, layers.layout)
     found = []
     reference = decode_layer if large else naive_layer
     for layer, key_mean in enumerate((None, torch.randn(case.kv_heads, case.dim, device=device))):
-        part = triton.attend(
-            q[layer], q_sealed[layer], *layers.tables(layer), layers.k_raw[layer],
-            layers.v_raw[layer], plan.layer(layer), layers.layout, sm_scale, key_mean=key_mean,
-        )  # fmt: skip
+        pages, mine = layers.pages(layer, key_mean), work.layer(layer)
+        part = triton.attend(q[layer], q_sealed[layer], pages, mine, sm_scale)
         expected = reference(layers, layer, q[layer], q_sealed[layer], sm_scale, key_mean)
         found.append(compare(part, expected))
     return worst(found)
 
 
 def check_public(device: torch.device) -> Found:
-    """`decode_sealed`, which makes its own plan."""
+    """`decode_sealed`, which divides its own work."""
     case = Case(open_pages=0, drops=(1, 0, 5), group=5)
     layers = draw(case, device)
     q = torch.randn(3, 10, case.dim, device=device).to(case.dtype)
-    lists = layers.sealed_indptr, layers.sealed_pages
-    part = kernels("decode").decode_sealed(q, *layers.tables(0), *lists, layers.layout, 0.1)
+    part = kernels("decode").decode_sealed(q, layers.sealed(0), 0.1)
     return compare(part, naive_layer(layers, 0, q, q, 0.1))
 
 
@@ -170,7 +167,9 @@ def check_open(device: torch.device) -> Found:
     slots = sequences.raw_slot[sequences.pages.long()]
     indptr = torch.arange(4, dtype=torch.int32, device=device) * 3
     q = torch.randn(3, 8, case.dim, device=device).to(case.dtype)
-    args = (q, layers.k_raw[0], layers.v_raw[0], indptr, slots, sequences.last_len, 0.1)
+    position = torch.arange(9, dtype=torch.int32, device=device) % 3
+    opened = OpenPages(layers.k_raw[0], layers.v_raw[0], indptr, slots, position)
+    args = (q, opened, sequences.last_len, 0.1)
     expected = naive.decode_open(*to(torch.device("cpu"), *args))
     return compare(kernels("decode").decode_open(*args), expected)
 

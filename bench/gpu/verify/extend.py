@@ -13,9 +13,11 @@ from bench.gpu.device import kernels, to
 from bench.gpu.verify import decode
 from bench.gpu.verify.check import TOLERANCE, Check, Found, compare, is_timed
 from bench.gpu.verify.reference import attend, sealed_tokens
-from sglang_diffxkv.kernels.extend import PrefixScratch, make_scratch, naive
+from sglang_diffxkv.kernels.extend import naive
+from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, make_scratch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.merge import AttentionState, concat_states, empty_state
+from sglang_diffxkv.kernels.merge import AttentionState, empty_state
+from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedPages
 
 CPU = torch.device("cpu")
 
@@ -77,8 +79,7 @@ def check_sealed(sealed: Sealed, device: torch.device, *, large: bool) -> Found:
     q_shape = sum(sealed.queries), case.kv_heads * case.group, case.dim
     q = torch.randn(q_shape, device=device).to(case.dtype)
     queries = indptr(sealed.queries, device)
-    lists = layers.sealed_indptr, layers.sealed_pages
-    args = (q, queries, *layers.tables(1), *lists, layers.layout, case.dim**-0.5)
+    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), case.dim**-0.5)
     part = kernels("extend").extend_sealed(*args)
     expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
     return compare(part, expected)
@@ -101,27 +102,25 @@ def check_unpacked(sealed: Sealed, device: torch.device, *, large: bool) -> Foun
     layers = decode.draw(case, device)
     q = torch.randn(sum(sealed.queries), case.kv_heads * case.group, case.dim, device=device)
     q = q.float() if layers.layout.rotates else q.to(case.dtype)
-    lists = layers.sealed_indptr, layers.sealed_pages
-    args = (q, indptr(sealed.queries, device), *layers.tables(1), *lists)
-    args = (*args, layers.layout, case.dim**-0.5)
+    queries = indptr(sealed.queries, device)
+    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), case.dim**-0.5)
     part = empty_state(q)
     extend_unpacked(part, *args, poisoned_scratch(layers, case.dtype, device))
     expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
     return compare(part, expected)
 
 
-def reference(q: torch.Tensor, queries: torch.Tensor, *rest: Any) -> AttentionState:
+def reference(queries: Queries, sealed: SealedPages, sm_scale: float) -> AttentionState:
     """`extend_sealed` in float64, on the device."""
-    arena, frames, heads, pages_indptr, pages, layout, sm_scale = rest
-    parts, bounds, listed = [], queries.tolist(), pages_indptr.tolist()
+    q, bounds, listed = queries.q, queries.indptr.tolist(), sealed.indptr.tolist()
+    parts = []
     for b in range(len(bounds) - 1):
-        mine = pages[listed[b] : listed[b + 1]]
-        tokens = sealed_tokens(arena, frames, heads, mine, layout, q.dtype)
+        tokens = sealed_tokens(sealed.tables, sealed.pages[listed[b] : listed[b + 1]], q.dtype)
         parts.append(attend(q[bounds[b] : bounds[b + 1]], tokens, sm_scale))
-    return concat_states(parts)
+    return AttentionState(torch.cat([x.out for x in parts]), torch.cat([x.lse for x in parts]))
 
 
-def draw_open(case: Open, device: torch.device) -> tuple[Any, ...]:
+def draw_open(case: Open, device: torch.device) -> tuple[Queries, OpenPages, float]:
     """Arguments of `extend_open`.
 
     Slots after a sequence's last query hold NaN, as do raw pages that nobody lists.
@@ -137,17 +136,11 @@ def draw_open(case: Open, device: torch.device) -> tuple[Any, ...]:
         raw[:, slot, : max(0, written)] = rows.to(case.dtype)
     starts, new, listed = zip(*case.sequences, strict=True)
     q = torch.randn(sum(new), case.kv_heads * case.group, case.dim, device=device)
-    return (
-        q.to(case.dtype),
-        indptr(new, device),
-        torch.tensor(starts, dtype=torch.int32, device=device),
-        raw[0],
-        raw[1],
-        indptr(tuple(len(x) for x in listed), device),
-        slots,
-        torch.tensor(pages, dtype=torch.int32, device=device),
-        case.dim**-0.5,
-    )
+    position = torch.tensor(starts, dtype=torch.int32, device=device)
+    queries = Queries(q.to(case.dtype), indptr(new, device), position)
+    counts = indptr(tuple(len(x) for x in listed), device)
+    positions = torch.tensor(pages, dtype=torch.int32, device=device)
+    return queries, OpenPages(*raw, counts, slots, positions), case.dim**-0.5
 
 
 def check_open(case: Open, device: torch.device) -> Found:

@@ -21,14 +21,13 @@ TOLERANCE = 5e-3
 
 def check(case: Open, device: torch.device) -> Found:
     args = draw_open(case, device)
-    q, q_indptr, q_position, k_raw, v_raw, indptr, slots, page_position, sm_scale = args
-    ends = q_position + q_indptr.diff()
+    queries, _, _ = args
+    q, ends = queries.q, queries.position + queries.indptr.diff()
     last_len = (ends - 1) % PAGE_TOKENS + 1
     shape = flashinfer.Shape(device, q.dtype, q.shape[1], case.kv_heads, case.dim)
     if not flashinfer.make_ready(shape):
         raise RuntimeError("FlashInfer did not start; the log says why")
-    step = OpenPrefill(q_indptr, q_position, indptr, slots, page_position, last_len)
-    part = step.run(q, k_raw, v_raw, sm_scale)
+    part = OpenPrefill(last_len).attend(*args)
     return compare(part, naive.extend_open(*to(CPU, *args)))
 
 

@@ -14,7 +14,7 @@ import torch
 
 from bench.gpu.inputs import Layers
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pack import TokenRows
 from sglang_diffxkv.kernels.pages import SealedTables
@@ -31,19 +31,12 @@ class Tokens(NamedTuple):
     kept: torch.Tensor
 
 
-def sealed_tokens(
-    arena: torch.Tensor,
-    frames: torch.Tensor,
-    heads: torch.Tensor,
-    pages: torch.Tensor,
-    layout: PageLayout,
-    raw_dtype: torch.dtype,
-) -> Tokens:
+def sealed_tokens(tables: SealedTables, pages: torch.Tensor, raw_dtype: torch.dtype) -> Tokens:
     """What the listed pages hold, dequantised by vectorised torch."""
+    arena, _, heads, layout = tables
     n, h, dim = len(pages), layout.num_kv_heads, layout.head_dim
     k, v = arena.new_zeros((2, n * h * PAGE_TOKENS, dim), dtype=torch.float32)
     first = torch.arange(0, n * h * PAGE_TOKENS, PAGE_TOKENS, device=arena.device).view(n, h)
-    tables = SealedTables(arena, frames, heads, layout)
     torch_pack.unpack_into(tables, pages, first, TokenRows(k, v), raw_dtype)
     n_high, n_low = head_counts(heads[pages.long()])
     kept = torch.arange(PAGE_TOKENS, device=arena.device) < (n_high + n_low)[..., None]
@@ -88,9 +81,8 @@ def decode_layer(
     for b in range(len(q)):
         parts = []
         mine = slice(int(layers.sealed_indptr[b]), int(layers.sealed_indptr[b + 1]))
-        sealed = sealed_tokens(
-            *layers.tables(layer), layers.sealed_pages[mine], layers.layout, layers.k_raw.dtype
-        )
+        pages = layers.sealed_pages[mine]
+        sealed = sealed_tokens(layers.tables(layer), pages, layers.k_raw.dtype)
         found = attend(q_sealed[b : b + 1], sealed, sm_scale)
         if key_mean is not None:
             found = from_sealed(found, q[b : b + 1], key_mean, sm_scale)

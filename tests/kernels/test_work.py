@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The division of a decode step: items cover every row's pages once, and none is much too large."""
+"""The division of a decode step: tiles cover every segment's pages once, none is much too large."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import itertools
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.decode import plan as planning
-from sglang_diffxkv.kernels.decode.plan import KINDS, SequencePages, plan_decode
+from sglang_diffxkv.kernels.decode.work import KINDS, SequencePages, divide_work, work_traits
+from sglang_diffxkv.kernels.decode.work_kernels import WorkTraits
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from tests.support.builders import layout_of
 from tests.support.device import DEVICE
@@ -18,19 +18,19 @@ LAYERS, PAGES = 2, 90
 
 
 def page_costs(
-    pages: torch.Tensor, heads: torch.Tensor, raw_slot: torch.Tensor, costs: dict[str, int]
+    pages: torch.Tensor, heads: torch.Tensor, raw_slot: torch.Tensor, costs: WorkTraits
 ) -> torch.Tensor:
     """int64 [pages, H, KINDS] of some pages of one layer."""
     opened = (raw_slot[pages] >= 0)[:, None]
     word = heads[pages, :, 1].long().masked_fill(opened, 0)
-    full = (opened * PAGE_TOKENS * costs["OPEN_COST"]).expand_as(word)
-    high, low = (word & 0xFF) * costs["HIGH_COST"], (word >> 8) * costs["LOW_COST"]
+    full = (opened * PAGE_TOKENS * costs.open_cost).expand_as(word)
+    high, low = (word & 0xFF) * costs.high_cost, (word >> 8) * costs.low_cost
     return torch.stack([full, high, low], 2)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 8])
 @pytest.mark.parametrize("counts", [[0, 1, 70, 131, 0], [300], [5, 0, 64, 1, 1, 1, 40]])
-def test_items_cover_the_pages_of_every_row_once(counts: list[int], kv_heads: int) -> None:
+def test_tiles_cover_the_pages_of_every_segment_once(counts: list[int], kv_heads: int) -> None:
     gen = torch.Generator().manual_seed(sum(counts) + kv_heads)
     layout = layout_of(head_dim=64, kv_heads=kv_heads)
     pages = torch.randint(PAGES, (sum(counts),), generator=gen, dtype=torch.int32)
@@ -42,27 +42,29 @@ def test_items_cover_the_pages_of_every_row_once(counts: list[int], kv_heads: in
     heads = torch.stack([torch.zeros_like(n_high), n_high | n_low << 8], 3).int()
     count = torch.tensor(counts, dtype=torch.int32)
     on_device = (x.to(DEVICE) for x in (pages, first, count, raw_slot, count))
-    plan = plan_decode(SequencePages(*on_device), heads.to(DEVICE), layout)
-    costs = planning._token_costs(layout)
+    work = divide_work(SequencePages(*on_device), heads.to(DEVICE), layout)
+    costs = work_traits(layout)
     for layer in range(LAYERS):
-        starts, items = plan.row_start[layer].tolist(), plan.items[layer].tolist()
-        assert starts[-1] <= len(items)
+        starts, tiles = work.segment_start[layer].tolist(), work.tiles[layer].tolist()
+        assert starts[-1] <= len(tiles)
         rows = [
             page_costs(pages[at : at + n].long(), heads[layer], raw_slot, costs)
             for at, n in zip(first.tolist(), counts, strict=True)
         ]
         total = sum(int(row.sum()) for row in rows)
-        share = max(-(-total // (len(items) - len(starts) + 1)), PAGE_TOKENS * max(costs.values()))
-        for row in range(len(counts) * kv_heads * KINDS):
-            sequence, head, kind = row // (kv_heads * KINDS), row // KINDS % kv_heads, row % KINDS
+        dearest = max(costs.open_cost, costs.high_cost, costs.low_cost)
+        share = max(-(-total // (len(tiles) - len(starts) + 1)), PAGE_TOKENS * dearest)
+        for segment in range(len(counts) * kv_heads * KINDS):
+            sequence, rest = divmod(segment, kv_heads * KINDS)
+            head, kind = divmod(rest, KINDS)
             mine = rows[sequence][:, head, kind]
-            ours = items[starts[row] : starts[row + 1]]
+            ours = tiles[starts[segment] : starts[segment + 1]]
             assert len(ours) == -(-int(mine.sum()) // share)
-            assert [item[0] for item in ours] == [row] * len(ours)
+            assert [tile[0] for tile in ours] == [segment] * len(ours)
             if not ours:
                 continue
-            edges = [item[1] for item in ours] + [counts[sequence]]
+            edges = [tile[1] for tile in ours] + [counts[sequence]]
             assert edges[0] == 0 and edges == sorted(edges)
-            assert [item[2] for item in ours] == edges[1:]
+            assert [tile[2] for tile in ours] == edges[1:]
             for begin, end in itertools.pairwise(edges):
                 assert 0 < int(mine[begin:end].sum()) < 2 * share

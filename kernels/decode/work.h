@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Work items of split-KV decode: (sequence, range of its pages, KV head), merged at the end.
+// Work tiles of split-KV decode: (sequence, range of its pages, KV head), merged at the end.
 #pragma once
 
 #include <atomic>
@@ -14,15 +14,15 @@ struct Shape {
     int64_t batch, kv_heads, group, dim;
 };
 
-struct Item {
+struct WorkTile {
     int64_t sequence, head, first_page, last_page;
 };
 
 // Sequences cut into equal ranges of pages, all heads of a range side by side.
-class ItemList {
+class WorkTiles {
    public:
-    ItemList(const Shape& shape, const int32_t* indptr, int64_t threads) : shape_(shape) {
-        // About 16 items per thread level out ragged lengths; a range shorter than 8 pages would
+    WorkTiles(const Shape& shape, const int32_t* indptr, int64_t threads) : shape_(shape) {
+        // About 16 tiles per thread level out ragged lengths; a range shorter than 8 pages would
         // not fill the tiles. One thread alone gains nothing from cutting.
         const int64_t pages = indptr[shape.batch] - indptr[0];
         const int64_t wanted = 16 * threads;
@@ -43,10 +43,10 @@ class ItemList {
 
     int64_t size() const { return static_cast<int64_t>(ranges_.size()) * shape_.kv_heads; }
 
-    Item item(int64_t i) const {
-        Item item = ranges_[i / shape_.kv_heads];
-        item.head = i % shape_.kv_heads;
-        return item;
+    WorkTile tile(int64_t i) const {
+        WorkTile tile = ranges_[i / shape_.kv_heads];
+        tile.head = i % shape_.kv_heads;
+        return tile;
     }
 
     Partial partial(int64_t i) {
@@ -54,7 +54,7 @@ class ItemList {
         return {&max_[row], &sum_[row], &out_[row * shape_.dim]};
     }
 
-    // Merges the items of one (sequence, head) into out [group, dim] and lse [group].
+    // Merges the tiles of one (sequence, head) into out [group, dim] and lse [group].
     void merge(int64_t sequence, int64_t head, float* out, float* lse) const {
         const int64_t dim = shape_.dim;
         for (int64_t g = 0; g < shape_.group; ++g) {
@@ -78,30 +78,30 @@ class ItemList {
 
    private:
     Shape shape_;
-    std::vector<Item> ranges_;
+    std::vector<WorkTile> ranges_;
     std::vector<int64_t> first_;  // [batch + 1]: first range of each sequence
     std::vector<float> max_, sum_, out_;
 };
 
-// Runs every item and writes out [B, Hkv * G, D] and lse [B, Hkv * G]. `make_worker()` is called
-// once per thread; the worker is called as worker(item, q, partial).
+// Runs every tile and writes out [B, Hkv * G, D] and lse [B, Hkv * G]. `make_worker()` is called
+// once per thread; the worker is called as worker(tile, q, partial).
 template <class MakeWorker>
-void run_items(const Shape& shape, const float* q, const int32_t* indptr, float* out, float* lse,
+void run_tiles(const Shape& shape, const float* q, const int32_t* indptr, float* out, float* lse,
                int64_t threads, MakeWorker&& make_worker) {
-    ItemList items(shape, indptr, threads);
-    const int64_t count = items.size(), rows = shape.batch * shape.kv_heads;
-    std::atomic<int64_t> next_item{0}, next_row{0};
+    WorkTiles tiles(shape, indptr, threads);
+    const int64_t count = tiles.size(), rows = shape.batch * shape.kv_heads;
+    std::atomic<int64_t> next_tile{0}, next_row{0};
     Pool::instance().run(threads, [&] {
         auto worker = make_worker();
-        for (int64_t i; (i = next_item.fetch_add(1)) < count;) {
-            Item item = items.item(i);
-            int64_t row = (item.sequence * shape.kv_heads + item.head) * shape.group;
-            worker(item, q + row * shape.dim, items.partial(i));
+        for (int64_t i; (i = next_tile.fetch_add(1)) < count;) {
+            WorkTile tile = tiles.tile(i);
+            int64_t row = (tile.sequence * shape.kv_heads + tile.head) * shape.group;
+            worker(tile, q + row * shape.dim, tiles.partial(i));
         }
     });
     Pool::instance().run(threads, [&] {
         for (int64_t r; (r = next_row.fetch_add(1)) < rows;)
-            items.merge(r / shape.kv_heads, r % shape.kv_heads, out + r * shape.group * shape.dim,
+            tiles.merge(r / shape.kv_heads, r % shape.kv_heads, out + r * shape.group * shape.dim,
                         lse + r * shape.group);
     });
 }

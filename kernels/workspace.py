@@ -27,15 +27,15 @@ def attention_bytes(
         device: a GPU, or "meta" for one of the size that `multiprocessors` assumes.
         flashinfer: whether that serves prefill.
     """
-    from sglang_diffxkv.kernels.decode.plan import ITEMS_PER_SM, KINDS  # needs Triton
+    from sglang_diffxkv.kernels.decode.work import KINDS, TILES_PER_SM  # needs Triton
     from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
     from sglang_diffxkv.kernels.extend.scratch import scratch_bytes
 
-    rows = batch * layout.num_kv_heads * KINDS
-    items = ITEMS_PER_SM * multiprocessors(device) + rows
+    segments = batch * layout.num_kv_heads * KINDS
+    tiles = TILES_PER_SM * multiprocessors(device) + segments
     row_bytes = 4 * (layout.head_dim + 1)  # an fp32 row of output, and its LSE
-    plan = num_layers * (16 * items + 8 * (rows + 4))
-    parts = items * q_heads // layout.num_kv_heads * row_bytes
+    work = num_layers * (16 * tiles + 8 * (segments + 4))
+    parts = tiles * q_heads // layout.num_kv_heads * row_bytes
     table = 4 * batch * (context_pages + 4)
-    decode = plan + parts + batch * q_heads * row_bytes + table
+    decode = work + parts + batch * q_heads * row_bytes + table
     return decode + scratch_bytes(layout) + (WORKSPACE_BYTES if flashinfer else 0)

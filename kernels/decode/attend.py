@@ -21,7 +21,7 @@ from sglang_diffxkv.kernels.decode.tiles import (
     store_state,
 )
 from sglang_diffxkv.kernels.gpu.ordinals import page_of_ordinal, per_row
-from sglang_diffxkv.kernels.gpu.payload import records_from
+from sglang_diffxkv.kernels.gpu.sections import records_from
 from sglang_diffxkv.kernels.gpu.views import RawView
 from sglang_diffxkv.kernels.merge.state import AttentionState
 

@@ -32,11 +32,10 @@ from sglang_diffxkv.kernels.gpu.ordinals import page_of_ordinal, per_row
 from sglang_diffxkv.kernels.gpu.payload import (
     CODE_UNIT,
     arena_row,
-    bytes_of_row,
     load_meta_at,
     load_rows,
-    sections,
 )
+from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, sections
 
 
 class PageRange(NamedTuple):

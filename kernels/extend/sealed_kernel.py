@@ -9,7 +9,7 @@ import triton.language as tl
 from sglang_diffxkv.kernels.extend.order import quarters
 from sglang_diffxkv.kernels.extend.rows import locate_rows, read_rows
 from sglang_diffxkv.kernels.extend.tiles import PageRange, attend_tier, empty_state, sums_of
-from sglang_diffxkv.kernels.gpu.payload import records_from
+from sglang_diffxkv.kernels.gpu.sections import records_from
 
 
 @triton.jit(do_not_specialize=["sequences", "part_rows"])

@@ -23,12 +23,11 @@ from sglang_diffxkv.kernels.extend.order import (
 from sglang_diffxkv.kernels.gpu.ordinals import page_of_ordinal, per_row
 from sglang_diffxkv.kernels.gpu.payload import (
     CODE_UNIT,
-    bytes_of_row,
     load_meta,
     load_words_at,
-    sections,
     unpack_words,
 )
+from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, sections
 
 HEADROOM: tl.constexpr = tl.constexpr(4)
 """The largest weight of a row so far is 2**4: times value scales, which may be up to 4,000, it does

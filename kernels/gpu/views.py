@@ -3,10 +3,12 @@
 
 Tensors and numbers come in NamedTuples, whose fields kernels read by name; a field that is None is
 a constant, which kernels tell by ``is None``. `kernels.merge.AttentionState` and others that hold
-nothing but tensors are passed as they are (a field must not be named ``values`` or ``type``, which
-Triton's own tuples have). Constants come in frozen dataclasses, as arguments that
-are declared `tl.constexpr`: a `PageLayout` is one (NamedTuples inside constants lose the names of
-their fields in Triton 3.6, and there names are to be given to constants that make up a shape).
+nothing but tensors are passed as they are. No field may be named ``values`` or ``type``, which are
+Triton's own tuples' attributes.
+
+Constants come in frozen dataclasses, as arguments that are declared `tl.constexpr`: a `PageLayout`
+is one. In Triton 3.6 NamedTuples inside constants lose the names of their fields, and constants
+that make up a shape, or are text for another function, are to be given names of their own first.
 
 Triton specialises each field as if it were an argument of its own, for numbers and addresses that
 16 divides, and for 1. It cannot be told not to: ``do_not_specialize`` is about arguments, not about

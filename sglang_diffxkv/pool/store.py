@@ -105,10 +105,14 @@ class PageStore:
         self.checks_use = torch.device(device).type == "cpu"
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
 
+    def sealed_tables(self, layer: int) -> SealedTables:
+        """Where the sealed pages of one layer lie."""
+        d = self.directory
+        return SealedTables(self.arena.buffer, d.frames[layer], d.heads[layer], self.layout)
+
     def layer_pages(self, layer: int) -> LayerPages:
         """All pages of one layer, as kernels take them."""
-        d, raw = self.directory, self.raw
-        tables = SealedTables(self.arena.buffer, d.frames[layer], d.heads[layer], self.layout)
+        raw, tables = self.raw, self.sealed_tables(layer)
         mean = self.key_means.by_layer[layer] if self.layout.rotates else None
         return LayerPages(tables, raw.keys[layer], raw.values[layer], mean)
 
@@ -257,11 +261,6 @@ class PageStore:
         meter = 0 if self.retention is None else self.retention.nbytes
         beside = self.sizes.workspace.nbytes + self.sizes.attention_bytes
         return tables + meter + self.policy.nbytes + beside
-
-    def sealed_tables(self, layer: int) -> SealedTables:
-        """Where the sealed pages of one layer lie."""
-        d = self.directory
-        return SealedTables(self.arena.buffer, d.frames[layer], d.heads[layer], self.layout)
 
     def page_bytes(self, frames: int, raw_pages: int) -> int:
         """Bytes of so many frames and raw pages, with the latter's scores."""

@@ -9,10 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pydoc_data.topics import topics
 
-from openai import OpenAI
-
 from sglang_diffxkv.demo.measure import Probe
-from sglang_diffxkv.demo.workload import Stage, measure
+from sglang_diffxkv.demo.workload import Stage, chat, connect, measure
 from sglang_diffxkv.eval.ask import together
 
 TOPICS = ("naming", "raise", "objects", "async", "function")
@@ -59,16 +57,10 @@ def run_chats(url: str, probe: Probe, full: Mapping[Asked, str], given: Answers)
         full: what full KV answered; what is `given` here, where that is the server.
         given: filled with the answers.
     """
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client = connect(url)
 
     def ask(asked: Asked) -> None:
-        answer = client.chat.completions.create(
-            model="default",
-            messages=messages(asked, full),  # type: ignore[arg-type]
-            max_tokens=ANSWER_TOKENS,
-            temperature=0,
-        )
-        given[asked] = (answer.choices[0].message.content or "").strip()
+        given[asked] = chat(client, messages(asked, full), ANSWER_TOKENS)
 
     def part(conversations: Sequence[Asked]) -> list[bool]:
         together(ask, conversations)

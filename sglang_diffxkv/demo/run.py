@@ -79,14 +79,14 @@ def _chat(device: str, path: Path) -> None:
     setup = Setup(path, device, model.dtype, model.token_bytes, memory_bytes)
     full: Answers = {}
     given: Answers = {}
-    rows: dict[str, list[Distribution]] = {}
+    read: dict[str, list[Distribution]] = {}
 
     def load(name: str, url: str, probe: Probe) -> Iterator[Stage]:
         yield from run_chats(url, probe, full, full if name == STOCK else given)
-        rows[name] = distributions(url, model.tokenizer, full)
+        read[name] = distributions(url, model.tokenizer, full)
 
     runs = _serve_both(setup, CHATS_NOTE, {name: partial(load, name) for name in POOLS})
-    found = compare(full, given, rows[STOCK], rows[OURS])
+    found = compare(full, given, read[STOCK], read[OURS])
     print(f"\n{side_by_side(full, given)}\n\n{table(runs)}\n\n{summary(found)}\n\n{CHATS_NOTE}")
 
 

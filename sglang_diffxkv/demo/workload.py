@@ -87,7 +87,7 @@ class Conversation:
 
     def _say(self, text: str) -> str:
         self._messages.append({"role": "user", "content": text})
-        answer = _chat(self._client, self._messages)
+        answer = chat(self._client, self._messages)
         self._messages.append({"role": "assistant", "content": answer})
         return answer
 
@@ -98,7 +98,7 @@ def run_load(url: str, probe: Probe, size: Size) -> Iterator[Stage]:
     Args:
         size: tokens of a text.
     """
-    client = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client = connect(url)
     chats = [Conversation(client, user, size) for user in range(USERS)]
 
     for turn in range(TOLD_TURNS):
@@ -129,7 +129,7 @@ def _ask(client: OpenAI, size: Size) -> list[bool]:
 
     def ask(number: int) -> bool:
         question = report.questions[number]
-        return _chat(client, _messages(report, number)) == question.answer
+        return chat(client, _messages(report, number)) == question.answer
 
     # Alone, as the user who opens the report does: requests sent at once cannot share it yet.
     return [ask(0), *_together(ask, range(1, len(report.questions)))]
@@ -142,7 +142,7 @@ def _fill_forms(client: OpenAI, size: Size) -> list[bool]:
 
     def fill(number: int) -> bool:
         sample = _sample("record", RECORD_TOKENS, 1, size, seed=number)
-        text = _chat(client, _messages(sample, 0), response_format=response_format)
+        text = chat(client, _messages(sample, 0), response_format=response_format)
         form = json.loads(text)
         if sorted(form) != sorted(FIELDS):
             raise RuntimeError(f"an answer does not follow the schema: {text}")
@@ -171,9 +171,15 @@ def _messages(sample: Sample, number: int) -> list[Any]:
     return [{"role": role, "content": text} for role, text in asked]
 
 
-def _chat(client: OpenAI, messages: list[Any], **options: Any) -> str:
+def connect(url: str) -> OpenAI:
+    """The OpenAI-compatible API of the server at `url`."""
+    return OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+def chat(client: OpenAI, messages: list[Any], max_tokens: int = 64, **options: Any) -> str:
+    """The answer to a conversation, greedily."""
     answer = client.chat.completions.create(
-        model="default", messages=messages, max_tokens=64, temperature=0, **options
+        model="default", messages=messages, max_tokens=max_tokens, temperature=0, **options
     )
     return (answer.choices[0].message.content or "").strip()
 

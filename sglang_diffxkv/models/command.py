@@ -34,13 +34,13 @@ def find_model(text: str) -> Path:
     Raises:
         ModelError: a known model that our backend refuses, or that cannot be had.
     """
-    for model in KNOWN:
-        if model.name == text and model.refused:
-            raise ModelError(f"{text}: {model.refused}")
-        if model.name == text:
-            print(describe(model), flush=True)
-            return prepare(text)
-    return Path(text)
+    if text not in (model.name for model in KNOWN):
+        return Path(text)
+    model = find_known(text)
+    if model.refused:
+        raise ModelError(f"{text}: {model.refused}")
+    print(describe(model), flush=True)
+    return prepare(text)
 
 
 def describe(model: KnownModel) -> str:

@@ -3,10 +3,11 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from random import Random
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 Filler = Callable[[Random], Iterator[str]]
 """Endless sentences that say nothing of use."""
+_Item = TypeVar("_Item")
 Message = tuple[str, str]
 """Role (`user` or `assistant`) and text."""
 
@@ -72,6 +73,6 @@ def hide(scene: Scene, needles: Sequence[str]) -> str:
     return " ".join(hay)
 
 
-def pick(scene: Scene, items: Sequence[str]) -> Sequence[str]:
+def pick(scene: Scene, items: Sequence[_Item]) -> Sequence[_Item]:
     """As many of `items` as questions are to be asked, in random order."""
     return scene.rng.sample(items, min(scene.questions, len(items)))

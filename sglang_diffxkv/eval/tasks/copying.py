@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repeating a list: every word of the answer must be found in turn."""
 
-from sglang_diffxkv.eval.tasks.base import Question, Sample, Scene, hide
+from sglang_diffxkv.eval.tasks.base import Question, Sample, Scene, hide, pick
 from sglang_diffxkv.eval.tasks.words import WORDS
 
 _SHORTEST, _LONGEST = 4, 16
@@ -20,9 +20,8 @@ def copy(scene: Scene) -> Sample:
         needles.append(f"List {name}: {' '.join(lists[name])}.")
         length += scene.size(f" {needles[-1]}")
     text = hide(scene, needles)
-    asked = rng.sample(list(lists), min(scene.questions, len(lists)))
     questions = [
         Question(f"Repeat the list {name}?", " ".join(lists[name]), (" ".join(lists[name]),))
-        for name in asked
+        for name in pick(scene, list(lists))
     ]
     return Sample((("user", text),), tuple(questions))

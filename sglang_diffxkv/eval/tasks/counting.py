@@ -33,7 +33,7 @@ def fwe(scene: Scene) -> Sample:
     """RULER's frequent words: frequencies fall off as a power law; the most frequent is asked."""
     rng = scene.rng
     kinds = rng.sample(WORDS, _KINDS)
-    weights = [rank**-_ZIPF for rank in range(1, _KINDS + 1)]
+    weights = [place**-_ZIPF for place in range(1, _KINDS + 1)]
     words = rng.choices(kinds, weights, k=_words(scene))
     top = max(kinds, key=words.count)
     return _sample(words, Question("Which word is most frequent?", top, (top,)))

@@ -40,12 +40,12 @@ def kv_lookup(scene: Scene) -> Sample:
             break
         table[key] = scene.rng.choice(WORDS)
         length += scene.size(f" {key} = {table[key]},")
-    rows = ", ".join(f"{key} = {value}" for key, value in table.items())
+    pairs = ", ".join(f"{key} = {value}" for key, value in table.items())
     questions = [
         Question(f"What is the value of {key}?", table[key], (table[key],))
         for key in pick(scene, list(table))
     ]
-    return Sample((("user", f"Table: {rows}."),), tuple(questions))
+    return Sample((("user", f"Table: {pairs}."),), tuple(questions))
 
 
 def _triples(scene: Scene, keys: list[str]) -> list[tuple[str, ...]]:

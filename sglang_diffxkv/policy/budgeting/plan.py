@@ -50,6 +50,11 @@ class Shape:
     high: str
     low: str
 
+    @property
+    def model(self) -> tuple[int, int, int]:
+        """[L, H, D]: what the model says, the tiers apart."""
+        return self.layers, self.kv_heads, self.head_dim
+
     @classmethod
     def of(cls, layout: PageLayout, num_layers: int) -> Shape:
         heads, dim = layout.num_kv_heads, layout.head_dim
@@ -128,10 +133,10 @@ def load_plan(path: Path, shape: Shape) -> SavedPlan:
         if sketch.tokens.shape[:2] != (other.layers, other.kv_heads):
             raise ValueError("sketch and shape differ")
         key_means = None if found["key_means"] is None else torch.tensor(found["key_means"])
-        if key_means is not None:
-            expected = other.layers, other.kv_heads, other.head_dim
-            if key_means.shape != expected or not bool(key_means.isfinite().all()):
-                raise ValueError("key means of another shape, or no numbers")
+        if key_means is not None and (
+            key_means.shape != other.model or not bool(key_means.isfinite().all())
+        ):
+            raise ValueError("key means of another shape, or no numbers")
         if FORMATS[other.high].key_bits != FORMATS[shape.high].key_bits:
             key_means = None
     except OSError as error:
@@ -142,11 +147,7 @@ def load_plan(path: Path, shape: Shape) -> SavedPlan:
         raise ConfigError(
             f"plan {path} is not one that `sglang-diffxkv calibrate` writes"
         ) from None
-    if (other.layers, other.kv_heads, other.head_dim) != (
-        shape.layers,
-        shape.kv_heads,
-        shape.head_dim,
-    ):
+    if other.model != shape.model:
         raise ConfigError(
             f"plan {path} is of a model with {other.layers} layers of {other.kv_heads} KV heads "
             f"of {other.head_dim}, this one has {shape.layers} of {shape.kv_heads} of "

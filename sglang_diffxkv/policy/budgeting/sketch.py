@@ -87,13 +87,13 @@ class ImportanceSketch:
     def to_json(self) -> dict[str, Any]:
         """Non-empty bins: ``[layer, head, bin, tokens, mass]`` each."""
         where = self.tokens.nonzero()
-        rows = zip(
+        filled = zip(
             where.tolist(),
             self.tokens[tuple(where.T)].tolist(),
             self.mass[tuple(where.T)].tolist(),
             strict=True,
         )
-        bins = [[*place, float(f"{n:.6g}"), float(f"{mass:.6g}")] for place, n, mass in rows]
+        bins = [[*place, float(f"{n:.6g}"), float(f"{mass:.6g}")] for place, n, mass in filled]
         return {"layers": len(self.tokens), "kv_heads": self.tokens.shape[1], "bins": bins}
 
     @classmethod

@@ -46,10 +46,10 @@ def fwe(scene: Scene) -> Sample:
         dict.fromkeys("".join(rng.choices(ascii_lowercase, k=6)) for _ in range(scene.budget))
     )
     count = scene.budget * 64 // scene.size(" ".join(kinds[:64]))
-    total = sum(rank**-_ZIPF for rank in range(1, len(kinds) + 1))
+    total = sum(place**-_ZIPF for place in range(1, len(kinds) + 1))
     words: list[str] = []
-    for rank, kind in enumerate(kinds, 1):
-        words += [kind] * max(1, round(count * rank**-_ZIPF / total))
+    for place, kind in enumerate(kinds, 1):
+        words += [kind] * max(1, round(count * place**-_ZIPF / total))
         if len(words) >= count:
             break
     rng.shuffle(words)

@@ -3,7 +3,7 @@
 
 from itertools import product
 
-from sglang_diffxkv.eval.tasks.base import Message, Sample, Scene, hide
+from sglang_diffxkv.eval.tasks.base import Message, Sample, Scene, hide, pick
 from sglang_diffxkv.eval.tasks.english.base import QA_TOKENS, question, spell
 from sglang_diffxkv.eval.tasks.recall import ATTRIBUTES, PEOPLE, REPLY
 
@@ -34,6 +34,6 @@ def recall(scene: Scene) -> Sample:
             [facts[kind, who]],
             QA_TOKENS,
         )
-        for kind, who in scene.rng.sample(list(facts), min(scene.questions, len(facts)))
+        for kind, who in pick(scene, list(facts))
     ]
     return Sample(tuple(context), tuple(questions))

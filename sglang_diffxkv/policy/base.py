@@ -48,7 +48,8 @@ class TierPolicy(ABC):
 
     name: ClassVar[str]
     settings: ClassVar[type[PolicySettings]] = PolicySettings
-    """Dataclass of the settings that the policy reads: these, or an extension that has knobs."""
+    """What the policy reads of the configuration, which is made of these and of their extensions:
+    `target`, say, means something to a policy with `TargetSettings`, and is refused by others."""
     needs_scores: ClassVar[bool] = False
     """Whether importance is read; where not, nothing has to be scored before sealing."""
     can_shrink: ClassVar[bool] = True

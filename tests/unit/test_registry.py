@@ -55,6 +55,34 @@ def test_what_cannot_be_used_is_refused(
         policy_class("mine")
 
 
+SETTLED = """
+from sglang_diffxkv.policy.budgeting.target import TargetSettings
+from sglang_diffxkv.policy.methods.uniform import UniformPolicy
+
+class Plain(UniformPolicy):
+    name = "plain"
+
+class Targeted(UniformPolicy):
+    name, settings = "targeted", TargetSettings
+"""
+
+
+def test_settings_are_those_that_a_policy_declares(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = "plain = acme_policies:Plain\ntargeted = acme_policies:Targeted"
+    install(tmp_path, monkeypatch, SETTLED, points)
+    config = DiffXKVConfig(policy="targeted", target=4.0)
+    assert policy_of(config, SHAPE).config == config
+    for refused in (
+        DiffXKVConfig(policy="plain", target=4.0),
+        DiffXKVConfig(policy="targeted", target=4.0, high_layers=(0,)),
+    ):
+        with pytest.raises(ConfigError, match=f"{refused.policy!r} has no use for") as caught:
+            policy_of(refused, SHAPE)
+        assert "diffxkv" not in str(caught.value)
+
+
 def test_ours_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install(tmp_path, monkeypatch, "diffxkv = 3", "diffxkv = acme_policies:diffxkv")
     assert policy_class("diffxkv") is POLICIES["diffxkv"]

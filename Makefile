@@ -13,7 +13,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Where `make env` has put uv, if there was none: models are downloaded with it.
 export PATH := $(PATH):$(CURDIR)/.uv/bin
 
-.PHONY: demo test bench compile-kernels bench-gpu gpu-pack gpu-run sanitize lint types format env clean
+.PHONY: demo test test-fast bench compile-kernels bench-gpu gpu-pack gpu-run sanitize lint types format env clean
 
 # MODEL=smollm2 brings a model that people use, MODEL=/folder takes a checkpoint that is there.
 demo: env
@@ -25,17 +25,25 @@ test: env
 else
 # The tests of servers keep little more than one core busy: the others run beside them, and after
 # them servers that nobody else uses. Those of kernels are a process of their own: without a GPU it
-# is one of Triton's interpreter.
+# is one of Triton's interpreter. Their failures are printed when they happen, their log at the end.
 OWN_SERVERS := $(addprefix tests/server/test_,public_reports.py sglang_kits.py tp.py)
 test: env
 	@mkdir -p build
 	@(export OMP_NUM_THREADS=1; failed=0; \
 		for tests in tests/kernels tests/unit "$(OWN_SERVERS)"; do \
 			$(BIN)/python -m pytest $$tests || failed=1; \
-		done; exit $$failed) >build/others.log 2>&1 & \
+		done; exit $$failed) >build/others.log & \
 	$(BIN)/python -m pytest tests/server $(addprefix --ignore=,$(OWN_SERVERS)); servers=$$?; \
 	wait $$!; others=$$?; cat build/others.log; exit $$((servers | others))
 endif
+
+# Unit tests that take seconds, in two processes: under two minutes on two cores.
+POOLS := $(addprefix tests/unit/test_,store.py allocator.py tp.py demotion.py policy.py workspace.py)
+FAST := pytest -q -m "not slow and not server"
+test-fast: env
+	@export OMP_NUM_THREADS=1; $(BIN)/python -m $(FAST) $(POOLS) & \
+	OMP_NUM_THREADS=1 $(BIN)/python -m $(FAST) tests/unit $(addprefix --ignore=,$(POOLS)); rest=$$?; \
+	wait $$!; pools=$$?; exit $$((pools | rest))
 
 BENCHES := kernels.decode kernels.extend kernels.formats \
 	serving.capacity serving.sharing serving.throughput serving.demotion serving.cost \

@@ -32,6 +32,7 @@ def run(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_dry_run_without_sglang_and_flashinfer(tmp_path: Path) -> None:
     """The whole command on small inputs, where SGLang and FlashInfer cannot be imported."""
     for name in ("sglang", "flashinfer"):

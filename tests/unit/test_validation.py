@@ -225,6 +225,7 @@ def test_tokenizer_workers_serve_our_application(
     resolve(model, *OURS)
 
 
+@pytest.mark.slow
 def test_programs_that_parse_arguments_load_plugins(model: str) -> None:
     """The program in the documentation, up to where it serves."""
     docs = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
@@ -234,6 +235,7 @@ def test_programs_that_parse_arguments_load_plugins(model: str) -> None:
     assert "attention_backend='diffxkv'" in run.stdout, run.stderr
 
 
+@pytest.mark.slow
 def test_arguments_that_were_resolved_without_us(model: str) -> None:
     program = (
         "import sys\n"
@@ -406,6 +408,7 @@ def test_engine_reads_the_environment_and_gets_exceptions(
         refused.resolve_once()
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_a_refused_launch_prints_one_line_and_no_traceback(model: str) -> None:
     sglang = str(Path(sys.executable).with_name("sglang"))

@@ -37,14 +37,14 @@ _SETTLE_S = 60.0
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_server_options(parser)
-    parser.add_argument("--length", type=int, default=1024, help="tokens of synthetic prompts")
-    parser.add_argument("--samples", type=int, default=8, help="synthetic prompts of each task")
     parser.add_argument(
         "--prompts",
         type=Path,
         metavar="FILE",
         help='text, a prompt per line, or JSON lines with a "prompt" or "text"; default: synthetic',
     )
+    parser.add_argument("--length", type=int, default=1024, help="tokens of synthetic prompts")
+    parser.add_argument("--samples", type=int, default=8, help="synthetic prompts of each task")
     parser.add_argument("--target", type=float, help="as in the configuration")
     parser.add_argument(
         "--config", default="{}", metavar="JSON", help="other settings of --diffxkv-config"

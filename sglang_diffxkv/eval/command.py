@@ -58,18 +58,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", default="50", help="per task and length (default: %(default)s)"
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        metavar="FILE.json",
-        help="write the rows here, and beside it a page (.md) and a plot (.png)",
-    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--target-compression",
         default="",
         metavar="X[,X...]",
         help="set the knob of each policy that has one so that its physical compression is X",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json",
+        help="write the rows here, and beside it a page (.md) and a plot (.png)",
     )
 
 

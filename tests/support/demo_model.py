@@ -33,11 +33,11 @@ class DemoModel(NamedTuple):
     heads: int = 8
     kv_heads: int = 2
     head_dim: int = 64
-    dtype: str = "float32"
-    """Of the stored weights."""
     hidden: int = 256
     vocab: int = 320
     """Token ids 0-255 are bytes, then SPECIAL_TOKENS, then reserved ones up to this."""
+    dtype: str = "float32"
+    """Of the stored weights."""
     seed: int = 0
     max_position: int = 8192
 

@@ -184,9 +184,11 @@ def test_values_stay_close(high: str, low: str) -> None:
             assert (rows - expected).norm() <= 3 / 2**low_bits * centred
 
 
-def test_page_that_would_not_shrink_keeps_its_payload() -> None:
+@pytest.mark.parametrize("heads", [1, 2])
+def test_page_that_would_not_shrink_keeps_its_payload(heads: int) -> None:
     """Where only sinks are high, the first demotion frees nothing."""
-    store, pages, _ = sealed_store(3, alpha_high=1e9, alpha_low=1e-9)
+    shape = STORE._replace(heads=heads)
+    store, pages, _ = sealed_store(3, shape=shape, alpha_high=1e9, alpha_low=1e-9)
     frames = store.directory.frames[:, pages].clone()
     demote(store, pages)
     assert torch.equal(store.directory.frames[:, pages], frames)

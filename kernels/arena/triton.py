@@ -11,7 +11,14 @@ import torch
 import triton
 
 from sglang_diffxkv.kernels import arena
-from sglang_diffxkv.kernels.arena.triton_kernels import count_kernel, return_kernel, take_kernel
+from sglang_diffxkv.kernels.arena.triton_kernels import (
+    Blocks,
+    FrameTable,
+    FreeStack,
+    count_kernel,
+    return_kernel,
+    take_kernel,
+)
 from sglang_diffxkv.kernels.gpu.launch import launch
 
 OWNERS = 128
@@ -33,16 +40,13 @@ def take_frames(
     launch(
         take_kernel,
         (blocks,),
-        stack=stack,
-        n_free=n_free,
+        stack=FreeStack(stack, n_free),
         counts=counts,
         before=_counted(counts, n_free, blocks, OWNERS, ids=False),
-        frames=frames,
+        frames=FrameTable(frames, max_frames),
         owners=len(counts),
-        max_frames=max_frames,
-        BLOCK=OWNERS,
         COLUMNS=triton.next_power_of_2(max_frames),
-        SUMS=SUMS,
+        BLOCKS=Blocks(OWNERS, SUMS),
         num_warps=NUM_WARPS,
     )
     return frames
@@ -55,13 +59,11 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
     launch(
         return_kernel,
         (blocks,),
-        stack=stack,
-        n_free=n_free,
+        stack=FreeStack(stack, n_free),
         ids=ids,
         before=_counted(ids, n_free, blocks, IDS, ids=True),
         entries=len(ids),
-        BLOCK=IDS,
-        SUMS=SUMS,
+        BLOCKS=Blocks(IDS, SUMS),
         num_warps=NUM_WARPS,
     )
 

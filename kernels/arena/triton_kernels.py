@@ -7,8 +7,38 @@ first launch therefore puts in front of the sums of blocks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+
+
+class FreeStack(NamedTuple):
+    """int32 [F] and int32 [1], as `kernels.arena` describes them."""
+
+    ids: torch.Tensor
+    n_free: torch.Tensor
+
+
+class FrameTable(NamedTuple):
+    """int32 [owners, width], frames of each owner."""
+
+    ids: torch.Tensor
+    width: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How much a program looks at.
+
+    Attributes:
+        size: owners or ids. sums: of earlier blocks, at a time.
+    """
+
+    size: int
+    sums: int
 
 
 @triton.jit(do_not_specialize=["entries"])
@@ -30,50 +60,47 @@ def count_kernel(x, n_free, sums, entries, IDS: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit(do_not_specialize=["owners"])
 def take_kernel(
-    stack,
-    n_free,
+    stack: FreeStack,
     counts,
     before,
-    frames,
+    frames: FrameTable,
     owners,
-    max_frames,
-    BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
-    SUMS: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     """Grid (blocks,): a row of frames for each owner, from the top of the stack downwards.
 
     Args:
-        before: sums of `count_kernel`. frames: int32 [owners, max_frames].
-        COLUMNS: max_frames, padded to a power of two.
+        before: sums of `count_kernel`.
+        COLUMNS: the table's width, padded to a power of two.
     """
     block = tl.program_id(0)
-    owner = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    owner = block.to(tl.int64) * BLOCKS.size + tl.arange(0, BLOCKS.size)
     count = tl.load(counts + owner, mask=owner < owners, other=0).to(tl.int32)
-    top = tl.load(before) - _sum(before + 1, block, SUMS)
+    top = tl.load(before) - _sum(before + 1, block, BLOCKS.sums)
     first = top - 1 - (tl.cumsum(count) - count)
     column = tl.arange(0, COLUMNS)[None, :]
     wanted = column < count[:, None]
     place = first[:, None] - column
-    taken = tl.where(wanted, tl.load(stack + place, mask=wanted, other=0) + place, -1)
-    inside = (owner < owners)[:, None] & (column < max_frames)
-    tl.store(frames + owner[:, None] * max_frames + column, taken, mask=inside)
+    taken = tl.where(wanted, tl.load(stack.ids + place, mask=wanted, other=0) + place, -1)
+    inside = (owner < owners)[:, None] & (column < frames.width)
+    tl.store(frames.ids + owner[:, None] * frames.width + column, taken, mask=inside)
     if block == tl.num_programs(0) - 1:
-        tl.store(n_free, top - tl.sum(count))
+        tl.store(stack.n_free, top - tl.sum(count))
 
 
 @triton.jit(do_not_specialize=["entries"])
-def return_kernel(stack, n_free, ids, before, entries, BLOCK: tl.constexpr, SUMS: tl.constexpr):
+def return_kernel(stack: FreeStack, ids, before, entries, BLOCKS: tl.constexpr):
     """Grid (blocks,): the ids >= 0 go on top of the stack, in their order."""
     block = tl.program_id(0)
-    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    index = block.to(tl.int64) * BLOCKS.size + tl.arange(0, BLOCKS.size)
     frame = tl.load(ids + index, mask=index < entries, other=-1)
     valid = (frame >= 0).to(tl.int32)
-    base = _sum(before, block + 1, SUMS)
+    base = _sum(before, block + 1, BLOCKS.sums)
     place = base + tl.cumsum(valid) - 1
-    tl.store(stack + place, frame - place, mask=frame >= 0)
+    tl.store(stack.ids + place, frame - place, mask=frame >= 0)
     if block == tl.num_programs(0) - 1:
-        tl.store(n_free, base + tl.sum(valid))
+        tl.store(stack.n_free, base + tl.sum(valid))
 
 
 @triton.jit

@@ -35,7 +35,7 @@ from sglang_diffxkv.kernels.gpu.payload import (
     load_meta_at,
     load_rows,
 )
-from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, sections
+from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, record_counts, sections
 
 
 class PageRange(NamedTuple):
@@ -94,7 +94,7 @@ def attend_tier(q, score_scale, pages, sealed, part, IS_HIGH: tl.constexpr, TRAI
         record = sealed.heads + page.to(tl.int64) * sealed.heads_stride
         base = tl.load(record, mask=valid, other=0)
         word = tl.load(record + 1, mask=valid, other=0)
-        n_high, n_low = word & 0xFF, word >> 8 & 0xFF
+        n_high, n_low = record_counts(word)
         starts = sections(n_high, n_low, LAYOUT)
         counts = n_high if IS_HIGH else n_low
         ends = tl.cumsum(counts, 0)

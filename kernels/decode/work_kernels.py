@@ -10,6 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_diffxkv.kernels.gpu.sections import record_counts
+
 # Batches come in all sizes: what depends on theirs is not to be compiled for each.
 
 BLOCK: tl.constexpr = tl.constexpr(1024)
@@ -70,7 +72,8 @@ def _page_costs(listed, count, raw_slot, heads, page_stride, at, TRAITS: tl.cons
         sealed = real & ~is_open[:, None]
     record = heads + page.to(tl.int64)[:, None] * page_stride + head[None, :] * 2
     word = tl.load(record + 1, mask=sealed, other=0)
-    return open_cost, (word & 0xFF) * TRAITS.high_cost, (word >> 8 & 0xFF) * TRAITS.low_cost
+    n_high, n_low = record_counts(word)
+    return open_cost, n_high * TRAITS.high_cost, n_low * TRAITS.low_cost
 
 
 @triton.jit

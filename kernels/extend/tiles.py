@@ -27,7 +27,7 @@ from sglang_diffxkv.kernels.gpu.payload import (
     load_words_at,
     unpack_words,
 )
-from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, sections
+from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, record_counts, sections
 
 HEADROOM: tl.constexpr = tl.constexpr(4)
 """The largest weight of a row so far is 2**4: times value scales, which may be up to 4,000, it does
@@ -200,7 +200,7 @@ def attend_tier(state, queries, rows, sealed, pages, IS_HIGH: tl.constexpr, TRAI
         record = sealed.heads + page.to(tl.int64) * (TRAITS.shape.kv_heads * 2)
         offset = tl.load(record, mask=inside, other=0)
         word = tl.load(record + 1, mask=inside, other=0)
-        n_high, n_low = word & 0xFF, word >> 8
+        n_high, n_low = record_counts(word)
         starts = sections(n_high, n_low, LAYOUT)
         counts = n_high if IS_HIGH else n_low
         ends = tl.cumsum(counts, 0)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.extend.rows import load_queries, locate_rows, read_rows, store_rows
+from sglang_diffxkv.kernels.gpu.sections import record_counts
 from sglang_diffxkv.kernels.merge.state import AttentionState
 
 PAGES: tl.constexpr = tl.constexpr(512)
@@ -43,8 +44,8 @@ def starts_kernel(heads, heads_stride, pages, count, starts, capacity, HEADS: tl
         listed = first + tl.arange(0, PAGES)
         inside = listed < count
         page = tl.load(pages + listed, mask=inside, other=0).to(tl.int64)
-        kept = tl.load(heads + page * heads_stride, mask=inside, other=0)
-        kept = (kept & 0xFF) + (kept >> 8)
+        n_high, n_low = record_counts(tl.load(heads + page * heads_stride, mask=inside, other=0))
+        kept = n_high + n_low
         tl.store(starts + (listed + 1) * HEADS, start + tl.cumsum(kept, 0), mask=inside)
         start += tl.sum(kept, 0)
 

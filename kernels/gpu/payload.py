@@ -20,46 +20,6 @@ CODE_UNIT: tl.constexpr = tl.constexpr(2.0**24)
 
 
 @triton.jit
-def align_up(x, MULTIPLE: tl.constexpr):
-    return (x + (MULTIPLE - 1)) // MULTIPLE * MULTIPLE
-
-
-@triton.jit
-def section_starts(
-    n_high,
-    n_low,
-    KEY_HIGH: tl.constexpr,
-    VALUE_HIGH: tl.constexpr,
-    KEY_LOW: tl.constexpr,
-    VALUE_LOW: tl.constexpr,
-    META_HIGH: tl.constexpr,
-    META_LOW: tl.constexpr,
-):
-    """`PageLayout.sections` for int32 tensors of counts.
-
-    Args:
-        KEY_HIGH ... META_LOW: bytes of a row of each section; 0 for the meta of raw tiers.
-
-    Returns:
-        Starts of the sections: key and value high, key and value low, meta high
-        and low, token metadata.
-    """
-    value_high = align_up(n_high * KEY_HIGH, VALUE_HIGH)
-    key_low = align_up(value_high + n_high * VALUE_HIGH, KEY_LOW)
-    value_low = align_up(key_low + n_low * KEY_LOW, VALUE_LOW)
-    cursor = value_low + n_low * VALUE_LOW
-    meta_high = cursor
-    if META_HIGH:
-        meta_high = align_up(cursor, META_HIGH)
-        cursor = meta_high + n_high * META_HIGH
-    meta_low = cursor
-    if META_LOW:
-        meta_low = align_up(cursor, META_LOW)
-        cursor = meta_low + n_low * META_LOW
-    return n_high * 0, value_high, key_low, value_low, meta_high, meta_low, align_up(cursor, 2)
-
-
-@triton.jit
 def arena_offset(frames, virtual, mask, FRAME_BYTES: tl.constexpr, ALIGN: tl.constexpr):
     """Byte offsets in the arena, int64 [N], of positions in the virtual space of (page, layer)s.
 

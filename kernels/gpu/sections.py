@@ -8,7 +8,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from sglang_diffxkv.kernels.gpu.payload import align_up
 from sglang_diffxkv.kernels.gpu.views import SealedView
 
 
@@ -22,6 +21,17 @@ class SectionStarts(NamedTuple):
     meta_high: tl.tensor
     meta_low: tl.tensor
     token_metadata: tl.tensor
+
+
+@triton.jit
+def record_counts(word):
+    """n_high and n_low of words 1 of the directory's records: `layout.head_counts`."""
+    return word & 0xFF, word >> 8
+
+
+@triton.jit
+def align_up(x, MULTIPLE: tl.constexpr):
+    return (x + (MULTIPLE - 1)) // MULTIPLE * MULTIPLE
 
 
 @triton.jit

@@ -30,7 +30,8 @@ class RawTokens(NamedTuple):
     """The tokens of S pages of one layer, full, as a raw tier would hold them.
 
     Attributes:
-        keys, values: [R, 64, H, D], fp32, bf16 or fp16; the elements of a row are adjacent.
+        keys, values: [R, 64, H, D], fp32, bf16 or fp16; pages may be strided, the rest is
+            contiguous.
         slots: int32 or int64 [S], which of these R each page is.
     """
 
@@ -91,9 +92,10 @@ def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
             The arena is written; bytes between sections are left as they are.
 
     Raises:
-        ValueError: elements of raw rows are not adjacent.
+        ValueError: raw pages are not contiguous.
     """
-    if raw.keys.stride(3) != 1 or raw.values.stride(3) != 1:
+    inner = tables.layout.num_kv_heads * tables.layout.head_dim, tables.layout.head_dim, 1
+    if raw.keys.stride()[1:] != inner or raw.values.stride()[1:] != inner:
         raise ValueError(f"strides of raw pages {raw.keys.stride()}, {raw.values.stride()}")
     pack.on(tables.arena)(raw, grades, tables)
 

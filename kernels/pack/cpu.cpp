@@ -12,10 +12,10 @@
 namespace diffxkv {
 namespace {
 
-// Raw pages [R, 64, H, D] of one side (keys or values); D has unit stride.
+// Raw pages [R, 64, H, D] of one side (keys or values), `stride` elements apart.
 struct RawPages {
     const uint8_t* data;
-    int64_t page, token, head;  // strides
+    int64_t stride;
 };
 
 struct RawTokens {
@@ -75,12 +75,13 @@ struct Head {
 };
 
 // Writes the key or value rows of one tier; `meta` is the first scale of the side, 4 words a token.
-void write_rows(const Head& head, int64_t start, int64_t bits, const RawPages& raw, DType dtype,
-                const uint8_t* first, const Chosen& chosen, float* row, Half* meta) {
+void write_rows(const Head& head, int64_t start, int64_t bits, const uint8_t* first, DType dtype,
+                const Chosen& chosen, float* row, Half* meta) {
     const int64_t dim = head.layout.head_dim, row_bytes = head.layout.row_bytes(bits);
+    const int64_t token_bytes = head.layout.kv_heads * dim * itemsize(dtype);
     auto write = [&](uint8_t* out, int64_t at, int64_t rows) {
         for (int64_t i = at; i < at + rows; ++i, out += row_bytes) {
-            const uint8_t* source = first + chosen.tokens[i] * raw.token * itemsize(dtype);
+            const uint8_t* source = first + chosen.tokens[i] * token_bytes;
             if (bits == 0) {
                 std::memcpy(out, source, row_bytes);
                 continue;
@@ -96,7 +97,8 @@ void pack_head(const Head& head, const RawTokens& raw, int64_t page, int64_t num
                const uint8_t* tiers, const uint8_t* importance, float* row) {
     const auto dtype = static_cast<DType>(raw.dtype);
     auto first = [&](const RawPages& side) {
-        return side.data + (raw.slots[page] * side.page + number * side.head) * itemsize(dtype);
+        const int64_t at = raw.slots[page] * side.stride + number * head.layout.head_dim;
+        return side.data + at * itemsize(dtype);
     };
     int64_t metadata = head.record.offset + head.at.token_metadata;
     for (uint8_t code : {kHigh, kLow}) {
@@ -104,10 +106,9 @@ void pack_head(const Head& head, const RawTokens& raw, int64_t page, int64_t num
         const TierSections& start = head.starts(code);
         const Chosen chosen = tokens_of_tier(tiers, code);
         Half meta[kPageTokens][4];
-        write_rows(head, start.key, tier.key_bits, raw.keys, dtype, first(raw.keys), chosen, row,
-                   meta[0]);
-        write_rows(head, start.value, tier.value_bits, raw.values, dtype, first(raw.values), chosen,
-                   row, meta[0] + 2);
+        write_rows(head, start.key, tier.key_bits, first(raw.keys), dtype, chosen, row, meta[0]);
+        write_rows(head, start.value, tier.value_bits, first(raw.values), dtype, chosen, row,
+                   meta[0] + 2);
         if (!tier.raw())
             head.payload.each_run(head.record.offset + start.meta, kMetaBytes, chosen.count,
                                   [&](uint8_t* out, int64_t i, int64_t rows) {

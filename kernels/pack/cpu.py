@@ -20,7 +20,7 @@ _copy_rows = CFunction("pack", "diffxkv_copy_rows")
 def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
     slots = raw.slots.long().contiguous()
     words = int64_words(
-        *(word for x in (raw.keys, raw.values) for word in (x.data_ptr(), *x.stride()[:3])),
+        *(word for x in (raw.keys, raw.values) for word in (x.data_ptr(), x.stride(0))),
         DTYPE_CODES[raw.keys.dtype],
         slots.data_ptr(),
         len(slots),

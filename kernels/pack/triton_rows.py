@@ -2,10 +2,12 @@
 """Triton functions that find, write and read the rows of tokens of either tier.
 
 A token is of one tier only, so both tiers are handled in one go: every token has one address per
-row, and what depends on the format is masked by tier. A tier of more than D bytes a row is raw.
+row, and what depends on the format is masked by tier. 0 bits are raw elements.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -16,20 +18,68 @@ from sglang_diffxkv.kernels.gpu.payload import (
     load_quarter,
     load_raw_quarter,
     plane_weight,
-    section_starts,
 )
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, record_counts, sections
+from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, TOKEN_METADATA_BYTES
 from sglang_diffxkv.kernels.pack.quantize import CLIP, FP16_MAX
 
 _TOKENS = tl.constexpr(PAGE_TOKENS)
+_META, _TOKEN_METADATA = tl.constexpr(META_BYTES), tl.constexpr(TOKEN_METADATA_BYTES)
 _FP16_MAX = tl.constexpr(FP16_MAX)
 _CLIP_2, _CLIP_4, _CLIP_8 = (tl.constexpr(CLIP[bits]) for bits in (2, 4, 8))
 _ROUND = tl.constexpr(1.5 * 2**23)
 """Added to a small number it rounds it, ties to even, and leaves it in the lowest bits."""
 
 
+class TierMask(NamedTuple):
+    """Which of N tokens are of these tiers: bool [N] each."""
+
+    high: tl.tensor
+    low: tl.tensor
+
+
+class RowOffsets(NamedTuple):
+    """Byte offsets in the arena of N tokens' rows: int64 [N] each."""
+
+    key: tl.tensor
+    value: tl.tensor
+    meta: tl.tensor
+    token_metadata: tl.tensor
+
+
+class StoredRows(NamedTuple):
+    """Key or value rows of N tokens.
+
+    Attributes:
+        arena: uint8 pointer. at: int64 [N], byte offsets.
+        raw: pointers [N] to the same rows as of the model's dtype.
+        scale, zero: fp32 [N]; not used for raw tiers.
+    """
+
+    arena: tl.tensor
+    raw: tl.tensor
+    at: tl.tensor
+    scale: tl.tensor
+    zero: tl.tensor
+
+
+class Quarters(NamedTuple):
+    """The four quarters (`gpu.payload`) of N rows: [N, BLOCK] each."""
+
+    q0: tl.tensor
+    q1: tl.tensor
+    q2: tl.tensor
+    q3: tl.tensor
+
+
+@triton.constexpr_function
+def quarter_block(dim):
+    """The power of two that a quarter of a row is padded to."""
+    return triton.next_power_of_2(dim // 4)
+
+
 @triton.jit
-def rank_in_tier(tiers, token):
+def ordinal_in_tier(tiers, token):
     """Tier codes of tokens, and their number among the head's tokens of the same tier.
 
     Args:
@@ -44,55 +94,50 @@ def rank_in_tier(tiers, token):
 
 
 @triton.jit
-def row_offsets(
-    entry,
-    frames,
-    high,
-    rank,
-    kept,
-    KEY_HIGH: tl.constexpr,
-    VALUE_HIGH: tl.constexpr,
-    KEY_LOW: tl.constexpr,
-    VALUE_LOW: tl.constexpr,
-    META_HIGH: tl.constexpr,
-    META_LOW: tl.constexpr,
-    FRAME_BYTES: tl.constexpr,
-):
-    """Byte offsets in the arena, int64 [N], of tokens' rows: key, value, meta, notes.
+def row_offsets(entry, frames, tier: TierMask, ordinal, LAYOUT: tl.constexpr):
+    """`RowOffsets` of tokens; of those of neither tier, and of meta of raw ones, they mean nothing.
 
     Args:
-        entry: pointer to the head's directory entry. frames: pointer to the page's frame table row.
-        high: bool [N], tier of each token. rank: int32 [N], its number in that tier.
-        kept: bool [N]; the offsets of other tokens, and of the meta of raw tiers, mean nothing.
+        entry: pointer to the head's directory record. frames: to the page's row of the frame table.
+        ordinal: int32 [N], number of each token in its tier.
     """
-    start = tl.load(entry)
-    counts = tl.load(entry + 1)
-    n_high = counts & 0xFF
-    key_high, value_high, key_low, value_low, meta_high, meta_low, notes = section_starts(
-        n_high, counts >> 8, KEY_HIGH, VALUE_HIGH, KEY_LOW, VALUE_LOW, META_HIGH, META_LOW
-    )
-    key = start + tl.where(high, key_high + rank * KEY_HIGH, key_low + rank * KEY_LOW)
-    value = start + tl.where(high, value_high + rank * VALUE_HIGH, value_low + rank * VALUE_LOW)
-    meta = start + tl.where(high, meta_high + rank * META_HIGH, meta_low + rank * META_LOW)
-    note = start + notes + tl.where(high, rank, n_high + rank) * 2
+    KEY_HIGH: tl.constexpr = bytes_of_row(LAYOUT, LAYOUT.high.key_bits)
+    KEY_LOW: tl.constexpr = bytes_of_row(LAYOUT, LAYOUT.low.key_bits)
+    VALUE_HIGH: tl.constexpr = bytes_of_row(LAYOUT, LAYOUT.high.value_bits)
+    VALUE_LOW: tl.constexpr = bytes_of_row(LAYOUT, LAYOUT.low.value_bits)
+    META_HIGH: tl.constexpr = _META if LAYOUT.high.key_bits else 0
+    META_LOW: tl.constexpr = _META if LAYOUT.low.key_bits else 0
     KEYS: tl.constexpr = KEY_HIGH | KEY_LOW
     VALUES: tl.constexpr = VALUE_HIGH | VALUE_LOW
-    return (
-        arena_offset(frames, tl.where(kept, key, 0), kept, FRAME_BYTES, KEYS & -KEYS),
-        arena_offset(frames, tl.where(kept, value, 0), kept, FRAME_BYTES, VALUES & -VALUES),
-        arena_offset(frames, tl.where(kept, meta, 0), kept, FRAME_BYTES, 8),
-        arena_offset(frames, tl.where(kept, note, 0), kept, FRAME_BYTES, 2),
+    high, kept = tier.high, tier.high | tier.low
+    start = tl.load(entry)
+    n_high, n_low = record_counts(tl.load(entry + 1))
+    at = sections(n_high, n_low, LAYOUT)
+    key = start + tl.where(high, at.key_high + ordinal * KEY_HIGH, at.key_low + ordinal * KEY_LOW)
+    value = start + tl.where(
+        high, at.value_high + ordinal * VALUE_HIGH, at.value_low + ordinal * VALUE_LOW
+    )
+    meta = start + tl.where(
+        high, at.meta_high + ordinal * META_HIGH, at.meta_low + ordinal * META_LOW
+    )
+    metadata = start + at.token_metadata + tl.where(high, ordinal, n_high + ordinal) * 2
+    BYTES: tl.constexpr = LAYOUT.frame_bytes
+    return RowOffsets(
+        arena_offset(frames, tl.where(kept, key, 0), kept, BYTES, KEYS & -KEYS),
+        arena_offset(frames, tl.where(kept, value, 0), kept, BYTES, VALUES & -VALUES),
+        arena_offset(frames, tl.where(kept, meta, 0), kept, BYTES, _META),
+        arena_offset(frames, tl.where(kept, metadata, 0), kept, BYTES, _TOKEN_METADATA),
     )
 
 
 @triton.jit
-def has_meta(high, low, META_HIGH: tl.constexpr, META_LOW: tl.constexpr):
-    """Which tokens of masks high and low, bool [N], are of a tier with metadata."""
-    mask = high & low
-    if META_HIGH:
-        mask = mask | high
-    if META_LOW:
-        mask = mask | low
+def has_meta(tier: TierMask, LAYOUT: tl.constexpr):
+    """Which tokens are of a tier with metadata: bool [N]."""
+    mask = tier.high & tier.low
+    if LAYOUT.high.key_bits:
+        mask = mask | tier.high
+    if LAYOUT.low.key_bits:
+        mask = mask | tier.low
     return mask
 
 
@@ -101,35 +146,33 @@ def write_rows(
     source,
     arena,
     at,
-    high,
-    low,
-    HIGH_BYTES: tl.constexpr,
-    LOW_BYTES: tl.constexpr,
+    tier: TierMask,
+    HIGH_BITS: tl.constexpr,
+    LOW_BITS: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Quantize key or value rows, as `quantize.quantize_rows` does, and store them.
+    """Quantize key or value rows, as `naive.quantize_row` does, and store them.
 
     Args:
         source: pointers [N] to rows of the model's dtype.
         at: int64 [N], byte offsets in the arena.
-        high, low: bool [N], which tokens are of these tiers.
-        BLOCK: the power of two that D / 4 is padded to.
 
     Returns:
         int64 [N], fp16 bits of the scale and, 16 bits above, of the zero; nonsense for raw tiers.
     """
     QUARTER: tl.constexpr = DIM // 4
+    BLOCK: tl.constexpr = quarter_block(DIM)
+    high, low = tier.high, tier.low
     kept = high | low
     x0 = load_raw_quarter(source, kept, 0, QUARTER, BLOCK)
     x1 = load_raw_quarter(source, kept, 1, QUARTER, BLOCK)
     x2 = load_raw_quarter(source, kept, 2, QUARTER, BLOCK)
     x3 = load_raw_quarter(source, kept, 3, QUARTER, BLOCK)
     raw = (arena + at).to(source.dtype)
-    if HIGH_BYTES > DIM:
-        _store_raw(raw, high, x0, x1, x2, x3, QUARTER, BLOCK)
-    if LOW_BYTES > DIM:
-        _store_raw(raw, low, x0, x1, x2, x3, QUARTER, BLOCK)
+    if HIGH_BITS == 0:
+        _store_quarters(raw, high, Quarters(x0, x1, x2, x3), DIM)
+    if LOW_BITS == 0:
+        _store_quarters(raw, low, Quarters(x0, x1, x2, x3), DIM)
 
     lowest = tl.minimum(tl.minimum(x0, x1), tl.minimum(x2, x3))
     highest = tl.maximum(tl.maximum(x0, x1), tl.maximum(x2, x3))
@@ -137,61 +180,54 @@ def write_rows(
         inside = (tl.arange(0, BLOCK) < QUARTER)[None, :]
         lowest = tl.where(inside, lowest, float("inf"))
         highest = tl.where(inside, highest, float("-inf"))
-    HIGH_BITS: tl.constexpr = HIGH_BYTES * 8 // DIM
-    LOW_BITS: tl.constexpr = LOW_BYTES * 8 // DIM
     levels = tl.where(high, _levels(HIGH_BITS), _levels(LOW_BITS))
     clip = tl.where(high, _clip(HIGH_BITS), _clip(LOW_BITS))
     scale, zero = _scale_and_zero(tl.min(lowest, axis=1), tl.max(highest, axis=1), levels, clip)
-    c0 = _codes(x0, scale, zero, levels)
-    c1 = _codes(x1, scale, zero, levels)
-    c2 = _codes(x2, scale, zero, levels)
-    c3 = _codes(x3, scale, zero, levels)
-    if HIGH_BYTES <= DIM:
-        _store_codes(arena, at, high, c0, c1, c2, c3, HIGH_BITS, QUARTER, BLOCK)
-    if LOW_BYTES <= DIM:
-        _store_codes(arena, at, low, c0, c1, c2, c3, LOW_BITS, QUARTER, BLOCK)
+    codes = Quarters(
+        _codes(x0, scale, zero, levels),
+        _codes(x1, scale, zero, levels),
+        _codes(x2, scale, zero, levels),
+        _codes(x3, scale, zero, levels),
+    )
+    if HIGH_BITS > 0:
+        _store_codes(arena + at, high, codes, HIGH_BITS, DIM)
+    if LOW_BITS > 0:
+        _store_codes(arena + at, low, codes, LOW_BITS, DIM)
     return _bits(scale) | _bits(zero) << 16
 
 
 @triton.jit
 def read_quarter(
-    arena,
-    raw,
-    at,
-    high,
-    low,
-    scale,
-    zero,
+    rows: StoredRows,
+    tier: TierMask,
     i: tl.constexpr,
-    HIGH_BYTES: tl.constexpr,
-    LOW_BYTES: tl.constexpr,
+    HIGH_BITS: tl.constexpr,
+    LOW_BITS: tl.constexpr,
     DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
-    """Quarter ``i`` of dequantized key or value rows, fp32 [N, BLOCK].
-
-    Args:
-        raw: pointers [N] to the same rows as of the model's dtype.
-        scale, zero: fp32 [N]; not used for raw tiers.
-        at, high, low, BLOCK: as in `write_rows`.
-    """
+    """Quarter ``i`` of dequantized key or value rows, fp32 [N, BLOCK]."""
     QUARTER: tl.constexpr = DIM // 4
-    codes = tl.zeros([at.shape[0], BLOCK], tl.float32)
-    if HIGH_BYTES <= DIM:
-        codes += _load_codes(arena, at, high, i, HIGH_BYTES * 8 // DIM, QUARTER, BLOCK)
-    if LOW_BYTES <= DIM:
-        codes += _load_codes(arena, at, low, i, LOW_BYTES * 8 // DIM, QUARTER, BLOCK)
-    x = codes * scale[:, None] + zero[:, None]
-    if HIGH_BYTES > DIM:
-        x = tl.where(high[:, None], load_raw_quarter(raw, high, i, QUARTER, BLOCK), x)
-    if LOW_BYTES > DIM:
-        x = tl.where(low[:, None], load_raw_quarter(raw, low, i, QUARTER, BLOCK), x)
+    BLOCK: tl.constexpr = quarter_block(DIM)
+    codes = tl.zeros([rows.at.shape[0], BLOCK], tl.float32)
+    if HIGH_BITS > 0:
+        codes += _load_codes(rows, tier.high, i, HIGH_BITS, DIM)
+    if LOW_BITS > 0:
+        codes += _load_codes(rows, tier.low, i, LOW_BITS, DIM)
+    x = codes * rows.scale[:, None] + rows.zero[:, None]
+    if HIGH_BITS == 0:
+        raw = load_raw_quarter(rows.raw, tier.high, i, QUARTER, BLOCK)
+        x = tl.where(tier.high[:, None], raw, x)
+    if LOW_BITS == 0:
+        raw = load_raw_quarter(rows.raw, tier.low, i, QUARTER, BLOCK)
+        x = tl.where(tier.low[:, None], raw, x)
     return x
 
 
 @triton.jit
-def store_quarter(rows, mask, x, i: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr):
+def store_quarter(rows, mask, x, i: tl.constexpr, DIM: tl.constexpr):
     """Store quarter ``i`` of rows, [N, BLOCK], at pointers [N], in the pointers' dtype."""
+    QUARTER: tl.constexpr = DIM // 4
+    BLOCK: tl.constexpr = quarter_block(DIM)
     column = tl.arange(0, BLOCK)
     inside = mask[:, None]
     if QUARTER != BLOCK:
@@ -201,53 +237,41 @@ def store_quarter(rows, mask, x, i: tl.constexpr, QUARTER: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _store_raw(rows, mask, x0, x1, x2, x3, QUARTER: tl.constexpr, BLOCK: tl.constexpr):
-    store_quarter(rows, mask, x0, 0, QUARTER, BLOCK)
-    store_quarter(rows, mask, x1, 1, QUARTER, BLOCK)
-    store_quarter(rows, mask, x2, 2, QUARTER, BLOCK)
-    store_quarter(rows, mask, x3, 3, QUARTER, BLOCK)
+def _store_quarters(rows, mask, x: Quarters, DIM: tl.constexpr):
+    store_quarter(rows, mask, x.q0, 0, DIM)
+    store_quarter(rows, mask, x.q1, 1, DIM)
+    store_quarter(rows, mask, x.q2, 2, DIM)
+    store_quarter(rows, mask, x.q3, 3, DIM)
 
 
 @triton.jit
-def _store_codes(
-    arena,
-    at,
-    mask,
-    c0,
-    c1,
-    c2,
-    c3,
-    BITS: tl.constexpr,
-    QUARTER: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Store codes int32 [N, BLOCK] of the four quarters of rows in split-plane order."""
-    rows = arena + at
+def _store_codes(rows, mask, codes: Quarters, BITS: tl.constexpr, DIM: tl.constexpr):
+    """Store codes int32 [N, BLOCK] of rows at pointers [N] in split-plane order."""
+    c0, c1, c2, c3 = codes.q0, codes.q1, codes.q2, codes.q3
     if BITS == 8:
-        _store_raw(rows, mask, c0, c1, c2, c3, QUARTER, BLOCK)
+        _store_quarters(rows, mask, codes, DIM)
     elif BITS == 4:
-        store_quarter(rows, mask, c0 | c2 << 4, 0, QUARTER, BLOCK)
-        store_quarter(rows, mask, c1 | c3 << 4, 1, QUARTER, BLOCK)
+        store_quarter(rows, mask, c0 | c2 << 4, 0, DIM)
+        store_quarter(rows, mask, c1 | c3 << 4, 1, DIM)
     else:
-        store_quarter(rows, mask, c0 | c1 << 2 | c2 << 4 | c3 << 6, 0, QUARTER, BLOCK)
+        store_quarter(rows, mask, c0 | c1 << 2 | c2 << 4 | c3 << 6, 0, DIM)
 
 
 @triton.jit
-def _load_codes(
-    arena, at, mask, i: tl.constexpr, BITS: tl.constexpr, QUARTER: tl.constexpr, BLOCK: tl.constexpr
-):
-    codes = load_quarter(arena, at, mask, i, BITS, QUARTER, BLOCK).to(tl.float32)
+def _load_codes(rows: StoredRows, mask, i: tl.constexpr, BITS: tl.constexpr, DIM: tl.constexpr):
+    BLOCK: tl.constexpr = quarter_block(DIM)
+    codes = load_quarter(rows.arena, rows.at, mask, i, BITS, DIM // 4, BLOCK).to(tl.float32)
     return codes * (CODE_UNIT * plane_weight(i, BITS))
 
 
 @triton.jit
 def _levels(BITS: tl.constexpr):
-    return 255.0 if BITS >= 8 else (15.0 if BITS == 4 else 3.0)
+    return 3.0 if BITS == 2 else (15.0 if BITS == 4 else 255.0)
 
 
 @triton.jit
 def _clip(BITS: tl.constexpr):
-    return _CLIP_8 if BITS >= 8 else (_CLIP_4 if BITS == 4 else _CLIP_2)
+    return _CLIP_2 if BITS == 2 else (_CLIP_4 if BITS == 4 else _CLIP_8)
 
 
 @triton.jit

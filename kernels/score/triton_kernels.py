@@ -8,18 +8,70 @@ that several sequences share is added to by several programs, in any order.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.gpu.ragged import sequence_of_entry
+from sglang_diffxkv.kernels.gpu.views import QueryView
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.pages import OpenLists
+
+QUERIES = 16
+"""Sampled queries of a product."""
+_TOKENS, _QUERIES = tl.constexpr(PAGE_TOKENS), tl.constexpr(QUERIES)
+
+
+class RawKeys(NamedTuple):
+    """Raw keys [R, 64, H, D], ``page_stride`` elements from one page to the next."""
+
+    data: torch.Tensor
+    page_stride: int
+
+
+class PageTable(NamedTuple):
+    """Pages of B sequences, all int32.
+
+    Attributes:
+        ids: [B, width], page ids by position. lengths: [B], tokens.
+        raw_slot: by page id, as in `score.score_decode`.
+    """
+
+    ids: torch.Tensor
+    width: int
+    lengths: torch.Tensor
+    raw_slot: torch.Tensor
+
+
+class Scores(NamedTuple):
+    """fp32 [R, H, 64], ``page_stride`` elements from one raw page's to the next one's."""
+
+    data: torch.Tensor
+    page_stride: int
+
+
+@triton.constexpr_function
+def precision_of(dtype):
+    """Of products: TF32 holds 16-bit models' elements exactly."""
+    return "tf32x3" if dtype == tl.float32 else "tf32"
 
 
 @triton.jit
-def _load_rows(rows, mask, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows at pointers [N], as fp32 [N, BLOCK]; 0 where masked or padded."""
-    column = tl.arange(0, BLOCK)
+def _load_rows(rows, mask, DIM: tl.constexpr):
+    """Rows at pointers [N], as fp32 [N, D]; 0 where masked, or padded to a power of two."""
+    column = tl.arange(0, triton.next_power_of_2(DIM))
     inside = mask[:, None] & (column < DIM)[None, :]
     return tl.load(rows[:, None] + column[None, :], mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _load_keys(keys: RawKeys, slot, head, SHAPE: tl.constexpr):
+    """All keys of a page's head, fp32 [64, D]."""
+    token = tl.arange(0, _TOKENS)
+    rows = keys.data + slot * keys.page_stride + (token * SHAPE.kv_heads + head) * SHAPE.dim
+    return _load_rows(rows, token >= 0, SHAPE.dim)
 
 
 @triton.jit
@@ -29,117 +81,92 @@ def _received(keys, queries, lse, visible, score_scale, PRECISION: tl.constexpr)
     return tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
 
 
+@triton.jit
+def _add(scores: Scores, slot, head, received, mask):
+    """Add what the tokens of a page's head received, fp32 [64]."""
+    at = scores.data + slot * scores.page_stride + head * _TOKENS + tl.arange(0, _TOKENS)
+    tl.atomic_add(at, received, mask=mask, sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["sequences"])
 def open_kernel(
-    q,
-    q_stride,
+    queries: QueryView,
     lse,
-    q_indptr,
-    q_position,
+    keys: RawKeys,
+    opened: OpenLists,
     sequences,
-    k_raw,
-    page_stride,
-    indptr,
-    slots,
-    page_position,
-    accum,
-    accum_stride,
-    score_scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
-    QUERIES: tl.constexpr,
+    scores: Scores,
+    SHAPE: tl.constexpr,
 ):
-    """Program (listed page, KV head); arguments as in `score.score_open`.
-
-    Args:
-        BLOCK: the power of two that DIM is padded to. QUERIES: queries of a product.
-    """
+    """Program (listed page, KV head): see `score.score_open`; queries have a position each."""
+    PRECISION: tl.constexpr = precision_of(queries.data.dtype.element_ty)
     entry, head = tl.program_id(0), tl.program_id(1)
-    b = sequence_of_entry(indptr, sequences, entry)
-    begin, end = tl.load(q_indptr + b), tl.load(q_indptr + b + 1)
+    b = sequence_of_entry(opened.indptr, sequences, entry)
+    begin, end = tl.load(queries.indptr + b), tl.load(queries.indptr + b + 1)
     if begin == end:
         return
-    slot = tl.load(slots + entry).to(tl.int64)
-    token = tl.arange(0, PAGE_TOKENS)
-    position = tl.load(page_position + entry) * PAGE_TOKENS + token
-    key_rows = k_raw + slot * page_stride + (token * HEADS + head) * DIM
-    keys = _load_rows(key_rows, token >= 0, DIM, BLOCK)
-    most = tl.zeros((PAGE_TOKENS,), tl.float32)
-    for i in range(GROUP):
-        total = tl.zeros((PAGE_TOKENS,), tl.float32)
-        for first in range(begin, end, QUERIES):
-            query = first + tl.arange(0, QUERIES)
+    slot = tl.load(opened.slots + entry).to(tl.int64)
+    position = tl.load(opened.position + entry) * _TOKENS + tl.arange(0, _TOKENS)
+    page_keys = _load_keys(keys, slot, head, SHAPE)
+    most = tl.zeros((_TOKENS,), tl.float32)
+    for i in range(SHAPE.group):
+        total = tl.zeros((_TOKENS,), tl.float32)
+        for first in range(begin, end, _QUERIES):
+            query = first + tl.arange(0, _QUERIES)
             mask = query < end
-            query_head = head * GROUP + i
+            query_head = head * SHAPE.group + i
             at = query.to(tl.int64)
-            queries = _load_rows(q + at * q_stride + query_head * DIM, mask, DIM, BLOCK)
-            query_lse = tl.load(lse + at * (HEADS * GROUP) + query_head, mask=mask, other=0)
-            query_position = tl.load(q_position + query, mask=mask, other=0)
+            rows = queries.data + at * queries.stride + query_head * SHAPE.dim
+            q = _load_rows(rows, mask, SHAPE.dim)
+            query_lse = tl.load(lse + at * SHAPE.q_heads + query_head, mask=mask, other=0)
+            query_position = tl.load(queries.position + query, mask=mask, other=0)
             later = query_position[None, :] > position[:, None]
-            total += tl.sum(_received(keys, queries, query_lse, later, score_scale, PRECISION), 1)
+            received = _received(page_keys, q, query_lse, later, queries.score_scale, PRECISION)
+            total += tl.sum(received, 1)
         most = tl.maximum(most, total)
-    tl.atomic_add(
-        accum + slot * accum_stride + head * PAGE_TOKENS + token, most, mask=most > 0, sem="relaxed"
-    )
+    _add(scores, slot, head, most, most > 0)
 
 
 @triton.jit
 def decode_kernel(
-    q,
-    q_stride,
+    queries: QueryView,
     lse,
-    seq_lens,
-    k_raw,
-    page_stride,
-    table,
-    table_stride,
-    table_width,
-    raw_slot,
-    accum,
-    accum_stride,
-    score_scale,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PAGE_TOKENS: tl.constexpr,
+    pages: PageTable,
+    keys: RawKeys,
+    scores: Scores,
+    SHAPE: tl.constexpr,
     PAGES: tl.constexpr,
 ):
-    """Program (sequence, block of its page table, KV head); arguments as in `score_decode`.
+    """Program (sequence, block of its page table, KV head): see `score.score_decode`.
 
     Args:
-        GROUP_BLOCK, BLOCK: what GROUP and DIM are padded to. PAGES: table entries of a block.
+        PAGES: table entries of a block.
     """
+    PRECISION: tl.constexpr = precision_of(queries.data.dtype.element_ty)
+    GROUP_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(SHAPE.group))
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    last = tl.load(seq_lens + b).to(tl.int32) - 1
+    last = tl.load(pages.lengths + b).to(tl.int32) - 1
     first = tl.program_id(1) * PAGES
-    if first * PAGE_TOKENS >= last:
+    if first * _TOKENS >= last:
         return
     index = first + tl.arange(0, PAGES)
-    listed = (index < table_width) & (index * PAGE_TOKENS < last)
-    page = tl.load(table + b * table_stride + index, mask=listed, other=0)
-    slots = tl.load(raw_slot + page, mask=listed, other=-1)
+    listed = (index < pages.width) & (index * _TOKENS < last)
+    page = tl.load(pages.ids + b * pages.width + index, mask=listed, other=0)
+    slots = tl.load(pages.raw_slot + page, mask=listed, other=-1)
     is_open = (slots >= 0).to(tl.int32)
-    rank = tl.cumsum(is_open, 0) * is_open
+    ordinal = tl.cumsum(is_open, 0) * is_open
     member = tl.arange(0, GROUP_BLOCK)
-    mask = member < GROUP
-    query_head = head * GROUP + member
-    queries = _load_rows(q + b * q_stride + query_head * DIM, mask, DIM, BLOCK)
-    query_lse = tl.load(lse + b * (HEADS * GROUP) + query_head, mask=mask, other=0)
+    mask = member < SHAPE.group
+    query_head = head * SHAPE.group + member
+    rows = queries.data + b * queries.stride + query_head * SHAPE.dim
+    q = _load_rows(rows, mask, SHAPE.dim)
+    query_lse = tl.load(lse + b * SHAPE.q_heads + query_head, mask=mask, other=0)
     query_lse -= tl.log2((last + 1).to(tl.float32))
-    token = tl.arange(0, PAGE_TOKENS)
     for i in range(1, tl.sum(is_open, 0) + 1):
-        slot = tl.sum(tl.where(rank == i, slots, 0), 0).to(tl.int64)
-        position = tl.sum(tl.where(rank == i, index, 0), 0) * PAGE_TOKENS + token
-        key_rows = k_raw + slot * page_stride + (token * HEADS + head) * DIM
-        keys = _load_rows(key_rows, token >= 0, DIM, BLOCK)
+        slot = tl.sum(tl.where(ordinal == i, slots, 0), 0).to(tl.int64)
+        start = tl.sum(tl.where(ordinal == i, index, 0), 0) * _TOKENS
+        position = start + tl.arange(0, _TOKENS)
+        page_keys = _load_keys(keys, slot, head, SHAPE)
         seen = (position < last)[:, None] & mask[None, :]
-        received = _received(keys, queries, query_lse, seen, score_scale, PRECISION)
-        at = accum + slot * accum_stride + head * PAGE_TOKENS + token
-        tl.atomic_add(at, tl.max(received, 1), mask=position < last, sem="relaxed")
+        received = _received(page_keys, q, query_lse, seen, queries.score_scale, PRECISION)
+        _add(scores, slot, head, tl.max(received, 1), position < last)

@@ -10,7 +10,7 @@ from sglang_diffxkv.kernels import step
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.step import PageMetadata, StepPages
-from sglang_diffxkv.kernels.step.triton_kernels import look_up_pages
+from sglang_diffxkv.kernels.step.triton_kernels import Batch, look_up_pages
 
 _PAGES = 32
 
@@ -25,36 +25,23 @@ def begin_decode(
     metadata: PageMetadata,
     window: int,
 ) -> StepPages:
-    rows = req_pool_indices
-    batch, width = len(rows), triton.cdiv(req_to_token.shape[1], PAGE_TOKENS)
+    batch, width = len(seq_lens), triton.cdiv(req_to_token.shape[1], PAGE_TOKENS)
     pages = StepPages(
-        table=rows.new_empty(batch, width, dtype=torch.int32),
-        lengths=rows.new_empty(batch, dtype=torch.int32),
-        count=rows.new_empty(batch, dtype=torch.int32),
-        last_len=rows.new_empty(batch, dtype=torch.int32),
-        rows=rows.new_empty(batch, dtype=torch.int64),
+        table=seq_lens.new_empty(batch, width, dtype=torch.int32),
+        lengths=seq_lens.new_empty(batch, dtype=torch.int32),
+        count=seq_lens.new_empty(batch, dtype=torch.int32),
+        last_len=seq_lens.new_empty(batch, dtype=torch.int32),
+        rows=seq_lens.new_empty(batch, dtype=torch.int64),
     )
-    outputs = pages._asdict()
-    new_rows = outputs.pop("rows")
-    tables = metadata._asdict()
-    counts = tables.pop("counts")
     launch(
         look_up_pages,
         (batch, triton.cdiv(width, _PAGES)),
-        req_to_token=req_to_token,
-        context=req_to_token.stride(0),
-        rows=rows,
-        seq_lens=seq_lens,
-        num_real=num_real,
+        batch=Batch(req_to_token, req_to_token.stride(0), req_pool_indices, seq_lens, num_real),
         clock=clock,
-        counts=metadata.raw_slot if counts is None else counts,
+        metadata=metadata,
         window=window,
-        **{f"page_{name}": table for name, table in tables.items()},
-        new_rows=new_rows,
-        **outputs,
+        out=pages,
         width=width,
-        HAS_COUNTS=counts is not None,
-        PAGE_TOKENS=PAGE_TOKENS,
         PAGES=_PAGES,
         num_warps=4,
     )

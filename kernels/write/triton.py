@@ -8,7 +8,7 @@ import triton
 
 from sglang_diffxkv.kernels import write
 from sglang_diffxkv.kernels.gpu.launch import launch
-from sglang_diffxkv.kernels.write.triton_kernels import write_kernel
+from sglang_diffxkv.kernels.write.triton_kernels import NewTokens, Token, write_kernel
 
 ELEMENTS = 2048
 """Of a token's queries, or keys, that a program turns or copies at a time."""
@@ -25,27 +25,17 @@ def write_tokens(
 ) -> torch.Tensor:
     tokens, q_heads, dim = q.shape
     size = dim & -dim
-    blocks = q_heads * dim // size
+    token = Token(k.shape[1] * dim, q_heads * dim // size, size, ELEMENTS)
     rotated = q.new_empty(q.shape, dtype=torch.float32)
     launch(
         write_kernel,
-        (tokens, triton.cdiv(blocks, ELEMENTS // size)),
-        q=q,
-        k=k,
-        v=v,
+        (tokens, triton.cdiv(token.blocks, ELEMENTS // size)),
+        tokens=NewTokens(q, k, v, q.stride(0), k.stride(0), v.stride(0)),
         rows=rows,
         k_raw=k_raw,
         v_raw=v_raw,
         rotated=rotated,
-        q_stride=q.stride(0),
-        k_stride=k.stride(0),
-        v_stride=v.stride(0),
-        WIDTH=k.shape[1] * dim,
-        COLUMNS=min(ELEMENTS, triton.next_power_of_2(k.shape[1] * dim)),
-        BLOCKS=blocks,
-        SIZE=size,
-        ROWS=ELEMENTS // size,
-        SCALE=size**-0.5,
+        TOKEN=token,
         num_warps=4,
     )
     return rotated

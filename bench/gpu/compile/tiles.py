@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from bench.gpu.compile.built import Built
 from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, TOKEN_METADATA_BYTES
+from sglang_diffxkv.kernels.score.triton_kernels import QUERIES
 
 ITEMSIZE = {"*fp32": 4, "*bf16": 2, "*fp16": 2}
 
@@ -103,14 +104,15 @@ def _raw_rows(name: str, c: dict[str, Any], pointer: str) -> Tile:
 
 
 def _pack(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
-    raw = 2 * c["DIM"] * ITEMSIZE[signature["k_raw"]]
-    payload = c["KEY_HIGH"] + c["VALUE_HIGH"] + c["META_HIGH"] + TOKEN_METADATA_BYTES
-    return [_tile("all high", c["TOKENS"], c["DIM"], raw + payload)]
+    dim, bits = c["LAYOUT.head_dim"], c["LAYOUT.high.key_bits"] + c["LAYOUT.high.value_bits"]
+    raw = 2 * dim * ITEMSIZE[signature["raw.k"]]
+    stored = dim * bits // 8 + META_BYTES if bits else raw
+    return [_tile("all high", c["TOKENS"], dim, raw + stored + TOKEN_METADATA_BYTES)]
 
 
 def _score_open(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
     """A page, whose keys are read before the loop."""
-    turns = c["GROUP"] * SCORE_QUERIES // c["QUERIES"]
+    turns = c["SHAPE.group"] * SCORE_QUERIES // QUERIES
     return [_score(c, signature, f"{SCORE_QUERIES} queries", turns)]
 
 
@@ -119,9 +121,9 @@ def _score_decode(c: dict[str, Any], signature: dict[str, str]) -> list[Tile]:
 
 
 def _score(c: dict[str, Any], signature: dict[str, str], name: str, iterations: int) -> Tile:
-    tokens, elements = c["PAGE_TOKENS"], c["PAGE_TOKENS"] * c["DIM"]
-    nbytes = elements * ITEMSIZE[signature["k_raw"]] + tokens * 2 * ITEMSIZE["*fp32"]
-    return Tile(name, tokens, elements, nbytes, iterations)
+    elements = PAGE_TOKENS * c["SHAPE.dim"]
+    nbytes = elements * ITEMSIZE[signature["keys.data"]] + PAGE_TOKENS * 2 * ITEMSIZE["*fp32"]
+    return Tile(name, PAGE_TOKENS, elements, nbytes, iterations)
 
 
 TILES: dict[str, Callable[[dict[str, Any], dict[str, str]], list[Tile]]] = {

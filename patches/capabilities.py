@@ -11,6 +11,7 @@ from typing import Any
 from sglang.srt.arg_groups.overrides import resolving_view
 
 from sglang_diffxkv.policy.base import TierPolicy
+from sglang_diffxkv.policy.settings import PolicySettings
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ def check_capabilities(server_args: Any, policy: type[TierPolicy]) -> list[str]:
     if not policy.may_share and not view.disable_radix_cache:
         found.append(
             f"policy {policy.name!r} judges a prefix by the question of the first request that "
-            "has it, and others read what that left: use --disable-radix-cache or policy 'diffxkv'"
+            "has it, and others read what that left: use --disable-radix-cache or policy "
+            f"{PolicySettings().policy!r}"
         )
     if not policy.streams:
         found.append(

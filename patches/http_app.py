@@ -26,10 +26,7 @@ from starlette.middleware import Middleware
 from starlette.websockets import WebSocket
 
 from sglang_diffxkv.patches import check, observability
-from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.patches.server_args import get_config, is_active
-from sglang_diffxkv.patches.validation import WORKER_APP
-from sglang_diffxkv.policy.quality import (
+from sglang_diffxkv.patches.asked import (
     Asked,
     QualityError,
     agreed,
@@ -37,6 +34,9 @@ from sglang_diffxkv.policy.quality import (
     asked_in_model,
     asked_in_params,
 )
+from sglang_diffxkv.patches.hook import hook
+from sglang_diffxkv.patches.server_args import get_config, is_active
+from sglang_diffxkv.patches.validation import WORKER_APP
 from sglang_diffxkv.policy.registry import policy_class
 
 if TYPE_CHECKING:

@@ -15,17 +15,17 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput
 from sglang.srt.plugins.hook_registry import HookType
 
-from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.patches.http_app import ASKED, server_policy
-from sglang_diffxkv.patches.server_args import is_active
-from sglang_diffxkv.policy.quality import (
-    Quality,
+from sglang_diffxkv.patches.asked import (
     QualityError,
     agreed,
     asked_in_params,
     requested_quality,
     with_quality,
 )
+from sglang_diffxkv.patches.hook import hook
+from sglang_diffxkv.patches.http_app import ASKED, server_policy
+from sglang_diffxkv.patches.server_args import is_active
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.running import RunningRequest
 

@@ -16,12 +16,8 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches import lossless
 from sglang_diffxkv.patches import quality as hook
-from sglang_diffxkv.patches.http_app import ASKED
-from sglang_diffxkv.policy.methods.diffkv import DiffKVPolicy
-from sglang_diffxkv.policy.methods.lossless import LosslessPolicy
-from sglang_diffxkv.policy.quality import (
+from sglang_diffxkv.patches.asked import (
     Asked,
-    Quality,
     QualityError,
     agreed,
     asked_in_headers,
@@ -30,6 +26,10 @@ from sglang_diffxkv.policy.quality import (
     requested_quality,
     with_quality,
 )
+from sglang_diffxkv.patches.http_app import ASKED
+from sglang_diffxkv.policy.methods.diffkv import DiffKVPolicy
+from sglang_diffxkv.policy.methods.lossless import LosslessPolicy
+from sglang_diffxkv.policy.quality import Quality
 from tests.support.stores import make_allocator
 
 

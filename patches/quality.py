@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hook: the quality that a request asks for, from where it is tokenized to the row of its pages.
+"""Hook: the quality that a request asks for, from where it is tokenized to the scheduler.
 
 It is settled where SGLang makes a request's sampling parameters, whatever endpoint it came by, and
 noted where it enters the scheduler. Pages are shared by requests of one quality only: it becomes a
@@ -27,19 +27,12 @@ from sglang_diffxkv.patches.http_app import ASKED, server_policy
 from sglang_diffxkv.patches.server_args import is_active
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.running import RunningRequest
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 _MARK = "|diffxkv:"
 _QUALITY = "diffxkv_quality"
-_ALLOCATOR = "diffxkv_allocator"
-
-
-def follow_requests(req_to_token_pool: Any, allocator: DiffXKVAllocator) -> None:
-    """Tell the allocator which requests run, as they get their indices of ``req_to_token_pool``."""
-    setattr(req_to_token_pool, _ALLOCATOR, allocator)
 
 
 def _settle(result: Any, self: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
@@ -84,19 +77,6 @@ def namespace(salt: str | None, quality: Quality) -> str | None:
     return salt + mark
 
 
-def _enter(result: list[int] | None, self: Any, reqs: list[Req]) -> None:
-    allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
-    if allocator is not None and result:
-        step = allocator.store.recency.next_step
-        allocator.running.enter(result, [RunningRequest(quality_of(r), step, r) for r in reqs])
-
-
-def _leave(result: None, self: Any, indices: list[int]) -> None:
-    allocator: DiffXKVAllocator | None = getattr(self, _ALLOCATOR, None)
-    if allocator is not None:
-        allocator.running.leave(indices)
-
-
 def set_quality(req: Req, quality: Quality) -> None:
     setattr(req, _QUALITY, quality)
 
@@ -111,6 +91,3 @@ def install() -> None:
     hook(f"{manager}._create_tokenized_object", _settle, HookType.AFTER, ("obj",))
     scheduler = "sglang.srt.managers.scheduler.Scheduler"
     hook(f"{scheduler}._create_generation_req", _note, HookType.AFTER, ("recv_req",))
-    pool = "sglang.srt.mem_cache.memory_pool.ReqToTokenPool"
-    hook(f"{pool}.alloc", _enter, HookType.AFTER, ("reqs",))
-    hook(f"{pool}.free_rows", _leave, HookType.AFTER, ("indices",))

@@ -39,21 +39,13 @@ def _install() -> None:
         pool,
         profiling,
         quality,
+        running,
         server_args,
     )
 
-    hooks = (
-        server_args,
-        kv_dtype,
-        pool,
-        capacity,
-        input_buffers,
-        forward,
-        observability,
-        check,
-        idle,
-    )
-    for hook in (*hooks, admission, http_app, quality, lossless, profiling):
+    of_pool = (server_args, kv_dtype, pool, capacity, input_buffers, forward, check, idle)
+    of_requests = (running, admission, http_app, quality, lossless, observability, profiling)
+    for hook in (*of_pool, *of_requests):
         hook.install()
 
     @register_attention_backend(server_args.BACKEND)
@@ -67,7 +59,7 @@ def _install() -> None:
         _prepare_kernels(model_runner)
         backend = make_backend(model_runner, server_args.get_config())
         allocator = model_runner.token_to_kv_pool_allocator
-        quality.follow_requests(model_runner.req_to_token_pool, allocator)
+        running.follow(model_runner.req_to_token_pool, allocator)
         return backend
 
 

@@ -23,6 +23,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches import quality as quality_hook
+from sglang_diffxkv.patches import running as running_hook
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from tests.support.pages import ask, write
@@ -65,7 +66,7 @@ class Scheduling:
     ) -> None:
         self.allocator, self.chunk = allocator, chunk
         self.rows = ReqToTokenPool(rows, 1 << 16, "cpu", False)
-        quality_hook.follow_requests(self.rows, allocator)
+        running_hook.follow(self.rows, allocator)
         self.tree = UnifiedRadixCache(
             CacheInitParams(
                 disable=not radix,

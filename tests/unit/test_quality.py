@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches import lossless
 from sglang_diffxkv.patches import quality as hook
+from sglang_diffxkv.patches import running as running_hook
 from sglang_diffxkv.patches.asked import (
     Asked,
     QualityError,
@@ -266,21 +267,21 @@ def test_running_requests_have_their_quality(scheduler: SimpleNamespace) -> None
     pool = ReqToTokenPool(4, 64, "cpu", False)
     allocator = scheduler.token_to_kv_pool_allocator
     running = allocator.running
-    hook.follow_requests(pool, allocator)
+    running_hook.follow(pool, allocator)
     for first, second in (("lossless", "balanced"), ("balanced", "lossless")):
         requests: Any = [entered(scheduler, 5, 5, ask(level)) for level in (first, second)]
         given = pool.alloc(requests)
-        hook._enter(given, pool, requests)
+        running_hook._enter(given, pool, requests)
         levels = [Quality[level.upper()] for level in (first, second)]
         assert given is not None
         assert [running.by_index[index].quality for index in given] == levels
         assert running.asked and len(running.by_index) == 2
         pool.free_rows(given)
-        hook._leave(None, pool, given)
+        running_hook._leave(None, pool, given)
         assert not running.asked and not running.by_index
-    hook._enter(None, pool, requests)  # there were no rows left
+    running_hook._enter(None, pool, requests)  # there were no rows left
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
-    hook._enter(pool.alloc(requests), pool, requests)
+    running_hook._enter(pool.alloc(requests), pool, requests)
     assert not running.asked
 
 

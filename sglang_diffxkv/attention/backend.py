@@ -6,6 +6,7 @@ Decode steps differ between devices: `host_backend`, `device_backend`.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -115,6 +116,11 @@ class DiffXKVBackend(AttentionBackend):
         self.store, self.req_to_token = store, req_to_token
         self.config, self.running = config, running
         self.full_pages = FullPages(config.window, store.policy.needs_scores)
+        self.prepare()
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Make `decode`, and `scratch` where prefills need one."""
 
     def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
         """Kernels read the directory through the whole forward pass, not only its start."""

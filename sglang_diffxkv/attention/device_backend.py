@@ -6,16 +6,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from sglang_diffxkv.attention.backend import DecodeBatch, DiffXKVBackend
 from sglang_diffxkv.attention.device_decode import DeviceDecode
 from sglang_diffxkv.attention.ready_pages import ready_pages
-from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.extend.scratch import make_scratch
-from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal_ready
-from sglang_diffxkv.pool.store import PageStore
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -34,22 +29,16 @@ class DeviceBackend(DiffXKVBackend):
 
     decode: DeviceDecode
 
-    def __init__(
-        self,
-        store: PageStore,
-        req_to_token: torch.Tensor,
-        config: DiffXKVConfig,
-        running: RunningRequests,
-    ) -> None:
-        super().__init__(store, req_to_token, config, running)
+    def prepare(self) -> None:
+        store, table = self.store, self.req_to_token
         nbytes = store.arena.buffer.nbytes
         if nbytes > MOST_ARENA_BYTES:
             raise ValueError(
                 f"diffxkv: the pool has {nbytes / 2**30:.0f} GiB of frames, of which kernels reach "
                 f"{MOST_ARENA_BYTES >> 30}: lower memory_bytes"
             )
-        self.decode = DeviceDecode(store, req_to_token, config.window)
-        self.scratch = make_scratch(store.layout, store.raw.keys[0].dtype, req_to_token.device)
+        self.decode = DeviceDecode(store, table, self.config.window)
+        self.scratch = make_scratch(store.layout, store.raw.keys[0].dtype, table.device)
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
         return 1

@@ -5,13 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from sglang_diffxkv.attention.backend import DecodeBatch, DiffXKVBackend
 from sglang_diffxkv.attention.host_decode import HostDecode
-from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.pool.running import RunningRequests
-from sglang_diffxkv.pool.store import PageStore
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -22,15 +17,8 @@ class HostBackend(DiffXKVBackend):
 
     decode: HostDecode
 
-    def __init__(
-        self,
-        store: PageStore,
-        req_to_token: torch.Tensor,
-        config: DiffXKVConfig,
-        running: RunningRequests,
-    ) -> None:
-        super().__init__(store, req_to_token, config, running)
-        self.decode = HostDecode(store, req_to_token, config.window)
+    def prepare(self) -> None:
+        self.decode = HostDecode(self.store, self.req_to_token, self.config.window)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         fb = forward_batch

@@ -28,13 +28,13 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
     if ids.numel() == 0:
         return
     valid = ids >= 0
-    rank = valid.cumsum(0)
-    pushed = rank[-1]
+    ordinal = valid.cumsum(0)
+    pushed = ordinal[-1]
     # Entries to skip must write something too, or the shapes would depend on the data: they repeat
     # the write of the last valid entry, or, where there is none, rewrite what is at the top.
     last = (valid * torch.arange(1, len(ids) + 1, device=ids.device)).argmax()
     top = (n_free + pushed - 1).clamp_(min=0)
     filler = torch.where(pushed > 0, ids[last] - top, stack[top])
-    target = torch.where(valid, n_free + rank - 1, top)
+    target = torch.where(valid, n_free + ordinal - 1, top)
     stack[target] = torch.where(valid, ids - target, filler).to(stack.dtype)
     n_free += pushed.to(n_free.dtype)

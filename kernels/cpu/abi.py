@@ -35,11 +35,6 @@ def table_words(tables: SealedTables) -> ctypes.Array[ctypes.c_int64]:
     )
 
 
-def pointer(tensor: torch.Tensor) -> ctypes.c_void_p:
-    """Address of the first element."""
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
 @functools.cache
 def layout_words(layout: PageLayout) -> ctypes.Array[ctypes.c_int64]:
     """``struct Layout`` of payload.h."""

@@ -33,7 +33,7 @@ struct OpenPages {
 };
 
 // One open page and KV head of a sequence.
-struct Item {
+struct Tile {
     int64_t sequence, head, entry;
 };
 
@@ -50,19 +50,19 @@ class PageScorer {
           sums_(group_ * kBlock) {}
 
     // scores [64] = max over the group of the sums over the sequence's queries.
-    void score(const Item& item, float* scores) {
-        if (item.sequence != sequence_ || item.head != head_) load_queries(item);
-        const int64_t start = pages_.position[item.entry] * kPageTokens;
+    void score(const Tile& tile, float* scores) {
+        if (tile.sequence != sequence_ || tile.head != head_) load_queries(tile);
+        const int64_t start = pages_.position[tile.entry] * kPageTokens;
         for (int64_t t = 0; t < kPageTokens; t += kBlock) {
-            load_keys(item, t);
+            load_keys(tile, t);
             score_block(start + t, scores + t);
         }
     }
 
    private:
     // Row r is query r / group and head r % group of the KV head's.
-    void load_queries(const Item& item) {
-        sequence_ = item.sequence, head_ = item.head;
+    void load_queries(const Tile& tile) {
+        sequence_ = tile.sequence, head_ = tile.head;
         const int64_t first = queries_.indptr[sequence_];
         rows_ = (queries_.indptr[sequence_ + 1] - first) * group_;
         q_.resize((rows_ + kStrip - 1) * dim_);  // a strip may read beyond the last row
@@ -79,10 +79,10 @@ class PageScorer {
     }
 
     // keys [D, kBlock], of tokens t ... of the page.
-    void load_keys(const Item& item, int64_t t) {
+    void load_keys(const Tile& tile, int64_t t) {
         const int64_t row_bytes = dim_ * itemsize(pages_.dtype);
-        const uint8_t* key = pages_.keys + pages_.slots[item.entry] * pages_.stride * itemsize(pages_.dtype) +
-                             (t * pages_.kv_heads + head_) * row_bytes;
+        const int64_t page = pages_.slots[tile.entry] * pages_.stride * itemsize(pages_.dtype);
+        const uint8_t* key = pages_.keys + page + (t * pages_.kv_heads + head_) * row_bytes;
         for (float* to = keys_.data(); to < keys_.data() + kBlock; to += kLanes) {
             for (int i = 0; i < kLanes; ++i, key += pages_.kv_heads * row_bytes)
                 row_to_float(key, 0, pages_.dtype, dim_, row_.data() + i * dim_);
@@ -140,15 +140,15 @@ class PageScorer {
 };
 
 // Pages of one sequence and head follow each other: they meet the same queries.
-std::vector<Item> list_items(const Queries& queries, const OpenPages& pages) {
-    std::vector<Item> items;
+std::vector<Tile> list_tiles(const Queries& queries, const OpenPages& pages) {
+    std::vector<Tile> tiles;
     for (int64_t b = 0; b < queries.batch; ++b) {
         if (queries.indptr[b] == queries.indptr[b + 1]) continue;
         for (int64_t h = 0; h < pages.kv_heads; ++h)
             for (int64_t e = pages.indptr[b]; e < pages.indptr[b + 1]; ++e)
-                items.push_back({b, h, e});
+                tiles.push_back({b, h, e});
     }
-    return items;
+    return tiles;
 }
 
 }  // namespace
@@ -160,22 +160,22 @@ using namespace diffxkv;
 // next.
 extern "C" void diffxkv_score_open(const Queries* queries, const OpenPages* pages, float scale,
                                    float* accum, int64_t accum_stride, int64_t threads) {
-    const std::vector<Item> items = list_items(*queries, *pages);
-    const int64_t count = items.size();
+    const std::vector<Tile> tiles = list_tiles(*queries, *pages);
+    const int64_t count = tiles.size();
     std::vector<float> scores(count * kPageTokens);
     std::atomic<int64_t> next{0}, next_head{0};
     Pool::instance().run(threads, [&] {
         PageScorer scorer(*queries, *pages, scale);
         for (int64_t i; (i = next.fetch_add(1)) < count;)
-            scorer.score(items[i], &scores[i * kPageTokens]);
+            scorer.score(tiles[i], &scores[i * kPageTokens]);
     });
     // Sequences may share a slot: one thread owns a head, so adds cannot race and their order is
     // always the same.
     Pool::instance().run(threads, [&] {
         for (int64_t h; (h = next_head.fetch_add(1)) < pages->kv_heads;)
             for (int64_t i = 0; i < count; ++i) {
-                if (items[i].head != h) continue;
-                float* to = accum + pages->slots[items[i].entry] * accum_stride + h * kPageTokens;
+                if (tiles[i].head != h) continue;
+                float* to = accum + pages->slots[tiles[i].entry] * accum_stride + h * kPageTokens;
                 for (int64_t t = 0; t < kPageTokens; ++t) to[t] += scores[i * kPageTokens + t];
             }
     });

@@ -17,6 +17,7 @@ from sglang_diffxkv.kernels.layout import (
     PAGE_TOKENS,
     PRUNED,
     PageLayout,
+    head_records,
     make_layout,
 )
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
@@ -191,7 +192,7 @@ def test_scores_far_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("pages", [0, 1, 512, 1300])
 def test_row_starts(pages: int) -> None:
-    heads = torch.randint(0, 33, (40, 3, 2)) + (torch.randint(0, 32, (40, 3, 2)) << 8)
+    heads = head_records(*(torch.randint(0, n, (40, 3)) for n in (1000, 33, 32)))
     heads[5] = 0
     listed = torch.randint(0, 40, (pages,)).int()
     starts = torch.full((pages + 1, 3), -7)

@@ -10,7 +10,7 @@ import torch
 
 from sglang_diffxkv.kernels.decode.work import KINDS, SequencePages, divide_work, work_traits
 from sglang_diffxkv.kernels.decode.work_kernels import WorkTraits
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, head_counts, head_records
 from tests.support.builders import layout_of
 from tests.support.device import DEVICE
 
@@ -22,10 +22,9 @@ def page_costs(
 ) -> torch.Tensor:
     """int64 [pages, H, KINDS] of some pages of one layer."""
     opened = (raw_slot[pages] >= 0)[:, None]
-    word = heads[pages, :, 1].long().masked_fill(opened, 0)
-    full = (opened * PAGE_TOKENS * costs.open_cost).expand_as(word)
-    high, low = (word & 0xFF) * costs.high_cost, (word >> 8) * costs.low_cost
-    return torch.stack([full, high, low], 2)
+    n_high, n_low = (n.masked_fill(opened, 0) for n in head_counts(heads[pages]))
+    full = (opened * PAGE_TOKENS * costs.open_cost).expand_as(n_high)
+    return torch.stack([full, n_high * costs.high_cost, n_low * costs.low_cost], 2)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 3, 8])
@@ -39,7 +38,7 @@ def test_tiles_cover_the_pages_of_every_segment_once(counts: list[int], kv_heads
     n_high = torch.randint(65, (LAYERS, PAGES, kv_heads), generator=gen)
     n_low = (torch.rand(n_high.shape, generator=gen) * (65 - n_high)).long()
     n_high[1, :, 0] = n_low[1, :, 0] = 0  # a head that keeps nothing
-    heads = torch.stack([torch.zeros_like(n_high), n_high | n_low << 8], 3).int()
+    heads = head_records(torch.zeros_like(n_high), n_high, n_low)
     count = torch.tensor(counts, dtype=torch.int32)
     on_device = (x.to(DEVICE) for x in (pages, first, count, raw_slot, count))
     work = divide_work(SequencePages(*on_device), heads.to(DEVICE), layout)

@@ -26,9 +26,8 @@ def _install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     from sglang_diffxkv.patches import (
-        admission,
-        capacity,
         check,
+        expected_pages,
         forward,
         http_app,
         idle,
@@ -38,13 +37,14 @@ def _install() -> None:
         observability,
         pool,
         profiling,
+        published_capacity,
         quality,
         running,
         server_args,
     )
 
-    of_pool = (server_args, kv_dtype, pool, capacity, input_buffers, forward, check, idle)
-    of_requests = (running, admission, http_app, quality, lossless, observability, profiling)
+    of_pool = (server_args, kv_dtype, pool, published_capacity, input_buffers, forward, check, idle)
+    of_requests = (running, expected_pages, http_app, quality, lossless, observability, profiling)
     for hook in (*of_pool, *of_requests):
         hook.install()
 

@@ -164,7 +164,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     ) -> int:
         """Clip to what surely fits alone, sealed at its worst. Prompts longer than
         `Capacity.longest_prompt` are refused, or truncated, by what SGLang was told of it
-        (`patches.capacity`)."""
+        (`patches.published_capacity`)."""
         worst = min(self.size, self.store.ledger.largest_sequence * self.page_size)
         paged_input = -(-input_tokens // self.page_size) * self.page_size
         return max(0, min(max_new_tokens, worst - paged_input - self.page_size - 1))

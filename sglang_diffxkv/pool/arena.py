@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.arena import return_frames, stack_ids, take_frames
-from sglang_diffxkv.pool.reserve import reserve
+from sglang_diffxkv.pool.lazy_zeros import lazy_zeros
 
 
 class FrameArena:
@@ -19,8 +19,8 @@ class FrameArena:
     """
 
     def __init__(self, num_frames: int, frame_bytes: int, device: str) -> None:
-        self.buffer = reserve(num_frames, frame_bytes, dtype=torch.uint8, device=device)
-        self.stack = reserve(num_frames, dtype=torch.int32, device=device)
+        self.buffer = lazy_zeros(num_frames, frame_bytes, dtype=torch.uint8, device=device)
+        self.stack = lazy_zeros(num_frames, dtype=torch.int32, device=device)
         self.num_free = torch.full((1,), num_frames, dtype=torch.int32, device=device)
 
     @property

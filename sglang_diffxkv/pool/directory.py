@@ -7,7 +7,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PageLayout
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.reserve import reserve
+from sglang_diffxkv.pool.lazy_zeros import lazy_zeros
 
 NO_SLOT = -1
 ALIGNED_PAGES = 4
@@ -49,7 +49,7 @@ class PageDirectory:
         self.num_pages, self.nowhere = num_pages, num_pages + 1
 
         def table(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return reserve(*shape, dtype=dtype, device=device)
+            return lazy_zeros(*shape, dtype=dtype, device=device)
 
         self.raw_slot = table(v).fill_(NO_SLOT)
         self.raw_slot[:1].fill_(0)  # padded tokens are written to raw page 0

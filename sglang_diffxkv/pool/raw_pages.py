@@ -7,7 +7,7 @@ import torch
 
 from sglang_diffxkv.kernels.arena import return_frames, stack_ids, take_frames
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.pool.reserve import reserve
+from sglang_diffxkv.pool.lazy_zeros import lazy_zeros
 
 
 class RawPages:
@@ -33,14 +33,14 @@ class RawPages:
         device: str,
     ) -> None:
         shape = (num_slots, PAGE_TOKENS, num_kv_heads, head_dim)
-        self.keys = [reserve(*shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [reserve(*shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys = [lazy_zeros(*shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [lazy_zeros(*shape, dtype=dtype, device=device) for _ in range(num_layers)]
         by_token = (num_slots, num_kv_heads, PAGE_TOKENS)
-        self.scores = reserve(num_layers, *by_token, dtype=torch.float32, device=device)
-        self.counts = reserve(num_slots, PAGE_TOKENS, dtype=torch.float32, device=device)
+        self.scores = lazy_zeros(num_layers, *by_token, dtype=torch.float32, device=device)
+        self.counts = lazy_zeros(num_slots, PAGE_TOKENS, dtype=torch.float32, device=device)
         self.page = torch.full((num_slots,), -1, dtype=torch.int32, device=device)
         self.page[:1].fill_(0)
-        self.stack = reserve(num_slots - 1, dtype=torch.int32, device=device)
+        self.stack = lazy_zeros(num_slots - 1, dtype=torch.int32, device=device)
         self.num_free = torch.full((1,), num_slots - 1, dtype=torch.int32, device=device)
 
     @property

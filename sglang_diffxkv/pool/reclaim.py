@@ -136,7 +136,7 @@ class Reclaimer:
         """A step since which all pages that requests hold have been used, by them or by others.
 
         Whoever decodes reads its pages in every decode step, and whoever does not yet in the step
-        that it entered in, the next one perhaps (`patches.admission`).
+        that it entered in, the next one perhaps (`patches.expected_pages`).
         """
         recency = self._store.recency
         return max(recency.decoded_at, self._running.entered_since(recency.next_step))

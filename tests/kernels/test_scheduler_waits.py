@@ -13,7 +13,7 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import Schedul
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
-from sglang_diffxkv.patches.capacity import _get_token_info
+from sglang_diffxkv.patches.published_capacity import _get_token_info
 from sglang_diffxkv.policy.budgeting.learner import CHECK_PAGES
 from sglang_diffxkv.policy.budgeting.plan import Plan, solve_plan
 from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch

@@ -15,7 +15,7 @@ _LINUX_NORESERVE = 0x4000  # of x86-64 and ARM; Python names it from 3.13 on
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", _LINUX_NORESERVE if sys.platform == "linux" else 0)
 
 
-def reserve(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """Zeros of this shape.
 
     On a CPU large ones are pages of the kernel that become resident one by one as they are written,

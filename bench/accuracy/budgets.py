@@ -9,7 +9,6 @@ samples; grading, frames and retention are the package's own.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,12 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoModelForCausalLM
 
+from bench.accuracy.bundled import parse
 from bench.accuracy.ddid import TASKS
 from bench.serving.common import table, write_results
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import DiffXKVConfig
-from sglang_diffxkv.eval.model import Model, load_model
-from sglang_diffxkv.eval.questions.prompts import make_cells
+from sglang_diffxkv.eval.model import Model
 from sglang_diffxkv.eval.variants import ITEMSIZE
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, measure
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
@@ -230,12 +229,7 @@ def time_solver(rounds: int = 7) -> tuple[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=25, help="per task")
-    parser.add_argument("--length", type=int, default=1024)
-    options = parser.parse_args()
-    model = load_model(BUNDLED)
-    cells = make_cells(model.tokenizer, TASKS, [options.length], options.samples, seed=1)
+    options, model, cells = parse(__doc__.splitlines()[0], TASKS)
     queries = DiffXKVConfig().score_queries
     found = {
         cell.task: contexts(BUNDLED, [prompt.ids for prompt in cell.prompts], queries)

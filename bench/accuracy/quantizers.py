@@ -10,7 +10,6 @@ only (`fake_quantization`).
 
 from __future__ import annotations
 
-import argparse
 from collections import defaultdict
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from bench.accuracy.answers import WINDOW, Prefill, Reader
+from bench.accuracy.bundled import parse
 from bench.accuracy.fake_quantization import Side, quantized
 from bench.accuracy.quantizer_options import OPTIONS, SWEPT, TIERS
 from bench.accuracy.quantizer_report import (
@@ -31,8 +31,6 @@ from bench.accuracy.quantizer_report import (
 )
 from bench.serving.common import write_results
 from sglang_diffxkv.bundled_model import BUNDLED
-from sglang_diffxkv.eval.model import load_model
-from sglang_diffxkv.eval.questions.prompts import make_cells
 from sglang_diffxkv.kernels.layout import TierFormat
 
 TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]
@@ -161,12 +159,7 @@ def compare_gaussian(found: Found) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--samples", type=int, default=25, help="prompts of each task")
-    parser.add_argument("--length", type=int, default=1024)
-    options = parser.parse_args()
-    model = load_model(BUNDLED)
-    cells = make_cells(model.tokenizer, TASKS, [options.length], options.samples, seed=1)
+    options, _, cells = parse(__doc__.splitlines()[0], TASKS)
     reader = Reader(BUNDLED)
     found: Found = defaultdict(list)
     for prompt in tqdm([prompt for cell in cells for prompt in cell.prompts]):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 
 from bench.gpu.inputs import Layers, Mix, draw_layers
-from sglang_diffxkv.kernels.layout import FORMATS, make_layout
 from sglang_diffxkv.kernels.pack import pack
+from tests.support.layouts import layout_of
 
 
 class Model(NamedTuple):
@@ -58,13 +58,7 @@ class Load(NamedTuple):
 
 def draw(load: Load, copies: int, device: torch.device) -> Layers:
     """Inputs of a load, with ``copies`` layers."""
-    layout = make_layout(
-        head_dim=load.model.dim,
-        num_kv_heads=load.model.kv_heads,
-        raw_itemsize=2,
-        high=FORMATS[TIERS[0]],
-        low=FORMATS[TIERS[1]],
-    )
+    layout = layout_of(*TIERS, head_dim=load.model.dim, kv_heads=load.model.kv_heads, itemsize=2)
     return draw_layers(
         layout, load.mix, layers=copies, batch=load.batch, tokens=load.tokens,
         open_pages=OPEN_PAGES, dtype=torch.bfloat16, device=device, pack=pack,

@@ -32,16 +32,15 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, naive
 from sglang_diffxkv.kernels.layout import (
-    FORMATS,
     HIGH,
     LOW,
     PAGE_TOKENS,
     PRUNED,
-    make_layout,
     measure,
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, pack
 from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from tests.support.layouts import layout_of
 
 HQ, H, D, TOKENS = 32, 8, 128, 4096
 PAGES = TOKENS // PAGE_TOKENS
@@ -49,9 +48,7 @@ SCALE = D**-0.5
 SEALED_BYTES = 100e6  # to rotate through: about twice a large L3 cache
 TURN_SECONDS = 0.15
 RESULTS = Path(__file__).parents[1] / "results"
-LAYOUT = make_layout(
-    head_dim=D, num_kv_heads=H, raw_itemsize=2, high=FORMATS["K8V4"], low=FORMATS["K4V2"]
-)
+LAYOUT = layout_of(head_dim=D, kv_heads=H, itemsize=2)
 
 
 class Case(NamedTuple):

@@ -23,19 +23,18 @@ from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBack
 
 from sglang_diffxkv.kernels.extend.prefill import Prefill, PrefillBatch
 from sglang_diffxkv.kernels.layout import (
-    FORMATS,
     HIGH,
     LOW,
     PAGE_TOKENS,
     PRUNED,
     PageLayout,
-    make_layout,
     measure,
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows, pack, unpack_into
 from sglang_diffxkv.kernels.pages import LayerPages, OpenLists, OpenPages, SealedLists, SealedTables
 from sglang_diffxkv.kernels.score import SampledQueries, score_open
 from tests.support import torch_pack
+from tests.support.layouts import layout_of
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -49,10 +48,7 @@ class Shape(NamedTuple):
 
     @property
     def layout(self) -> PageLayout:
-        high, low = FORMATS["K8V4"], FORMATS["K4V2"]
-        return make_layout(
-            head_dim=self.dim, num_kv_heads=self.kv_heads, raw_itemsize=2, high=high, low=low
-        )
+        return layout_of(head_dim=self.dim, kv_heads=self.kv_heads, itemsize=2)
 
 
 LLAMA_8B, SMOLLM2_135M = Shape(32, 8, 128), Shape(9, 3, 64)

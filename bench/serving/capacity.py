@@ -26,6 +26,7 @@ from bench.serving.common import (
     decode_steps,
     demo_model,
     diffxkv_server,
+    equal_memory,
     page_floor,
     retractions,
     stock_server,
@@ -143,16 +144,11 @@ def report(stock: Json, ours: Json) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory-mib", type=int, default=48)
+    about = __doc__.splitlines()[0]
+    parser = equal_memory(about, "capacity", memory_mib=48, load=Load(36, 1500, 128))
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--weights", choices=WEIGHTS, default="random")
-    parser.add_argument("--requests", type=int, default=36)
-    parser.add_argument("--prompt", type=int, default=1500)
-    parser.add_argument("--output", type=int, default=128)
-    parser.add_argument("--config", type=json.loads, default={}, help="JSON beside the paper's")
     parser.add_argument("--chunk", type=int, default=512, help="--chunked-prefill-size of both")
-    parser.add_argument("--name", default="capacity", help="of the files in bench/results")
     return parser.parse_args()
 
 

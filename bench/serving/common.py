@@ -10,6 +10,7 @@ import random
 import re
 import shlex
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -99,6 +100,18 @@ class Load(NamedTuple):
         lengths = [round(self.prompt * rng.uniform(0.9, 1.1)) for _ in range(self.requests)]
         items = [{"prompt": random_prompt(rng, n), "max_new_tokens": self.output} for n in lengths]
         return server.generate_many(items, workers=self.requests)
+
+
+def equal_memory(description: str, name: str, *, memory_mib: int, load: Load) -> ArgumentParser:
+    """The command line of benches that give both servers the same memory; with its defaults."""
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--memory-mib", type=int, default=memory_mib)
+    parser.add_argument("--requests", type=int, default=load.requests)
+    parser.add_argument("--prompt", type=int, default=load.prompt)
+    parser.add_argument("--output", type=int, default=load.output)
+    parser.add_argument("--config", type=json.loads, default={}, help="JSON beside the paper's")
+    parser.add_argument("--name", default=name, help="of the files in bench/results")
+    return parser
 
 
 def decode_steps(log: str) -> list[Step]:

@@ -54,6 +54,10 @@ class Load(NamedTuple):
     def name(self) -> str:
         return f"batch {self.batch}"
 
+    def section(self, rows: list[list[object]]) -> str:
+        """Its part of a report."""
+        return f"## {self.batch} at once, prompts of {self.prompt} tokens\n\n{table(rows)}"
+
 
 LOADS = (Load(1, 1500), Load(16, 512))
 
@@ -180,9 +184,7 @@ def report(result: Json) -> str:
             cells = [c["parts_ms"].get(key, 0) for c in columns.values()]
             if any(cells):
                 rows.append([key, *(f"{cell:.2f}" for cell in cells)])
-        sections.append(
-            f"## {load.batch} at once, prompts of {load.prompt} tokens\n\n{table(rows)}"
-        )
+        sections.append(load.section(rows))
     return "\n\n".join(sections)
 
 

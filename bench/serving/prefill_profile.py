@@ -20,7 +20,6 @@ from bench.serving.common import (
     diffxkv_server,
     random_prompt,
     stock_server,
-    table,
     write_results,
 )
 from bench.serving.decode_profile import LOADS, POOL_TOKENS, Load, sample_stacks
@@ -96,9 +95,7 @@ def report(runs: Json) -> str:
             shares = [c["parts"].get(part, 0) for c in columns.values()]
             if any(shares):
                 rows.append([part, *(f"{100 * x:.1f} %" for x in shares)])
-        sections.append(
-            f"## {load.batch} at once, prompts of {load.prompt} tokens\n\n{table(rows)}"
-        )
+        sections.append(load.section(rows))
     return "\n\n".join(sections)
 
 

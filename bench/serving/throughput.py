@@ -10,7 +10,6 @@ does hits both; the idle one sleeps. Each round starts with an empty cache.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from statistics import fmean
@@ -25,6 +24,7 @@ from bench.serving.common import (
     decode_steps,
     demo_model,
     diffxkv_server,
+    equal_memory,
     page_floor,
     stock_server,
     table,
@@ -79,15 +79,10 @@ def report(result: Json, rounds: list[tuple[Round, Round]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--memory-mib", type=int, default=24)
+    about = __doc__.splitlines()[0]
+    parser = equal_memory(about, "throughput", memory_mib=24, load=Load(24, 900, 100))
     parser.add_argument("--weights", choices=WEIGHTS, default="heavy-hitters")
-    parser.add_argument("--requests", type=int, default=24)
-    parser.add_argument("--prompt", type=int, default=900)
-    parser.add_argument("--output", type=int, default=100)
-    parser.add_argument("--config", type=json.loads, default={}, help="JSON beside the paper's")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--name", default="throughput", help="of the files in bench/results")
     options = parser.parse_args()
     shape, memory = Shape(), options.memory_mib * MIB
     config: Json = {"policy": "diffkv", "memory_bytes": memory} | PAPER | options.config

@@ -25,11 +25,11 @@ from tests.support.builders import (
     SealedArena,
     build_sealed,
     error_norm,
-    layout_of,
     page_lists,
     random_tiers,
 )
 from tests.support.device import DEVICE
+from tests.support.layouts import layout_of
 
 IMPLEMENTATIONS = ["naive", *available_isas(), "triton"]
 """naive.py, each compiled variant, and the GPU's."""

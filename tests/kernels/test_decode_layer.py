@@ -17,7 +17,8 @@ from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
 from sglang_diffxkv.kernels.score import naive as score_naive
 from sglang_diffxkv.kernels.step import StepPages
-from tests.support.builders import build_sealed, error_norm, layout_of, random_tiers
+from tests.support.builders import build_sealed, error_norm, random_tiers
+from tests.support.layouts import layout_of
 
 KV_HEADS, LAYERS = 2, 2
 LENGTHS = [130, 1, 64, 777, 65]

@@ -24,12 +24,11 @@ from sglang_diffxkv.kernels.layout import (
     decode_importance,
     encode_importance,
     head_counts,
-    make_layout,
     measure,
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows, cpu, naive, triton
 from sglang_diffxkv.kernels.pages import SealedTables
-from tests.support import builders, torch_pack
+from tests.support import builders, layouts, torch_pack
 from tests.support.device import DEVICE
 from tests.support.sealed import Sealed, random_tiers, seal
 from tests.support.torch_pack import dequantize_rows, quantize_rows
@@ -41,13 +40,7 @@ PAIRS = [("K8V4", "K4V2"), ("raw", "K8V8"), ("K4V4", "K2V2"), ("K4V8", "K8V4"), 
 def layout_of(
     head_dim: int, heads: int, high: str, low: str, dtype: torch.dtype = torch.bfloat16
 ) -> PageLayout:
-    return make_layout(
-        head_dim=head_dim,
-        num_kv_heads=heads,
-        raw_itemsize=dtype.itemsize,
-        high=FORMATS[high],
-        low=FORMATS[low],
-    )
+    return layouts.layout_of(high, low, head_dim=head_dim, kv_heads=heads, itemsize=dtype.itemsize)
 
 
 @pytest.fixture(params=["torch", "triton", *CPP])

@@ -43,15 +43,11 @@ def load_snapshot(server: Server) -> Any:
     observer = SchedulerPoolStatsObserver(
         tree_cache=server.cache,
         token_to_kv_pool_allocator=server.allocator,
-        req_to_token_pool=None,
         session_controller=SimpleNamespace(sessions={}),
-        hisparse_coordinator=None,
-        is_hybrid_swa=False,
-        is_hybrid_ssm=False,
-        enable_hisparse=False,
-        full_tokens_per_layer=None,
-        swa_tokens_per_layer=None,
         max_total_num_tokens=server.allocator.size,
+        **dict.fromkeys(("is_hybrid_swa", "is_hybrid_ssm", "enable_hisparse"), False),
+        **dict.fromkeys(("req_to_token_pool", "hisparse_coordinator")),
+        **dict.fromkeys(("full_tokens_per_layer", "swa_tokens_per_layer")),
     )
     stats = _get_token_info(SchedulerPoolStatsObserver._get_token_info(observer), observer)
     pool_gauges(server.store)

@@ -12,17 +12,16 @@ from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, make_scratch, s
 from sglang_diffxkv.kernels.extend.traits import Tile
 from sglang_diffxkv.kernels.gpu.device import assumed_capability
 from sglang_diffxkv.kernels.layout import (
-    FORMATS,
     HIGH,
     PAGE_TOKENS,
     PRUNED,
     PageLayout,
     head_records,
-    make_layout,
 )
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pack import pack
 from sglang_diffxkv.kernels.pages import OpenLists, Queries, SealedLists
+from tests.support import layouts
 from tests.support.attention import assert_close, indptr, moved
 from tests.support.device import DEVICE
 from tests.support.fake_device import DEVICE as FAKE
@@ -48,8 +47,7 @@ def small_tile(monkeypatch: pytest.MonkeyPatch) -> None:
 def layout_of(
     dim: int, tiers: tuple[str, str] = ("K8V4", "K4V2"), itemsize: int = 2, heads: int = 2
 ) -> PageLayout:
-    high, low = (FORMATS[name] for name in tiers)
-    return make_layout(head_dim=dim, num_kv_heads=heads, raw_itemsize=itemsize, high=high, low=low)
+    return layouts.layout_of(*tiers, head_dim=dim, kv_heads=heads, itemsize=itemsize)
 
 
 def small_scratch(

@@ -11,8 +11,8 @@ import torch
 from sglang_diffxkv.kernels.decode.work import KINDS, SequencePages, divide_work, work_traits
 from sglang_diffxkv.kernels.decode.work_kernels import WorkTraits
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, head_counts, head_records
-from tests.support.builders import layout_of
 from tests.support.device import DEVICE
+from tests.support.layouts import layout_of
 
 LAYERS, PAGES = 2, 90
 

@@ -12,14 +12,12 @@ from dataclasses import dataclass
 import torch
 
 from sglang_diffxkv.kernels.layout import (
-    FORMATS,
     HIGH,
     LOW,
     PAGE_TOKENS,
     PRUNED,
     PageLayout,
     head_records,
-    make_layout,
 )
 from sglang_diffxkv.kernels.pack.quantize import CLIP
 from sglang_diffxkv.kernels.pages import SealedTables
@@ -46,24 +44,6 @@ class SealedArena:
     @property
     def tables(self) -> SealedTables:
         return SealedTables(self.arena, self.frames, self.heads, self.layout)
-
-
-def layout_of(
-    high: str = "K8V4",
-    low: str = "K4V2",
-    *,
-    head_dim: int = 128,
-    kv_heads: int = 2,
-    itemsize: int = 4,
-) -> PageLayout:
-    """A layout with these formats."""
-    return make_layout(
-        head_dim=head_dim,
-        num_kv_heads=kv_heads,
-        raw_itemsize=itemsize,
-        high=FORMATS[high],
-        low=FORMATS[low],
-    )
 
 
 def random_tiers(

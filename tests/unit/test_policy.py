@@ -16,12 +16,12 @@ from sglang_diffxkv.kernels.layout import (
     PRUNED,
     PageLayout,
     TierFormat,
-    make_layout,
 )
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.budgeting import caps
 from sglang_diffxkv.policy.registry import POLICIES, policy_class
 from sglang_diffxkv.policy.scoring import sample_queries, spread_queries
+from tests.support.layouts import layout_of
 from tests.support.policies import Shape, config_of, policy_of
 
 PAGES, LAYERS, HEADS = 5, 3, 2
@@ -140,7 +140,7 @@ def test_fit_is_exact_for_every_pair_of_formats(high: TierFormat) -> None:
     """Against a scalar loop that moves one token at a time and asks PageLayout after each."""
     rng = torch.Generator().manual_seed(1)
     for low in FORMATS.values():
-        layout = make_layout(head_dim=80, num_kv_heads=HEADS, raw_itemsize=2, high=high, low=low)
+        layout = layout_of(high.name, low.name, head_dim=80, kv_heads=HEADS, itemsize=2)
         tiers = torch.randint(0, 3, (2, LAYERS, HEADS, PAGE_TOKENS), generator=rng).to(torch.uint8)
         worth = torch.randint(0, 9, tiers.shape, generator=rng).float()
         full = caps.full_bytes(layout)

@@ -9,16 +9,15 @@ values; retention predicts what is lost; what the thresholds do. Judged by KL, a
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bench.accuracy.attention import QUERIES, share_needed
 from bench.accuracy.real_models.__main__ import make_samples
+from bench.accuracy.real_models.options import parse
 from bench.accuracy.real_models.ours import ModelShape, Sealer
 from bench.accuracy.real_models.protocol import Sample, measure
 from bench.accuracy.real_models.reader import LayerPrefix, Reader, States
@@ -109,11 +108,7 @@ def ask(reader: Reader, samples: Sequence[Sample]) -> tuple[list[torch.Tensor], 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint")
-    parser.add_argument("--documents", type=int, default=6)
-    parser.add_argument("--length", type=int, default=1024)
-    options = parser.parse_args()
+    options = parse(__doc__.splitlines()[0], documents=6)
     samples = make_samples(options.model, options.documents, [options.length])
     items, found = ask(Reader(options.model), samples)
     lines: list[list[object]] = [["", "KL", "top-1 agreement", "compression", "retention R"]]

@@ -9,15 +9,14 @@ not ours the project has no kernels. `choices` asks the code itself.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from bench.accuracy.fake_quantization import Side, quantized
 from bench.accuracy.real_models.__main__ import make_samples
+from bench.accuracy.real_models.options import parse
 from bench.accuracy.real_models.protocol import measure
 from bench.accuracy.real_models.reader import LayerPrefix, Reader
 from bench.serving.common import table, write_results
@@ -74,11 +73,7 @@ def _of_all(rows: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path, help="folder of a Hugging Face checkpoint")
-    parser.add_argument("--documents", type=int, default=3)
-    parser.add_argument("--length", type=int, default=1024)
-    options = parser.parse_args()
+    options = parse(__doc__.splitlines()[0], documents=3)
     reader, tried = Reader(options.model), list(ways())
     found: list[list[tuple[float, float]]] = [[] for _ in tried]
     for sample in make_samples(options.model, options.documents, [options.length]):

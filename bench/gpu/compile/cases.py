@@ -16,13 +16,14 @@ from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
 from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, make_layout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, copy_rows, pack, unpack
 from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, Queries, SealedPages, SealedTables
 from sglang_diffxkv.kernels.score import SampledQueries, score_decode, score_open
 from sglang_diffxkv.kernels.step import PageMetadata, StepPages, begin_decode
 from sglang_diffxkv.kernels.write import write_tokens
+from tests.support.layouts import layout_of
 
 BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
 """Sequences; sealed pages listed and in the tables; raw pages; new tokens; frames of the arena."""
@@ -122,12 +123,8 @@ def setting(
     model: Model, tiers: tuple[str, str] = TIERS, dtype: torch.dtype = torch.bfloat16
 ) -> Setting:
     """A model with a pair of tiers."""
-    layout = make_layout(
-        head_dim=model.head_dim,
-        num_kv_heads=model.kv_heads,
-        raw_itemsize=dtype.itemsize,
-        high=FORMATS[tiers[0]],
-        low=FORMATS[tiers[1]],
+    layout = layout_of(
+        *tiers, head_dim=model.head_dim, kv_heads=model.kv_heads, itemsize=dtype.itemsize
     )
     return Setting(model, layout, dtype)
 

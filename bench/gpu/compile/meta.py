@@ -9,8 +9,9 @@ from bench.gpu.device import kernels
 from bench.gpu.shapes import TIERS, Model
 from sglang_diffxkv.kernels.decode.work import SequencePages, divide_work
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import LayerPages, SealedTables
+from tests.support.layouts import layout_of
 
 LAYERS = 5
 """Slices of layers are aligned differently, which Triton compiles kernels for."""
@@ -22,13 +23,7 @@ def decode_launches(model: Model, batch: int, pages: int) -> list[Launch]:
     def ints(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device="meta")
 
-    layout = make_layout(
-        head_dim=model.dim,
-        num_kv_heads=model.kv_heads,
-        raw_itemsize=2,
-        high=FORMATS[TIERS[0]],
-        low=FORMATS[TIERS[1]],
-    )
+    layout = layout_of(*TIERS, head_dim=model.dim, kv_heads=model.kv_heads, itemsize=2)
     total = batch * pages
     lists = ints(total), ints(batch), ints(batch), ints(total), ints(batch)
     raw_shape = LAYERS, 2 * batch, PAGE_TOKENS, model.kv_heads, model.dim

@@ -12,14 +12,15 @@ import torch
 from bench.gpu.device import kernels, to
 from bench.gpu.inputs import Layers, Mix, draw_layers
 from bench.gpu.verify.check import TOLERANCE, Check, Found, compare, is_timed, worst
-from bench.gpu.verify.reference import decode_layer, merge64
+from bench.gpu.verify.reference import Queries, decode_layer, merge64
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import naive
 from sglang_diffxkv.kernels.decode.work import divide_work
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pages import OpenPages
 from tests.support import torch_pack
+from tests.support.layouts import layout_of
 
 
 class Case(NamedTuple):
@@ -87,13 +88,10 @@ def drop_pages(layers: Layers, drops: tuple[int, ...]) -> Layers:
 
 def draw(case: Case, device: torch.device) -> Layers:
     """Two layers, packed by vectorised torch."""
-    layout = make_layout(
-        head_dim=case.dim,
-        num_kv_heads=case.kv_heads,
-        raw_itemsize=case.dtype.itemsize,
-        high=FORMATS[case.high],
-        low=FORMATS[case.low],
-    )
+    layout = layout_of(
+        case.high, case.low, head_dim=case.dim, kv_heads=case.kv_heads,
+        itemsize=case.dtype.itemsize,
+    )  # fmt: skip
     layers = draw_layers(
         layout, case.mix, layers=2, batch=len(case.drops), tokens=case.tokens,
         open_pages=case.open_pages, dtype=case.dtype, device=device, pack=torch_pack.pack,
@@ -101,15 +99,9 @@ def draw(case: Case, device: torch.device) -> Layers:
     return drop_pages(layers, case.drops)
 
 
-def naive_layer(
-    layers: Layers,
-    layer: int,
-    q: torch.Tensor,
-    q_sealed: torch.Tensor,
-    sm_scale: float,
-    key_mean: torch.Tensor | None = None,
-) -> AttentionState:
+def naive_layer(layers: Layers, layer: int, queries: Queries) -> AttentionState:
     """The readable reference over both kinds of pages."""
+    q, q_sealed, sm_scale, key_mean = queries
     cpu = torch.device("cpu")
     sealed = naive.decode_sealed(*to(cpu, q_sealed, layers.sealed(layer), sm_scale))
     if key_mean is not None:
@@ -144,7 +136,8 @@ def check(case: Case, device: torch.device, *, large: bool) -> Found:
     for layer, key_mean in enumerate((None, torch.randn(case.kv_heads, case.dim, device=device))):
         pages, mine = layers.pages(layer, key_mean), work.layer(layer)
         part = triton.attend(q[layer], q_sealed[layer], pages, mine, sm_scale)
-        expected = reference(layers, layer, q[layer], q_sealed[layer], sm_scale, key_mean)
+        queries = Queries(q[layer], q_sealed[layer], sm_scale, key_mean)
+        expected = reference(layers, layer, queries)
         found.append(compare(part, expected))
     return worst(found)
 
@@ -155,7 +148,7 @@ def check_public(device: torch.device) -> Found:
     layers = draw(case, device)
     q = torch.randn(3, 10, case.dim, device=device).to(case.dtype)
     part = kernels("decode").decode_sealed(q, layers.sealed(0), 0.1)
-    return compare(part, naive_layer(layers, 0, q, q, 0.1))
+    return compare(part, naive_layer(layers, 0, Queries(q, q, 0.1)))
 
 
 def check_open(device: torch.device) -> Found:

@@ -14,15 +14,14 @@ from bench.gpu.inputs import Mix, draw_tiers, shuffled_frames
 from bench.gpu.verify.check import Check, Found, differing, is_timed, worst
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted
 from sglang_diffxkv.kernels.layout import (
-    FORMATS,
     PAGE_TOKENS,
     PageLayout,
-    make_layout,
     measure,
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
 from sglang_diffxkv.kernels.pages import SealedTables
 from tests.support import torch_pack
+from tests.support.layouts import layout_of
 
 CPU = torch.device("cpu")
 
@@ -39,13 +38,10 @@ class Case(NamedTuple):
 
     @property
     def layout(self) -> PageLayout:
-        return make_layout(
-            head_dim=self.dim,
-            num_kv_heads=self.kv_heads,
-            raw_itemsize=self.dtype.itemsize,
-            high=FORMATS[self.high],
-            low=FORMATS[self.low],
-        )
+        return layout_of(
+            self.high, self.low, head_dim=self.dim, kv_heads=self.kv_heads,
+            itemsize=self.dtype.itemsize,
+        )  # fmt: skip
 
     @property
     def name(self) -> str:

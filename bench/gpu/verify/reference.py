@@ -68,15 +68,22 @@ def attend(q: torch.Tensor, tokens: Tokens, sm_scale: float) -> AttentionState:
     )
 
 
-def decode_layer(
-    layers: Layers,
-    layer: int,
-    q: torch.Tensor,
-    q_sealed: torch.Tensor,
-    sm_scale: float,
-    key_mean: torch.Tensor | None = None,
-) -> AttentionState:
+class Queries(NamedTuple):
+    """Of a decode step [B, Hq, D]: over open pages, and over sealed ones.
+
+    Attributes:
+        key_mean: fp32 [H, D] that sealed keys lack, where results come back from their basis.
+    """
+
+    q: torch.Tensor
+    q_sealed: torch.Tensor
+    sm_scale: float
+    key_mean: torch.Tensor | None = None
+
+
+def decode_layer(layers: Layers, layer: int, queries: Queries) -> AttentionState:
     """Every sequence's query over its open and its sealed pages."""
+    q, q_sealed, sm_scale, key_mean = queries
     outs, lses = [], []
     for b in range(len(q)):
         parts = []

@@ -35,7 +35,7 @@ from sglang_diffxkv.kernels.gpu.payload import (
     load_meta_at,
     load_rows,
 )
-from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, record_counts, sections
+from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, find_tier
 
 
 class PageRange(NamedTuple):
@@ -91,22 +91,14 @@ def attend_tier(q, score_scale, pages, sealed, part, IS_HIGH: tl.constexpr, TRAI
         page = tl.load(pages.listed + place, mask=valid, other=0)
         if pages.raw_slot is not None:
             valid = valid & (tl.load(pages.raw_slot + page, mask=valid, other=0) < 0)
-        record = sealed.heads + page.to(tl.int64) * sealed.heads_stride
-        base = tl.load(record, mask=valid, other=0)
-        word = tl.load(record + 1, mask=valid, other=0)
-        n_high, n_low = record_counts(word)
-        starts = sections(n_high, n_low, LAYOUT)
-        counts = n_high if IS_HIGH else n_low
-        ends = tl.cumsum(counts, 0)
+        tier = find_tier(sealed.heads, sealed.heads_stride, page, valid, LAYOUT, IS_HIGH)
+        ends = tl.cumsum(tier.tokens, 0)
         # As if a page's ordinals started with it: a row's number is then linear in its ordinal.
-        skipped = ends - counts
-        key_start = starts.key_high if IS_HIGH else starts.key_low
-        value_start = starts.value_high if IS_HIGH else starts.value_low
-        meta_start = starts.meta_high if IS_HIGH else starts.meta_low
-        key_start = (base + key_start) // KEY_BYTES - skipped
-        value_start = (base + value_start) // VALUE_BYTES - skipped
-        meta_start = (base + meta_start) // 8 - skipped
-        n = tl.sum(counts, 0)
+        skipped = ends - tier.tokens
+        key_start = tier.key // KEY_BYTES - skipped
+        value_start = tier.value // VALUE_BYTES - skipped
+        meta_start = tier.meta // 8 - skipped
+        n = tl.sum(tier.tokens, 0)
         ends = per_row(ends, ROWS)
         table = per_row(page * sealed.frames_stride, ROWS)
         key_start, value_start = per_row(key_start, ROWS), per_row(value_start, ROWS)

@@ -27,7 +27,7 @@ from sglang_diffxkv.kernels.gpu.payload import (
     load_words_at,
     unpack_words,
 )
-from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, record_counts, sections
+from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, find_tier
 
 HEADROOM: tl.constexpr = tl.constexpr(4)
 """The largest weight of a row so far is 2**4: times value scales, which may be up to 4,000, it does
@@ -197,22 +197,14 @@ def attend_tier(state, queries, rows, sealed, pages, IS_HIGH: tl.constexpr, TRAI
         listed = group + tl.arange(0, PAGES)
         inside = listed < pages.end
         page = tl.load(pages.listed + listed, mask=inside, other=0)
-        record = sealed.heads + page.to(tl.int64) * (TRAITS.shape.kv_heads * 2)
-        offset = tl.load(record, mask=inside, other=0)
-        word = tl.load(record + 1, mask=inside, other=0)
-        n_high, n_low = record_counts(word)
-        starts = sections(n_high, n_low, LAYOUT)
-        counts = n_high if IS_HIGH else n_low
-        ends = tl.cumsum(counts, 0)
+        tier = find_tier(sealed.heads, TRAITS.shape.kv_heads * 2, page, inside, LAYOUT, IS_HIGH)
+        ends = tl.cumsum(tier.tokens, 0)
         # As if a page's ordinals started with it: where a row lies is then linear in its ordinal.
-        skipped = ends - counts
-        key_start = starts.key_high if IS_HIGH else starts.key_low
-        value_start = starts.value_high if IS_HIGH else starts.value_low
-        meta_start = starts.meta_high if IS_HIGH else starts.meta_low
-        key_start = offset + key_start - skipped * KEY_BYTES
-        value_start = offset + value_start - skipped * VALUE_BYTES
-        meta_start = offset + meta_start - skipped * 8
-        n = tl.sum(counts, 0)
+        skipped = ends - tier.tokens
+        key_start = tier.key - skipped * KEY_BYTES
+        value_start = tier.value - skipped * VALUE_BYTES
+        meta_start = tier.meta - skipped * 8
+        n = tl.sum(tier.tokens, 0)
         ends, page = per_row(ends, ROWS), per_row(page, ROWS)
         key_start, value_start = (
             per_row(key_start, ROWS),

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_diffxkv.kernels.gpu.fragments import code_pairs, halves
+
 CODE_UNIT: tl.constexpr = tl.constexpr(2.0**24)
 """What products with codes as `load_quarter` returns them are to be multiplied by."""
 
@@ -149,26 +151,14 @@ def load_words_at(
 def unpack_words(word, byte_mask, BITS: tl.constexpr, DIM_BLOCK: tl.constexpr):
     """Codes of whole rows, times ``2**-24`` and the planes' factors, in the order of `element`.
 
-    Two codes at a time stay in the word that they were loaded in, which takes half the instructions
-    of widening bytes. The compiler would undo that if it knew the mask: hence an argument.
-
     Args:
-        byte_mask: int32, always 0x00FF00FF.
+        word, byte_mask: as `code_pairs` takes them.
 
     Returns:
         fp16 [N, DIM_BLOCK].
     """
-    pairs = tl.join(word, word >> 8)
-    if BITS == 8:
-        pairs = pairs & byte_mask
-    elif BITS == 4:
-        pairs = tl.join(pairs & (byte_mask & 0x000F000F), pairs & (byte_mask & 0x00F000F0))
-    else:
-        even = tl.join(pairs & (byte_mask & 0x00030003), pairs & (byte_mask & 0x00300030))
-        odd = tl.join(pairs & (byte_mask & 0x000C000C), pairs & (byte_mask & 0x00C000C0))
-        pairs = tl.join(even, odd)
-    halves = tl.join((pairs & 0xFFFF).to(tl.uint16), (pairs >> 16).to(tl.uint16))
-    codes = tl.reshape(halves, [word.shape[0], DIM_BLOCK, 1]).to(tl.float16, bitcast=True)
+    codes = halves(code_pairs(word, byte_mask, BITS))
+    codes = tl.reshape(codes, [word.shape[0], DIM_BLOCK, 1]).to(tl.float16, bitcast=True)
     # A sum over one element costs nothing, and ends what Triton looks at when it chooses how a
     # product reads its operands: it would halve the width once more for the joins.
     return tl.sum(codes, 2)

@@ -58,6 +58,32 @@ def sections(n_high, n_low, LAYOUT: tl.constexpr):
     )
 
 
+class TierSections(NamedTuple):
+    """Of one tier of some pages: tokens, and bytes at which its sections start, int32 tensors."""
+
+    tokens: tl.tensor
+    key: tl.tensor
+    value: tl.tensor
+    meta: tl.tensor
+
+
+@triton.jit
+def find_tier(heads, stride, page, valid, LAYOUT: tl.constexpr, IS_HIGH: tl.constexpr):
+    """`TierSections` of one head of these pages; no tokens where they are not valid.
+
+    Args:
+        heads: pointer to the head's records, ``stride`` elements from page to page.
+    """
+    record = heads + page.to(tl.int64) * stride
+    offset = tl.load(record, mask=valid, other=0)
+    n_high, n_low = record_counts(tl.load(record + 1, mask=valid, other=0))
+    starts = sections(n_high, n_low, LAYOUT)
+    key = offset + (starts.key_high if IS_HIGH else starts.key_low)
+    value = offset + (starts.value_high if IS_HIGH else starts.value_low)
+    meta = offset + (starts.meta_high if IS_HIGH else starts.meta_low)
+    return TierSections(n_high if IS_HIGH else n_low, key, value, meta)
+
+
 @triton.constexpr_function
 def bytes_of_row(layout, bits):
     """`PageLayout.row_bytes`."""

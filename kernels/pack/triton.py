@@ -36,6 +36,7 @@ UNPACK_REGISTERS = 96
 @ops.pack.register("gpu")
 def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
     keys, values, slots = raw
+    _, frames, heads, _ = _contiguous(tables)
     layout, tokens = tables.layout, _tokens(tables.layout)
     launch(
         pack_kernel,
@@ -43,8 +44,8 @@ def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
         raw=RawPages(keys, values, slots.contiguous(), keys.stride(0), values.stride(0)),
         grades=Grades(*(x.contiguous() for x in grades)),
         arena=tables.arena,
-        frames=tables.frames.contiguous(),
-        heads=tables.heads.contiguous(),
+        frames=frames,
+        heads=heads,
         LAYOUT=layout,
         TOKENS=tokens,
         num_warps=NUM_WARPS,
@@ -81,15 +82,22 @@ def copy_rows(
     launch(
         copy_kernel,
         (len(old_tiers), new.layout.num_kv_heads, PAGE_TOKENS // COPIED_TOKENS),
-        old=SealedView.of(old),
+        old=SealedView.of(_contiguous(old)),
         old_tiers=old_tiers.contiguous(),
-        new=SealedView.of(new),
+        new=SealedView.of(_contiguous(new)),
         new_tiers=new_tiers.contiguous(),
         LAYOUT=new.layout,
         TOKENS=COPIED_TOKENS,
         num_warps=NUM_WARPS,
         maxnreg=255,  # Triton 3.6.0's assembler would rather spill than use more than 40
     )
+
+
+def _contiguous(tables: SealedTables) -> SealedTables:
+    """Tables of just the pages that a kernel runs over, whose rows it finds by itself."""
+    assert tables.frames.shape[1] == tables.layout.max_frames
+    frames, heads = tables.frames.contiguous(), tables.heads.contiguous()
+    return tables._replace(frames=frames, heads=heads)
 
 
 def _tokens(layout: PageLayout) -> int:

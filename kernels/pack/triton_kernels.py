@@ -123,30 +123,18 @@ def copy_kernel(
     old: SealedView, old_tiers, new: SealedView, new_tiers, LAYOUT: tl.constexpr,
     TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (S, H, 64 / TOKENS)."""
+    """Grid (S, H, 64 / TOKENS); frames and heads are contiguous."""
     page = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
     token = tl.program_id(2) * TOKENS + tl.arange(0, TOKENS)
-    tiers = (page * tl.num_programs(1) + head) * _TOKENS
-    old_code, old_ordinal = ordinal_in_tier(old_tiers + tiers, token)
-    new_code, new_ordinal = ordinal_in_tier(new_tiers + tiers, token)
+    entry = page * tl.num_programs(1) + tl.program_id(1)
+    old_code, old_ordinal = ordinal_in_tier(old_tiers + entry * _TOKENS, token)
+    new_code, new_ordinal = ordinal_in_tier(new_tiers + entry * _TOKENS, token)
     tier = TierMask(
         (old_code == _HIGH) & (new_code == _HIGH), (old_code == _LOW) & (new_code == _LOW)
     )
-    source = row_offsets(
-        old.heads + page * old.heads_stride + head * 2,
-        old.frames + page * old.frames_stride,
-        tier,
-        old_ordinal,
-        LAYOUT,
-    )
-    target = row_offsets(
-        new.heads + page * new.heads_stride + head * 2,
-        new.frames + page * new.frames_stride,
-        tier,
-        new_ordinal,
-        LAYOUT,
-    )
+    at = page * LAYOUT.max_frames
+    source = row_offsets(old.heads + entry * 2, old.frames + at, tier, old_ordinal, LAYOUT)
+    target = row_offsets(new.heads + entry * 2, new.frames + at, tier, new_ordinal, LAYOUT)
     KEY_HIGH: tl.constexpr = bytes_of_row(LAYOUT, LAYOUT.high.key_bits)
     KEY_LOW: tl.constexpr = bytes_of_row(LAYOUT, LAYOUT.low.key_bits)
     VALUE_HIGH: tl.constexpr = bytes_of_row(LAYOUT, LAYOUT.high.value_bits)

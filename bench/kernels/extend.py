@@ -32,7 +32,7 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows, pack, unpack_into
 from sglang_diffxkv.kernels.pages import LayerPages, OpenLists, OpenPages, SealedLists, SealedTables
-from sglang_diffxkv.kernels.score import SampledQueries, score_open
+from sglang_diffxkv.kernels.score import ScoringQueries, score_open
 from tests.support import torch_pack
 from tests.support.layouts import layout_of
 
@@ -164,8 +164,8 @@ def packing() -> dict[str, Callable[[], None]]:
     n = len(data.tables.frames)
     raw = RawTokens(data.k, data.v, torch.arange(n))
     first = torch.arange(n * h).view(n, h) * PAGE_TOKENS
-    rows = TokenRows(*torch.zeros(2, n * h * PAGE_TOKENS, d))
-    reading = data.tables, torch.arange(n), first, rows, torch.bfloat16
+    rows = TokenRows(*torch.zeros(2, n * h * PAGE_TOKENS, d), first)
+    reading = data.tables, torch.arange(n), rows, torch.bfloat16
     return {
         "pack 32 pages, C++": lambda: pack(raw, data.grades, data.tables),
         "pack 32 pages, torch": lambda: torch_pack.pack(raw, data.grades, data.tables),
@@ -184,7 +184,7 @@ def scoring(queries: int = 64, tokens: int = 1024) -> dict[str, Callable[[], Non
     lse = 8 + torch.rand(queries, hq)
     ends, slots = (torch.tensor([0, n]).int() for n in (queries, pages)), torch.arange(pages).int()
     q_indptr, indptr = ends
-    args = SampledQueries(q, q_indptr, position), lse, OpenPages(key, key, indptr, slots, slots)
+    args = ScoringQueries(q, lse, q_indptr, position), OpenPages(key, key, indptr, slots, slots)
     accum = torch.zeros(pages, h, PAGE_TOKENS)
     title = f"score {queries} queries of 1 × {tokens}, {hq}/{h} heads of {d}"
     return {title: lambda: score_open(*args, accum, d**-0.5)}

@@ -60,8 +60,8 @@ def extend_unpacked(
         mine = pages[first : first + scratch.pages]
         starts = scratch.starts[: len(mine) + 1]
         count_rows(sealed.heads, mine, starts, scratch.pages * PAGE_TOKENS)
-        rows = TokenRows(scratch.k, scratch.v)
-        unpack_into(sealed.tables, mine, starts[:-1], rows, scratch.k.dtype)
+        rows = TokenRows(scratch.k, scratch.v, starts[:-1])
+        unpack_into(sealed.tables, mine, rows, scratch.k.dtype)
         if slices > 1:
             indptr = (sealed.indptr - first).clamp_(0, len(mine))
         listed = UnpackedPages(indptr, len(mine), slices)

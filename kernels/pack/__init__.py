@@ -57,11 +57,13 @@ class TokenRows(NamedTuple):
 
     Attributes:
         keys, values: [rows, D], fp32, bf16 or fp16.
+        first: int64 [N, H], row of each (page, head)'s first token; the others follow.
         token_metadata: uint8 [rows, 2], position in the page and importance code; None: not wanted.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
+    first: torch.Tensor
     token_metadata: torch.Tensor | None = None
 
 
@@ -117,21 +119,16 @@ def copy_rows(
 
 @operation
 def unpack_into(
-    tables: SealedTables,
-    pages: torch.Tensor,
-    first: torch.Tensor,
-    rows: TokenRows,
-    raw_dtype: torch.dtype,
+    tables: SealedTables, pages: torch.Tensor, rows: TokenRows, raw_dtype: torch.dtype
 ) -> None:
     """Dequantise N sealed pages of one layer into rows of the caller's choice.
 
     Args:
         pages: int32 or int64 [N], of the tables.
-        first: int64 [N, H], row of each (page, head)'s first token; the others follow.
         rows: written; those that receive no token stay as they are.
         raw_dtype: dtype of the elements of raw tiers.
     """
-    unpack_into.on(tables.arena)(tables, pages, first, rows, raw_dtype)
+    unpack_into.on(tables.arena)(tables, pages, rows, raw_dtype)
 
 
 def unpack(
@@ -147,7 +144,7 @@ def unpack(
     k, v = arena.new_zeros((2, n * h * PAGE_TOKENS, d), dtype=dtype)
     metadata = arena.new_zeros(n * h * PAGE_TOKENS, TOKEN_METADATA_BYTES)
     first = torch.arange(0, n * h * PAGE_TOKENS, PAGE_TOKENS, device=arena.device).view(n, h)
-    unpack_into(tables, pages, first, TokenRows(k, v, metadata), raw_dtype)
+    unpack_into(tables, pages, TokenRows(k, v, first, metadata), raw_dtype)
     n_high, n_low = head_counts(tables.heads[pages])
     shape = (n, h, PAGE_TOKENS)
     position, importance = metadata.view(*shape, TOKEN_METADATA_BYTES).unbind(-1)

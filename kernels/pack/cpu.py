@@ -31,13 +31,9 @@ def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
 
 @ops.unpack_into.register("cpu")
 def unpack_into(
-    tables: SealedTables,
-    pages: torch.Tensor,
-    first: torch.Tensor,
-    rows: TokenRows,
-    raw_dtype: torch.dtype,
+    tables: SealedTables, pages: torch.Tensor, rows: TokenRows, raw_dtype: torch.dtype
 ) -> None:
-    pages, first = pages.long().contiguous(), first.contiguous()
+    pages, first = pages.long().contiguous(), rows.first.contiguous()
     metadata = 0 if rows.token_metadata is None else rows.token_metadata.data_ptr()
     words = int64_words(
         rows.keys.data_ptr(), rows.values.data_ptr(), metadata, DTYPE_CODES[rows.keys.dtype]

@@ -156,11 +156,7 @@ def copy_rows(
 
 
 def unpack_into(
-    tables: SealedTables,
-    pages: torch.Tensor,
-    first: torch.Tensor,
-    rows: TokenRows,
-    raw_dtype: torch.dtype,
+    tables: SealedTables, pages: torch.Tensor, rows: TokenRows, raw_dtype: torch.dtype
 ) -> None:
     """See `pack.unpack_into`."""
     layout = tables.layout
@@ -168,7 +164,7 @@ def unpack_into(
         enumerate(pages.tolist()), range(layout.num_kv_heads), (HIGH, LOW)
     ):
         for row in _rows_of(tables, page, h, code):
-            out = int(first[n, h]) + row.ordinal
+            out = int(rows.first[n, h]) + row.ordinal
             for to, bits, at, half in (
                 (rows.keys, row.tier.key_bits, row.key, 0),
                 (rows.values, row.tier.value_bits, row.value, 2),

@@ -54,11 +54,7 @@ def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
 
 @ops.unpack_into.register("gpu")
 def unpack_into(
-    tables: SealedTables,
-    pages: torch.Tensor,
-    first: torch.Tensor,
-    rows: TokenRows,
-    raw_dtype: torch.dtype,
+    tables: SealedTables, pages: torch.Tensor, rows: TokenRows, raw_dtype: torch.dtype
 ) -> None:
     layout, tokens = tables.layout, _tokens(tables.layout)
     launch(
@@ -67,7 +63,7 @@ def unpack_into(
         tables=SealedView.of(tables),
         raw_arena=tables.arena.view(raw_dtype),
         pages=pages.contiguous(),
-        rows=Rows(*rows, first.contiguous()),
+        rows=Rows(rows.keys, rows.values, rows.token_metadata, rows.first.contiguous()),
         LAYOUT=layout,
         TOKENS=tokens,
         num_warps=NUM_WARPS,

@@ -41,7 +41,7 @@ class RawPages(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """`TokenRows`, and the first row of each (page, head)."""
+    """`TokenRows`; ``values`` is no name of a field (`gpu.views`)."""
 
     k: torch.Tensor
     v: torch.Tensor

@@ -12,30 +12,42 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.step import StepPages
 
-__all__ = ["SampledQueries", "score_decode", "score_open"]
+__all__ = ["RawTables", "ScoringQueries", "score_decode", "score_open"]
 
 
-class SampledQueries(NamedTuple):
+class ScoringQueries(NamedTuple):
     """Some queries of B sequences, ragged.
 
     Attributes:
         q: [S, Hq, D], fp32, bf16 or fp16.
+        lse: fp32 [S, Hq], base-2 LSE of each query's full attention (open and sealed).
         indptr: int32 [B + 1], into ``q``.
         position: int32 [S], of each query in its sequence.
     """
 
     q: torch.Tensor
+    lse: torch.Tensor
     indptr: torch.Tensor
     position: torch.Tensor
 
 
+class RawTables(NamedTuple):
+    """One layer's raw keys, and what their tokens have received.
+
+    Attributes:
+        keys: [R, 64, H, D]; slots may be strided, the rest is contiguous.
+        raw_slot: int32 [V], raw page of each open page, negative for all others.
+        accum: fp32 [R, H, 64], added to in place; slots may be strided.
+    """
+
+    keys: torch.Tensor
+    raw_slot: torch.Tensor
+    accum: torch.Tensor
+
+
 @operation
 def score_open(
-    queries: SampledQueries,
-    lse: torch.Tensor,
-    opened: OpenPages,
-    accum: torch.Tensor,
-    sm_scale: float,
+    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, sm_scale: float
 ) -> None:
     """Add to ``accum`` what each token of the listed open pages receives.
 
@@ -45,7 +57,6 @@ def score_open(
     Where sequences share a page, a GPU adds their scores in any order.
 
     Args:
-        lse: fp32 [S, Hq], base-2 LSE of each query's full attention (open and sealed).
         opened: a page may appear in several sequences; values are not looked at.
         accum: fp32 [R, H, 64], added to in place; slots may be strided.
         sm_scale: factor of q.k.
@@ -59,20 +70,14 @@ def score_open(
         raise ValueError(f"q {tuple(q.shape)} against raw pages {tuple(keys.shape)}")
     if keys.stride()[1:] != (kv_heads * dim, dim, 1) or accum.stride()[1:] != (PAGE_TOKENS, 1):
         raise ValueError(f"strides of raw pages {keys.stride()} or of accum {accum.stride()}")
-    if accum.shape != (slots, kv_heads, PAGE_TOKENS) or not lse.is_contiguous():
-        raise ValueError(f"accum {tuple(accum.shape)}, lse strides {lse.stride()}")
-    score_open.on(q)(queries, lse, opened, accum, sm_scale)
+    if accum.shape != (slots, kv_heads, PAGE_TOKENS) or not queries.lse.is_contiguous():
+        raise ValueError(f"accum {tuple(accum.shape)}, lse strides {queries.lse.stride()}")
+    score_open.on(q)(queries, opened, accum, sm_scale)
 
 
 @operation
 def score_decode(
-    q: torch.Tensor,
-    lse: torch.Tensor,
-    pages: StepPages,
-    keys: torch.Tensor,
-    raw_slot: torch.Tensor,
-    accum: torch.Tensor,
-    sm_scale: float,
+    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, sm_scale: float
 ) -> None:
     """`score_open` for one query per sequence, its last token, without lists of open pages.
 
@@ -82,9 +87,9 @@ def score_decode(
 
     Args:
         q: [B, Hq, D]; queries may be strided.
-        lse, accum, sm_scale: as for `score_open`, with one query per sequence.
+        lse: fp32 [B, Hq], as in `ScoringQueries`.
         pages: the step's; those that are not open are passed over.
-        keys: [R, 64, H, D], one layer's raw keys; slots may be strided, the rest is contiguous.
-        raw_slot: int32 [V], raw page of each open page, negative for all others.
+        raw: ``accum`` is written.
+        sm_scale: factor of q.k.
     """
-    score_decode.on(q)(q, lse, pages, keys, raw_slot, accum, sm_scale)
+    score_decode.on(q)(q, lse, pages, raw, sm_scale)

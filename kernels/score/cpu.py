@@ -11,7 +11,7 @@ from sglang_diffxkv.kernels import score
 from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, int64_words, threads
 from sglang_diffxkv.kernels.cpu.function import CFunction
 from sglang_diffxkv.kernels.pages import OpenPages
-from sglang_diffxkv.kernels.score import SampledQueries
+from sglang_diffxkv.kernels.score import ScoringQueries
 
 LOG2_E = math.log2(math.e)
 
@@ -20,18 +20,14 @@ _score_open = CFunction("score", "diffxkv_score_open")
 
 @score.score_open.register("cpu")
 def score_open(
-    queries: SampledQueries,
-    lse: torch.Tensor,
-    opened: OpenPages,
-    accum: torch.Tensor,
-    sm_scale: float,
+    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, sm_scale: float
 ) -> None:
     q, keys = queries.q.contiguous(), opened.keys
     kv_heads, dim = keys.shape[2:]
     asking = int64_words(
         q.data_ptr(),
         DTYPE_CODES[q.dtype],
-        lse.data_ptr(),
+        queries.lse.data_ptr(),
         queries.indptr.data_ptr(),
         queries.position.data_ptr(),
         len(queries.indptr) - 1,

@@ -7,22 +7,18 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
-from sglang_diffxkv.kernels.score import SampledQueries
+from sglang_diffxkv.kernels.score import RawTables, ScoringQueries
 from sglang_diffxkv.kernels.step import StepPages
 
 
 def score_open(
-    queries: SampledQueries,
-    lse: torch.Tensor,
-    opened: OpenPages,
-    accum: torch.Tensor,
-    sm_scale: float,
+    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, sm_scale: float
 ) -> None:
     """See `score.score_open`."""
     q, keys = queries.q, opened.keys
     kv_heads = keys.shape[2]
     group = q.shape[1] // kv_heads
-    weights_lse = lse.double() * torch.log(torch.tensor(2.0, dtype=torch.float64))
+    weights_lse = queries.lse.double() * torch.log(torch.tensor(2.0, dtype=torch.float64))
     for b in range(len(opened.indptr) - 1):
         asking = range(int(queries.indptr[b]), int(queries.indptr[b + 1]))
         for entry in range(int(opened.indptr[b]), int(opened.indptr[b + 1])):
@@ -39,23 +35,18 @@ def score_open(
 
 
 def score_decode(
-    q: torch.Tensor,
-    lse: torch.Tensor,
-    pages: StepPages,
-    keys: torch.Tensor,
-    raw_slot: torch.Tensor,
-    accum: torch.Tensor,
-    sm_scale: float,
+    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, sm_scale: float
 ) -> None:
     """See `score.score_decode`."""
     for b, length in enumerate(pages.lengths.tolist()):
-        slots = raw_slot[pages.table[b, : pages.count[b]].long()]
+        slots = raw.raw_slot[pages.table[b, : pages.count[b]].long()]
         position = (slots >= 0).nonzero().flatten()
         whole = torch.tensor([0, 1]), torch.tensor([length - 1])
+        of_uniform = lse[b : b + 1] - torch.tensor(max(length, 1)).log2()
+        indptr = torch.tensor([0, len(position)])
         score_open(
-            SampledQueries(q[b : b + 1], *whole),
-            lse[b : b + 1] - torch.tensor(max(length, 1)).log2(),
-            OpenPages(keys, keys, torch.tensor([0, len(position)]), slots[position], position),
-            accum,
+            ScoringQueries(q[b : b + 1], of_uniform, *whole),
+            OpenPages(raw.keys, raw.keys, indptr, slots[position], position),
+            raw.accum,
             sm_scale,
         )

@@ -12,7 +12,7 @@ from sglang_diffxkv.kernels import score
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.gpu.views import HeadShape, QueryView
 from sglang_diffxkv.kernels.pages import OpenPages
-from sglang_diffxkv.kernels.score import SampledQueries
+from sglang_diffxkv.kernels.score import RawTables, ScoringQueries
 from sglang_diffxkv.kernels.score.triton_kernels import (
     PageTable,
     RawKeys,
@@ -29,24 +29,19 @@ DECODE_PAGES = 128
 
 @score.score_open.register("gpu")
 def score_open(
-    queries: SampledQueries,
-    lse: torch.Tensor,
-    opened: OpenPages,
-    accum: torch.Tensor,
-    sm_scale: float,
+    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, sm_scale: float
 ) -> None:
+    q, lse, indptr, position = queries
     launch(
         open_kernel,
         (len(opened.slots), opened.keys.shape[2]),
-        queries=QueryView(
-            queries.q, queries.q.stride(0), sm_scale * LOG2_E, queries.indptr, queries.position
-        ),
+        queries=QueryView(q, q.stride(0), sm_scale * LOG2_E, indptr, position),
         lse=lse,
         keys=RawKeys(opened.keys, opened.keys.stride(0)),
         opened=opened.lists,
         sequences=len(opened.indptr) - 1,
         scores=Scores(accum, accum.stride(0)),
-        SHAPE=_shape(queries.q, opened.keys),
+        SHAPE=_shape(q, opened.keys),
         num_warps=4,
         maxnreg=255,
     )
@@ -54,14 +49,9 @@ def score_open(
 
 @score.score_decode.register("gpu")
 def score_decode(
-    q: torch.Tensor,
-    lse: torch.Tensor,
-    pages: StepPages,
-    keys: torch.Tensor,
-    raw_slot: torch.Tensor,
-    accum: torch.Tensor,
-    sm_scale: float,
+    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, sm_scale: float
 ) -> None:
+    keys, raw_slot, accum = raw
     width = pages.table.shape[1]
     launch(
         decode_kernel,

@@ -9,7 +9,23 @@ import torch
 
 from sglang_diffxkv.kernels.dispatch import operation
 
-__all__ = ["PageMetadata", "StepPages", "begin_decode"]
+__all__ = ["PageMetadata", "StepPages", "StepRequests", "begin_decode"]
+
+
+class StepRequests(NamedTuple):
+    """The B requests of a decode step, as SGLang has them.
+
+    Attributes:
+        req_to_token: int32 [max_requests, max_context], its ``ReqToTokenPool`` table.
+        req_pool_indices: int64 (or int32) [B], rows of that table, with padding at the end.
+        seq_lens: int64 (or int32) [B], tokens of each, the new one included.
+        num_real: int32 [1], how many of them are no padding.
+    """
+
+    req_to_token: torch.Tensor
+    req_pool_indices: torch.Tensor
+    seq_lens: torch.Tensor
+    num_real: torch.Tensor
 
 
 class PageMetadata(NamedTuple):
@@ -52,13 +68,7 @@ class StepPages(NamedTuple):
 
 @operation
 def begin_decode(
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_real: torch.Tensor,
-    clock: torch.Tensor,
-    metadata: PageMetadata,
-    window: int,
+    requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int
 ) -> StepPages:
     """Look up the pages of a decode batch, and record that they are about to be used.
 
@@ -67,11 +77,8 @@ def begin_decode(
     `cpu.StepKernel`, which keeps what stays from step to step.
 
     Args:
-        req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
-        req_pool_indices, seq_lens: int64 (or int32) [B], with padding at the end.
-        num_real: int32 [1], how many of them are no padding.
+        metadata: of the store's directory; written.
         clock: int64 [2], step and decode step of the store.
         window: recent tokens that a running sequence wants to keep raw.
     """
-    run = begin_decode.on(req_pool_indices)
-    return run(req_to_token, req_pool_indices, seq_lens, num_real, clock, metadata, window)
+    return begin_decode.on(clock)(requests, metadata, clock, window)

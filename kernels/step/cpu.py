@@ -9,21 +9,16 @@ from sglang_diffxkv.kernels import step
 from sglang_diffxkv.kernels.cpu.abi import int64_words
 from sglang_diffxkv.kernels.cpu.function import CFunction
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.step import PageMetadata, StepPages
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages, StepRequests
 
 _begin_decode = CFunction("step", "diffxkv_begin_decode")
 
 
 @step.begin_decode.register("cpu")
 def begin_decode(
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_real: torch.Tensor,
-    clock: torch.Tensor,
-    metadata: PageMetadata,
-    window: int,
+    requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int
 ) -> StepPages:
+    req_to_token, req_pool_indices, seq_lens, num_real = requests
     kernel = StepKernel(req_to_token, metadata, window)
     now, decode_step = clock.tolist()
     return kernel.begin(req_pool_indices.long(), seq_lens.long(), int(num_real), now, decode_step)

@@ -6,19 +6,14 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.step import PageMetadata, StepPages
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages, StepRequests
 
 
 def begin_decode(
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_real: torch.Tensor,
-    clock: torch.Tensor,
-    metadata: PageMetadata,
-    window: int,
+    requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int
 ) -> StepPages:
     """See `step.begin_decode`."""
+    req_to_token, req_pool_indices, seq_lens, num_real = requests
     batch, width = len(req_pool_indices), -(-req_to_token.shape[1] // PAGE_TOKENS)
     table = torch.zeros(batch, width, dtype=torch.int32)
     lengths, count, last_len = torch.zeros(3, batch, dtype=torch.int32)

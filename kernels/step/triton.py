@@ -9,7 +9,7 @@ import triton
 from sglang_diffxkv.kernels import step
 from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.step import PageMetadata, StepPages
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages, StepRequests
 from sglang_diffxkv.kernels.step.triton_kernels import Batch, look_up_pages
 
 _PAGES = 32
@@ -17,14 +17,9 @@ _PAGES = 32
 
 @step.begin_decode.register("gpu")
 def begin_decode(
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    num_real: torch.Tensor,
-    clock: torch.Tensor,
-    metadata: PageMetadata,
-    window: int,
+    requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int
 ) -> StepPages:
+    req_to_token, req_pool_indices, seq_lens, num_real = requests
     batch, width = len(seq_lens), triton.cdiv(req_to_token.shape[1], PAGE_TOKENS)
     pages = StepPages(
         table=seq_lens.new_empty(batch, width, dtype=torch.int32),

@@ -6,17 +6,11 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.write import NewQKV
 
 
-def write_tokens(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    rows: torch.Tensor,
-    k_raw: torch.Tensor,
-    v_raw: torch.Tensor,
-) -> torch.Tensor:
+def write_tokens(new: NewQKV, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """See `write.write_tokens`."""
-    k_raw.flatten(0, 1)[rows] = k.to(k_raw.dtype)
-    v_raw.flatten(0, 1)[rows] = v.to(v_raw.dtype)
-    return rotate(q.float())
+    keys.flatten(0, 1)[new.rows] = new.k.to(keys.dtype)
+    values.flatten(0, 1)[new.rows] = new.v.to(values.dtype)
+    return rotate(new.q.float())

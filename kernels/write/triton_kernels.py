@@ -13,7 +13,7 @@ import triton.language as tl
 from sglang_diffxkv.kernels.gpu.hadamard import hadamard_rows
 
 
-class NewTokens(NamedTuple):
+class TokenView(NamedTuple):
     """Queries, keys and values, and how many elements apart a token's are from the next one's."""
 
     q: torch.Tensor
@@ -42,7 +42,7 @@ class Token:
 
 
 @triton.jit
-def write_kernel(tokens: NewTokens, rows, k_raw, v_raw, rotated, TOKEN: tl.constexpr):
+def write_kernel(tokens: TokenView, rows, k_raw, v_raw, rotated, TOKEN: tl.constexpr):
     """Program (token, some of its queries' blocks); the first of a token writes K and V, too."""
     token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if part == 0:

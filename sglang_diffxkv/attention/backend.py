@@ -17,7 +17,7 @@ from sglang_diffxkv.attention.full_pages import FullPages
 from sglang_diffxkv.attention.ready_pages import pages_to_seal
 from sglang_diffxkv.attention.scoring import (
     NewTokens,
-    ScoringQueries,
+    ScoringSample,
     count_scores,
     extend_queries,
 )
@@ -26,7 +26,7 @@ from sglang_diffxkv.kernels.extend.prefill import Prefill, PrefillBatch
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
-from sglang_diffxkv.kernels.score import SampledQueries, score_open
+from sglang_diffxkv.kernels.score import ScoringQueries, score_open
 from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
@@ -51,7 +51,7 @@ class PrefillStep(NamedTuple):
     pages: BatchPages
     rows: torch.Tensor
     attention: Prefill
-    queries: ScoringQueries | None
+    queries: ScoringSample | None
     scored_lens: torch.Tensor
     nothing_to_seal: bool
 
@@ -222,9 +222,9 @@ class DiffXKVBackend(AttentionBackend):
             q, lse = q[queries.rows], lse[queries.rows]
         # In units of uniform attention: a query that sees n tokens gives each n * p.
         lse = (lse - queries.log2_seen).contiguous()
-        sampled = SampledQueries(q, queries.indptr, queries.position)
+        sampled = ScoringQueries(q, lse, queries.indptr, queries.position)
         opened = pages.open_lists.of(raw.keys[layer], raw.values[layer])
-        score_open(sampled, lse, opened, raw.scores[layer], sm_scale)
+        score_open(sampled, opened, raw.scores[layer], sm_scale)
 
     def forward_decode(
         self,

@@ -14,9 +14,9 @@ from sglang_diffxkv.attention.batch_pages import page_metadata
 from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.decode.work import SequencePages, WorkTiles, divide_work
 from sglang_diffxkv.kernels.merge import AttentionState
-from sglang_diffxkv.kernels.score import score_decode
-from sglang_diffxkv.kernels.step import StepPages, begin_decode
-from sglang_diffxkv.kernels.write import write_tokens
+from sglang_diffxkv.kernels.score import RawTables, score_decode
+from sglang_diffxkv.kernels.step import StepPages, StepRequests, begin_decode
+from sglang_diffxkv.kernels.write import NewQKV, write_tokens
 from sglang_diffxkv.pool.store import PageStore
 
 
@@ -63,15 +63,8 @@ class DeviceDecode:
             req_pool_indices, seq_lens: int64 [B], with padding at the end.
         """
         store = self.store
-        pages = begin_decode(
-            self._req_to_token,
-            req_pool_indices,
-            seq_lens,
-            self._num_real,
-            self._clock,
-            self._metadata,
-            self._window,
-        )
+        requests = StepRequests(self._req_to_token, req_pool_indices, seq_lens, self._num_real)
+        pages = begin_decode(requests, self._metadata, self._clock, self._window)
         batch, width = pages.table.shape
         first = torch.arange(0, batch * width, width, dtype=torch.int32, device=seq_lens.device)
         raw_slot = store.directory.raw_slot
@@ -98,10 +91,10 @@ class DeviceDecode:
         assert self._step is not None
         step, store = self._step, self.store
         pages = store.layer_pages(layer)
-        rotated = write_tokens(q, k, v, step.pages.rows, pages.keys, pages.values)
+        rotated = write_tokens(NewQKV(q, k, v, step.pages.rows), pages.keys, pages.values)
         q_sealed = rotated if store.layout.rotates else q
         state = attend(q, q_sealed, pages, step.work.layer(layer), sm_scale, q.dtype)
         if store.policy.needs_scores:
-            written = pages.keys, store.directory.raw_slot, store.raw.scores[layer]
-            score_decode(q, state.lse, step.pages, *written, sm_scale)
+            raw = RawTables(pages.keys, store.directory.raw_slot, store.raw.scores[layer])
+            score_decode(q, state.lse, step.pages, raw, sm_scale)
         return state

@@ -29,8 +29,8 @@ class NewTokens(NamedTuple):
     lens: list[int]
 
 
-class ScoringQueries(NamedTuple):
-    """Sampled queries of a batch, for ``kernels.score``.
+class ScoringSample(NamedTuple):
+    """Which of a batch's queries score, for ``kernels.score``.
 
     Attributes:
         rows: int64 [S], rows of the batch's queries; None stands for all of them.
@@ -47,23 +47,23 @@ class ScoringQueries(NamedTuple):
     @classmethod
     def at(
         cls, rows: torch.Tensor | None, indptr: torch.Tensor, position: torch.Tensor
-    ) -> ScoringQueries:
+    ) -> ScoringSample:
         """Queries at absolute ``position`` (int64 [S])."""
         log2_seen = torch.log2((position + 1).float())[:, None]
         return cls(rows, indptr, position.to(torch.int32), log2_seen)
 
 
-def extend_queries(new: NewTokens, num_queries: int, sampler: Sampler) -> ScoringQueries:
+def extend_queries(new: NewTokens, num_queries: int, sampler: Sampler) -> ScoringSample:
     """Sampled queries of a prefill batch, up to ``num_queries`` of each sequence."""
     if max(new.lens) <= num_queries:  # every sampler takes all of such chunks
-        return ScoringQueries.at(None, new.indptr, new.positions[: sum(new.lens)])
+        return ScoringSample.at(None, new.indptr, new.positions[: sum(new.lens)])
     sampled = sampler(new.lens, num_queries)
     rows, indptr, offsets = (upload(x, new.prefix_lens.device) for x in sampled)
     start = torch.repeat_interleave(new.prefix_lens, indptr.diff(), output_size=len(rows))
-    return ScoringQueries.at(rows, indptr, offsets + start)
+    return ScoringSample.at(rows, indptr, offsets + start)
 
 
-def count_scores(store: PageStore, batch: BatchPages, queries: ScoringQueries) -> None:
+def count_scores(store: PageStore, batch: BatchPages, queries: ScoringSample) -> None:
     """Add to each open token's count the sampled queries that come after it (once per step)."""
     sequence = batch.sequence
     offsets = torch.arange(PAGE_TOKENS, device=batch.pages.device)

@@ -15,6 +15,7 @@ from sglang_diffxkv.kernels.decode import layer, naive
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.score import RawTables
 from sglang_diffxkv.kernels.score import naive as score_naive
 from sglang_diffxkv.kernels.step import StepPages
 from tests.support.builders import build_sealed, error_norm, random_tiers
@@ -115,8 +116,8 @@ def reference(case: Case, index: int, sm_scale: float) -> AttentionState:
         sealed = from_sealed(sealed, case.q, tables.key_means[index], sm_scale)
     part = merge_states(part, sealed)
     if tables.scores is not None:
-        raw = keys, tables.raw_slot, tables.scores[index]
-        score_naive.score_decode(case.q, part.lse, pages, *raw, sm_scale)
+        raw = RawTables(keys, tables.raw_slot, tables.scores[index])
+        score_naive.score_decode(case.q, part.lse, pages, raw, sm_scale)
     return part
 
 

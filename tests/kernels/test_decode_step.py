@@ -9,13 +9,13 @@ import torch
 from sglang_diffxkv.attention.batch_pages import gather_pages, note_use, page_table
 from sglang_diffxkv.attention.device_decode import DeviceDecode
 from sglang_diffxkv.attention.full_pages import FullPages
-from sglang_diffxkv.attention.scoring import ScoringQueries, count_scores
+from sglang_diffxkv.attention.scoring import ScoringSample, count_scores
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import merge_states
-from sglang_diffxkv.kernels.score import SampledQueries, score_open
+from sglang_diffxkv.kernels.score import ScoringQueries, score_open
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_norm
@@ -76,10 +76,10 @@ class World:
             found = from_sealed(found, q, store.key_means.by_layer[layer], SCALE)
         part = merge_states(part, found)
         if store.policy.needs_scores:
-            scoring = ScoringQueries.at(None, torch.arange(5, dtype=torch.int32), self.lens - 1)
+            scoring = ScoringSample.at(None, torch.arange(5, dtype=torch.int32), self.lens - 1)
             lse = part.lse - scoring.log2_seen
-            queries = SampledQueries(q, scoring.indptr, scoring.position)
-            score_open(queries, lse, opened, raw.scores[layer], SCALE)
+            queries = ScoringQueries(q, lse, scoring.indptr, scoring.position)
+            score_open(queries, opened, raw.scores[layer], SCALE)
             if layer == 0:
                 count_scores(store, pages, scoring)
         return part.out, part.lse

@@ -170,9 +170,8 @@ def read(
     moved = sealed.to(device)
     k = torch.full((rows, sealed.layout.head_dim), torch.nan, dtype=dtype, device=device)
     metadata = torch.full((rows, 2), 0xFF, dtype=torch.uint8, device=device)
-    out = TokenRows(k, k.clone(), metadata)
-    where = pages.to(device), first.to(device)
-    module.unpack_into(moved.tables, *where, out, sealed.k_raw.dtype)
+    out = TokenRows(k, k.clone(), first.to(device), metadata)
+    module.unpack_into(moved.tables, pages.to(device), out, sealed.k_raw.dtype)
     return out.keys.cpu(), out.values.cpu(), metadata.cpu()
 
 
@@ -188,8 +187,8 @@ def test_reads_what_an_independent_packer_wrote(
     k, v = torch.full((2, 6 * PAGE_TOKENS, 80), torch.nan, device=device)
     first = torch.arange(6).view(3, 2) * PAGE_TOKENS
     tables = SealedTables(*(x.to(device) for x in (built.arena, built.frames, built.heads)), layout)
-    where = torch.arange(3).to(device), first.to(device)
-    implementation.unpack_into(tables, *where, TokenRows(k, v), torch.float32)
+    rows = TokenRows(k, v, first.to(device))
+    implementation.unpack_into(tables, torch.arange(3).to(device), rows, torch.float32)
     for got, source in ((k.cpu(), built.keys), (v.cpu(), built.values)):
         for page, head in product(range(3), range(2)):
             tier = tiers[page, :, head]

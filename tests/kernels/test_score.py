@@ -14,7 +14,7 @@ from sglang_diffxkv.kernels import score
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
-from sglang_diffxkv.kernels.score import SampledQueries, naive, triton
+from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, naive, triton
 from sglang_diffxkv.kernels.step import StepPages
 from tests.support.builders import error_norm
 from tests.support.device import DEVICE
@@ -36,14 +36,13 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 class Sequences(NamedTuple):
     """Arguments of score_open before ``accum``, and the dense scores float64 [R, H, 64]."""
 
-    queries: SampledQueries
-    lse: torch.Tensor
+    queries: ScoringQueries
     opened: OpenPages
     expected: torch.Tensor
 
-    def on(self, device: torch.device) -> tuple[SampledQueries, torch.Tensor, OpenPages]:
-        queries = SampledQueries(*(x.to(device) for x in self.queries))
-        return queries, self.lse.to(device), OpenPages(*(x.to(device) for x in self.opened))
+    def on(self, device: torch.device) -> tuple[ScoringQueries, OpenPages]:
+        queries = ScoringQueries(*(x.to(device) for x in self.queries))
+        return queries, OpenPages(*(x.to(device) for x in self.opened))
 
 
 LENGTHS = [101, 2, 64, 80]
@@ -93,10 +92,10 @@ def random_sequences(
         return torch.tensor([x for part in parts for x in part], dtype=torch.int32)
 
     page_position = flat([list(range(n)) for n in counts])
-    asking = SampledQueries(torch.cat(q_all), offsets(queries), flat(queries))
+    asking = ScoringQueries(torch.cat(q_all), torch.cat(lse_all), offsets(queries), flat(queries))
     values = torch.full_like(k_raw, math.nan)
     opened = OpenPages(k_raw, values, offsets(slots_per), flat(slots_per), page_position)
-    return Sequences(asking, torch.cat(lse_all), opened, expected)
+    return Sequences(asking, opened, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -157,11 +156,11 @@ def test_decode_scores(
     counts, rows = -(-lens // PAGE_TOKENS), torch.zeros(4, dtype=torch.int64)
     step = StepPages(table, lens.int(), counts.int(), (lens.int() - 1) % PAGE_TOKENS + 1, rows)
     expected = before.double()
-    naive.score_decode(q, lse, step, k_raw, raw_slot, expected, dim**-0.5)
+    naive.score_decode(q, lse, step, RawTables(k_raw, raw_slot, expected), dim**-0.5)
     accum = before.to(DEVICE, copy=True)
     step = StepPages(*(x.to(DEVICE) for x in step))
-    raw = k_raw.to(DEVICE), raw_slot.to(DEVICE)
-    triton.score_decode(q.to(DEVICE), lse.to(DEVICE), step, *raw, accum, dim**-0.5)
+    raw = RawTables(k_raw.to(DEVICE), raw_slot.to(DEVICE), accum)
+    triton.score_decode(q.to(DEVICE), lse.to(DEVICE), step, raw, dim**-0.5)
     assert error_norm(accum.cpu() - before, expected - before.double()) <= 1e-3
     unseen = expected == before
     assert unseen.any() and torch.equal(accum.cpu()[unseen], before[unseen])
@@ -175,16 +174,16 @@ def test_deterministic_with_shared_slots(monkeypatch: pytest.MonkeyPatch) -> Non
     results = []
     for _ in range(5):
         accum = torch.zeros(sequences.expected.shape)
-        score.score_open(*sequences[:3], accum, 0.125)
+        score.score_open(*sequences[:2], accum, 0.125)
         results.append(accum)
     assert error_norm(results[0], sequences.expected) <= 1e-5
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_mismatches_are_refused() -> None:
-    queries, *rest, _ = random_sequences([3], [[2]], 1, 64, torch.float32)
+    queries, opened, _ = random_sequences([3], [[2]], 1, 64, torch.float32)
     with pytest.raises(ValueError, match="accum"):
-        score.score_open(queries, *rest, torch.zeros(3, KV_HEADS, PAGE_TOKENS), 1.0)
+        score.score_open(queries, opened, torch.zeros(3, KV_HEADS, PAGE_TOKENS), 1.0)
     few = queries._replace(q=queries.q[:, :1])
     with pytest.raises(ValueError, match="against"):
-        score.score_open(few, *rest, torch.zeros(10, KV_HEADS, PAGE_TOKENS), 1.0)
+        score.score_open(few, opened, torch.zeros(10, KV_HEADS, PAGE_TOKENS), 1.0)

@@ -10,13 +10,11 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.step import PageMetadata, StepPages, cpu, naive, triton
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages, StepRequests, cpu, naive, triton
 from tests.support.device import DEVICE
 
 PAGES = 120
 POISON = -77
-
-Args = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def make_metadata(gen: torch.Generator, scores: bool) -> PageMetadata:
@@ -41,15 +39,15 @@ class Run(NamedTuple):
     metadata: PageMetadata
 
 
-def on_gpu(args: Args, clock: torch.Tensor, metadata: PageMetadata, window: int) -> Run:
+def on_gpu(requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int) -> Run:
     metadata = copied(metadata, DEVICE)
-    moved = (x.to(DEVICE) for x in args)
-    return Run(triton.begin_decode(*moved, clock.to(DEVICE), metadata, window), metadata)
+    moved = StepRequests(*(x.to(DEVICE) for x in requests))
+    return Run(triton.begin_decode(moved, metadata, clock.to(DEVICE), window), metadata)
 
 
-def on_cpu(args: Args, clock: torch.Tensor, metadata: PageMetadata, window: int) -> Run:
+def on_cpu(requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int) -> Run:
     metadata = copied(metadata, torch.device("cpu"))
-    table, rows, lengths, num_real = args
+    table, rows, lengths, num_real = requests
     kernel = cpu.StepKernel(table, metadata, window, sealed=metadata.raw_slot < 0)
     return Run(kernel.begin(rows, lengths, int(num_real), *clock.tolist()), metadata)
 
@@ -69,11 +67,12 @@ def test_begin_decode(run: Callable[..., Run], window: int, scores: bool) -> Non
         req_to_token[row, :length] = token.flatten()[:length].int()
     metadata = make_metadata(gen, scores)
     # Pages that two sequences share are recorded by both; either's may stay.
-    args = (req_to_token, rows, torch.tensor(lengths), torch.tensor([6], dtype=torch.int32))
+    num_real = torch.tensor([6], dtype=torch.int32)
+    requests = StepRequests(req_to_token, rows, torch.tensor(lengths), num_real)
     clock = torch.tensor([1 << 33, 77])
     recorded = copied(metadata, torch.device("cpu"))
-    expected = naive.begin_decode(*args, clock, recorded, window)
-    actual, actual_metadata = run(args, clock, metadata, window)
+    expected = naive.begin_decode(requests, recorded, clock, window)
+    actual, actual_metadata = run(requests, metadata, clock, window)
     for name in ("lengths", "count", "last_len", "rows"):
         assert torch.equal(getattr(actual, name).cpu(), getattr(expected, name)), name
     assert actual.count[6:].tolist() == [0, 0]

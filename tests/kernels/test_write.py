@@ -10,7 +10,7 @@ import torch
 
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.write import triton
+from sglang_diffxkv.kernels.write import NewQKV, triton
 from tests.support.builders import error_norm
 from tests.support.device import DEVICE
 
@@ -28,7 +28,7 @@ def test_against_the_definition(q_heads: int, heads: int, dim: int, dtype: torch
     q, k, v = (x.unflatten(1, (-1, dim)) for x in qkv.split(widths, dim=1))
     rows = torch.tensor([70, 0, 191, 64, 0], device=DEVICE)
     raw = torch.full((2, pages, PAGE_TOKENS, heads, dim), math.nan, dtype=dtype, device=DEVICE)
-    rotated = triton.write_tokens(q, k, v, rows, *raw)
+    rotated = triton.write_tokens(NewQKV(q, k, v, rows), *raw)
     assert rotated.is_contiguous() and rotated.dtype == torch.float32
     assert error_norm(rotated.cpu(), rotate(q.cpu().double())) < 1e-6
     written = [70, 191, 64]
@@ -44,5 +44,5 @@ def test_against_the_definition(q_heads: int, heads: int, dim: int, dtype: torch
 def test_other_dtypes_are_cast() -> None:
     q, k, v = torch.randn(3, 2, 1, 64).to(DEVICE)
     raw = torch.zeros(2, 1, PAGE_TOKENS, 1, 64, dtype=torch.float16, device=DEVICE)
-    triton.write_tokens(q, k, v, torch.tensor([3, 9], device=DEVICE), *raw)
+    triton.write_tokens(NewQKV(q, k, v, torch.tensor([3, 9], device=DEVICE)), *raw)
     assert torch.equal(raw[0, 0, [3, 9]], k.half()) and torch.equal(raw[1, 0, [3, 9]], v.half())

@@ -131,11 +131,7 @@ def _read(tables: SealedTables, index: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def unpack_into(
-    tables: SealedTables,
-    pages: torch.Tensor,
-    first: torch.Tensor,
-    rows: TokenRows,
-    raw_dtype: torch.dtype,
+    tables: SealedTables, pages: torch.Tensor, rows: TokenRows, raw_dtype: torch.dtype
 ) -> None:
     """As `kernels.pack.unpack_into`."""
     layout, pages = tables.layout, pages.long()
@@ -146,7 +142,7 @@ def unpack_into(
         kept = slot < (n_high if code == HIGH else n_low)[..., None]
         n, head, ordinal = kept.nonzero().unbind(1)
         found = locate_rows(tables, pages[n], head, ordinal, code)
-        target = first[n, head] + ordinal
+        target = rows.first[n, head] + ordinal
         if code == LOW:
             target += n_high[n, head]
         if not tier.is_raw:

@@ -7,7 +7,7 @@ import torch
 from sglang_diffxkv.attention.ready_pages import pages_to_seal, ready_pages
 from sglang_diffxkv.attention.scoring import (
     NewTokens,
-    ScoringQueries,
+    ScoringSample,
     count_scores,
     extend_queries,
 )
@@ -52,7 +52,7 @@ def test_counts_are_of_later_queries(sampler: Sampler | None, most: int) -> None
     prefix = b.lens - 1 if sampler is None else torch.tensor([70, 0, 128])
     extend = (b.lens - prefix).tolist()
     if sampler is None:
-        queries = ScoringQueries.at(None, torch.arange(4, dtype=torch.int32), b.lens - 1)
+        queries = ScoringSample.at(None, torch.arange(4, dtype=torch.int32), b.lens - 1)
     else:
         lens = torch.tensor(extend)
         indptr = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()

@@ -19,7 +19,7 @@ from sglang_diffxkv.attention.batch_pages import BatchPages, gather_pages, note_
 from sglang_diffxkv.attention.ready_pages import pages_to_seal
 from sglang_diffxkv.attention.scoring import (
     NewTokens,
-    ScoringQueries,
+    ScoringSample,
     count_scores,
     extend_queries,
 )
@@ -29,7 +29,7 @@ from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
-from sglang_diffxkv.kernels.score import SampledQueries, score_open
+from sglang_diffxkv.kernels.score import ScoringQueries, score_open
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.sealing import seal
@@ -138,11 +138,11 @@ class Sealer:
         raw = self.store.raw
         for layer in range(self.shape.layers):
             q = states.queries[layer, :, rows]
-            asking = q.transpose(0, 1).contiguous(), queries.indptr, queries.position
+            lse = (_lse(q, states.keys[layer], queries, scale) - queries.log2_seen).contiguous()
+            mine = q.transpose(0, 1).contiguous()
             lists = batch.open_indptr, batch.slots, batch.position
             score_open(
-                SampledQueries(*asking),
-                (_lse(q, states.keys[layer], queries, scale) - queries.log2_seen).contiguous(),
+                ScoringQueries(mine, lse, queries.indptr, queries.position),
                 OpenPages(raw.keys[layer], raw.values[layer], *lists),
                 raw.scores[layer],
                 scale,
@@ -176,9 +176,7 @@ class Sealer:
         return Sealed(prefix, nbytes + held_back * self.shape.token_bytes, high, low)
 
 
-def _lse(
-    q: torch.Tensor, keys: torch.Tensor, queries: ScoringQueries, scale: float
-) -> torch.Tensor:
+def _lse(q: torch.Tensor, keys: torch.Tensor, queries: ScoringSample, scale: float) -> torch.Tensor:
     """Base-2 LSE [S, Hq] of causal attention of q [Hq, S, D] to keys [H, n, D]."""
     scores = q.unflatten(0, (len(keys), -1)) @ keys[:, None].transpose(-1, -2)
     later = torch.arange(keys.shape[1]) > queries.position[:, None]

@@ -20,9 +20,9 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, copy_rows, pack, unpack
 from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, Queries, SealedPages, SealedTables
-from sglang_diffxkv.kernels.score import SampledQueries, score_decode, score_open
-from sglang_diffxkv.kernels.step import PageMetadata, StepPages, begin_decode
-from sglang_diffxkv.kernels.write import write_tokens
+from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, score_decode, score_open
+from sglang_diffxkv.kernels.step import PageMetadata, StepPages, StepRequests, begin_decode
+from sglang_diffxkv.kernels.write import NewQKV, write_tokens
 from tests.support.layouts import layout_of
 
 BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
@@ -181,15 +181,17 @@ def _extend_open(s: Setting) -> None:
 
 
 def _score_open(s: Setting) -> None:
-    queries = SampledQueries(s.queries(QUERIES), ints(BATCH + 1), ints(QUERIES))
-    score_open(queries, floats(QUERIES, s.model.heads), s.opened(), s.accumulated(), s.sm_scale)
+    lse = floats(QUERIES, s.model.heads)
+    queries = ScoringQueries(s.queries(QUERIES), lse, ints(BATCH + 1), ints(QUERIES))
+    score_open(queries, s.opened(), s.accumulated(), s.sm_scale)
 
 
 def _score_decode(s: Setting) -> None:
     q, lse = s.queries(BATCH), floats(BATCH, s.model.heads)
     table, rows = ints(BATCH, PAGES // BATCH), torch.empty(BATCH, dtype=torch.int64, device="meta")
     pages = StepPages(table, ints(BATCH), ints(BATCH), ints(BATCH), rows)
-    score_decode(q, lse, pages, s.raw_pages(), ints(PAGES), s.accumulated(), s.sm_scale)
+    raw = RawTables(s.raw_pages(), ints(PAGES), s.accumulated())
+    score_decode(q, lse, pages, raw, s.sm_scale)
 
 
 def _pack(s: Setting) -> None:
@@ -227,15 +229,16 @@ def _begin_decode(s: Setting) -> None:
     counts = torch.empty(OPEN_PAGES, PAGE_TOKENS, device="meta")
     directory = [ints(PAGES) for _ in range(4)] + [longs(PAGES) for _ in range(2)]
     for scores in (counts, None):
-        batch = ints(BATCH, 1 << 17), longs(BATCH), longs(BATCH), ints(1), longs(2)
-        begin_decode(*batch, PageMetadata(*directory, scores), PAGE_TOKENS)
+        requests = StepRequests(ints(BATCH, 1 << 17), longs(BATCH), longs(BATCH), ints(1))
+        begin_decode(requests, PageMetadata(*directory, scores), longs(2), PAGE_TOKENS)
 
 
 def _write_tokens(s: Setting) -> None:
     kv_shape = (BATCH, s.model.kv_heads, s.model.head_dim)
     k, v = s.of_model(*kv_shape), s.of_model(*kv_shape)
     rows = torch.empty(BATCH, dtype=torch.int64, device="meta")
-    write_tokens(s.queries(BATCH), k, v, rows, s.raw_pages(), s.raw_pages())
+    new = NewQKV(s.queries(BATCH), k, v, rows)
+    write_tokens(new, s.raw_pages(), s.raw_pages())
 
 
 OPERATIONS: dict[str, Callable[[Setting], None]] = {

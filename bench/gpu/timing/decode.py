@@ -27,6 +27,7 @@ from sglang_diffxkv.kernels.decode.work import divide_work
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge.tile_kernels import merge_work_tiles
+from sglang_diffxkv.kernels.score import RawTables
 from sglang_diffxkv.kernels.step import StepPages
 
 BATCHES = (1, 8, 32, 64, 256)
@@ -91,7 +92,7 @@ def scoring(load: Load, layers: Layers, q: torch.Tensor) -> Candidate:
     shape = (layers.k_raw.shape[1], load.model.kv_heads, PAGE_TOKENS)
     accum = torch.zeros(shape, device=device)
     run = kernels("score").score_decode
-    return lambda i: run(q[i], lse, pages, layers.k_raw[i], raw_slot, accum, sm_scale)
+    return lambda i: run(q[i], lse, pages, RawTables(layers.k_raw[i], raw_slot, accum), sm_scale)
 
 
 def merging(attend: Candidate, copies: int) -> Candidate:

@@ -21,7 +21,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, measure
 from sglang_diffxkv.kernels.merge import empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
 from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedTables
-from sglang_diffxkv.kernels.score import SampledQueries
+from sglang_diffxkv.kernels.score import ScoringQueries
 
 SCORE_QUERIES = 64
 COPIES = 2
@@ -137,11 +137,11 @@ class Ours:
         q = self.q[position.long()].contiguous()
         lse = torch.full((len(q), model.heads), 14.0, device=self.device)
         accum = torch.zeros(self.pages, model.kv_heads, PAGE_TOKENS, device=self.device)
-        queries = SampledQueries(q, self.ints(0, len(q)), position)
+        queries = ScoringQueries(q, lse, self.ints(0, len(q)), position)
         opened = self.opened()
 
         def score(_: int) -> None:
-            run(queries, lse, opened, accum, self.sm_scale)
+            run(queries, opened, accum, self.sm_scale)
 
         return score
 
@@ -188,8 +188,8 @@ def measure_crossover(
             mine = layers.sealed_pages[: scratch.pages]
             starts = scratch.starts[: len(mine) + 1]
             unpacked.count_rows(tables.heads, mine, starts, scratch.pages * PAGE_TOKENS)
-            rows = TokenRows(scratch.k, scratch.v)
-            unpacked.unpack_into(tables, mine, starts[:-1], rows, scratch.k.dtype)
+            rows = TokenRows(scratch.k, scratch.v, starts[:-1])
+            unpacked.unpack_into(tables, mine, rows, scratch.k.dtype)
 
         candidates: dict[str, Candidate] = {"fused": fused, "unpacked": dense, "unpack": unpack}
         timed = interleaved(candidates, COPIES, device, seconds=0.5)

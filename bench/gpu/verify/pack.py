@@ -117,9 +117,10 @@ def check_unpack(case: Case, device: torch.device) -> Found:
         results = []
         for run, where in ((torch_pack, CPU), (kernels("pack"), device)):
             k, v = torch.full((2, rows, case.dim), torch.nan, dtype=dtype, device=where)
-            out = TokenRows(k, v, torch.full((rows, 2), 0xFF, dtype=torch.uint8, device=where))
-            run.unpack_into(drawn.to(where).tables, *to(where, pages, first), out, case.dtype)
-            results.append(out)
+            metadata = torch.full((rows, 2), 0xFF, dtype=torch.uint8, device=where)
+            out = TokenRows(k, v, first.to(where), metadata)
+            run.unpack_into(drawn.to(where).tables, pages.to(where), out, case.dtype)
+            results.append((k, v, metadata))
         found += [differing(ours, true) for true, ours in zip(*results, strict=True)]
     return worst(found)
 

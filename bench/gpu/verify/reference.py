@@ -37,7 +37,7 @@ def sealed_tokens(tables: SealedTables, pages: torch.Tensor, raw_dtype: torch.dt
     n, h, dim = len(pages), layout.num_kv_heads, layout.head_dim
     k, v = arena.new_zeros((2, n * h * PAGE_TOKENS, dim), dtype=torch.float32)
     first = torch.arange(0, n * h * PAGE_TOKENS, PAGE_TOKENS, device=arena.device).view(n, h)
-    torch_pack.unpack_into(tables, pages, first, TokenRows(k, v), raw_dtype)
+    torch_pack.unpack_into(tables, pages, TokenRows(k, v, first), raw_dtype)
     n_high, n_low = head_counts(heads[pages.long()])
     kept = torch.arange(PAGE_TOKENS, device=arena.device) < (n_high + n_low)[..., None]
 

@@ -14,7 +14,7 @@ from bench.gpu.verify.check import TOLERANCE, Check, Found, is_timed, relative_e
 from bench.gpu.verify.extend import indptr
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
-from sglang_diffxkv.kernels.score import SampledQueries, naive
+from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, naive
 from sglang_diffxkv.kernels.step import StepPages
 
 CPU = torch.device("cpu")
@@ -61,12 +61,12 @@ def check(case: Case, device: torch.device) -> Found:
     q = torch.randn(len(q_position), heads, case.dim, device=device).to(case.dtype)
     asking = indptr(tuple(len(x) for x in samples), device), ints(q_position, device)
     lists = indptr(tuple(len(x) for x in listed), device), slots, ints(pages, device)
-    queries, opened = SampledQueries(q, *asking), OpenPages(k_raw, k_raw, *lists)
     lse = 5 + torch.rand(len(q_position), heads, device=device)
+    queries, opened = ScoringQueries(q, lse, *asking), OpenPages(k_raw, k_raw, *lists)
     before = accum.cpu().clone()
     expected = before.double()
-    kernels("score").score_open(queries, lse, opened, accum, case.dim**-0.5)
-    cpu = SampledQueries(*to(CPU, *queries)), lse.cpu(), OpenPages(*to(CPU, *opened))
+    kernels("score").score_open(queries, opened, accum, case.dim**-0.5)
+    cpu = ScoringQueries(*to(CPU, *queries)), OpenPages(*to(CPU, *opened))
     naive.score_open(*cpu, expected, case.dim**-0.5)
     return Found(relative_error(accum.cpu() - before, expected - before))
 
@@ -120,12 +120,14 @@ def check_decode(case: Decode, device: torch.device) -> Found:
     lengths, seen = ints(case.lengths, device), torch.tensor(case.lengths).log2()[:, None]
     nowhere = torch.zeros(batch, dtype=torch.int64, device=device)
     step = StepPages(table, lengths, ints(counts, device), (lengths - 1) % PAGE_TOKENS + 1, nowhere)
-    kernels("score").score_decode(q, lse, step, k_raw, raw_slot, accum, dim**-0.5)
+    raw = RawTables(k_raw, raw_slot, accum)
+    kernels("score").score_decode(q, lse, step, raw, dim**-0.5)
     expected = before.double()
-    queries = SampledQueries(q.cpu(), torch.arange(batch + 1), lengths.cpu() - 1)
+    asking = torch.arange(batch + 1), lengths.cpu() - 1
+    queries = ScoringQueries(q.cpu(), lse.cpu() - seen, *asking)
     lists = indptr(tuple(len(x) for x in slots), device), torch.cat(slots), torch.cat(positions)
     opened = OpenPages(*to(CPU, k_raw, k_raw, *lists))
-    naive.score_open(queries, lse.cpu() - seen, opened, expected, dim**-0.5)
+    naive.score_open(queries, opened, expected, dim**-0.5)
     return Found(relative_error(accum.cpu() - before, expected - before))
 
 

@@ -55,6 +55,16 @@ def prompt(pages: float, seed: int = 0) -> list[int]:
     return [rng.randrange(VOCABULARY) for _ in range(int(pages * PAGE_TOKENS))]
 
 
+def with_cached_prefix(
+    allocator: DiffXKVAllocator, pages: int, quality: Quality
+) -> tuple[Scheduling, list[int]]:
+    """A scheduler whose cache has a prompt of so many pages; the prompt."""
+    scheduling, prefix = Scheduling(allocator, rows=16), prompt(pages)
+    scheduling.waiting = [make(prefix, 1, quality)]
+    scheduling.finish(scheduling.prefill()[0])
+    return scheduling, prefix
+
+
 def test_a_shared_prefix_counts_once(allocator: DiffXKVAllocator) -> None:
     """Six requests of 5 cached pages and one of their own are 11 pages, not 36."""
     scheduling, prefix = Scheduling(allocator, rows=16), prompt(5)
@@ -77,9 +87,7 @@ def test_equal_prompts_that_nobody_has_cached_count_each(allocator: DiffXKVAlloc
 
 def test_answers_are_not_shared(allocator: DiffXKVAllocator) -> None:
     """Those of one prompt diverge: each may get as long as it asked for."""
-    scheduling, prefix = Scheduling(allocator, rows=16), prompt(5)
-    scheduling.waiting = [make(prefix, 1, LOSSLESS)]
-    scheduling.finish(scheduling.prefill()[0])
+    scheduling, prefix = with_cached_prefix(allocator, 5, LOSSLESS)
     scheduling.waiting = [make([*prefix, 7], 4 * PAGE_TOKENS - 1, LOSSLESS) for _ in range(6)]
     assert len(scheduling.prefill()) == 2, "5 + 2 * 4 pages of 15"
     assert not scheduling.prefill()
@@ -99,9 +107,7 @@ def test_who_waits_is_not_overtaken_by_its_kind(allocator: DiffXKVAllocator) -> 
 def test_other_qualities_share_nothing_and_take_no_raw_page_for_good(
     allocator: DiffXKVAllocator,
 ) -> None:
-    scheduling, prefix = Scheduling(allocator, rows=16), prompt(5)
-    scheduling.waiting = [make(prefix, 1, BALANCED)]
-    scheduling.finish(scheduling.prefill()[0])
+    scheduling, prefix = with_cached_prefix(allocator, 5, BALANCED)
     scheduling.waiting = [make([*prefix, i], 2 * PAGE_TOKENS - 1, LOSSLESS) for i in range(3)]
     assert len(scheduling.prefill()) == 2
     scheduling.waiting += [make([*prefix, 9], 9 * PAGE_TOKENS, BALANCED)]
@@ -112,9 +118,7 @@ def test_a_cached_prefix_that_was_evicted_meanwhile_is_no_promise(
     allocator: DiffXKVAllocator,
 ) -> None:
     """While a request waits its prefix may go; when it is admitted it counts as it is then."""
-    scheduling, prefix = Scheduling(allocator, rows=16), prompt(6)
-    scheduling.waiting = [make(prefix, 1, LOSSLESS)]
-    scheduling.finish(scheduling.prefill()[0])
+    scheduling, prefix = with_cached_prefix(allocator, 6, LOSSLESS)
     scheduling.waiting = [make(prompt(10, 1), PAGE_TOKENS, LOSSLESS)]
     (other,) = scheduling.prefill()
     scheduling.waiting = [make([*prefix, 1], PAGE_TOKENS - 1, LOSSLESS) for _ in range(2)]

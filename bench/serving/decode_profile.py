@@ -170,22 +170,28 @@ def summary(profile: Profile) -> Json:
     return {"step_ms": profile.step_ms, "samples": total, "parts_ms": parts}
 
 
+def sections(about: str, rows: Callable[[Load], list[list[object]]]) -> str:
+    """Markdown: what was done, then a table for each load."""
+    return "\n\n".join([about, *(load.section(rows(load)) for load in LOADS)])
+
+
 def report(result: Json) -> str:
     """One table per load: parts by server and state."""
-    sections = [__doc__.split("\n\n")[1]]
-    for load in LOADS:
+
+    def rows(load: Load) -> list[list[object]]:
         columns = {
             name: loads[load.name] for name, loads in result["runs"].items() if load.name in loads
         }
-        rows: list[list[object]] = [["milliseconds of a step", *columns]]
-        rows.append(["whole step", *(f"{c['step_ms']:.2f}" for c in columns.values())])
+        found: list[list[object]] = [["milliseconds of a step", *columns]]
+        found.append(["whole step", *(f"{c['step_ms']:.2f}" for c in columns.values())])
         for owner, name, _ in PARTS:
             key = f"{owner}: {name}"
             cells = [c["parts_ms"].get(key, 0) for c in columns.values()]
             if any(cells):
-                rows.append([key, *(f"{cell:.2f}" for cell in cells)])
-        sections.append(load.section(rows))
-    return "\n\n".join(sections)
+                found.append([key, *(f"{cell:.2f}" for cell in cells)])
+        return found
+
+    return sections(__doc__.split("\n\n")[1], rows)
 
 
 def main() -> None:

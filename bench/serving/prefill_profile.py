@@ -22,7 +22,7 @@ from bench.serving.common import (
     stock_server,
     write_results,
 )
-from bench.serving.decode_profile import LOADS, POOL_TOKENS, Load, sample_stacks
+from bench.serving.decode_profile import LOADS, POOL_TOKENS, Load, sample_stacks, sections
 from bench.serving.decode_profile import PARTS as DECODE_PARTS
 from bench.serving.scale_process import processes
 from sglang_diffxkv.bundled_model import BUNDLED
@@ -84,19 +84,22 @@ def run(server: Server, load: Load, seconds: int, lines: int) -> Json:
 
 def report(runs: Json) -> str:
     """One table per load: parts by server."""
-    sections = [__doc__.split("\n\n")[1]]
-    for load in LOADS:
+
+    def rows(load: Load) -> list[list[object]]:
         columns = {name: loads[load.name] for name, loads in runs.items()}
-        rows: list[list[object]] = [["", *columns]]
         times = [c["rounds_ms"] for c in columns.values()]
-        rows.append(["round, ms: median", *(f"{median(x):.1f}" for x in times)])
-        rows.append(["round, ms: least to most", *(f"{min(x):.1f} to {max(x):.1f}" for x in times)])
+        found: list[list[object]] = [["", *columns]]
+        found.append(["round, ms: median", *(f"{median(x):.1f}" for x in times)])
+        found.append(
+            ["round, ms: least to most", *(f"{min(x):.1f} to {max(x):.1f}" for x in times)]
+        )
         for part in dict.fromkeys(f"{owner}: {name}" for owner, name, _ in PARTS):
             shares = [c["parts"].get(part, 0) for c in columns.values()]
             if any(shares):
-                rows.append([part, *(f"{100 * x:.1f} %" for x in shares)])
-        sections.append(load.section(rows))
-    return "\n\n".join(sections)
+                found.append([part, *(f"{100 * x:.1f} %" for x in shares)])
+        return found
+
+    return sections(__doc__.split("\n\n")[1], rows)
 
 
 def main() -> None:

@@ -22,7 +22,14 @@ import tempfile
 from pathlib import Path
 
 from bench.serving.ample_report import plot, report
-from bench.serving.common import RESULTS, diffxkv_server, page_floor, stock_server, write_results
+from bench.serving.common import (
+    RESULTS,
+    command_line,
+    diffxkv_server,
+    page_floor,
+    stock_server,
+    write_results,
+)
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.eval.model import load_model
 from tests.support.harness import Json, Server
@@ -92,16 +99,15 @@ def run_rounds(
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=BUNDLED)
-    parser.add_argument("--label", default="embedded model")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--pool-tokens", type=int, default=65536, help="of stock's pool")
-    parser.add_argument("--loads", type=int, nargs="+", default=range(len(LOADS)), help="numbers")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--fresh", action="store_true", help="drop what was measured before")
-    parser.add_argument("--name", default="ample", help="of the files in bench/results")
-    return parser.parse_args()
+    made = command_line(__doc__, "ample")
+    made.add_argument("--model", type=Path, default=BUNDLED)
+    made.add_argument("--label", default="embedded model")
+    made.add_argument("--dtype", default="float32")
+    made.add_argument("--pool-tokens", type=int, default=65536, help="of stock's pool")
+    made.add_argument("--loads", type=int, nargs="+", default=range(len(LOADS)), help="numbers")
+    made.add_argument("--rounds", type=int, default=4)
+    made.add_argument("--fresh", action="store_true", help="drop what was measured before")
+    return made.parse_args()
 
 
 def main() -> None:

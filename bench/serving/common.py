@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -139,6 +140,17 @@ def command() -> str:
     main = sys.modules["__main__"].__spec__
     module = main.name.removesuffix(".__main__") if main else Path(sys.argv[0]).name
     return shlex.join(["python", "-m", module, *sys.argv[1:]])
+
+
+def command_line(about: str, name: str) -> argparse.ArgumentParser:
+    """A command line, with the option that names the files in bench/results.
+
+    Args:
+        about: the bench's docstring, whose first line is shown.
+    """
+    made = argparse.ArgumentParser(description=about.splitlines()[0])
+    made.add_argument("--name", default=name, help="of the files in bench/results")
+    return made
 
 
 def table(rows: Sequence[Sequence[Any]]) -> str:

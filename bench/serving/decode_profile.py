@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from bench.serving.common import (
     RESULTS,
+    command_line,
     diffxkv_server,
     random_prompt,
     stock_server,
@@ -170,6 +171,13 @@ def summary(profile: Profile) -> Json:
     return {"step_ms": profile.step_ms, "samples": total, "parts_ms": parts}
 
 
+def profile_parser(about: str, name: str) -> argparse.ArgumentParser:
+    made = command_line(about, name)
+    made.add_argument("--seconds", type=int, default=4)
+    made.add_argument("--lines", type=int, default=0, help="print the most frequent stacks")
+    return made
+
+
 def sections(about: str, rows: Callable[[Load], list[list[object]]]) -> str:
     """Markdown: what was done, then a table for each load."""
     return "\n\n".join([about, *(load.section(rows(load)) for load in LOADS)])
@@ -195,12 +203,9 @@ def report(result: Json) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = profile_parser(__doc__, "decode_profile")
     parser.add_argument("--state", default="after", help="name of our column")
-    parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--lines", type=int, default=0, help="print the most frequent stacks")
-    parser.add_argument("--name", default="decode_profile", help="of the files in bench/results")
     options = parser.parse_args()
     path = RESULTS / f"{options.name}.json"
     result: Json = {"runs": json.loads(path.read_text())["runs"] if path.exists() else {}}

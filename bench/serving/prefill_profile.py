@@ -8,7 +8,6 @@ Prompts are new in every round and answered with one token; a round ends with it
 
 from __future__ import annotations
 
-import argparse
 import random
 import re
 import time
@@ -22,7 +21,14 @@ from bench.serving.common import (
     stock_server,
     write_results,
 )
-from bench.serving.decode_profile import LOADS, POOL_TOKENS, Load, sample_stacks, sections
+from bench.serving.decode_profile import (
+    LOADS,
+    POOL_TOKENS,
+    Load,
+    profile_parser,
+    sample_stacks,
+    sections,
+)
 from bench.serving.decode_profile import PARTS as DECODE_PARTS
 from bench.serving.scale_process import processes
 from sglang_diffxkv.bundled_model import BUNDLED
@@ -103,10 +109,8 @@ def report(runs: Json) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = profile_parser(__doc__, "prefill_profile")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--seconds", type=int, default=4)
-    parser.add_argument("--lines", type=int, default=0, help="print the most frequent stacks")
     options = parser.parse_args()
     runs: Json = {}
     for dtype in options.dtypes:
@@ -117,9 +121,7 @@ def main() -> None:
         for name, server in servers.items():
             with server:
                 runs[name] = {x.name: run(server, x, options.seconds, options.lines) for x in LOADS}
-    write_results(
-        "prefill_profile", "Where the time of a prefill goes", {"runs": runs}, report(runs)
-    )
+    write_results(options.name, "Where the time of a prefill goes", {"runs": runs}, report(runs))
 
 
 if __name__ == "__main__":

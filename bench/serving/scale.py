@@ -22,6 +22,7 @@ from pydantic import ByteSize, TypeAdapter
 
 from bench.serving.common import (
     PAGE_TOKENS,
+    command_line,
     diffxkv_server,
     page_floor,
     stock_server,
@@ -116,13 +117,12 @@ def setting(rounds: int) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=parse_sizes, default="24MiB,2GiB,8GiB")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--idle-seconds", type=float, default=20)
-    parser.add_argument("--quick", action="store_true", help="two rounds of a third each")
-    parser.add_argument("--name", default="scale", help="of the files in bench/results")
-    return parser.parse_args()
+    made = command_line(__doc__, "scale")
+    made.add_argument("--sizes", type=parse_sizes, default="24MiB,2GiB,8GiB")
+    made.add_argument("--rounds", type=int, default=5)
+    made.add_argument("--idle-seconds", type=float, default=20)
+    made.add_argument("--quick", action="store_true", help="two rounds of a third each")
+    return made.parse_args()
 
 
 def main() -> None:

@@ -158,9 +158,9 @@ class DiffXKVBackend(AttentionBackend):
         batch = PrefillBatch(
             indptr=new.indptr,
             position=new.prefix_lens.to(torch.int32),
-            opened=pages.open_lists,
+            opened=pages.opened,
             last_len=pages.last_len,
-            sealed=pages.sealed_lists if pages.any_sealed else None,
+            sealed=pages.sealed if pages.any_sealed else None,
             new=new.lens,
             prefix=prefix_lens_cpu,
         )
@@ -223,7 +223,7 @@ class DiffXKVBackend(AttentionBackend):
         # In units of uniform attention: a query that sees n tokens gives each n * p.
         lse = (lse - queries.log2_seen).contiguous()
         sampled = ScoringQueries(q, lse, queries.indptr, queries.position)
-        opened = pages.open_lists.of(raw.keys[layer], raw.values[layer])
+        opened = pages.opened.of(raw.keys[layer], raw.values[layer])
         score_open(sampled, opened, raw.scores[layer], sm_scale)
 
     def forward_decode(

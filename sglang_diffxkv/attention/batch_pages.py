@@ -17,34 +17,21 @@ class BatchPages(NamedTuple):
     """Ragged page lists of the B sequences of a batch, shared by all layers.
 
     Attributes:
-        sealed_indptr: int32 [B + 1]; sealed: int32 [Ns] page ids.
-        open_indptr: int32 [B + 1]; slots: int32 [No] raw slots; position: int32 [No] index of each
-            open page in its sequence, ascending within a sequence.
+        sealed, opened: as kernels take them.
         pages: int64 [No], the open pages' ids.
         last_len: int32 [B], tokens in the last page of each sequence, 1 to 64.
         any_sealed: whether ``sealed`` has an entry at all.
     """
 
-    sealed_indptr: torch.Tensor
-    sealed: torch.Tensor
-    open_indptr: torch.Tensor
-    slots: torch.Tensor
-    position: torch.Tensor
+    sealed: SealedLists
+    opened: OpenLists
     pages: torch.Tensor
     last_len: torch.Tensor
     any_sealed: bool
 
     def per_page(self, values: torch.Tensor) -> torch.Tensor:
         """Repeat a value per sequence ([B]) for each of its open pages ([No])."""
-        return torch.repeat_interleave(values, self.open_indptr.diff())
-
-    @property
-    def open_lists(self) -> OpenLists:
-        return OpenLists(self.open_indptr, self.slots, self.position)
-
-    @property
-    def sealed_lists(self) -> SealedLists:
-        return SealedLists(self.sealed_indptr, self.sealed)
+        return torch.repeat_interleave(values, self.opened.indptr.diff())
 
     @property
     def sequence(self) -> torch.Tensor:
@@ -90,11 +77,10 @@ def gather_pages(store: PageStore, table: torch.Tensor, seq_lens: torch.Tensor) 
     if not bool(store.directory.sealed[sealed].all()):
         raise PageStateError("a sequence of the batch has a free page")
     return BatchPages(
-        sealed_indptr=_indptr(is_sealed),
-        sealed=sealed.to(torch.int32),
-        open_indptr=_indptr(is_open),
-        slots=slots[is_open],
-        position=index.expand_as(table)[is_open].to(torch.int32),
+        sealed=SealedLists(_indptr(is_sealed), sealed.to(torch.int32)),
+        opened=OpenLists(
+            _indptr(is_open), slots[is_open], index.expand_as(table)[is_open].to(torch.int32)
+        ),
         pages=table[is_open],
         last_len=((seq_lens - 1) % PAGE_TOKENS + 1).to(torch.int32),
         any_sealed=sealed.numel() > 0,
@@ -108,8 +94,8 @@ def note_use(store: PageStore, batch: BatchPages, seq_lens: torch.Tensor, window
         seq_lens: int64 [B], including this step's tokens. window: recent tokens to keep raw.
     """
     context = batch.per_page(seq_lens)
-    store.recency.touch(batch.pages, batch.position.long(), context, window)
-    store.recency.read(batch.sealed)
+    store.recency.touch(batch.pages, batch.opened.position.long(), context, window)
+    store.recency.read(batch.sealed.pages)
 
 
 def page_metadata(store: PageStore) -> PageMetadata:

@@ -31,7 +31,7 @@ def pages_to_seal(store: PageStore, batch: BatchPages, scored_lens: torch.Tensor
         scored_lens: int64 [B], tokens that were there before this step; those of this step, too,
             where the policy needs no scores.
     """
-    scored = (batch.position + 1) * PAGE_TOKENS <= batch.per_page(scored_lens)
+    scored = (batch.opened.position + 1) * PAGE_TOKENS <= batch.per_page(scored_lens)
     ready = scored & _out_of_use(store, batch.pages)
     pages, place = torch.unique(batch.pages[ready], return_inverse=True)
     owner = batch.sequence[ready]

@@ -67,7 +67,7 @@ def count_scores(store: PageStore, batch: BatchPages, queries: ScoringSample) ->
     """Add to each open token's count the sampled queries that come after it (once per step)."""
     sequence = batch.sequence
     offsets = torch.arange(PAGE_TOKENS, device=batch.pages.device)
-    tokens = batch.position.long()[:, None] * PAGE_TOKENS + offsets
+    tokens = batch.opened.position.long()[:, None] * PAGE_TOKENS + offsets
     if queries.rows is None:  # all new tokens ask, so their numbers tell
         last = queries.position[queries.indptr[1:].long() - 1][sequence]
         asked = queries.indptr.diff()[sequence]
@@ -79,4 +79,4 @@ def count_scores(store: PageStore, batch: BatchPages, queries: ScoringSample) ->
         token_keys = sequence[:, None] * stride + tokens
         not_later = torch.searchsorted(query_keys, token_keys, right=True)
         later = queries.indptr[1:].long()[sequence][:, None] - not_later
-    store.raw.counts.index_add_(0, batch.slots.long(), later.to(torch.float32))
+    store.raw.counts.index_add_(0, batch.opened.slots.long(), later.to(torch.float32))

@@ -66,11 +66,11 @@ class World:
         if layer == 0:
             note_use(store, pages, self.lens, WINDOW)
         raw = store.raw
-        opened = pages.open_lists.of(raw.keys[layer], raw.values[layer])
+        opened = pages.opened.of(raw.keys[layer], raw.values[layer])
         part = decode_open(q, opened, pages.last_len, SCALE)
         tables = store.layer_pages(layer).tables
         q_sealed = rotate(q) if store.layout.rotates else q
-        sealed = tables.listed(*pages.sealed_lists)
+        sealed = tables.listed(*pages.sealed)
         found = decode_sealed(q_sealed, sealed, SCALE)
         if store.layout.rotates:
             found = from_sealed(found, q, store.key_means.by_layer[layer], SCALE)

@@ -26,13 +26,13 @@ def test_gather_lists_every_page_once_per_sequence() -> None:
     got = b.gather()
     for i, own in enumerate(b.pages):
         n = [1, 0, 0, 3][i]
-        begin, end = got.sealed_indptr[i], got.sealed_indptr[i + 1]
-        assert got.sealed[begin:end].tolist() == own[:n]
-        begin, end = got.open_indptr[i], got.open_indptr[i + 1]
+        begin, end = got.sealed.indptr[i], got.sealed.indptr[i + 1]
+        assert got.sealed.pages[begin:end].tolist() == own[:n]
+        begin, end = got.opened.indptr[i], got.opened.indptr[i + 1]
         assert got.pages[begin:end].tolist() == own[n:]
-        assert got.position[begin:end].tolist() == list(range(n, len(own)))
+        assert got.opened.position[begin:end].tolist() == list(range(n, len(own)))
         slots = b.store.directory.raw_slot[own[n:]].tolist()
-        assert got.slots[begin:end].tolist() == slots
+        assert got.opened.slots[begin:end].tolist() == slots
     assert got.last_len.tolist() == [2, 64, 1, 16]
     assert got.any_sealed
 

@@ -28,7 +28,7 @@ from sglang_diffxkv.eval.variants import ITEMSIZE
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.pack import unpack
-from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.kernels.score import ScoringQueries, score_open
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.directory import PageDirectory
@@ -114,7 +114,7 @@ class Sealer:
         for layer in range(self.shape.layers):
             for raw, side in ((store.raw.keys, states.keys), (store.raw.values, states.values)):
                 by_page = side[layer].transpose(0, 1).unflatten(0, (-1, PAGE_TOKENS))
-                raw[layer][batch.slots.long()] = by_page.to(raw[layer].dtype)
+                raw[layer][batch.opened.slots.long()] = by_page.to(raw[layer].dtype)
         if store.policy.needs_scores:
             self._score(states, batch)
         seal(store, *pages_to_seal(store, batch, lens))
@@ -140,10 +140,9 @@ class Sealer:
             q = states.queries[layer, :, rows]
             lse = (_lse(q, states.keys[layer], queries, scale) - queries.log2_seen).contiguous()
             mine = q.transpose(0, 1).contiguous()
-            lists = batch.open_indptr, batch.slots, batch.position
             score_open(
                 ScoringQueries(mine, lse, queries.indptr, queries.position),
-                OpenPages(raw.keys[layer], raw.values[layer], *lists),
+                batch.opened.of(raw.keys[layer], raw.values[layer]),
                 raw.scores[layer],
                 scale,
             )

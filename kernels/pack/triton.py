@@ -29,7 +29,7 @@ TILE = 4096
 COPIED_TOKENS = 16
 """Tokens of a program that copies: addresses on both sides take many registers each."""
 NUM_WARPS = 4
-UNPACK_REGISTERS = 96
+PACK_REGISTERS, UNPACK_REGISTERS = 160, 96
 """Unasked, the assembler may rather spill, for yet more blocks."""
 
 
@@ -49,6 +49,7 @@ def pack(raw: RawTokens, grades: Grades, tables: SealedTables) -> None:
         LAYOUT=layout,
         TOKENS=tokens,
         num_warps=NUM_WARPS,
+        maxnreg=PACK_REGISTERS,
     )
 
 

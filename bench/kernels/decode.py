@@ -30,7 +30,8 @@ import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
-from sglang_diffxkv.kernels.decode import decode_open, decode_sealed, naive
+from sglang_diffxkv.kernels.cpu.function import CFunction
+from sglang_diffxkv.kernels.decode import cpu, decode_open, decode_sealed, naive
 from sglang_diffxkv.kernels.layout import (
     HIGH,
     LOW,
@@ -162,9 +163,13 @@ def sealed(layer: Layer, tables: Tables) -> torch.Tensor:
 
 def sealed_with(isa: str) -> Callable[[Layer, Tables], torch.Tensor]:
     """``sealed``, compiled for this instruction set."""
+    compiled = CFunction("decode", "diffxkv_decode_sealed")
 
     def run(layer: Layer, tables: Tables) -> torch.Tensor:
-        with mock.patch.dict(os.environ, {ISA_VARIABLE: isa}):
+        with (
+            mock.patch.dict(os.environ, {ISA_VARIABLE: isa}),  # asked at the first call
+            mock.patch.object(cpu, "_sealed_function", compiled),
+        ):
             return sealed(layer, tables)
 
     return run

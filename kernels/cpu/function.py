@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import re
 from collections.abc import Callable
 from typing import Any
 
-from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, load_library, sources_of
+from sglang_diffxkv.kernels.cpu.build import load_library, sources_of
 
 _DECLARATION = re.compile(r'^extern "C" (\w+) (\w+)\(([^)]*)\) {', re.MULTILINE)
 _TYPES = {
@@ -33,18 +32,22 @@ class CFunction:
 
     def __init__(self, operation: str, name: str) -> None:
         self._operation, self._name = operation, name
-        self._bound: dict[str, Callable[..., Any]] = {}
+        self._bound: Callable[..., Any] | None = None
+        _functions.append(self)
 
     def __call__(self, *args: Any) -> Any:
-        """Call it, of the instruction set in use.
+        """Call it, of the instruction set that was in use at the first call.
 
         Raises:
             CompilerError: as `load_library`, at the first call.
         """
-        isa = os.environ.get(ISA_VARIABLE, "")
-        if isa not in self._bound:
-            self._bound[isa] = self._bind()
-        return self._bound[isa](*args)
+        if self._bound is None:
+            self._bound = self._bind()
+        return self._bound(*args)
+
+    def unbind(self) -> None:
+        """Have the next call be a first one."""
+        self._bound = None
 
     def _bind(self) -> Callable[..., Any]:
         function = load_library(self._operation)[self._name]
@@ -58,6 +61,15 @@ class CFunction:
                 if name == self._name:
                     return [_TYPES[returned], *(_type_of(x) for x in arguments.split(","))]
         raise LookupError(f"no function {self._name} in {self._operation}")
+
+
+_functions: list[CFunction] = []
+
+
+def unbind_all() -> None:
+    """For whoever has changed the instruction set that the environment forces."""
+    for function in _functions:
+        function.unbind()
 
 
 def _type_of(argument: str) -> Any:

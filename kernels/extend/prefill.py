@@ -16,7 +16,7 @@ import torch
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.extend import cpu, extend_open, extend_sealed, flashinfer
-from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
+from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, UnpackedPages
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state, merge_states
@@ -97,18 +97,18 @@ class SealedPrefill:
         assert batch.sealed is not None
         self._scratch = scratch
         self._fused: SealedLists | None = batch.sealed
-        self._unpacked: SealedLists | None = None
+        self._unpacked: list[UnpackedPages] | None = None
         if scratch is None:
             return
         most = [0, 0]
         for tokens, earlier in zip(batch.new, batch.prefix, strict=True):
             most[tokens >= UNPACK_FROM] += earlier // PAGE_TOKENS
         if not most[0]:
-            self._fused, self._unpacked = None, batch.sealed
+            self._fused, self._unpacked = None, scratch.slices(batch.sealed)
         elif most[1]:
             unpacks = batch.indptr.diff() >= UNPACK_FROM
             self._fused = _select(batch.sealed, ~unpacks, most[0])
-            self._unpacked = _select(batch.sealed, unpacks, most[1])
+            self._unpacked = scratch.slices(_select(batch.sealed, unpacks, most[1]))
 
     def attend(self, queries: Queries, tables: SealedTables, sm_scale: float) -> AttentionState:
         """Attention of one layer; arguments as in `extend_sealed`."""
@@ -117,11 +117,10 @@ class SealedPrefill:
         else:
             state = empty_state(queries.q)
         if self._unpacked is not None:
-            from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked  # needs Triton
+            from sglang_diffxkv.kernels.extend.unpacked import extend_slices  # needs Triton
 
             assert self._scratch is not None
-            sealed = tables.listed(*self._unpacked)
-            extend_unpacked(state, queries, sealed, sm_scale, self._scratch)
+            extend_slices(state, queries, tables, self._unpacked, sm_scale, self._scratch)
         return state
 
 

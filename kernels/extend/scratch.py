@@ -8,11 +8,25 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.pages import SealedLists
 
 MOST_TOKENS = 32768
 """Longer prefixes go through it in slices: each costs three launches and reads the output again."""
 MOST_BYTES = 128 << 20
 """32,768 tokens of 8 KV heads of 128."""
+
+
+class UnpackedPages(NamedTuple):
+    """Pages that are unpacked at a time: one of several slices of a list.
+
+    Attributes:
+        pages: int32 [N]. indptr: int32 [B + 1], those of each sequence among them.
+        slices: how many there are.
+    """
+
+    pages: torch.Tensor
+    indptr: torch.Tensor
+    slices: int
 
 
 class PrefixScratch(NamedTuple):
@@ -31,6 +45,18 @@ class PrefixScratch(NamedTuple):
     def pages(self) -> int:
         """How many pages fit, were all of their tokens kept."""
         return len(self.starts) - 1
+
+    def slices(self, lists: SealedLists) -> list[UnpackedPages]:
+        """Parts of a list that fit, one after the other."""
+        pages, indptr = lists
+        count = -(-len(pages) // self.pages)
+        if count == 1:
+            return [UnpackedPages(pages, indptr, 1)]
+        found = []
+        for first in range(0, len(pages), self.pages):
+            part = pages[first : first + self.pages]
+            found.append(UnpackedPages(part, (indptr - first).clamp_(0, len(part)), count))
+        return found
 
     @property
     def nbytes(self) -> int:

@@ -7,11 +7,11 @@ nothing, and where a sequence's rows begin and end is counted on the device: not
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 
-from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
+from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, UnpackedPages
 from sglang_diffxkv.kernels.extend.traits import (
     MAX_REGISTERS,
     UnpackedTraits,
@@ -28,15 +28,7 @@ from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
 from sglang_diffxkv.kernels.merge.triton import merge_into
 from sglang_diffxkv.kernels.pack import TokenRows
 from sglang_diffxkv.kernels.pack.triton import unpack_into
-from sglang_diffxkv.kernels.pages import Queries, SealedPages
-
-
-class UnpackedPages(NamedTuple):
-    """So many pages of each sequence (int32 [B + 1]), ``total`` in all, one of several slices."""
-
-    indptr: torch.Tensor
-    total: int
-    slices: int
+from sglang_diffxkv.kernels.pages import Queries, SealedPages, SealedTables
 
 
 def extend_unpacked(
@@ -54,17 +46,25 @@ def extend_unpacked(
             than a page has.
         scratch: of the same layout.
     """
-    pages, indptr = sealed.pages, sealed.indptr
-    slices = -(-len(pages) // scratch.pages)
-    for first in range(0, len(pages), scratch.pages):
-        mine = pages[first : first + scratch.pages]
-        starts = scratch.starts[: len(mine) + 1]
-        count_rows(sealed.heads, mine, starts, scratch.pages * PAGE_TOKENS)
+    slices = scratch.slices(sealed.lists)
+    extend_slices(state, queries, sealed.tables, slices, sm_scale, scratch)
+
+
+def extend_slices(
+    state: AttentionState,
+    queries: Queries,
+    tables: SealedTables,
+    slices: Sequence[UnpackedPages],
+    sm_scale: float,
+    scratch: PrefixScratch,
+) -> None:
+    """`extend_unpacked`, of `PrefixScratch.slices`, which are those of all layers."""
+    for listed in slices:
+        count = len(listed.pages)
+        starts = scratch.starts[: count + 1]
+        count_rows(tables.heads, listed.pages, starts, scratch.pages * PAGE_TOKENS)
         rows = TokenRows(scratch.k, scratch.v, starts[:-1])
-        unpack_into(sealed.tables, mine, rows, scratch.k.dtype)
-        if slices > 1:
-            indptr = (sealed.indptr - first).clamp_(0, len(mine))
-        listed = UnpackedPages(indptr, len(mine), slices)
+        unpack_into(tables, listed.pages, rows, scratch.k.dtype)
         _attend(state, queries, listed, sm_scale, scratch)
 
 
@@ -103,7 +103,7 @@ def _attend(
     blocks = count_blocks(queries, shape.group, tile.rows)
     # A slice has tokens of some of the sequences only.
     busy = -(-blocks * shape.kv_heads // listed.slices)
-    splits = count_splits(busy, multiprocessors(q.device), listed.total)
+    splits = count_splits(busy, multiprocessors(q.device), len(listed.pages))
     compute = DTYPES[torch.float32 if emulated else dtype]
     into = state if splits == 1 else unwritten_state(q, splits)
     launch(

@@ -12,7 +12,8 @@ that make up a shape, or are text for another function, are to be given names of
 
 Triton specialises each field as if it were an argument of its own, for numbers and addresses that
 16 divides, and for 1. It cannot be told not to: ``do_not_specialize`` is about arguments, not about
-their fields. So numbers that vary with the batch stay arguments.
+their fields. So numbers that vary with the batch stay arguments. Its hooks (``knobs.runtime``)
+cannot serialise such constants.
 """
 
 from __future__ import annotations

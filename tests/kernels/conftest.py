@@ -12,8 +12,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from sglang_diffxkv.kernels.cpu.function import unbind_all
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def asked_instruction_set() -> Iterator[None]:
+    """C++ functions ask for it when they are first called: in each test anew."""
+    unbind_all()
+    yield
+    unbind_all()
 
 
 @pytest.fixture

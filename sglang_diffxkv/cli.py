@@ -11,18 +11,12 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
-from sglang_diffxkv import calibrate
-from sglang_diffxkv.config import ConfigError
+from sglang_diffxkv.calibrate import command as calibrate
 from sglang_diffxkv.demo import command as demo
 from sglang_diffxkv.eval import command as evaluation
-from sglang_diffxkv.eval.ask import CacheError
-from sglang_diffxkv.launch import ServerError
 from sglang_diffxkv.models import command as model
-from sglang_diffxkv.models.known import ModelError
 
 _COMMANDS = {"demo": demo, "eval": evaluation, "calibrate": calibrate, "model": model}
-_ERRORS = (ConfigError, ServerError, CacheError, ModelError, OSError)
-"""Of the user's making, or the machine's; those of `requests` are OSErrors."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         _COMMANDS[args.subcommand].run(args)
-    except _ERRORS as error:
+    except Exception as error:
+        if not isinstance(error, _expected_errors()):
+            raise
         for note in getattr(error, "__notes__", []):
             print(note, file=sys.stderr)
         print(f"sglang-diffxkv {args.subcommand}: {error}", file=sys.stderr)
@@ -55,6 +51,17 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in _COMMANDS.items():
         command.add_options(commands.add_parser(name, help=command.HELP, description=command.HELP))
     return parser
+
+
+def _expected_errors() -> tuple[type[Exception], ...]:
+    """Of the user's making, or the machine's; those of `requests` are OSErrors."""
+    # Imported where something went wrong: no --help waits for torch.
+    from sglang_diffxkv.config import ConfigError
+    from sglang_diffxkv.eval.ask import CacheError
+    from sglang_diffxkv.launch import ServerError
+    from sglang_diffxkv.models.known import ModelError
+
+    return ConfigError, ServerError, CacheError, ModelError, OSError
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

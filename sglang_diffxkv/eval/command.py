@@ -10,14 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sglang_diffxkv.arguments import add_server_options
-from sglang_diffxkv.eval.documents import report as documents_report
-from sglang_diffxkv.eval.documents.run import evaluate_documents
-from sglang_diffxkv.eval.options import DOCUMENT_TASKS, TASKS, parse_options
-from sglang_diffxkv.eval.questions import report
-from sglang_diffxkv.eval.questions.run import evaluate
+from sglang_diffxkv.eval.defaults import DOCUMENT_TASKS, POLICIES, TASKS
 
 HELP = "measure what policies cost against full KV, on tasks with known answers or on documents"
-POLICIES = "full,lossless,int8,k8v4,k4v8,int4,int2,streaming,snapkv,diffkv,xkv,diffxkv"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -75,6 +70,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, and report what was measured, also where something goes wrong then."""
+    # Imported here: no --help waits for torch.
+    from sglang_diffxkv.eval.documents import report as documents_report
+    from sglang_diffxkv.eval.documents.run import evaluate_documents
+    from sglang_diffxkv.eval.options import parse_options
+    from sglang_diffxkv.eval.questions import report
+    from sglang_diffxkv.eval.questions.run import evaluate
+
     options = parse_options(args)
     measure: Any = evaluate
     write: Any = report.write

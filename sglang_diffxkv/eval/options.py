@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from sglang_diffxkv.config import ConfigError
+from sglang_diffxkv.eval.defaults import DOCUMENT_TASKS, TASKS
 from sglang_diffxkv.eval.dtype import fast_dtype
 from sglang_diffxkv.eval.tasks.registry import default_filler
 from sglang_diffxkv.launch import default_device
-
-TASKS = "niah_single,niah_multikey,kv_lookup,vt"
-DOCUMENT_TASKS = "half,grow,shared"
 
 _Number = TypeVar("_Number", int, float)
 

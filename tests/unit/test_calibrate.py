@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sglang_diffxkv.calibrate import read_prompts, summary
+from sglang_diffxkv.calibrate.run import read_prompts, summary
 from sglang_diffxkv.cli import main
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig, Tiers, load_config
 

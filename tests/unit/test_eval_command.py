@@ -1,4 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
+import subprocess
+import sys
+
 import pytest
 
 from sglang_diffxkv.cli import main
@@ -33,3 +36,13 @@ def test_eval_refuses_in_one_line(options, message, capsys):
 
 def test_what_is_named_twice_is_measured_once():
     assert names("1024, 2048,1024,") == ["1024", "2048"]
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom sglang_diffxkv.cli import main\n"
+        "try:\n    main([*sys.argv[1:], '--help'])\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'sglang', 'transformers', 'requests'} & sys.modules.keys()"
+    )
+    for command in ([], ["eval"], ["calibrate"], ["demo"], ["model"]):
+        subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)

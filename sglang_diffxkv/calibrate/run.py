@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The subcommand `calibrate`: a plan for reproducible serving, from a set of prompts.
+"""A plan for reproducible serving, from a set of prompts.
 
 A real server takes the prompts in, and sketches the importances of their pages when it seals them;
 the plan it then solves is the file.
@@ -18,7 +18,6 @@ from typing import Any
 
 from requests import RequestException
 
-from sglang_diffxkv.arguments import add_server_options
 from sglang_diffxkv.client import Client, Prompt
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig, load_config
 from sglang_diffxkv.eval.ask import WARM_TOKENS
@@ -27,7 +26,6 @@ from sglang_diffxkv.eval.questions.prompts import make_cells
 from sglang_diffxkv.eval.tasks.registry import choose_suite
 from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
 
-HELP = "learn from prompts how importance spreads over layers, and write the plan to serve with"
 _TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]
 """Synthetic prompts, where no file is given."""
 _ROOM_TOKENS = 65536
@@ -35,24 +33,7 @@ _ROOM_TOKENS = 65536
 _SETTLE_S = 60.0
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    add_server_options(parser)
-    parser.add_argument(
-        "--prompts",
-        type=Path,
-        metavar="FILE",
-        help='text, a prompt per line, or JSON lines with a "prompt" or "text"; default: synthetic',
-    )
-    parser.add_argument("--length", type=int, default=1024, help="tokens of synthetic prompts")
-    parser.add_argument("--samples", type=int, default=8, help="synthetic prompts of each task")
-    parser.add_argument("--target", type=float, help="as in the configuration")
-    parser.add_argument(
-        "--config", default="{}", metavar="JSON", help="other settings of --diffxkv-config"
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json")
-
-
-def run(args: argparse.Namespace) -> None:
+def run_calibrate(args: argparse.Namespace) -> None:
     """Calibrate."""
     model = load_model(args.model)
     config = _config(args, model)

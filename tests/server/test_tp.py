@@ -124,7 +124,7 @@ def test_statistics_are_of_the_first_rank(compressed: Server) -> None:
     parts = stats["bytes"]
     assert stats["bytes_in_use"] <= stats["bytes_total"] <= 9 << 20
     assert parts["overhead"] < 0.2 * stats["bytes_in_use"]
-    # Pages are charged for what the rank takes that has most of them, and each has most of some.
+    # Pages are allocated for what the rank takes that has most of them, and each has most of some.
     owned = sum(stats["sealed_bytes_per_token_by_layer"]) * stats["sealed_pages"] * PAGE
     assert 0.9 < owned / (stats["frames_used"] * stats["frame_bytes"]) < 1
     # What the tiers take, K8V4 and K4V2 of 128, fills the rank's own frames.

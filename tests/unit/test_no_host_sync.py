@@ -14,7 +14,8 @@ import torch
 
 from sglang_diffxkv.attention.device_backend import DeviceBackend
 from sglang_diffxkv.kernels.gpu.launch import recorded
-from sglang_diffxkv.pool.running import RunningRequests
+from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.running import RunningRequest, RunningRequests
 from tests.support.policies import Shape, config_of
 from tests.support.stores import make_store
 
@@ -70,6 +71,16 @@ def test_decode_steps_do_not_wait_for_the_device(policy: str) -> None:
     per_layer = 4 if backend.store.policy.needs_scores else 3
     # Open two pages in two, look up, plan in three; then write, attend, merge, score.
     assert len(first) == 2 + 4 + per_layer * LAYERS
+
+
+def test_requests_that_ask_for_a_quality_do_not_wait_either() -> None:
+    backend = meta_backend("diffxkv")
+    backend.batch_indices = list(range(BATCH))
+    asking = RunningRequest(Quality.HIGH, step=0, request=None)
+    backend.running.enter([2], [asking])
+    with recorded():
+        decode(backend, meta_batch([70, 130, 65, 999, 500]))  # the third opens a page
+    assert backend.store.totals.by_quality[Quality.HIGH] == 1
 
 
 def test_a_step_that_seals_does_wait() -> None:

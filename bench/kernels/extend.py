@@ -136,7 +136,7 @@ def ours(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
     old = case.prefix // PAGE_TOKENS if case.sealed else 0
     opened = OpenLists(
         counts * (data.per_sequence - old),
-        pages[:, old:].reshape(-1),
+        pages[:, old:].flatten().contiguous(),
         torch.arange(old, data.per_sequence).int().repeat(case.batch),
     )
     batch = PrefillBatch(
@@ -144,12 +144,13 @@ def ours(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
         position=torch.full((case.batch,), case.prefix, dtype=torch.int32),
         opened=opened,
         last_len=torch.full((case.batch,), (case.prefix + case.new - 1) % PAGE_TOKENS + 1),
-        sealed=SealedLists(counts * old, pages[:, :old].reshape(-1)) if old else None,
+        sealed=SealedLists(counts * old, pages[:, :old].flatten().contiguous()) if old else None,
         new=[case.new] * case.batch,
         prefix=[case.prefix] * case.batch,
     )
     step = Prefill(batch, None)
-    layer = LayerPages(data.tables, data.k, data.v, None)
+    mean = torch.zeros(data.k.shape[2:]) if data.tables.layout.rotates else None
+    layer = LayerPages(data.tables, data.k, data.v, mean)
 
     def run() -> torch.Tensor:
         return step.attend(data.q, layer, case.shape.dim**-0.5).out.to(data.q.dtype)

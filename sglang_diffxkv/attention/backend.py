@@ -129,7 +129,8 @@ class DiffXKVBackend(AttentionBackend):
     def begin_prefill(self, fb: ForwardBatch) -> None:
         """Look up the batch's pages, note their use, and plan attention for all layers."""
         store, seq_lens = self.store, fb.seq_lens.long()
-        table = page_table(self.req_to_token, fb.req_pool_indices, int(fb.seq_lens_cpu.max()))
+        longest = int(fb.seq_lens_cpu.max())
+        table = page_table(self.req_to_token, fb.req_pool_indices, longest)
         pages = gather_pages(store, table, seq_lens)
         prefix_lens = fb.extend_prefix_lens.long()
         indptr = torch.nn.functional.pad((seq_lens - prefix_lens).cumsum(0), (1, 0))
@@ -142,14 +143,14 @@ class DiffXKVBackend(AttentionBackend):
         self._note_tokens(
             torch.tensor(fb.extend_prefix_lens_cpu), fb.seq_lens_cpu, fb.out_cache_loc
         )
-        longest = fb.seq_lens_cpu if queries is None else fb.extend_prefix_lens_cpu
+        most_scored = longest if queries is None else max(fb.extend_prefix_lens_cpu)
         self.forward_metadata = PrefillStep(
             pages=pages,
             rows=store.write_rows(fb.out_cache_loc),
             attention=self._plan_attention(new, pages, fb.extend_prefix_lens_cpu),
             queries=queries,
             scored_lens=seq_lens if queries is None else prefix_lens,
-            nothing_to_seal=int(max(longest)) < PAGE_TOKENS,
+            nothing_to_seal=most_scored < PAGE_TOKENS,
         )
 
     def _plan_attention(

@@ -44,11 +44,6 @@ class RunningRequests:
         self._asking: dict[int, RunningRequest] = {}
 
     @property
-    def asked(self) -> bool:
-        """Whether any running request asked for another quality than the server's."""
-        return bool(self._asking)
-
-    @property
     def lossless(self) -> list[PagedSequence]:
         """Running lossless requests that have pages, as long as they are."""
         return [paged(x.request, x.tokens) for x in self._asking.values() if x.tokens]

@@ -206,9 +206,10 @@ class PageStore:
         Args:
             loc: int64 [T], token slots that the step writes.
         """
-        pages = loc[upload(asked.tokens, loc.device)] // PAGE_TOKENS
-        quality = torch.tensor(asked.quality, dtype=torch.uint8)
-        self.directory.quality[pages] = upload(quality, loc.device)
+        if asked.quality:  # most decode steps open no page for them
+            pages = loc[upload(asked.tokens, loc.device)] // PAGE_TOKENS
+            quality = torch.tensor(asked.quality, dtype=torch.uint8)
+            self.directory.quality[pages] = upload(quality, loc.device)
         opened, by_quality = Counter(asked.quality), self.totals.by_quality
         by_quality.update(opened)
         by_quality[Quality.BALANCED] -= opened.total()

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import ctypes
 from types import ModuleType
 
 import pytest
 import torch
 
 from sglang_diffxkv.kernels import layers
-from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
+from sglang_diffxkv.kernels.cpu import function
+from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas, cpu_isa, load_library
 from sglang_diffxkv.kernels.layers import naive
 from tests.support.builders import error_norm
 
@@ -68,3 +70,19 @@ def test_silu_and_mul(compiled: ModuleType, shape: tuple[int, int], dtype: torch
     x = normal(*shape, dtype=dtype)
     x[0, 0], x[0, 1] = -100, 80
     assert error_norm(compiled.silu_and_mul(x), naive.silu_and_mul(x)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("isa", [*available_isas(), *available_isas()])
+def test_the_forced_instruction_set_runs(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In each test anew, or those of other instruction sets would all try one."""
+    monkeypatch.setenv(ISA_VARIABLE, isa)
+    bound: list[str] = []
+
+    def load(operation: str) -> ctypes.CDLL:
+        bound.append(cpu_isa())
+        return load_library(operation)
+
+    monkeypatch.setattr(function, "load_library", load)
+    for _ in range(2):
+        layers.rms_norm(torch.ones(1, 8), torch.ones(8), EPS)
+    assert bound == [isa]

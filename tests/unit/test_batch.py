@@ -134,7 +134,8 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     assert not set(third) & set(b.store.recency.sealable(EVERY_SLOT, include_window=True).tolist())
     assert [s.length for s in requests.lossless] == [300]
     requests.leave(b.rows.tolist())
-    assert not requests.lossless and not requests.asked
+    assert not requests.lossless
+    assert requests.opened(b.rows.tolist(), before.tolist(), b.lens.tolist()) is None
 
 
 def test_every_page_of_a_batch_counts_as_used() -> None:

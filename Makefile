@@ -37,7 +37,7 @@ test: env
 	wait $$!; others=$$?; cat build/others.log; exit $$((servers | others))
 endif
 
-# Unit tests that take seconds, in two processes: about two minutes on two cores.
+# Unit tests that take seconds, in two processes: under two minutes on two cores.
 POOLS := $(addprefix tests/unit/test_,store.py allocator.py tp.py demotion.py policy.py workspace.py)
 FAST := pytest -q -m "not slow and not server"
 test-fast: env

@@ -48,7 +48,7 @@ class PrefixScratch(NamedTuple):
 
     def slices(self, lists: SealedLists) -> list[UnpackedPages]:
         """Parts of a list that fit, one after the other."""
-        pages, indptr = lists
+        pages, indptr = lists.pages, lists.indptr
         count = -(-len(pages) // self.pages)
         if count == 1:
             return [UnpackedPages(pages, indptr, 1)]

@@ -228,7 +228,7 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
     expected = merge_states(before, naive.extend_sealed(*args))
     monkeypatch.setattr(scratch, "MOST_TOKENS", 3 * PAGE_TOKENS)
     called = []
-    for module, name in ((prefill, "extend_sealed"), (unpacked, "extend_unpacked")):
+    for module, name in ((prefill, "extend_sealed"), (unpacked, "extend_slices")):
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, real=real, name=name: called.append(name) or real(*a)
@@ -243,7 +243,7 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
             assert waited == []
         part = AttentionState(*(x.cpu() for x in part))
     assert_close(part, expected, 1e-3)
-    ways = [["extend_sealed", "extend_unpacked"], ["extend_unpacked"], ["extend_sealed"]]
+    ways = [["extend_sealed", "extend_slices"], ["extend_slices"], ["extend_sealed"]]
     assert called == ways[[NEW, [64] * 5].index(new) if new in (NEW, [64] * 5) else 2]
 
 

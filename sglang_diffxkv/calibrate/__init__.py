@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Learning from prompts how much each layer needs."""
+"""Learning from texts what their tokens matter, and from prompts what each layer needs."""

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sglang_diffxkv.arguments import add_server_options
 
-HELP = "learn from prompts how importance spreads over layers, and write the plan to serve with"
+HELP = "learn from texts what tokens matter, and from prompts how that spreads over layers: what "
+HELP += "`diffxkv` predicts importance with, and the plan to serve with"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +16,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--prompts",
         type=Path,
         metavar="FILE",
-        help='text, a prompt per line, or JSON lines with a "prompt" or "text"; default: synthetic',
+        help='text, a prompt per line, or JSON lines with a "prompt" or "text"; default: synthetic '
+        "prompts, and for importance, too, modules of Python's library",
     )
     parser.add_argument("--length", type=int, default=1024, help="tokens of synthetic prompts")
     parser.add_argument("--samples", type=int, default=8, help="synthetic prompts of each task")
@@ -23,7 +25,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", default="{}", metavar="JSON", help="other settings of --diffxkv-config"
     )
-    parser.add_argument("--output", type=Path, required=True, metavar="PLAN.json")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="PLAN.json",
+        help="the plan; the importance model is written beside it, as PLAN.importance.safetensors",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

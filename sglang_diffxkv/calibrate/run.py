@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A plan for reproducible serving, from a set of prompts.
+"""An importance model, and a plan for reproducible serving, from a set of prompts.
 
-A real server takes the prompts in, and sketches the importances of their pages when it seals them;
-the plan it then solves is the file.
+The model reads the prompts twice, and what it needs of them is learnt. Then a real server takes
+them in, and sketches the importances of their pages when it seals them; the plan it then solves is
+the file.
 """
 
 from __future__ import annotations
@@ -12,19 +13,21 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from requests import RequestException
 
+from sglang_diffxkv.calibrate.importance.learn import learn_importance, library_texts
 from sglang_diffxkv.client import Client, Prompt
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig, load_config
 from sglang_diffxkv.eval.ask import WARM_TOKENS
 from sglang_diffxkv.eval.model import Model, load_model
 from sglang_diffxkv.eval.questions.prompts import make_cells
-from sglang_diffxkv.eval.tasks.registry import choose_suite
+from sglang_diffxkv.eval.tasks.registry import choose_suite, is_bundled
 from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
+from sglang_diffxkv.policy.importance.file import save_importance
 
 _TASKS = ["niah_multikey", "kv_lookup", "vt", "recall"]
 """Synthetic prompts, where no file is given."""
@@ -35,9 +38,13 @@ _SETTLE_S = 60.0
 
 def run_calibrate(args: argparse.Namespace) -> None:
     """Calibrate."""
-    model = load_model(args.model)
-    config = _config(args, model)
-    found = calibrate(args.model, _prompts(args, model), config, args.device or default_device())
+    model, device = load_model(args.model), args.device or default_device()
+    config, prompts = _config(args, model), _prompts(args, model)
+    learnt = learn_importance(model, _texts(args, model, prompts), device)
+    assert config.importance is not None
+    save_importance(learnt.model, Path(config.importance))
+    found = calibrate(args.model, prompts, config, device)
+    print(f"importance: {learnt.explained:.0%} of the variance of log T on texts held out")
     print(summary(found, config, args.output))
 
 
@@ -106,7 +113,9 @@ _COLUMNS = ("page_bytes", "retention", "alpha_high", "alpha_low")
 
 
 def _config(args: argparse.Namespace, model: Model) -> DiffXKVConfig:
-    own = {"policy": "diffxkv", "save_plan": str(args.output), "learn_share": 1.0}
+    own: dict[str, object] = {"policy": "diffxkv", "learn_share": 1.0}
+    own["save_plan"] = str(args.output)
+    own["importance"] = str(args.output.with_suffix(".importance.safetensors"))
     if args.target is not None:
         own["target"] = args.target
     room = {"memory_bytes": _ROOM_TOKENS * model.token_bytes}
@@ -125,6 +134,16 @@ def _prompts(args: argparse.Namespace, model: Model) -> list[Prompt]:
     suite = choose_suite(args.model)
     cells = make_cells(model.tokenizer, _TASKS, [args.length], args.samples, seed=7, suite=suite)
     return [prompt.ids for cell in cells for prompt in cell.prompts]
+
+
+def _texts(
+    args: argparse.Namespace, model: Model, prompts: list[Prompt]
+) -> Sequence[Sequence[int]]:
+    """Token ids that importance is learnt from."""
+    tokenize = model.tokenizer
+    ids = [tokenize(x, verbose=False).input_ids if isinstance(x, str) else x for x in prompts]
+    known = args.prompts is not None or is_bundled(args.model)
+    return ids if known else [*ids, *library_texts(model)]
 
 
 def read_prompts(path: Path) -> Iterator[str]:

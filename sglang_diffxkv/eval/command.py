@@ -61,6 +61,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="set the knob of each policy that has one so that its physical compression is X",
     )
     parser.add_argument(
+        "--importance",
+        type=Path,
+        metavar="FILE",
+        help="importance model that `diffxkv` predicts with, from `sglang-diffxkv calibrate`",
+    )
+    parser.add_argument(
         "--output",
         type=Path,
         metavar="FILE.json",

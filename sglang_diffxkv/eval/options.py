@@ -34,6 +34,8 @@ class Options(NamedTuple):
     """That servers compute in, one of `ITEMSIZES`."""
     filler: str
     """Name of the text that needles are hidden in."""
+    importance: Path | None = None
+    """Importance model for `diffxkv`."""
 
 
 def parse_options(args: argparse.Namespace) -> Options:
@@ -57,6 +59,7 @@ def parse_options(args: argparse.Namespace) -> Options:
         targets=[_number(text, float) for text in names(args.target_compression)],
         dtype=args.dtype or fast_dtype(device),
         filler=args.filler or default_filler(args.model),
+        importance=_file("--importance", args.importance),
     )
 
 
@@ -93,6 +96,12 @@ def _check_output(output: Path | None) -> None:
         output.open("a").close()
     except OSError as error:
         raise ConfigError(f"--output {output}: {error.strerror}") from None
+
+
+def _file(option: str, path: Path | None) -> Path | None:
+    if path is not None and not path.is_file():
+        raise ConfigError(f"{option} {path}: no such file")
+    return path
 
 
 def _number(text: str, kind: type[_Number]) -> _Number:

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig, Tiers
@@ -15,6 +16,7 @@ from sglang_diffxkv.eval.model import Model
 from sglang_diffxkv.eval.options import Options
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout, TierFormat, make_layout
 from sglang_diffxkv.policy.budgeting.caps import full_bytes
+from sglang_diffxkv.policy.budgeting.learner import PlanSettings
 from sglang_diffxkv.policy.registry import policy_class
 
 log = logging.getLogger(__name__)
@@ -92,6 +94,10 @@ def make_variants(
     Raises:
         ConfigError: an unknown name, or nothing but targets that cannot be met.
     """
+    if options.importance is not None:
+        configs = {
+            name: _predicting(config, options.importance) for name, config in configs.items()
+        }
     shape = Shape(model.head_dim, model.kv_heads, 0)
     variants = [make_variant(FULL, None, shape, configs)]
     refused = None
@@ -110,6 +116,13 @@ def make_variants(
     if refused and len(variants) == 1:
         raise refused
     return variants
+
+
+def _predicting(config: DiffXKVConfig | None, importance: Path) -> DiffXKVConfig | None:
+    """With an importance model, where the policy has a use for one."""
+    if config is None or not issubclass(policy_class(config.policy).settings, PlanSettings):
+        return config
+    return replace(config, importance=str(importance))
 
 
 def served(config: DiffXKVConfig, itemsize: int) -> DiffXKVConfig:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a tier policy is: it grades every token of the pages that are about to be sealed."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -11,8 +13,13 @@ from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, TierFormat
 from sglang_diffxkv.policy.budgeting.caps import fit, full_bytes, layer_shares, never_exceeds
 from sglang_diffxkv.policy.demotion import DemotionContext, step_down
+from sglang_diffxkv.policy.importance.model import ImportanceModel
 from sglang_diffxkv.policy.scoring import SampledQueries, sample_queries
 from sglang_diffxkv.policy.settings import ConfigError, PolicySettings
+
+SEEN = 3.0
+"""Times what sampled queries have seen of a token's importance, beside what is predicted: they see
+the mean of its attention, of which the mean square is more than the square."""
 
 
 class SealContext(NamedTuple):
@@ -20,9 +27,10 @@ class SealContext(NamedTuple):
 
     importance: torch.Tensor
     """float32 [S, L, H, 64]: mean attention that the token received from later sampled queries,
-    max over the GQA group; 0 where no query has scored the token."""
+    max over the GQA group; 0 where no query has scored the token. Where the policy predicts: the
+    mean square of the attention that it will get (`with_prediction`)."""
     count: torch.Tensor
-    """float32 [S, 64]: number of queries that scored the token."""
+    """float32 [S, 64]: number of queries that scored the token; at least 1 of predicted ones."""
     position: torch.Tensor
     """int64 [S]: index of the page in its sequence, so token j is number ``position * 64 + j``."""
     context: torch.Tensor
@@ -32,6 +40,16 @@ class SealContext(NamedTuple):
     each by itself."""
     quality: torch.Tensor
     """int64 [S]: `Quality` that the page's request asked for."""
+
+    def with_prediction(self, predicted: torch.Tensor) -> SealContext:
+        """With importances that go by what is predicted, and by what has been seen.
+
+        Args:
+            predicted: float32 [S, L, H, 64], `ImportanceModel.predict`.
+        """
+        context = self.context.clamp(min=1)[:, None, None, None]
+        seen = self.importance.square() * SEEN
+        return self._replace(importance=predicted / context + seen, count=self.count.clamp(min=1))
 
 
 class TierPolicy(ABC):
@@ -66,6 +84,8 @@ class TierPolicy(ABC):
     """Whether sealed pages may be demoted under memory pressure."""
 
     config: PolicySettings
+    importance: ImportanceModel | None = None
+    """Predicts importance; None: it is what sampled queries pay attention to."""
     key_means: torch.Tensor | None = None
     """float32 [L, H, D] that sealed keys lack (`kernels.basis.sealed`): of an earlier run, or None;
     once there is a page store, its own."""

@@ -32,7 +32,7 @@ POLICIES: dict[str, type[TierPolicy]] = {
 
 ENTRY_POINTS = "sglang_diffxkv.policies"
 """Group in which an installed package names its policies (``docs/policies.md``)."""
-_ASKED = ("target", "plan", "save_plan", "high_layers")
+_ASKED = ("target", "plan", "importance", "save_plan", "high_layers")
 """Settings that ask for what only some policies do, so that others must not ignore them."""
 
 

@@ -18,6 +18,7 @@ from sglang_diffxkv.kernels.layout import (
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, pack
 from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.policy.base import SealContext
+from sglang_diffxkv.policy.importance.model import ImportanceModel
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.unsettled import PageStateError, Sealed
@@ -154,7 +155,7 @@ def seal_context(
     # attention over fewer tokens, which must not make those look more important (DiffKV's
     # thresholds are multiples of 1 / N).
     uniform = counts.clamp(min=1) * context[:, None]
-    return SealContext(
+    found = SealContext(
         importance=scores / uniform[:, None, None, :],
         count=counts,
         position=d.position[pages].long(),
@@ -162,6 +163,19 @@ def seal_context(
         sequence=sequence,
         quality=d.quality[pages].long(),
     )
+    if store.policy.importance is None:
+        return found
+    return found.with_prediction(_predict(store, store.policy.importance, slots))
+
+
+def _predict(store: PageStore, model: ImportanceModel, slots: torch.Tensor) -> torch.Tensor:
+    """What the tokens of raw pages at ``slots`` (int64 [S]) matter: float32 [S, L, H, 64]."""
+    at_once = store.sizes.workspace.predicted_pages
+    parts = []
+    for slot in slots.split(at_once):
+        layers = enumerate(zip(store.raw.keys, store.raw.values, strict=True))
+        parts.append(torch.stack([model.predict(i, k[slot], v[slot]) for i, (k, v) in layers], 1))
+    return torch.cat(parts)
 
 
 def _tokens_to_seal(

@@ -94,6 +94,8 @@ class PageStore:
             if policy.key_means is not None:
                 self.key_means.set(policy.key_means)
             policy.key_means = self.key_means.by_layer
+        if policy.importance is not None:
+            policy.importance = policy.importance.to(self.key_means.by_layer.device)
         self.ledger = Ledger(sizes.raw_pages, sizes.frames, sizes.worst_frames)
         self.totals = Totals(sizes.num_layers, device)
         self.retention: RetentionMeter | None = None

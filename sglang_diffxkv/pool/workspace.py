@@ -21,6 +21,8 @@ _KEPT = 16
 """Of the same, afterwards, until they are packed."""
 _PACKED = 20
 """Of one element of a layer's keys while keys and values are rotated and packed."""
+_PREDICTED = 36
+"""Of one element of a layer's keys while importance is predicted from keys and values."""
 _DEMOTED = 20
 """The same while they are read back, graded and packed again."""
 
@@ -32,12 +34,14 @@ class Workspace(NamedTuple):
         nbytes: what that takes at most.
         graded_pages: pages that are graded together, as far as they are of one sequence.
         packed_pages: pages whose keys and values, of one layer, are packed together.
+            predicted_pages: pages whose importance is predicted together.
         demoted_pages: pages demoted together.
     """
 
     nbytes: int
     graded_pages: int
     packed_pages: int
+    predicted_pages: int
     demoted_pages: int
 
 
@@ -49,13 +53,15 @@ def size_workspace(budget_bytes: int, layout: PageLayout, num_layers: int) -> Wo
     tokens = PAGE_TOKENS * layout.num_kv_heads
     graded, kept = (num_layers * tokens * x for x in (_GRADED, _KEPT))
     packed = tokens * layout.head_dim * _PACKED if layout.rotates else 1
+    predicted = tokens * layout.head_dim * _PREDICTED
     demoted = tokens * layout.head_dim * _DEMOTED if layout.high != layout.low else 1
-    least = max(graded, kept + packed, demoted)
+    least = max(graded, kept + packed, kept + predicted, demoted)
     nbytes = max(least, min(int(budget_bytes * WORKSPACE_SHARE), MOST_BYTES))
     pages = nbytes // graded
     return Workspace(
         nbytes,
         graded_pages=pages,
         packed_pages=max(1, (nbytes - pages * kept) // packed),
+        predicted_pages=max(1, (nbytes - pages * kept) // predicted),
         demoted_pages=min(MOST_DEMOTED, nbytes // demoted),
     )

@@ -11,7 +11,7 @@ from sglang_diffxkv.config import ConfigError, DiffXKVConfig
 from sglang_diffxkv.kernels.layout import HIGH, LOW, PAGE_TOKENS, PRUNED, measure
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.budgeting.learner import FIRST_PLAN_PAGES
-from sglang_diffxkv.policy.budgeting.target import Target, raw_page_bytes
+from sglang_diffxkv.policy.budgeting.target import Target, prior_of, raw_page_bytes
 from sglang_diffxkv.policy.demotion import DemotionContext
 from sglang_diffxkv.policy.methods.diffxkv import PERSONAL_PAGES, DiffXKVPolicy
 from sglang_diffxkv.policy.quality import Quality
@@ -73,7 +73,7 @@ def test_no_better_choice_nearby(target: float) -> None:
     """Swapping any two tokens of different tiers can only lose retention."""
     graded, ctx = build(target=target), context()
     tiers = graded.assign(ctx)
-    worth = ctx.importance * ctx.context[:, None, None, None] + Target.of(target).prior
+    worth = ctx.importance * ctx.context[:, None, None, None] + prior_of(Target.of(target), False)
     share = worth / worth.sum((0, 2, 3), keepdim=True)
     sinks = graded.is_sink(ctx)[:, None, None].expand_as(tiers)
     by_tier = [share[(tiers == tier) & ~sinks] for tier in (HIGH, LOW, PRUNED)]

@@ -130,7 +130,7 @@ def test_file_round_trip(tmp_path: Path) -> None:
         for name, values in asdict(layers).items():
             assert asdict(again.qualities[quality])[name] == pytest.approx(values, rel=1e-3)
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["format"] == 2 and found["shape"]["layers"] == LAYERS
+    assert found["format"] == 3 and found["shape"]["layers"] == LAYERS
     assert not list(tmp_path.glob("*.part"))
     # Those of 8-bit keys are not those of others.
     other = replace(LAYOUT, high=FORMATS["K4V4"])
@@ -142,10 +142,11 @@ def test_file_round_trip(tmp_path: Path) -> None:
     [
         (None, "No such file"),
         ("{", "not one that `sglang-diffxkv calibrate` writes"),
-        ('{"format": 99}', "format 99, expected 2: calibrate again"),
-        ('{"format": 2, "shape": {}}', "not one that"),
+        ('{"format": 99}', "format 99, expected 3: calibrate again"),
+        ('{"format": 3, "shape": {}}', "not one that"),
         (
-            '{"format": 2, "number": 1, "shape": {"layers": 4, "kv_heads": 2, "head_dim": 128, '
+            '{"format": 3, "number": 1, "importance": null, '
+            '"shape": {"layers": 4, "kv_heads": 2, "head_dim": 128, '
             '"high": "K8V4", "low": "K4V2"}, "sketch": {"layers": 4, "kv_heads": 2, '
             '"bins": [[0, 0, -1, 3.0, 1.0]]}}',
             "not one that",

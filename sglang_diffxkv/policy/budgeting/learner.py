@@ -16,6 +16,8 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.policy.budgeting.plan import Plan, Shape, load_plan, solve_plan
 from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
 from sglang_diffxkv.policy.budgeting.target import TargetSettings
+from sglang_diffxkv.policy.importance.file import load_importance
+from sglang_diffxkv.policy.importance.model import ImportanceModel
 from sglang_diffxkv.policy.settings import CHECKED, Allowed, ConfigError
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,13 @@ class PlanSettings(TargetSettings):
     """path of a plan that `sglang-diffxkv calibrate` or `save_plan` wrote; `null`: one is learnt
     from traffic. With several ranks it needs `{rank}` in it, as in `plan-{rank}.json`: each has a
     plan of its own KV heads"""
+    importance: Annotated[
+        str | None,
+        Allowed("the path of an importance model that `sglang-diffxkv calibrate` wrote, or null"),
+    ] = None
+    """path of an importance model that `sglang-diffxkv calibrate` wrote: what a token matters is
+    predicted from its key and value, not only seen from the questions that were asked. `null`: seen
+    only. With several ranks with `{rank}` in it"""
     save_plan: Annotated[str | None, Allowed("a path to write plans to, or null")] = None
     """path to which plans are written when they are solved, and when the server is idle; with
     several ranks with `{rank}` in it"""
@@ -58,11 +67,11 @@ class PlanSettings(TargetSettings):
         Raises:
             ConfigError: they would share the file of a plan, which is of a rank's own KV heads.
         """
-        paths = {key: getattr(self, key) for key in ("plan", "save_plan")}
+        paths = {key: getattr(self, key) for key in ("plan", "importance", "save_plan")}
         for key, path in paths.items():
             if ranks > 1 and path is not None and RANK not in path:
                 raise ConfigError(
-                    f"{key} = {path!r} is not allowed with {ranks} ranks, each of which has a plan "
+                    f"{key} = {path!r} is not allowed with {ranks} ranks, each of which has files "
                     f"of its own KV heads; put {RANK} into it, such as 'plan-{RANK}.json'"
                 )
         own = {key: path and path.replace(RANK, str(rank)) for key, path in paths.items()}
@@ -81,7 +90,7 @@ class PlanLearner:
     ) -> None:
         """
         Raises:
-            ConfigError: the plan file is missing, broken or of another model.
+            ConfigError: a file is missing, broken or of another model.
         """
         self._config, self._target, self._layout = config, target, layout
         self._num_layers = num_layers
@@ -98,8 +107,15 @@ class PlanLearner:
         self.key_means: torch.Tensor | None = None
         """`TierPolicy.key_means`, which are saved with plans."""
         self.plan: Plan | None = None
+        self.importance: ImportanceModel | None = None
+        """Predicts what is sketched."""
+        self._sha256: str | None = None
+        if config.importance is not None:
+            path = Path(config.importance)
+            self.importance, self._sha256 = load_importance(path, layout, num_layers)
         if config.plan is not None:
-            saved = load_plan(Path(config.plan), Shape.of(layout, num_layers))
+            shape = Shape.of(layout, num_layers)
+            saved = load_plan(Path(config.plan), shape, self._sha256)
             self.key_means = saved.key_means
             self.plan = self._solve(saved.number, saved.sketch)
             self._sketch = saved.sketch.copy()
@@ -186,7 +202,9 @@ class PlanLearner:
         return self._solve(plan.number + 1, sketch)
 
     def _solve(self, number: int, sketch: ImportanceSketch) -> Plan:
-        plan = solve_plan(number, self._target, sketch, self._layout, self._high_layers)
+        plan = solve_plan(
+            number, self._target, sketch, self._layout, self._high_layers, self._sha256
+        )
         return replace(plan, key_means=self.key_means)
 
 

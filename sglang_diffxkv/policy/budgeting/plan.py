@@ -14,11 +14,18 @@ import torch
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout
 from sglang_diffxkv.policy.budgeting.budget import Ranking, least_bytes, most_retained, rank_bins
 from sglang_diffxkv.policy.budgeting.sketch import BINS_PER_OCTAVE, ImportanceSketch
-from sglang_diffxkv.policy.budgeting.target import Target, low_utility, prices_of, raw_page_bytes
+from sglang_diffxkv.policy.budgeting.target import (
+    Target,
+    divisors,
+    low_utility,
+    prices_of,
+    prior_of,
+    raw_page_bytes,
+)
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.settings import ConfigError
 
-FORMAT = 2
+FORMAT = 3
 """Of plan files; raised whenever their meaning changes."""
 _NEVER = float(torch.finfo(torch.float32).max)
 
@@ -74,6 +81,8 @@ class Plan:
     """What it was solved from."""
     key_means: torch.Tensor | None = None
     """fp32 [L, H, D] that sealed keys lack (`kernels.basis.sealed`); None: not known."""
+    importance: str | None = None
+    """Hash of the importance model whose predictions were sketched; None: there was none."""
 
     def save(self, path: Path) -> None:
         """Write the plan as JSON, in one step: a reader never sees half of it."""
@@ -86,6 +95,7 @@ class Plan:
                 "number": self.number,
                 "target": self.target,
                 "shape": asdict(self.shape),
+                "importance": self.importance,
                 "qualities": {
                     quality.name.lower(): asdict(layers)
                     for quality, layers in self.qualities.items()
@@ -116,11 +126,14 @@ class SavedPlan(NamedTuple):
     on those of high keys."""
 
 
-def load_plan(path: Path, shape: Shape) -> SavedPlan:
+def load_plan(path: Path, shape: Shape, importance: str | None = None) -> SavedPlan:
     """Read a plan file.
 
+    Args:
+        importance: hash of the server's importance model.
+
     Raises:
-        ConfigError: no such file, not a plan, or one of another model.
+        ConfigError: no such file, not a plan, or one of another model, or of another importance.
     """
     try:
         found: dict[str, Any] = json.loads(path.expanduser().read_text(encoding="utf-8"))
@@ -128,7 +141,7 @@ def load_plan(path: Path, shape: Shape) -> SavedPlan:
             raise ConfigError(
                 f"plan {path}: format {found['format']}, expected {FORMAT}: calibrate again"
             )
-        other = Shape(**found["shape"])
+        other, sketched = Shape(**found["shape"]), found["importance"]
         number, sketch = int(found["number"]), ImportanceSketch.from_json(found["sketch"], "cpu")
         if sketch.tokens.shape[:2] != (other.layers, other.kv_heads):
             raise ValueError("sketch and shape differ")
@@ -153,6 +166,12 @@ def load_plan(path: Path, shape: Shape) -> SavedPlan:
             f"of {other.head_dim}, this one has {shape.layers} of {shape.kv_heads} of "
             f"{shape.head_dim}: calibrate with this model"
         )
+    if sketched != importance:
+        raise ConfigError(
+            f"plan {path} was learnt {'without an' if sketched is None else 'with another'} "
+            "importance model than this server's: set importance to the one that was written with "
+            "the plan, or calibrate again"
+        )
     return SavedPlan(number, sketch, key_means)
 
 
@@ -162,31 +181,39 @@ def solve_plan(
     sketch: ImportanceSketch,
     layout: PageLayout,
     high_layers: tuple[int, ...] = (),
+    importance: str | None = None,
 ) -> Plan:
     """The best budgets for what `sketch` (on the host) has seen.
 
     Args:
         high_layers: layers whose tokens all stay high.
+        importance: hash of the model that predicted what was sketched, None where none did.
     """
     shape = Shape.of(layout, len(sketch.tokens))
     qualities = {
-        quality: _solve(Target.of(target).at(quality), sketch, layout, high_layers)
+        quality: _solve(
+            Target.of(target).at(quality), sketch, layout, high_layers, importance is not None
+        )
         for quality in (Quality.HIGH, Quality.BALANCED, Quality.SMALL)
     }
-    return Plan(number, target, shape, qualities, sketch)
+    return Plan(number, target, shape, qualities, sketch, importance=importance)
 
 
 def _solve(
-    target: Target, sketch: ImportanceSketch, layout: PageLayout, high_layers: tuple[int, ...]
+    target: Target,
+    sketch: ImportanceSketch,
+    layout: PageLayout,
+    high_layers: tuple[int, ...],
+    predicted: bool,
 ) -> LayerPlans:
-    prices = prices_of(layout)
+    prices, prior_mass = prices_of(layout), prior_of(target, predicted)
     tokens, mass = sketch.tokens.double(), sketch.mass.double()
-    mass = mass + target.prior * tokens
+    mass = mass + prior_mass * tokens
     layers = len(tokens)
-    by_layer = mass.sum((1, 2)).clamp(min=1e-30)
+    by_layer = divisors(mass.sum((1, 2)), predicted)
     share = mass / by_layer[:, None, None] / layers
     weight = share / tokens.clamp(min=1e-30)
-    prior = (target.prior / by_layer / layers)[:, None, None].expand_as(weight)
+    prior = (prior_mass / by_layer / layers)[:, None, None].expand_as(weight)
     protected = torch.zeros(layers, dtype=torch.bool)
     protected[list(high_layers)] = True
     order = weight[~protected].flatten().argsort(descending=True)

@@ -3,6 +3,7 @@
 
 from typing import Annotated, NamedTuple, Self
 
+import torch
 from pydantic import Field, model_validator
 from pydantic.dataclasses import dataclass
 
@@ -59,11 +60,6 @@ class Target(NamedTuple):
     def of(cls, value: float) -> Self:
         return cls(value, None) if value < 1 else cls(None, value)
 
-    @property
-    def prior(self) -> float:
-        """`PRIOR` where bytes are the limit: a retention is one of importance as it is measured."""
-        return 0.0 if self.compression is None else PRIOR
-
     def at(self, quality: Quality) -> "Target":
         """What a request of that quality is to get, where the server's target is this one."""
         if self.retention is not None:
@@ -72,6 +68,25 @@ class Target(NamedTuple):
             return Target(max(least, 1 - loss), None)
         assert self.compression is not None
         return Target(None, max(1.0, self.compression / _BYTES[quality]))
+
+
+def prior_of(target: Target, predicted: bool) -> float:
+    """What every token's importance has added to it.
+
+    `PRIOR` where bytes are the limit (a retention is one of importance as it is measured), unless
+    it is predicted, also for what no query has asked.
+    """
+    return PRIOR if target.compression is not None and not predicted else 0.0
+
+
+def divisors(by_layer: torch.Tensor, predicted: bool) -> torch.Tensor:
+    """What importance is divided by, to be a share: float64, of its sum in each layer (any shape).
+
+    Each layer's own: what attention weighs nobody knows, and XKV has all layers matter alike. Where
+    damage is predicted, that of all layers is comparable, and they have one divisor.
+    """
+    by_layer = by_layer.clamp(min=1e-30)
+    return by_layer.mean().expand_as(by_layer) if predicted else by_layer
 
 
 def prices_of(layout: PageLayout) -> Prices:

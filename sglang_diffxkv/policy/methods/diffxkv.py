@@ -25,7 +25,13 @@ from sglang_diffxkv.policy.budgeting.budget import (
 from sglang_diffxkv.policy.budgeting.caps import full_bytes
 from sglang_diffxkv.policy.budgeting.learner import PlanLearner, PlanSettings, high_layers
 from sglang_diffxkv.policy.budgeting.plan import LayerPlans, page_overhead
-from sglang_diffxkv.policy.budgeting.target import Target, prices_of, raw_page_bytes
+from sglang_diffxkv.policy.budgeting.target import (
+    Target,
+    divisors,
+    prices_of,
+    prior_of,
+    raw_page_bytes,
+)
 from sglang_diffxkv.policy.demotion import DemotionContext
 from sglang_diffxkv.policy.methods.sequences import sequences
 from sglang_diffxkv.policy.quality import Quality
@@ -59,6 +65,7 @@ class DiffXKVPolicy(TierPolicy):
         super().__init__(config, layout, num_layers)
         self.target = TARGET if config.target is None else config.target
         self.learner = PlanLearner(config, self.target, layout, num_layers)
+        self.importance = self.learner.importance
         self._prices = prices_of(layout)
         self._overhead = num_layers * page_overhead(layout)
         self._raw_bytes = raw_page_bytes(layout, num_layers)
@@ -78,7 +85,8 @@ class DiffXKVPolicy(TierPolicy):
 
     @property
     def nbytes(self) -> int:
-        return self.learner.nbytes
+        model = self.importance
+        return self.learner.nbytes + (0 if model is None else model.nbytes)
 
     @property
     def plan_number(self) -> int:
@@ -121,7 +129,7 @@ class DiffXKVPolicy(TierPolicy):
 
     def grade(self, ctx: SealContext) -> torch.Tensor:
         importance, protected = self._weigh(ctx)
-        importance = importance + Target.of(self.target).prior
+        importance = importance + prior_of(Target.of(self.target), self.importance is not None)
         plan = self.learner.plan
         tiers = torch.full_like(importance, HIGH, dtype=torch.uint8)
         # All pages at once: those of generated text are many sequences of one page each.
@@ -162,7 +170,7 @@ class DiffXKVPolicy(TierPolicy):
             importance, protected: [P, L, H, 64], see `_weigh`.
             planned: caps what a layer may take; None where nothing is known.
         """
-        choice = _Choice(importance, protected)
+        choice = self._choice(importance, protected)
         if target.retention is not None:
             split = least_bytes(choice.ranking, self._prices, target.retention, choice.protected)
             tiers = choice.tiers(split)
@@ -173,6 +181,9 @@ class DiffXKVPolicy(TierPolicy):
         return (
             tiers if planned is None else self._within_plan(tiers, importance, protected, planned)
         )
+
+    def _choice(self, importance: torch.Tensor, protected: torch.Tensor) -> _Choice:
+        return _Choice(importance, protected, self.importance is not None)
 
     def _within(self, choice: _Choice, allowed: float) -> torch.Tensor:
         """Tiers whose frames take as near to ``allowed`` bytes as can be, at the best retention.
@@ -204,7 +215,8 @@ class DiffXKVPolicy(TierPolicy):
         for layer in self._high_layers:
             over[layer].fill_(False)
         for layer in over.nonzero().flatten().tolist():
-            choice = _Choice(importance[:, layer : layer + 1], protected[:, layer : layer + 1])
+            own = slice(layer, layer + 1)
+            choice = self._choice(importance[:, own], protected[:, own])
             split = most_retained(choice.ranking, self._prices, caps[layer], choice.protected)
             tiers[:, layer] = choice.tiers(split)[:, 0]
         return tiers
@@ -213,13 +225,14 @@ class DiffXKVPolicy(TierPolicy):
 class _Choice:
     """Tokens of P pages of one sequence, in the order in which tiers are given."""
 
-    def __init__(self, importance: torch.Tensor, protected: torch.Tensor) -> None:
+    def __init__(self, importance: torch.Tensor, protected: torch.Tensor, predicted: bool) -> None:
         """Takes [P, L, H, 64] each: importance (float32, finite), and what is high anyway."""
         self.shape = importance.shape
         self.pages = len(importance)
         weight = importance.masked_fill(protected, 0).double()
         by_layer = weight.sum((0, 2, 3), keepdim=True)
-        weight = weight / by_layer.clamp(min=1e-30) / (by_layer > 0).sum().clamp(min=1)
+        layers = self.shape[1] if predicted else (by_layer > 0).sum().clamp(min=1)
+        weight = weight / divisors(by_layer, predicted) / layers
         # Ties fall on the earlier page, the lower layer and head, then the earlier token.
         rank_by = weight.masked_fill(protected, torch.inf).flatten()
         self._order = rank_by.argsort(descending=True, stable=True)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Learning from texts what of a cache the texts themselves need, when they are read again."""

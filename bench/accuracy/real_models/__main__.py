@@ -69,7 +69,13 @@ def make_samples(model: Path, count: int, lengths: Sequence[int]) -> list[Sample
     return samples
 
 
-def ask_ours(reader: Reader, samples: Sequence[Sample], results: Results, path: Path) -> None:
+def ask_ours(
+    reader: Reader,
+    samples: Sequence[Sample],
+    results: Results,
+    path: Path,
+    importance: Path | None,
+) -> None:
     """Every policy about every document, as far as there is no answer yet."""
     shape = ModelShape.of(reader.model.config)
     sealers: dict[tuple[str, float | None], Sealer] = {}
@@ -77,7 +83,7 @@ def ask_ours(reader: Reader, samples: Sequence[Sample], results: Results, path: 
         known = results.known(OURS, sample.name)
         asked = [
             method
-            for method in methods(shape, sample.compressed)
+            for method in methods(shape, sample.compressed, importance)
             if (method.name, method.target) not in known
         ]
         if not asked:
@@ -138,6 +144,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="multiples of 128")
     parser.add_argument("--peers-python", type=Path, help="where bench/accuracy/peers.txt is")
     parser.add_argument("--gguf", type=Path, help="the model for llama.cpp")
+    parser.add_argument(
+        "--importance", type=Path, help="that `sglang-diffxkv calibrate` wrote, of other texts"
+    )
     parser.add_argument("--only", choices=FAMILIES, help="leave the others' answers as they are")
     parser.add_argument("--again", choices=FAMILIES, help="forget these answers first")
     parser.add_argument("--name", default="real_models", help="of the files in bench/results")
@@ -154,7 +163,7 @@ def main() -> None:
         results.forget(options.again)
     module = [options.peers_python, "-m"]
     if OURS in asked:
-        ask_ours(Reader(options.model), samples, results, path)
+        ask_ours(Reader(options.model), samples, results, path, options.importance)
     if PEERS in asked:
         command = [*module, "bench.accuracy.peers", options.model, "SAMPLES"]
         ask_peers(PEERS, command, samples, results, path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 from bench.accuracy.real_models.ours import FRAME_ID_BYTES, ModelShape, entry_bytes
@@ -16,6 +17,11 @@ from sglang_diffxkv.policy.registry import policy_class
 
 QUANTIZED = (3.2, 32 / 9, 16 / 3, 6.4)
 """Compressions of codes of 4 and of 2 bits with a 16-bit scale and zero to 32 or 64 of them."""
+GOALS = (2.8, 3.8)
+"""Whose loss without prediction is to be had at 4 and 6 with it."""
+FURTHEST = 8.8
+"""What a peer that prunes and quantizes takes where it is set for 8."""
+PREDICTED = "diffxkv, predicted"
 POLICIES = ("diffxkv", "diffkv", "xkv", "snapkv")
 UNIFORM = ("K8V8", "K8V4", "K4V4", "K4V2", "K2V2")
 
@@ -28,14 +34,21 @@ class Method(NamedTuple):
     config: DiffXKVConfig
 
 
-def methods(shape: ModelShape, tokens: int) -> Iterator[Method]:
-    """What is compared on prompts that leave `tokens` to compress."""
+def methods(shape: ModelShape, tokens: int, importance: Path | None) -> Iterator[Method]:
+    """What is compared on prompts that leave `tokens` to compress.
+
+    Args:
+        importance: model that `diffxkv` predicts with, beside `diffxkv` without one.
+    """
     for target in TARGETS:
         for name in POLICIES:
             yield Method(name, target, _with_knob(name, target, shape, tokens))
         yield Method("streaming", target, _streaming(target, tokens))
-    for target in QUANTIZED:
+    for target in (*QUANTIZED, *GOALS, FURTHEST):
         yield Method("diffxkv", target, _with_knob("diffxkv", target, shape, tokens))
+    for target in () if importance is None else (*TARGETS, *QUANTIZED, *GOALS, FURTHEST):
+        config = _with_knob("diffxkv", target, shape, tokens)
+        yield Method(PREDICTED, target, replace(config, importance=str(importance)))
     yield Method("diffxkv, default", None, DiffXKVConfig())
     for tier in UNIFORM:
         config = DiffXKVConfig(policy="uniform", tiers=Tiers(high=tier, low="K2V2"))

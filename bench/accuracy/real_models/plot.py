@@ -29,9 +29,9 @@ def plot(path: Path, results: Results) -> None:
             "label": name,
             "marker": MARKERS[i % len(MARKERS)],
             "linestyle": "-" if ours else "--",
-            "linewidth": 3 if name == "diffxkv" else 1.2,
-            "color": "black" if name == "diffxkv" else f"C{i % 10}",
-            "zorder": 3 if name == "diffxkv" else 2,
+            "linewidth": 3 if name.startswith("diffxkv,") else 1.2,
+            "color": "black" if name.startswith("diffxkv,") else f"C{i % 10}",
+            "zorder": 3 if name.startswith("diffxkv,") else 2,
         }
         kl = [s.kl for s in curve]
         ends = [[k.value - k.low for k in kl], [k.high - k.value for k in kl]]

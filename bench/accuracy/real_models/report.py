@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from bench.accuracy.real_models.methods import PREDICTED
 from bench.accuracy.real_models.protocol import WINDOW, Sample
 from bench.accuracy.real_models.results import LLAMA, OURS, PEERS, Results
 from bench.accuracy.real_models.summary import Interval, Summary, ratio, summarize
@@ -27,11 +28,13 @@ HEAD = [
 def report(results: Results, samples: Sequence[Sample]) -> str:
     ours = _summaries(results, OURS)
     peers = _summaries(results, PEERS) + _summaries(results, LLAMA)
-    default = [s for s in ours if s.row.name == "diffxkv" and s.row.target is not None]
+    names = {s.row.name for s in ours}
+    best = PREDICTED if PREDICTED in names else "diffxkv"
+    default = [s for s in ours if s.row.name == best and s.row.target is not None]
     parts = [_method(results, samples), "## Our policies", table([HEAD, *map(_cells, ours)])]
     if peers:
         rows = [[*_cells(s), *_beside(s, default)] for s in peers]
-        head = [*HEAD, "KL of `diffxkv` at these bytes", "times that"]
+        head = [*HEAD, f"KL of `{best}` at these bytes", "times that"]
         parts += ["## Peers", table([head, *rows])]
     return "\n\n".join(parts)
 

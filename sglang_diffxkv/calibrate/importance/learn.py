@@ -28,15 +28,10 @@ SINKS = 4
 """First tokens of a text, which are unlike all others."""
 _HELD_OUT = 8
 """One of so many texts tells how good the model is."""
-_MODULES: tuple[str, ...] = (
-    "argparse",
-    "asyncio.base_events",
-    "ast",
-    "datetime",
-    "email.message",
-    "inspect",
+_MODULES = (
+    *("argparse", "asyncio.base_events", "ast", "datetime", "email.message", "inspect", "logging"),
+    *("optparse", "pathlib", "pdb", "pickle", "subprocess", "tarfile", "turtle"),
 )
-_MODULES += ("logging", "optparse", "pathlib", "pdb", "pickle", "subprocess", "tarfile", "turtle")
 """Of Python's library, which is on every machine: half code, half English."""
 
 

@@ -27,14 +27,10 @@ from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_bound
 from tests.support.machines import AllocatorMachine, lens
-from tests.support.pages import write
+from tests.support.pages import Contents, fill, write
 from tests.support.stores import STORE, PrefixCache, make_allocator, make_store
 
 SINK = 4
-
-
-Contents = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values [N, 64, H, D] of each layer."""
 
 
 def sealed_store(pages: int, **config: Any) -> tuple[PageStore, torch.Tensor, Contents]:
@@ -46,22 +42,6 @@ def sealed_store(pages: int, **config: Any) -> tuple[PageStore, torch.Tensor, Co
     seal(store, ids)
     store.begin_step(decodes=True)
     return store, ids, contents
-
-
-def fill(store: PageStore, pages: torch.Tensor) -> Contents:
-    """Open pages and write random tokens of all importances to them, the same in each run."""
-    gen = torch.Generator().manual_seed(len(pages))
-    store.open(pages)
-    slots = store.directory.raw_slot[pages].long()
-    for raw in (*store.raw.keys, *store.raw.values):
-        raw[slots] = torch.randn(raw[slots].shape, generator=gen) + 5
-    spread = torch.rand(store.raw.scores[:, slots].shape, generator=gen)
-    store.raw.scores[:, slots] = 10 ** (3 * spread - 2)
-    store.raw.counts[slots] = 2
-    return [
-        (keys[slots], values[slots])
-        for keys, values in zip(store.raw.keys, store.raw.values, strict=True)
-    ]
 
 
 def tokens_of(store: PageStore, pages: torch.Tensor) -> list[GradedTokens]:

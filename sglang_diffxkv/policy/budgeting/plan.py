@@ -169,8 +169,8 @@ def load_plan(path: Path, shape: Shape, importance: str | None = None) -> SavedP
     if sketched != importance:
         raise ConfigError(
             f"plan {path} was learnt {'without an' if sketched is None else 'with another'} "
-            "importance model than this server's: set importance to the one that was written with "
-            "the plan, or calibrate again"
+            "importance model: set importance to what was written beside the plan, or calibrate "
+            "again"
         )
     return SavedPlan(number, sketch, key_means)
 

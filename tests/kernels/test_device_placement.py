@@ -19,9 +19,11 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device
 
 
 @pytest.mark.usefixtures("noticing_device")
-@pytest.mark.parametrize("policy", POLICIES)
-def test_serving_stays_on_the_device(policy: str) -> None:
-    server = Server(policy)
+@pytest.mark.parametrize(
+    ("policy", "predicts"), [*((policy, False) for policy in POLICIES), ("diffxkv", True)]
+)
+def test_serving_stays_on_the_device(policy: str, predicts: bool) -> None:
+    server = Server(policy, predicts=predicts)
     store, allocator, cache = server.store, server.allocator, server.cache
     requests = [
         running(Quality.BALANCED, step=0),

@@ -28,9 +28,15 @@ from tests.support.pages import running
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a real device has its own tools")
 
 
-def started(policy: str, second: Quality, lengths: tuple[int, int] = (130, 62)) -> Server:
+def started(
+    policy: str,
+    second: Quality,
+    lengths: tuple[int, int] = (130, 62),
+    *,
+    predicts: bool = False,
+) -> Server:
     """Two requests that decode; the second one may have asked for a quality."""
-    server = Server(policy)
+    server = Server(policy, predicts=predicts)
     requests = [running(Quality.BALANCED, 0), running(second, 0)]
     server.allocator.running.enter([2, 1], requests)
     server.extend(list(lengths))
@@ -114,9 +120,18 @@ def test_who_finishes_and_who_enters_does_not_wait(policy: str) -> None:
 
 
 @pytest.mark.usefixtures("noticing_device")
-@pytest.mark.parametrize("policy", ["diffxkv", "diffkv", "uniform", "streaming"])
-def test_decode_steps_that_seal_do_not_wait(policy: str) -> None:
-    server = started(policy, Quality.BALANCED, lengths=(126, 62))
+@pytest.mark.parametrize(
+    ("policy", "predicts"),
+    [
+        ("diffxkv", False),
+        ("diffxkv", True),
+        ("diffkv", False),
+        ("uniform", False),
+        ("streaming", False),
+    ],
+)
+def test_decode_steps_that_seal_do_not_wait(policy: str, predicts: bool) -> None:
+    server = started(policy, Quality.BALANCED, lengths=(126, 62), predicts=predicts)
     store, ledger = server.store, server.store.ledger
     if isinstance(store.policy, DiffXKVPolicy):  # without a plan each page is solved for by itself
         store.policy.learner.plan = some_plan(store)

@@ -10,9 +10,11 @@ import torch
 
 from sglang_diffxkv.attention.device_backend import DeviceBackend
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.policy.importance.features import Rotary
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK
 from tests.support.fake_device import DEVICE, Event
+from tests.support.importance import random_importance
 from tests.support.policies import Shape, config_of
 from tests.support.stores import PrefixCache, make_store
 
@@ -24,11 +26,14 @@ WINDOW = 64
 class Server:
     """As much of SGLang as drives the backend: rows of requests, an allocator, forward passes."""
 
-    def __init__(self, policy: str) -> None:
+    def __init__(self, policy: str, *, predicts: bool = False) -> None:
         self.store = store = make_store(
             policy, 2 << 20, DEMOTION_SLACK, shape=SHAPE, raw_share=0.5, device=DEVICE,
             window=WINDOW,
         )  # fmt: skip
+        if predicts:
+            model = random_importance(Rotary(DIM), SHAPE)
+            store.policy.importance = model.to(torch.device(DEVICE))
         pool: Any = SimpleNamespace(store=store)
         self.allocator = DiffXKVAllocator(
             store.sizes.virtual_tokens, PAGE_TOKENS, torch.bfloat16, DEVICE, pool, need_sort=False

@@ -40,27 +40,17 @@ from sglang_diffxkv.pool.demotion import read_tokens
 from sglang_diffxkv.pool.sealing import seal, seal_context
 from tests.support.builders import error_norm
 from tests.support.contexts import PAGES, SHAPE, context
+from tests.support.importance import random_importance
 from tests.support.pages import fill, write
 from tests.support.policies import Shape, policy_of
 from tests.support.rotary import turned
 from tests.support.stores import STORE, make_store
 
-LAYERS, HEADS, DIM, HIDDEN = 3, 2, 48, 5
+OWN = Shape(layers=3, heads=2, dim=48)
+LAYERS, HEADS, DIM, _ = OWN
 LAYOUT = make_layout(
     head_dim=DIM, num_kv_heads=HEADS, raw_itemsize=2, high=FORMATS["K8V4"], low=FORMATS["K4V2"]
 )
-
-
-def random_model(
-    rotary: Rotary, *, layers: int = LAYERS, heads: int = HEADS, dim: int = DIM
-) -> ImportanceModel:
-    inputs = feature_count(dim, rotary)
-    return ImportanceModel(
-        rotary,
-        0.2 * torch.randn(layers, heads, inputs, HIDDEN + 1),
-        torch.randn(layers, heads, HIDDEN + 1),
-        torch.randn(layers, heads, HIDDEN),
-    )
 
 
 ROTARIES = [Rotary(DIM), Rotary(DIM, True), Rotary(DIM // 2), Rotary(12, True), Rotary(0)]
@@ -78,7 +68,7 @@ def test_features_do_not_depend_on_the_position(rotary: Rotary) -> None:
 @pytest.mark.parametrize("rotary", ROTARIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_prediction_is_that_of_each_token_alone(rotary: Rotary, dtype: torch.dtype) -> None:
-    model = random_model(rotary)
+    model = random_importance(rotary, OWN)
     keys, values = torch.randn(2, 4, 64, HEADS, DIM).to(dtype)
     keys[2, 5, 1, 3] = torch.nan
     found = model.predict(1, keys, values)
@@ -96,7 +86,7 @@ def test_prediction_is_that_of_each_token_alone(rotary: Rotary, dtype: torch.dty
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
-    model, path = random_model(Rotary(24, True)), tmp_path / "model.safetensors"
+    model, path = random_importance(Rotary(24, True), OWN), tmp_path / "model.safetensors"
     save_importance(model, path)
     found, digest = load_importance(path, LAYOUT, LAYERS)
     assert found.rotary == model.rotary and len(digest) == 64
@@ -114,7 +104,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\0" * 100)
     with pytest.raises(ConfigError, match="not a file that `sglang-diffxkv calibrate` writes"):
         load_importance(path, LAYOUT, LAYERS)
-    model = random_model(Rotary(DIM))
+    model = random_importance(Rotary(DIM), OWN)
     about = {"format": "1", "rotary_dims": str(DIM), "interleaved": "0"}
     for wrong, message in (
         ({"bias": model.bias[:1]}, "not a file that"),
@@ -127,7 +117,7 @@ def test_files_that_are_none_are_refused(tmp_path: Path) -> None:
     save_file(model.tensors(), path, about | {"format": "0"})
     with pytest.raises(ConfigError, match="format 0, expected 1: calibrate again"):
         load_importance(path, LAYOUT, LAYERS)
-    save_importance(random_model(Rotary(DIM), heads=3), path)
+    save_importance(random_importance(Rotary(DIM), OWN._replace(heads=3)), path)
     with pytest.raises(ConfigError, match="3 layers of 3 KV heads, this model has 3 of 2 of 48"):
         load_importance(path, LAYOUT, LAYERS)
 
@@ -142,8 +132,7 @@ def predicting(folder: Path, shape: Shape, **fields: Any) -> dict[str, Any]:
     """Fields of a configuration with a random importance model for this shape."""
     torch.manual_seed(3)
     path = folder / "importance.safetensors"
-    size = {"layers": shape.layers, "heads": shape.heads, "dim": shape.dim}
-    save_importance(random_model(Rotary(shape.dim), **size), path)
+    save_importance(random_importance(Rotary(shape.dim), shape), path)
     return {"importance": str(path)} | fields
 
 
@@ -230,7 +219,7 @@ def test_a_plan_belongs_to_the_importance_it_was_learnt_with(tmp_path: Path) -> 
     assert again.plan_number == 1
     with pytest.raises(ConfigError, match="with another importance model"):
         policy_of(DiffXKVConfig(plan=str(path)), SHAPE)
-    save_importance(random_model(Rotary(0), layers=5, dim=128), tmp_path / "other.safetensors")
+    save_importance(random_importance(Rotary(0), SHAPE), tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="with another importance model"):
         other = str(tmp_path / "other.safetensors")
         policy_of(DiffXKVConfig(plan=str(path), importance=other), SHAPE)

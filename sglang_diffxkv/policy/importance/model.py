@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import silu
 
+from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.policy.importance.features import Rotary, features
 
 MOST_LOG = 8.0
@@ -47,7 +48,7 @@ class ImportanceModel:
 
     def to(self, device: torch.device) -> ImportanceModel:
         """The model on a device."""
-        moved = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        moved = {name: upload(tensor, device) for name, tensor in self.tensors().items()}
         return ImportanceModel(self.rotary, **moved)
 
     def of_heads(self, heads: slice) -> ImportanceModel:

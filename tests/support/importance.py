@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importance models of random weights."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_diffxkv.policy.importance.features import Rotary, feature_count
+from sglang_diffxkv.policy.importance.model import ImportanceModel
+from tests.support.policies import Shape
+
+HIDDEN = 5
+
+
+def random_importance(rotary: Rotary, shape: Shape) -> ImportanceModel:
+    """For a model of this shape."""
+    heads, inputs = (shape.layers, shape.heads), feature_count(shape.dim, rotary)
+    return ImportanceModel(
+        rotary,
+        weight=0.2 * torch.randn(*heads, inputs, HIDDEN + 1),
+        bias=torch.randn(*heads, HIDDEN + 1),
+        output=torch.randn(*heads, HIDDEN),
+    )

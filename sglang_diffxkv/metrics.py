@@ -20,7 +20,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
     From sums that the store keeps, whatever its size; waits for the device. ``bytes`` has the parts
     of ``bytes_in_use``.
     """
-    layout, ledger, sizes = store.layout, store.ledger, store.sizes
+    layout, ledger, sizes, meter = store.layout, store.ledger, store.sizes, store.retention
     store.settle()  # so that all figures are of one moment
     sums = store.totals.by_layer()
     high, low = sum(sums.high), sum(sums.low)
@@ -55,7 +55,8 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
         "sealed_bytes_per_token_by_layer": [
             frames * layout.frame_bytes / sealed_tokens for frames in sums.frames
         ],
-        "retention_by_layer": None if store.retention is None else store.retention.by_layer(),
+        "retention_by_layer": None if meter is None else meter.by_layer(),
+        "retention_demoted_by_layer": None if meter is None else meter.demoted_by_layer(),
         "plan": store.policy.plan_report(),
         "sealed_pages_by_plan": {
             str(number): pages for number, pages in sorted(store.totals.by_plan.items()) if pages

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -23,7 +23,8 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStore
 
 WINDOWS = 4
-"""Of `recency.SEALED_WINDOW` pages, searched until enough have been demoted."""
+"""Of `recency.SEALED_WINDOW` pages, searched together: what is cold in one may be warm beside
+others."""
 
 
 def demote_cold(store: PageStore, held_since: int, headroom: int) -> None:
@@ -32,28 +33,33 @@ def demote_cold(store: PageStore, held_since: int, headroom: int) -> None:
     Args:
         held_since: the step since which every page that a request holds has been used.
     """
-    for window in store.recency.sealed_hand.windows(WINDOWS):
-        for pages in _batches(store, cold_pages(store, window, held_since)):
-            if store.ledger.frame_headroom >= headroom:
-                return
-            demote(store, pages)
+    windows = store.recency.sealed_hand.windows(WINDOWS)
+    for pages in _batches(store, cold_pages(store, windows, held_since)):
+        if store.ledger.frame_headroom >= headroom:
+            return
+        demote(store, pages)
 
 
-def cold_pages(store: PageStore, window: slice, held_since: int) -> torch.Tensor:
-    """The pages of a window of the directory that may be demoted, coldest first; int64 [N].
+def cold_pages(store: PageStore, windows: Iterable[slice], held_since: int) -> torch.Tensor:
+    """The pages of some windows of the directory that may be demoted, coldest first; int64 [N].
 
     Only the half of the sealed, unheld ones that was read longest ago is cold: recently used
-    prefixes keep their tiers, however often memory runs short. Of pages last read in the same step,
-    the later ones of a sequence come first, as in eviction. Those of requests that asked for high
-    quality are left out.
+    prefixes keep their tiers, however often memory runs short, and one that came back into use what
+    demotion has left it. Of pages last read in the same step, the later ones of a sequence come
+    first, as in eviction. Those of requests that asked for high quality are left out.
     """
     d = store.directory
-    unheld = d.sealed[1:][window] & (d.last_used[1:][window] < held_since)
-    pages = unheld.nonzero().flatten() + 1 + window.start
+    pages = torch.cat([_unheld(store, window, held_since) for window in windows])
     pages = pages[d.position[pages].argsort(descending=True, stable=True)]
     pages = pages[d.last_used[pages].argsort(stable=True)]
     cold = pages[: pages.numel() // 2]
     return cold[(d.demotions[cold] < MAX_DEMOTIONS) & (d.quality[cold] != Quality.HIGH)]
+
+
+def _unheld(store: PageStore, window: slice, held_since: int) -> torch.Tensor:
+    d = store.directory
+    unheld = d.sealed[1:][window] & (d.last_used[1:][window] < held_since)
+    return unheld.nonzero().flatten() + 1 + window.start
 
 
 def _batches(store: PageStore, pages: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -89,18 +95,21 @@ def _demote_layer(store: PageStore, layer: int, pages: torch.Tensor) -> None:
     """Repack the pages of which that saves frames; the others keep their payload of this layer."""
     d, layout, arena = store.directory, store.layout, store.arena
     tokens = read_tokens(store, layer, pages)
-    tiers = store.policy.demote(
-        DemotionContext(
-            layer=layer,
-            tiers=tokens.tiers,
-            importance=decode_importance(tokens.codes).masked_fill(tokens.codes == 0, 0),
-            position=d.position[pages].long(),
-            demotions=d.demotions[pages].long(),
-        )
+    context = DemotionContext(
+        layer=layer,
+        tiers=tokens.tiers,
+        importance=decode_importance(tokens.codes).masked_fill(tokens.codes == 0, 0),
+        position=d.position[pages].long(),
+        demotions=d.demotions[pages].long(),
     )
+    tiers = store.policy.demote(context)
     heads, nbytes = measure(tiers, layout)
     counts = -(-nbytes // layout.frame_bytes)
-    slots = torch.nonzero(counts < (d.frames[layer, pages] >= 0).sum(dim=1)).flatten()
+    shrinks = counts < (d.frames[layer, pages] >= 0).sum(dim=1)
+    if store.retention is not None:
+        kept = tiers.where(shrinks[:, None, None], tokens.tiers)
+        store.retention.demote(context, kept, d.context[pages])
+    slots = torch.nonzero(shrinks).flatten()
     old = _copy_payload(store, layer, pages[slots])
     arena.give_back(d.frames[layer, pages[slots]])
     freed = (d.frames[layer, pages[slots]] >= 0).sum(1) - counts[slots]

@@ -12,8 +12,6 @@ from sglang_diffxkv.pool.running import RunningRequest
 from sglang_diffxkv.pool.store import AskedPages, PageStore
 
 EVERY_SLOT = slice(None)
-Contents = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values [N, 64, H, D] of each layer."""
 
 
 def running(quality: Quality, step: int = 0) -> RunningRequest:
@@ -52,19 +50,3 @@ def ask(store: PageStore, pages: torch.Tensor, levels: Sequence[Quality]) -> Non
     full = int((store.directory.filled[pages][lossless] == PAGE_TOKENS).sum())
     asked = AskedPages(torch.arange(len(pages)), levels, full)
     store.note_quality(pages * PAGE_TOKENS, asked)
-
-
-def fill(store: PageStore, pages: torch.Tensor) -> Contents:
-    """Open pages and write random tokens of all importances to them, the same in each run."""
-    gen = torch.Generator().manual_seed(len(pages))
-    store.open(pages)
-    slots = store.directory.raw_slot[pages].long()
-    for raw in (*store.raw.keys, *store.raw.values):
-        raw[slots] = torch.randn(raw[slots].shape, generator=gen) + 5
-    spread = torch.rand(store.raw.scores[:, slots].shape, generator=gen)
-    store.raw.scores[:, slots] = 10 ** (3 * spread - 2)
-    store.raw.counts[slots] = 2
-    return [
-        (keys[slots], values[slots])
-        for keys, values in zip(store.raw.keys, store.raw.values, strict=True)
-    ]

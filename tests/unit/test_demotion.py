@@ -3,7 +3,6 @@
 
 import random
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,36 +15,19 @@ from sglang_diffxkv.policy.demotion import MAX_DEMOTIONS, DemotionContext
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.demotion import (
-    GradedTokens,
     cold_pages,
     demote,
     demote_cold,
-    read_tokens,
 )
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.sealing import seal
-from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_bound
+from tests.support.demotion import fill, sealed_store, tokens_of
 from tests.support.machines import AllocatorMachine, lens
-from tests.support.pages import Contents, fill, write
+from tests.support.pages import write
 from tests.support.stores import STORE, PrefixCache, make_allocator, make_store
 
 SINK = 4
-
-
-def sealed_store(pages: int, **config: Any) -> tuple[PageStore, torch.Tensor, Contents]:
-    """A store with the pages 1, 2, ... of one sequence, sealed in one step, and their contents."""
-    store = make_store("diffkv", 36 << 20, **config)
-    ids = torch.arange(1, pages + 1)
-    contents = fill(store, ids)
-    write(store, ids, torch.arange(pages), torch.full((pages,), pages * PAGE_TOKENS + 70))
-    seal(store, ids)
-    store.begin_step(decodes=True)
-    return store, ids, contents
-
-
-def tokens_of(store: PageStore, pages: torch.Tensor) -> list[GradedTokens]:
-    return [read_tokens(store, layer, pages) for layer in range(store.num_layers)]
 
 
 def random_context(demotions: int, gen: torch.Generator) -> DemotionContext:
@@ -193,16 +175,18 @@ def test_colder_half_goes_coldest_first() -> None:
         store.begin_step(decodes=True)
         store.recency.read(torch.tensor([page]))
     everything, now = slice(0, store.sizes.virtual_pages), store.recency.step + 1
-    assert cold_pages(store, everything, now).tolist() == [8, 6, 4, 3]
-    assert cold_pages(store, slice(3, 6), now).tolist() == [6], "4 to 6 are all that is searched"
+    assert cold_pages(store, [everything], now).tolist() == [8, 6, 4, 3]
+    assert cold_pages(store, [slice(3, 6)], now).tolist() == [6], "4 to 6 are all that is searched"
+    parts = [slice(4, store.sizes.virtual_pages), slice(0, 4)]
+    assert cold_pages(store, parts, now).tolist() == [8, 6, 4, 3]
     held_since = store.recency.step - 1  # 1 and 5 are held
-    assert cold_pages(store, everything, held_since).tolist() == [8, 6, 4]
+    assert cold_pages(store, [everything], held_since).tolist() == [8, 6, 4]
     before = store.directory.frames[:, [1, 2, 3, 5, 7]].clone()
     demote_cold(store, held_since, headroom=10**6)
     assert torch.equal(store.directory.frames[:, [1, 2, 3, 5, 7]], before)
     # As often as may be, and the warmer half not at all.
     assert store.directory.demotions[1:9].tolist() == [0, 0, 0, 2, 0, 2, 0, 2]
-    assert cold_pages(store, everything, held_since).tolist() == []
+    assert cold_pages(store, [everything], held_since).tolist() == []
 
 
 def test_each_page_once_before_any_twice_and_no_more_than_needed() -> None:
@@ -222,7 +206,7 @@ def test_each_page_once_before_any_twice_and_no_more_than_needed() -> None:
 def test_who_asked_for_high_quality_keeps_it() -> None:
     store, _, _ = sealed_store(4)
     store.directory.quality[4] = Quality.HIGH
-    assert cold_pages(store, slice(0, 64), store.recency.step).tolist() == [3]
+    assert cold_pages(store, [slice(0, 64)], store.recency.step).tolist() == [3]
 
 
 def test_a_page_that_is_used_again_starts_anew() -> None:

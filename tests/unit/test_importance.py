@@ -40,8 +40,9 @@ from sglang_diffxkv.pool.demotion import read_tokens
 from sglang_diffxkv.pool.sealing import seal, seal_context
 from tests.support.builders import error_norm
 from tests.support.contexts import PAGES, SHAPE, context
+from tests.support.demotion import fill
 from tests.support.importance import random_importance
-from tests.support.pages import fill, write
+from tests.support.pages import write
 from tests.support.policies import Shape, policy_of
 from tests.support.rotary import turned
 from tests.support.stores import STORE, make_store

@@ -96,22 +96,24 @@ class DemotionMachine(RuleBasedStateMachine):
     def what_is_protected_is_whole(self) -> None:
         """Bit for bit: sinks, high layers, pages of who asked for high quality; none unscored is
         pruned."""
-        store = self.store
-        for page, sealed in self.sealed.items():
-            sinks = store.directory.position[page] * PAGE_TOKENS + torch.arange(PAGE_TOKENS) < SINK
-            now = tokens_of(store, torch.tensor([page]))
-            for layer, (old, new) in enumerate(zip(sealed.tokens, now, strict=True)):
-                whole = sinks.clone()
-                if sealed.quality is Quality.HIGH or layer in self.high_layers:
-                    whole.fill_(True)
-                for name, axis in (("tiers", 2), ("codes", 2), ("keys", 1), ("values", 1)):
-                    before, after = (getattr(x, name).movedim(axis, 0) for x in (old, new))
-                    assert torch.equal(before[whole], after[whole]), (page, layer, name)
-                if layer in self.high_layers:
-                    assert bool((new.tiers == HIGH).all())
-                assert bool((new.tiers <= old.tiers).all())
-                kept = (old.tiers != PRUNED) & (old.codes == 0)
-                assert bool((new.tiers[kept] != PRUNED).all())
+        pages = torch.tensor(list(self.sealed), dtype=torch.int64)
+        number = self.store.directory.position[pages][:, None] * PAGE_TOKENS
+        sinks = number + torch.arange(PAGE_TOKENS) < SINK
+        asked = torch.tensor([x.quality == Quality.HIGH for x in self.sealed.values()])
+        for layer, new in enumerate(tokens_of(self.store, pages) if self.sealed else ()):
+            parts = [x.tokens[layer] for x in self.sealed.values()]
+            old = GradedTokens(*(torch.cat(field) for field in zip(*parts, strict=True)))
+            whole = sinks | asked[:, None] | (layer in self.high_layers)
+            by_head = whole[:, None].expand_as(new.tiers)
+            assert torch.equal(new.tiers[by_head], old.tiers[by_head])
+            assert torch.equal(new.codes[by_head], old.codes[by_head])
+            assert torch.equal(new.keys[whole], old.keys[whole])
+            assert torch.equal(new.values[whole], old.values[whole])
+            if layer in self.high_layers:
+                assert bool((new.tiers == HIGH).all())
+            assert bool((new.tiers <= old.tiers).all())
+            unscored = (old.tiers != PRUNED) & (old.codes == 0)
+            assert bool((new.tiers[unscored] != PRUNED).all())
 
     def teardown(self) -> None:
         assert check_integrity(self.store) == []

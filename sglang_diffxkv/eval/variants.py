@@ -134,7 +134,12 @@ def served(config: DiffXKVConfig, itemsize: int) -> DiffXKVConfig:
 
 
 def _set_caps(config: DiffXKVConfig, target: float, shape: Shape) -> DiffXKVConfig:
-    """A share of every layer's bytes: exact, as the policy keeps to it."""
+    """A share of every layer's bytes: exact, as the policy keeps to it.
+
+    Not what a user of DiffKV would do, who raises both thresholds until the bytes are what is
+    wanted: that takes the distribution of importance, and so a server run for each target first.
+    `bench.accuracy.real_models`, which needs no server, does search them.
+    """
     layout = _layout(shape, *policy_class(config.policy).formats(config))
     share = _page_bytes(config, target, shape) / full_bytes(layout)
     if share >= 1:

@@ -2,22 +2,28 @@
 """The bench that puts policies and peers beside each other, on the bundled model."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bench.accuracy.real_models.__main__ import save
-from bench.accuracy.real_models.methods import methods
+from bench.accuracy.real_models.claims import importance
+from bench.accuracy.real_models.fixed_shares import seal_fixed
+from bench.accuracy.real_models.methods import methods, tuned
 from bench.accuracy.real_models.ours import ModelShape, Sealer
-from bench.accuracy.real_models.protocol import WINDOW, Answer, Sample, measure
+from bench.accuracy.real_models.protocol import TARGETS, WINDOW, Answer, Sample, measure
 from bench.accuracy.real_models.reader import LayerPrefix, Prefix, Reader, States, attend
 from bench.accuracy.real_models.results import OURS, Results, Row, fingerprint, load
 from bench.accuracy.real_models.summary import ratio, summarize
+from bench.accuracy.real_models.tuning import Calibration
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.policy.settings import ConfigError
 
 PREFILLED, AFTER = 512, 40
+SINK = DiffXKVConfig().sink
 
 
 @pytest.fixture(scope="module")
@@ -79,16 +85,53 @@ def test_methods_take_the_bytes_they_are_set_for(
 ) -> None:
     shape = ModelShape.of(reader.model.config)
     full = reader.log_probabilities(sample.after, PREFILLED, everything(states))
-    for method in methods(shape, sample.compressed):
+    diffkv = tuned(Calibration(shape, [states]))
+    assert set(diffkv) == set(TARGETS)
+    for method in methods(shape, sample.compressed, diffkv):
         sealed = Sealer(method.config, shape).seal(states, method.config.window)
         found = reader.log_probabilities(sample.after, PREFILLED, sealed.prefix)
         answer = measure(full, found, sample, sealed.nbytes)
         compression = sample.compressed * shape.token_bytes / answer.nbytes
         assert answer.kl > -1e-6, method
-        if method.name == "diffxkv" and method.target is not None:
+        if method.name in ("diffxkv", "diffkv") and method.target is not None:
             assert method.target * 0.97 < compression < method.target * 1.05, method
         elif method.target is not None:
             assert compression > method.target * 0.97, method
+
+
+def test_knobs_are_searched_for_a_compression(reader: Reader, states: States) -> None:
+    """Alphas in the paper's ratio; and a target that is beyond them is refused."""
+    calibration = Calibration(ModelShape.of(reader.model.config), [states])
+    config = DiffXKVConfig(policy="diffkv")
+    alphas = [calibration.with_alphas(config, target) for target in (3.0, 5.0, 8.0)]
+    for found, target in zip(alphas, (3.0, 5.0, 8.0), strict=True):
+        assert found.alpha_low == pytest.approx(min(1, 0.02 * found.alpha_high))
+        assert target <= calibration.compression(found) < 1.03 * target
+        assert replace(found, alpha_high=1.0, alpha_low=0.02) == config
+    assert alphas[0].alpha_high < alphas[1].alpha_high < alphas[2].alpha_high
+    capped = calibration.with_caps(config, 5.0)
+    assert 5.0 <= calibration.compression(capped) < 1.05 * 5.0
+    with pytest.raises(ConfigError, match="'diffkv' cannot reach a compression of 1000"):
+        calibration.with_alphas(config, 1000.0)
+
+
+def test_fixed_shares_give_each_head_the_same_at_the_bytes_of_thresholds(
+    reader: Reader, states: States
+) -> None:
+    shape = ModelShape.of(reader.model.config)
+    dynamic = Sealer(DiffXKVConfig(policy="diffkv", alpha_high=1.5, alpha_low=0.4), shape)
+    expected, found = dynamic.seal(states), seal_fixed(dynamic, states)
+    assert found.nbytes == pytest.approx(expected.nbytes, rel=0.03)
+    kept = torch.stack([layer.kept[:, :-WINDOW].sum(-1) for layer in found.prefix])
+    assert bool((kept == kept[0, 0]).all()), "every head keeps as many"
+    assert float(kept[0, 0]) / (PREFILLED - WINDOW) == pytest.approx(found.high + found.low)
+    assert (found.high, found.low) == pytest.approx((expected.high, expected.low), abs=0.002)
+    mass = importance(states)[..., : PREFILLED - WINDOW]
+    for layer, held in enumerate(found.prefix):
+        assert bool(held.kept[:, :SINK].all())
+        rest = held.kept[:, SINK:-WINDOW], mass[layer, :, SINK:]
+        ours = rest[1].masked_fill(~rest[0], 0).sum() / rest[0].sum()
+        assert ours > rest[1].mean(), "what it keeps is looked at more"
 
 
 def test_answers_outlive_a_run_unless_the_question_changes(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 from transformers import AutoConfig, AutoTokenizer
 
-from bench.accuracy.real_models.methods import methods
+from bench.accuracy.real_models.methods import Learnt, methods, tuned
 from bench.accuracy.real_models.ours import ModelShape, Sealer
 from bench.accuracy.real_models.plot import plot
 from bench.accuracy.real_models.protocol import (
@@ -44,6 +44,7 @@ from bench.accuracy.real_models.results import (
     fingerprint,
     load,
 )
+from bench.accuracy.real_models.tuning import Calibration
 from bench.serving.common import RESULTS, write_results
 from sglang_diffxkv.eval.documents.corpus import load_documents
 
@@ -69,12 +70,19 @@ def make_samples(model: Path, count: int, lengths: Sequence[int]) -> list[Sample
     return samples
 
 
+def learn(reader: Reader, tuning: Sequence[Sample], importance: Path | None) -> Learnt:
+    """From documents that are not measured."""
+    shape = ModelShape.of(reader.model.config)
+    states = (reader.prefill(sample.before) for sample in tuning)
+    return Learnt(tuned(Calibration(shape, states)), importance)
+
+
 def ask_ours(
     reader: Reader,
     samples: Sequence[Sample],
+    learnt: Learnt,
     results: Results,
     path: Path,
-    importance: Path | None,
 ) -> None:
     """Every policy about every document, as far as there is no answer yet."""
     shape = ModelShape.of(reader.model.config)
@@ -83,7 +91,7 @@ def ask_ours(
         known = results.known(OURS, sample.name)
         asked = [
             method
-            for method in methods(shape, sample.compressed, importance)
+            for method in methods(shape, sample.compressed, learnt)
             if (method.name, method.target) not in known
         ]
         if not asked:
@@ -157,13 +165,18 @@ def main() -> None:
     if LLAMA in asked and options.gguf is None:
         parser.error("--gguf is missing; or --only ours, or peers")
     path = RESULTS / f"{options.name}.json"
-    samples = make_samples(options.model, options.documents, options.lengths)
+    lengths = options.lengths
+    samples = make_samples(options.model, options.documents + len(lengths), lengths)
+    samples, tuning = samples[: options.documents], samples[options.documents :]
     results = load(path, new_results(options.model, samples))
     if options.again is not None:
         results.forget(options.again)
     module = [options.peers_python, "-m"]
     if OURS in asked:
-        ask_ours(Reader(options.model), samples, results, path, options.importance)
+        reader = Reader(options.model)
+        learnt = learn(reader, tuning, options.importance)
+        results.alphas = {f"{x:g}": (c.alpha_high, c.alpha_low) for x, c in learnt.diffkv.items()}
+        ask_ours(reader, samples, learnt, results, path)
     if PEERS in asked:
         command = [*module, "bench.accuracy.peers", options.model, "SAMPLES"]
         ask_peers(PEERS, command, samples, results, path)

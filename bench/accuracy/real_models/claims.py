@@ -2,45 +2,40 @@
 """The papers' claims, as `bench.accuracy.ddid` checks them on the embedded model, on real weights.
 
 Importance differs between layers (XKV), heads and documents (DiffKV); keys need more bits than
-values; retention predicts what is lost; what the thresholds do. Judged by KL, as in `protocol`.
+values, and thresholds beat fixed shares, at equal bytes; retention predicts what is lost; what the
+thresholds do. Judged by KL, as in `protocol`.
 
     python -m bench.accuracy.real_models.claims MODEL [--documents 6] [--length 1024]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 
 from bench.accuracy.attention import QUERIES, share_needed
 from bench.accuracy.real_models.__main__ import make_samples
+from bench.accuracy.real_models.equal_bytes import Measured, Seal, Way, mean, report, ways
 from bench.accuracy.real_models.options import parse
 from bench.accuracy.real_models.ours import ModelShape, Sealer
 from bench.accuracy.real_models.protocol import Sample, measure
 from bench.accuracy.real_models.reader import LayerPrefix, Reader, States
+from bench.accuracy.real_models.tuning import Calibration
 from bench.serving.common import table, write_results
 from sglang_diffxkv.config import DiffXKVConfig, Tiers
 from sglang_diffxkv.eval.variants import VARIANTS
 
 TARGET = 0.9
 """Share of importance that a layer is to keep."""
+TUNING = 2
+"""Documents that thresholds are tuned on."""
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.7)
 """Of tokens that `snapkv` keeps, to vary retention."""
 ALPHA_HIGH = (0.1, 0.3, 1.0, 3.0, 10.0)
 ALPHA_LOW = (0.0, 0.1, 0.3, 1.0)
 _HIGH, _LOW = DiffXKVConfig().alpha_high, DiffXKVConfig().alpha_low
-
-
-class Found(NamedTuple):
-    """Means over documents; `retention`: over layers, None where nothing is scored."""
-
-    kl: float
-    agreement: float
-    compression: float
-    retention: float | None
 
 
 def variants() -> dict[str, DiffXKVConfig]:
@@ -82,10 +77,12 @@ def distributions(items: Sequence[torch.Tensor]) -> str:
     return table(lines)
 
 
-def ask(reader: Reader, samples: Sequence[Sample]) -> tuple[list[torch.Tensor], dict[str, Found]]:
+def ask(
+    reader: Reader, samples: Sequence[Sample], asked: Mapping[Way, Seal]
+) -> tuple[list[torch.Tensor], dict[Way, list[Measured]]]:
+    """Importance in each document, and what each of the ways makes of it."""
     shape = ModelShape.of(reader.model.config)
-    sealers = {name: Sealer(config, shape) for name, config in variants().items()}
-    answers: dict[str, list[tuple[float, float, float]]] = {name: [] for name in sealers}
+    found: dict[Way, list[Measured]] = {way: [] for way in asked}
     items = []
     for sample in samples:
         states = reader.prefill(sample.before)
@@ -93,39 +90,59 @@ def ask(reader: Reader, samples: Sequence[Sample]) -> tuple[list[torch.Tensor], 
         whole = [LayerPrefix(*pair) for pair in zip(states.keys, states.values, strict=True)]
         full = reader.log_probabilities(sample.after, sample.prefilled, whole)
         dense = sample.compressed * shape.token_bytes
-        for name, sealer in sealers.items():
-            sealed = sealer.seal(states, sealer.config.window)
+        for way, seal in asked.items():
+            sealed = seal(states)
             logs = reader.log_probabilities(sample.after, sample.prefilled, sealed.prefix)
             got = measure(full, logs, sample, sealed.nbytes)
-            answers[name].append((got.kl, got.agreement, dense / got.nbytes))
-    found = {}
-    for name, rows in answers.items():
-        means = torch.tensor(rows, dtype=torch.float64).mean(0).tolist()
-        meter = sealers[name].store.retention
-        retained = [x for x in meter.by_layer() if x is not None] if meter else []
-        found[name] = Found(*means, sum(retained) / len(retained) if retained else None)
+            found[way].append(Measured(got.kl, got.agreement, dense / got.nbytes))
     return items, found
+
+
+def retained(sealer: Sealer) -> float | None:
+    """Mean over layers of what it has sealed; None where nothing is scored."""
+    meter = sealer.store.retention
+    by_layer = [x for x in meter.by_layer() if x is not None] if meter else []
+    return sum(by_layer) / len(by_layer) if by_layer else None
 
 
 def main() -> None:
     options = parse(__doc__.splitlines()[0], documents=6)
-    samples = make_samples(options.model, options.documents, [options.length])
-    items, found = ask(Reader(options.model), samples)
+    samples = make_samples(options.model, options.documents + TUNING, [options.length])
+    samples, tuning = samples[: options.documents], samples[options.documents :]
+    reader = Reader(options.model)
+    shape = ModelShape.of(reader.model.config)
+    sealers = {Way("", name): Sealer(config, shape) for name, config in variants().items()}
+    calibration = Calibration(shape, (reader.prefill(sample.before) for sample in tuning))
+    equal = dict(ways(shape, samples[0].compressed, calibration))
+    alone = {way: sealer.seal for way, sealer in sealers.items()}
+    items, answers = ask(reader, samples, alone | equal)
     lines: list[list[object]] = [["", "KL", "top-1 agreement", "compression", "retention R"]]
-    for name, x in found.items():
-        retained = "–" if x.retention is None else f"{x.retention:.3f}"
-        lines.append([name, f"{x.kl:.2g}", f"{x.agreement:.1%}", f"{x.compression:.2f}×", retained])
+    rows = []
+    for way, sealer in sealers.items():
+        x, kept = mean(answers[way]), retained(sealer)
+        shown = "–" if kept is None else f"{kept:.3f}"
+        lines.append(
+            [way.name, f"{x.kl:.2g}", f"{x.agreement:.1%}", f"{x.compression:.2f}×", shown]
+        )
+        rows.append(way._asdict() | x._asdict() | {"retention": kept})
+    rows += [way._asdict() | mean(answers[way])._asdict() for way in equal]
     text = f"""\
 {options.documents} documents of {options.length:,} tokens, half of each sealed as in
 [real_models.md](real_models.md). Default thresholds of `diffkv`: {_HIGH:g} / {_LOW:g}.
 
 {table(lines)}
 
+At equal bytes, those of a uniform format each time: thresholds of the paper's ratio, scaled on
+{TUNING} other documents until they meet them; the same tokens with the other high tier; as many
+tokens of each tier in every head, as the thresholds give all of the document; as many bytes in
+every page, by `layer_caps` alone; and `diffxkv` with that `target`.
+
+{report({way: answers[way] for way in equal})}
+
 Least share of tokens that holds {TARGET:.0%} of a layer's importance (mean attention of the last
 {QUERIES} queries, max over the group); in the other columns its range over KV heads and documents.
 
 {distributions(items)}"""
-    rows = [{"name": name} | x._asdict() for name, x in found.items()]
     write_results(
         "real_models_claims", f"{options.model.name}: the papers' claims", {"rows": rows}, text
     )

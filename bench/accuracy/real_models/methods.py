@@ -3,17 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from bench.accuracy.real_models.ours import FRAME_ID_BYTES, ModelShape, entry_bytes
 from bench.accuracy.real_models.protocol import TARGETS, WINDOW
+from bench.accuracy.real_models.tuning import Calibration
 from sglang_diffxkv.config import DiffXKVConfig, Tiers
 from sglang_diffxkv.eval.variants import ITEMSIZE, KNOBS, VARIANTS, Shape
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, make_layout
 from sglang_diffxkv.policy.registry import policy_class
+from sglang_diffxkv.policy.settings import ConfigError
+
+log = logging.getLogger(__name__)
 
 QUANTIZED = (3.2, 32 / 9, 16 / 3, 6.4)
 """Compressions of codes of 4 and of 2 bits with a 16-bit scale and zero to 32 or 64 of them."""
@@ -22,7 +27,7 @@ GOALS = (2.8, 3.8)
 FURTHEST = 8.8
 """What a peer that prunes and quantizes takes where it is set for 8."""
 PREDICTED = "diffxkv, predicted"
-POLICIES = ("diffxkv", "diffkv", "xkv", "snapkv")
+POLICIES = ("diffxkv", "xkv", "snapkv")
 UNIFORM = ("K8V8", "K8V4", "K4V4", "K4V2", "K2V2")
 
 
@@ -34,28 +39,51 @@ class Method(NamedTuple):
     config: DiffXKVConfig
 
 
-def methods(shape: ModelShape, tokens: int, importance: Path | None) -> Iterator[Method]:
-    """What is compared on prompts that leave `tokens` to compress.
+class Learnt(NamedTuple):
+    """What policies were told of the model, from other texts than those that they are asked about.
 
-    Args:
-        importance: model that `diffxkv` predicts with, beside `diffxkv` without one.
+    Attributes:
+        diffkv: as `tuned`. importance: model that `diffxkv` predicts with, beside `diffxkv` without
+            one; None: there is none.
     """
+
+    diffkv: Mapping[float, DiffXKVConfig]
+    importance: Path | None
+
+
+def tuned(calibration: Calibration) -> dict[float, DiffXKVConfig]:
+    """`diffkv` at each of `TARGETS`; those that no alphas reach are left out, with a warning."""
+    config, found = VARIANTS["diffkv"], {}
+    assert config is not None
+    for target in TARGETS:
+        try:
+            found[target] = calibration.with_alphas(replace(config, window=WINDOW), target)
+        except ConfigError as error:
+            log.warning("left out: %s", error)
+    return found
+
+
+def methods(shape: ModelShape, tokens: int, learnt: Learnt) -> Iterator[Method]:
+    """What is compared on prompts that leave `tokens` to compress."""
     for target in TARGETS:
         for name in POLICIES:
-            yield Method(name, target, _with_knob(name, target, shape, tokens))
+            yield Method(name, target, with_knob(name, target, shape, tokens))
+        if target in learnt.diffkv:
+            yield Method("diffkv", target, learnt.diffkv[target])
         yield Method("streaming", target, _streaming(target, tokens))
-    for target in (*QUANTIZED, *GOALS, FURTHEST):
-        yield Method("diffxkv", target, _with_knob("diffxkv", target, shape, tokens))
-    for target in () if importance is None else (*TARGETS, *QUANTIZED, *GOALS, FURTHEST):
-        config = _with_knob("diffxkv", target, shape, tokens)
-        yield Method(PREDICTED, target, replace(config, importance=str(importance)))
+    further = (*QUANTIZED, *GOALS, FURTHEST)
+    for target in further:
+        yield Method("diffxkv", target, with_knob("diffxkv", target, shape, tokens))
+    for target in () if learnt.importance is None else (*TARGETS, *further):
+        config = with_knob("diffxkv", target, shape, tokens)
+        yield Method(PREDICTED, target, replace(config, importance=str(learnt.importance)))
     yield Method("diffxkv, default", None, DiffXKVConfig())
     for tier in UNIFORM:
         config = DiffXKVConfig(policy="uniform", tiers=Tiers(high=tier, low="K2V2"))
         yield Method(f"uniform {tier}", None, config)
 
 
-def _with_knob(name: str, target: float, shape: ModelShape, tokens: int) -> DiffXKVConfig:
+def with_knob(name: str, target: float, shape: ModelShape, tokens: int) -> DiffXKVConfig:
     """What `eval` would set, for frames, their ids and directory entries together."""
     config = VARIANTS[name]
     assert config is not None

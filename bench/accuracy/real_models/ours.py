@@ -30,6 +30,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.kernels.score import ScoringQueries, score_open
+from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.directory import PageDirectory
 from sglang_diffxkv.pool.sealing import seal
@@ -85,9 +86,12 @@ class Sealed(NamedTuple):
 class Sealer:
     """A store for one configuration, which learns from prompt to prompt as a server's does."""
 
-    def __init__(self, config: DiffXKVConfig, shape: ModelShape) -> None:
+    def __init__(
+        self, config: DiffXKVConfig, shape: ModelShape, policy: TierPolicy | None = None
+    ) -> None:
+        """``policy``: in place of the one that ``config`` names."""
         self.config, self.shape = config, shape
-        policy = make_policy(
+        policy = policy or make_policy(
             config,
             head_dim=shape.head_dim,
             num_kv_heads=shape.kv_heads,

@@ -32,6 +32,7 @@ class Results:
         tokens: of each document, those compressed. token_bytes: of one of them in 16 bit.
         full: mean negative log-likelihood with full KV, nats, by document.
         packages: versions of the peers'.
+        alphas: high and low thresholds that were found for `diffkv`, by target.
     """
 
     asked: dict[str, str]
@@ -39,6 +40,7 @@ class Results:
     tokens: dict[str, int]
     full: dict[str, float] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
+    alphas: dict[str, tuple[float, float]] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
 
     def add(
@@ -84,6 +86,7 @@ def load(path: Path, new: Results) -> Results:
     fields = json.loads(path.read_text())["results"]
     same = {name for name, asked in new.asked.items() if fields["asked"].get(name) == asked}
     new.packages = fields["packages"]
+    new.alphas = fields.get("alphas", {})
     new.full = {name: nll for name, nll in fields["full"].items() if name in same}
     for row in fields["rows"]:
         for name, answer in row["answers"].items():

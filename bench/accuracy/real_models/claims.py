@@ -135,7 +135,8 @@ def main() -> None:
 At equal bytes, those of a uniform format each time: thresholds of the paper's ratio, scaled on
 {TUNING} other documents until they meet them; the same tokens with the other high tier; as many
 tokens of each tier in every head, as the thresholds give all of the document; as many bytes in
-every page, by `layer_caps` alone; and `diffxkv` with that `target`.
+every page, by `layer_caps` alone, in whole frames, so that it may take fewer; and `diffxkv` with
+that `target`.
 
 {report({way: answers[way] for way in equal})}
 

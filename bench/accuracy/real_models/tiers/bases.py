@@ -46,15 +46,11 @@ def read(states: States, basis: Basis, tiers: Sequence[TierFormat]) -> Reads:
     """
     mean = key_mean(states.keys, LEAST_RATIO[tiers[0].key_bits])
     centred = states.keys - mean
+    key_bits = {tier.key_bits for tier in tiers}
+    value_bits = {tier.value_bits for tier in tiers}
     return Reads(
-        {
-            bits: _through(basis.keys, centred, bits) + mean
-            for bits in {tier.key_bits for tier in tiers}
-        },
-        {
-            bits: _through(basis.values, states.values, bits)
-            for bits in {tier.value_bits for tier in tiers}
-        },
+        {bits: _through(basis.keys, centred, bits) + mean for bits in key_bits},
+        {bits: _through(basis.values, states.values, bits) for bits in value_bits},
     )
 
 
@@ -127,8 +123,11 @@ def _eigenvectors(moments: torch.Tensor) -> torch.Tensor:
 
 
 def _balancing(keys: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
-    """The symmetric map B for which B keys B = B^-1 queries B^-1: the least error of scores that
-    noise of one size in every direction can have."""
+    """The symmetric map B with B keys B = B^-1 queries B^-1.
+
+    Of all bases it has the least error of scores, if the noise of codes is the same in every
+    direction and grows with the length of a row.
+    """
     root, inverse = _power(keys, 0.5), _power(keys, -0.5)
     square = inverse @ _power(root @ queries @ root, 0.5) @ inverse
     return _power(square, 0.5).float()

@@ -93,13 +93,16 @@ def ask(document: Document, bases: Mapping[str, Basis]) -> Iterator[Finding]:
 
 
 def report(findings: Sequence[Finding], documents: int) -> str:
+    lengths = ", ".join(f"{length:,}" for length in LENGTHS)
     losses = ", ".join(f"{name} {loss:g}" for name, loss in LOSS.items())
     return f"""\
-Mean KL from full KV of the next 256 tokens, nats: {documents} documents of
-{", ".join(f"{length:,}" for length in LENGTHS)} tokens, in turns, as in
-[real_models.md](real_models.md). The first half is compressed but for its last 64 tokens. Tiers are
-chosen for the least sum of importance × loss within the bytes of tokens and their metadata (a page
-store adds 5 to 10 %), the first four tokens in the best; losses, in shares of pruning: {losses}.
+Mean KL from full KV of the next 256 tokens, nats: {documents} documents of {lengths} tokens,
+in turns, as in [real_models.md](real_models.md). The first half is compressed but for its last 64
+tokens.
+
+Tiers are chosen for the least sum of importance × loss within the bytes, which are those of tokens
+and their metadata: no frames, no tables. The first four tokens are in the best tier. Losses, in
+shares of pruning: {losses}.
 
 ## Importances, with {" and ".join(TODAY)}
 
@@ -108,6 +111,8 @@ Attention is in units of uniform attention. Rereading: that of the queries of a 
 {_pivot(findings, IMPORTANCES)}
 
 ## Sets of tiers, beside pruning, by the mean square of the rereading's attention
+
+Without K8V4 the first four tokens are in K4V4.
 
 {_pivot(findings, SETS)}
 
@@ -118,8 +123,9 @@ With the loss of one of them changed:
 ## Bases, all tokens but the first four in one format
 
 Learnt from the states of {LEARNT_FROM} other documents, per layer and KV head; the side that is not
-named is in Hadamard's. OSCAR: eigenvectors of the queries' second moments, or of those of the
-values weighted by their keys'. Balanced: keys and queries get the same covariance.
+named is in Hadamard's. OSCAR: eigenvectors of the queries' second moments, and of those of the
+values, weighted by how much queries look for their keys. Balanced: keys and queries get the same
+covariance.
 
 {_pivot(findings, BASES)}"""
 
@@ -152,7 +158,7 @@ def main() -> None:
         for sample in tqdm(measured, "documents")
         for finding in ask(Document(reader, sample, request), bases)
     ]
-    rows = [x._asdict() | {"answer": None} | x.answer._asdict() for x in findings]
+    rows = [x._asdict() | {"answer": x.answer._asdict()} for x in findings]
     title = f"{options.model.name}: importances, sets of tiers, and bases"
     text = report(findings, options.documents)
     write_results("real_models_tiers", title, {"rows": rows}, text)

@@ -11,7 +11,7 @@ import torch
 from bench.accuracy.real_models.__main__ import save
 from bench.accuracy.real_models.claims import importance
 from bench.accuracy.real_models.fixed_shares import seal_fixed
-from bench.accuracy.real_models.methods import methods, tuned
+from bench.accuracy.real_models.methods import PREDICTED, Learnt, methods, tuned
 from bench.accuracy.real_models.ours import ModelShape, Sealer
 from bench.accuracy.real_models.protocol import TARGETS, WINDOW, Answer, Sample, measure
 from bench.accuracy.real_models.reader import LayerPrefix, Prefix, Reader, States, attend
@@ -20,7 +20,11 @@ from bench.accuracy.real_models.summary import ratio, summarize
 from bench.accuracy.real_models.tuning import Calibration
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.policy.importance.features import Rotary
+from sglang_diffxkv.policy.importance.file import save_importance
 from sglang_diffxkv.policy.settings import ConfigError
+from tests.support.importance import random_importance
+from tests.support.policies import Shape
 
 PREFILLED, AFTER = 512, 40
 SINK = DiffXKVConfig().sink
@@ -81,19 +85,22 @@ def test_lossless_pages_are_the_prompt_in_bf16(states: States, reader: Reader) -
 
 
 def test_methods_take_the_bytes_they_are_set_for(
-    reader: Reader, sample: Sample, states: States
+    reader: Reader, sample: Sample, states: States, tmp_path: Path
 ) -> None:
     shape = ModelShape.of(reader.model.config)
+    path = tmp_path / "importance.safetensors"
+    own = Shape(shape.layers, shape.kv_heads, shape.head_dim)
+    save_importance(random_importance(Rotary(shape.head_dim), own), path)
     full = reader.log_probabilities(sample.after, PREFILLED, everything(states))
     diffkv = tuned(Calibration(shape, [states]))
     assert set(diffkv) == set(TARGETS)
-    for method in methods(shape, sample.compressed, diffkv):
+    for method in methods(shape, sample.compressed, Learnt(diffkv, path)):
         sealed = Sealer(method.config, shape).seal(states, method.config.window)
         found = reader.log_probabilities(sample.after, PREFILLED, sealed.prefix)
         answer = measure(full, found, sample, sealed.nbytes)
         compression = sample.compressed * shape.token_bytes / answer.nbytes
         assert answer.kl > -1e-6, method
-        if method.name in ("diffxkv", "diffkv") and method.target is not None:
+        if method.name in ("diffxkv", PREDICTED, "diffkv") and method.target is not None:
             assert method.target * 0.97 < compression < method.target * 1.05, method
         elif method.target is not None:
             assert compression > method.target * 0.97, method

@@ -34,7 +34,7 @@ class Workspace(NamedTuple):
         nbytes: what that takes at most.
         graded_pages: pages that are graded together, as far as they are of one sequence.
         packed_pages: pages whose keys and values, of one layer, are packed together.
-            predicted_pages: pages whose importance is predicted together.
+        predicted_pages: pages whose importance is predicted together.
         demoted_pages: pages demoted together.
     """
 

@@ -12,12 +12,12 @@ from tests.support.policies import Shape
 HIDDEN = 5
 
 
-def random_importance(rotary: Rotary, shape: Shape) -> ImportanceModel:
-    """For a model of this shape."""
+def random_importance(rotary: Rotary, shape: Shape, hidden: int = HIDDEN) -> ImportanceModel:
+    """For a model of this shape, of so many hidden units."""
     heads, inputs = (shape.layers, shape.heads), feature_count(shape.dim, rotary)
     return ImportanceModel(
         rotary,
-        weight=0.2 * torch.randn(*heads, inputs, HIDDEN + 1),
-        bias=torch.randn(*heads, HIDDEN + 1),
-        output=torch.randn(*heads, HIDDEN),
+        weight=0.2 * torch.randn(*heads, inputs, hidden + 1),
+        bias=torch.randn(*heads, hidden + 1),
+        output=torch.randn(*heads, hidden),
     )

@@ -1,19 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sealing and demotion take no more memory beside the pool than is set aside for them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench.peak import peak_bytes
+from sglang_diffxkv.calibrate.importance.fit import HIDDEN
+from sglang_diffxkv.config import Tiers
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.budgeting.caps import full_bytes
+from sglang_diffxkv.policy.importance.features import Rotary
+from sglang_diffxkv.policy.importance.file import save_importance
 from sglang_diffxkv.policy.registry import POLICIES
 from sglang_diffxkv.pool.demotion import demote
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.sealing import seal
+from sglang_diffxkv.pool.sealing import seal, seal_context
 from sglang_diffxkv.pool.sizing import PoolBudget, size_pool
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.workspace import MOST_BYTES, size_workspace
+from tests.support.importance import random_importance
 from tests.support.pages import write
 from tests.support.policies import Shape, config_of, policy_of
 from tests.support.stores import make_store
@@ -28,14 +35,20 @@ SLACK = 64 << 10
 
 def full_store(policy: str, budget: int = 400 << 20, sequences: int = 3) -> PageStore:
     """A store with `PAGES` open pages of random tokens, all full and scored."""
-    store = make_store(policy, budget, 2.0, shape=SHAPE, raw_share=0.5)
+    return filled(make_store(policy, budget, 2.0, shape=SHAPE, raw_share=0.5), sequences)
+
+
+def filled(store: PageStore, sequences: int = 3) -> PageStore:
+    """With `PAGES` open pages of random tokens, all full and scored."""
     pages = torch.arange(1, PAGES + 1)
     gen = torch.Generator().manual_seed(3)
     store.open(pages)
     slots = store.directory.raw_slot[pages].long()
     for raw in (*store.raw.keys, *store.raw.values):
         raw[slots] = torch.randn(raw[slots].shape, generator=gen).to(raw.dtype)
-    scores = torch.rand(LAYERS, PAGES, HEADS, PAGE_TOKENS, generator=gen)
+    scores = torch.rand(
+        store.num_layers, PAGES, store.layout.num_kv_heads, PAGE_TOKENS, generator=gen
+    )
     store.raw.scores[:, slots] = 8 * scores**8
     store.raw.counts[slots] = 8
     position = torch.arange(PAGES) // sequences
@@ -55,6 +68,34 @@ def test_sealing_many_pages_at_once_stays_in_the_workspace(policy: str) -> None:
     assert store.ledger.sealed_pages == PAGES and check_integrity(store) == []
     # Freeing them all looks at a bounded number at a time.
     assert peak_bytes(lambda: store.release(pages)) < workspace.nbytes
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype", "rotary_share", "tiers"),
+    [
+        (64, torch.bfloat16, 1, Tiers()),
+        (128, torch.bfloat16, 1, Tiers(high="raw", low="K8V4")),
+        (256, torch.bfloat16, 0, Tiers()),
+        (64, torch.float32, 0, Tiers(high="raw", low="K8V4")),
+    ],
+)
+def test_predicting_stays_in_the_workspace(
+    dim: int, dtype: torch.dtype, rotary_share: int, tiers: Tiers, tmp_path: Path
+) -> None:
+    """Without RoPE there are most features."""
+    shape, path = Shape(3, 2, dim, dtype), tmp_path / "importance.safetensors"
+    save_importance(random_importance(Rotary(rotary_share * dim), shape, hidden=HIDDEN), path)
+    fields = {"importance": str(path), "tiers": tiers}
+    store = filled(
+        make_store("diffxkv", (dim + 30) << 20, 2.0, shape=shape, raw_share=0.5, **fields)
+    )
+    pages, workspace = torch.arange(1, PAGES + 1), store.sizes.workspace
+    slots = store.directory.raw_slot[pages].long()[: workspace.graded_pages]
+    assert workspace.predicted_pages < len(slots) / 2, "the test would show nothing"
+    peak = peak_bytes(lambda: seal_context(store, pages[: len(slots)], slots, None))
+    assert 0.3 * workspace.nbytes < peak <= workspace.nbytes
+    peak = peak_bytes(lambda: seal(store, pages, torch.arange(PAGES) % 3))
+    assert peak <= workspace.nbytes + SLACK
 
 
 @pytest.mark.parametrize("policy", ["diffkv", "diffxkv"])

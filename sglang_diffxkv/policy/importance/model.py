@@ -59,11 +59,12 @@ class ImportanceModel:
     def predict(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         """T of tokens of one layer: fp32 [..., H, 64] of keys and values [..., 64, H, D].
 
-        NaN where one of them is no number.
+        NaN where one of them is no finite number.
         """
         x = features(keys, values, self.rotary).movedim(-2, 0)  # [H, ..., 64, F]
         flat = x.flatten(1, -2)
         hidden = torch.baddbmm(self.bias[layer][:, None], flat, self.weight[layer])
         units, linear = hidden[..., :-1], hidden[..., -1]
         log = linear + (silu(units) @ self.output[layer][..., None])[..., 0]
+        log = log.masked_fill(log.isinf(), torch.nan)  # of an infinite key or value
         return log.clamp(max=MOST_LOG).exp().view(x.shape[:-1]).movedim(0, -2)

@@ -47,13 +47,14 @@ def make_setup(
         raw_itemsize=torch.empty(0, dtype=configurator.kv_cache_dtype).element_size(),
         num_layers=num_layers,
     )
-    # What each rank measured or learnt by itself: the least memory, the fullest pages of any, and
-    # what FlashInfer takes where one has it.
+    # What each rank measured or learnt by itself: the least memory, the fullest pages of any, what
+    # the policy keeps, and what FlashInfer takes where one has it.
     attention = _attention_bytes(configurator, policy.layout, num_layers)
-    own = torch.tensor([-budget_bytes, policy.expected_fill, attention], dtype=torch.float64)
-    least, expected_fill, attention = agree(own).tolist()
+    own = [-budget_bytes, policy.expected_fill, policy.nbytes, attention]
+    agreed = agree(torch.tensor(own, dtype=torch.float64)).tolist()
+    least, expected_fill, policy_bytes, attention = agreed
     budget = PoolBudget(
-        (config.memory_bytes or int(-least)) - policy.nbytes,
+        (config.memory_bytes or int(-least)) - int(policy_bytes),
         config.raw_share,
         virtual_slack=DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,

@@ -16,6 +16,8 @@ from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
 from sglang_diffxkv.patches import pool_setup
 from sglang_diffxkv.policy.budgeting.plan import solve_plan
 from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
+from sglang_diffxkv.policy.importance.features import Rotary
+from sglang_diffxkv.policy.importance.file import load_importance, save_importance
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
@@ -23,8 +25,10 @@ from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.reclaim import seal_cold
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
+from tests.support.importance import random_importance
 from tests.support.machines import AllocatorMachine
 from tests.support.pages import EVERY_SLOT, write
+from tests.support.policies import Shape
 from tests.support.stores import make_store
 
 T = TypeVar("T")
@@ -232,8 +236,15 @@ def test_sizes_follow_from_what_ranks_agree_on(
         sketch = ImportanceSketch.empty(3, 1, "cpu")
         importance = torch.rand(40, 3, 1, 64) ** (1 + 9 * rank)
         sketch.update(importance, torch.ones(40, 64, dtype=torch.bool))
-        solve_plan(1, 0.95, sketch, layout).save(tmp_path / f"plan-{rank}.json")
-    config = DiffXKVConfig(target=0.95, plan=str(tmp_path / "plan-{rank}.json"))
+        model, path = Shape(layers=3, heads=1), tmp_path / f"{rank}.safetensors"
+        save_importance(random_importance(Rotary(64), model, hidden=3 + 400 * rank), path)
+        found = load_importance(path, layout, 3)
+        plan = solve_plan(1, 0.95, sketch, layout, importance=found.sha256)
+        plan.save(tmp_path / f"plan-{rank}.json")
+    plans, importance = (
+        str(tmp_path / name) for name in ("plan-{rank}.json", "{rank}.safetensors")
+    )
+    config = DiffXKVConfig(target=0.95, plan=plans, importance=importance)
     configurator = SimpleNamespace(
         model_config=SimpleNamespace(
             head_dim=64, dtype=torch.bfloat16, get_num_kv_heads=lambda ranks: 2 // ranks
@@ -257,6 +268,7 @@ def test_sizes_follow_from_what_ranks_agree_on(
 
         first, second = ranks.run(lambda rank: setup_of(rank, 2, ranks.agree(rank)))
     assert first.sizes == second.sizes
+    assert first.policy.nbytes < second.policy.nbytes
     assert first.policy.expected_fill != second.policy.expected_fill
     assert first.policy.config.plan == str(tmp_path / "plan-0.json")
 

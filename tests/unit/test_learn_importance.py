@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import random
-from typing import NamedTuple
+import weakref
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.nn.functional import silu
 
 from sglang_diffxkv.bundled_model import BUNDLED
+from sglang_diffxkv.calibrate.importance import fit as fit_module
+from sglang_diffxkv.calibrate.importance import learn
 from sglang_diffxkv.calibrate.importance.fit import (
     LEAST_NEEDED,
     Samples,
@@ -18,8 +23,8 @@ from sglang_diffxkv.calibrate.importance.fit import (
     fit_importance,
 )
 from sglang_diffxkv.calibrate.importance.learn import SINKS, learn_importance
-from sglang_diffxkv.calibrate.importance.reading import REQUEST, TextReader, needed
-from sglang_diffxkv.calibrate.importance.rotary import rotary_of
+from sglang_diffxkv.calibrate.importance.reading import REQUEST, Read, TextReader, needed
+from sglang_diffxkv.calibrate.importance.rotary import find_rotary, rotary_of
 from sglang_diffxkv.config import ConfigError
 from sglang_diffxkv.eval.model import Model, load_model
 from sglang_diffxkv.eval.questions.prompts import make_cells
@@ -159,3 +164,112 @@ def rank_correlation(x: torch.Tensor, y: torch.Tensor) -> float:
 def test_too_little_text_is_refused() -> None:
     with pytest.raises(ConfigError, match="two texts of 128 tokens are needed"):
         learn_importance(load_model(BUNDLED), [list(range(200))], "cpu")
+
+
+def tiny_checkpoint(folder: Path, kind: str, **fields: Any) -> Path:
+    """Of two layers of random weights, of one of transformers' kinds of models."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {
+        "vocab_size": 300,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "pad_token_id": 0,
+    }
+    config = AutoConfig.for_model(kind, **shape | fields)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    for parameter in model.parameters():  # biases and norms, too
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
+LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "rotary"),
+    [
+        ("llama", LLAMA | {"num_key_value_heads": 4, "head_dim": 96}, Rotary(96)),
+        ("llama", LLAMA | {"head_dim": 256, "tie_word_embeddings": True}, Rotary(256)),
+        ("qwen2", LLAMA, Rotary(16)),  # biases
+        ("qwen3", LLAMA | {"head_dim": 80}, Rotary(80)),  # norms of queries and keys
+        ("phi", LLAMA | {"partial_rotary_factor": 0.5}, Rotary(8)),
+        ("glm", LLAMA | {"head_dim": 16}, Rotary(16, True)),
+        ("mistral", LLAMA | {"sliding_window": 4096}, Rotary(16)),
+    ],
+)
+def test_models_of_many_kinds_are_read(
+    kind: str, fields: dict[str, Any], rotary: Rotary, tmp_path: Path
+) -> None:
+    """In bf16; what their layers attend to sums to what attention must."""
+    reader = TextReader(tiny_checkpoint(tmp_path, kind, **fields), "cpu", torch.float32)
+    text, request = torch.randint(300, (200,)), torch.randint(300, (9,))
+    assert find_rotary(reader, text) == rotary
+    reads = reader.read_again(text, request)
+    assert len(reads) == 2
+    for read in reads:
+        assert (
+            read.keys.shape
+            == read.values.shape
+            == (fields["num_key_value_heads"], 200, *read.keys.shape[2:])
+        )
+        assert bool((read.needed > 0).all()) and bool((read.needed.sum(1) < 4 * 200).all())
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("mistral", LLAMA | {"sliding_window": 100}, "not plain and causal"),
+        ("gemma2", LLAMA | {"head_dim": 16}, "not plain and causal"),
+        ("bloom", {}, "does not go through transformers' interface"),
+        ("gpt2", {}, "turned by their positions in a way that is not known"),
+    ],
+)
+def test_models_that_cannot_be_read_are_refused(
+    kind: str, fields: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path, text = tiny_checkpoint(tmp_path, kind, **fields), torch.randint(300, (128,))
+    with pytest.raises(ConfigError, match=message) as refused:
+        find_rotary(TextReader(path, "cpu", torch.float32), text)
+    assert "\n" not in str(refused.value)
+
+
+def test_broken_weights_are_refused(tmp_path: Path) -> None:
+    path = tiny_checkpoint(tmp_path, "llama", **LLAMA)
+    (path / "model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(ConfigError, match="importance cannot be learnt"):
+        TextReader(path, "cpu", torch.float32)
+
+
+def test_texts_fit_the_context_and_the_model_is_let_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Positions that a model has never seen tell nothing; a server starts next, and needs room."""
+    path = tiny_checkpoint(tmp_path, "llama", **LLAMA, max_position_embeddings=400)
+    lengths: list[int] = []
+    models: list[weakref.ref[torch.nn.Module]] = []
+    read_again = TextReader.read_again
+
+    def watched(reader: TextReader, text: torch.Tensor, request: torch.Tensor) -> list[Read]:
+        lengths.append(2 * len(text) + len(request))
+        models.append(weakref.ref(reader._model))
+        return read_again(reader, text, request)
+
+    def fit(samples: Samples, rotary: Rotary) -> ImportanceModel:
+        assert models[0]() is None
+        return fit_importance(samples, rotary)
+
+    monkeypatch.setattr(TextReader, "read_again", watched)
+    monkeypatch.setattr(learn, "fit_importance", fit)
+    monkeypatch.setattr(fit_module, "_STEPS", 5)
+    tokens = [ids % 300 for ids in range(600)]
+    model = load_model(BUNDLED)._replace(path=path)
+    learn_importance(model._replace(tokenizer=short_words), [tokens, tokens], "cpu")
+    assert len(lengths) == 2 and all(390 < length <= 400 for length in lengths)
+
+
+def short_words(text: str, **options: Any) -> SimpleNamespace:
+    return SimpleNamespace(input_ids=[len(word) for word in text.split()])

@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
-import inspect
+import gc
 import sys
 from collections.abc import Iterator, Sequence
-from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,10 @@ class Learnt(NamedTuple):
 
 def library_texts(model: Model) -> list[list[int]]:
     """Token ids of the default texts."""
-    sources = (inspect.getsource(import_module(name)) for name in _MODULES)
+    # Not imported: some need libraries that not every machine has.
+    found = (find_spec(name) for name in _MODULES)
+    files = (Path(spec.origin) for spec in found if spec is not None and spec.origin is not None)
+    sources = (file.read_text(encoding="utf-8") for file in files if file.suffix == ".py")
     return [model.tokenizer(source, verbose=False).input_ids for source in sources]
 
 
@@ -62,6 +66,8 @@ def learn_importance(model: Model, texts: Sequence[Sequence[int]], device: str) 
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     reader = TextReader(model.path, device, dtype)
     request = torch.tensor(model.tokenizer(REQUEST, add_special_tokens=False).input_ids)
+    if (context := reader.context_length) is not None:  # for the text, twice, and the request
+        parts = [part[: (context - len(request)) // 2] for part in parts]
     rotary = find_rotary(reader, parts[0][:LEAST_TOKENS])
     held_out = range(0, len(parts), _HELD_OUT)
     learnt: list[Samples] = []
@@ -70,8 +76,19 @@ def learn_importance(model: Model, texts: Sequence[Sequence[int]], device: str) 
         (other if number in held_out else learnt).append(_sample(reader, part, request, rotary))
         _say(f"{number + 1} of {len(parts)} texts")
     print(file=sys.stderr)
+    del reader
+    _free(device)
     found = fit_importance(_together(learnt), rotary)
+    if not all(bool(tensor.isfinite().all()) for tensor in found.tensors().values()):
+        raise ConfigError(f"{model.path}: importance cannot be learnt: keys that are no numbers")
     return Learnt(found, explained(found, _together(other)))
+
+
+def _free(device: str) -> None:
+    """What the model has taken: a server that starts next counts what memory is free."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _parts(texts: Sequence[Sequence[int]]) -> Iterator[torch.Tensor]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,14 @@ REQUEST = "\n\nRepeat the previous context exactly.\n\n"
 """Between the first reading and the second (KVzip, arXiv 2505.23416)."""
 _QUERIES_AT_ONCE = 256
 _NAME = "diffxkv_calibrate"
+"""Of `_attend` among transformers' attention functions."""
+
+_UNKNOWN = "its attention does not go through transformers' interface"
+
+Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]
+"""Takes queries [Hq, N, D], keys and values [H, N, D] of a layer, and the scale of scores."""
+_watch: ContextVar[Watch] = ContextVar("watch")
+"""What `_attend` shows them to. Transformers keeps the function for good, so it holds no model."""
 
 
 class Read(NamedTuple):
@@ -42,18 +51,25 @@ class TextReader:
         """
         from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
-        name = f"{_NAME}_{id(self)}"  # transformers knows it for good
-        AttentionInterface.register(name, self._attend)
-        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+        AttentionInterface.register(_NAME, _attend)
+        AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
+        self._path = model
         try:
             loaded = AutoModelForCausalLM.from_pretrained(
-                model, dtype=dtype, attn_implementation=name, local_files_only=True
+                model, dtype=dtype, attn_implementation=_NAME, local_files_only=True
             )
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ConfigError(f"{model}: importance cannot be learnt: {reason}") from None
+        except KeyError:
+            raise self._refusal(_UNKNOWN) from None
+        except Exception as error:  # of files and of the model's own code
+            raise self._refusal(str(error) or type(error).__name__) from None
         self._model = loaded.to(device).eval()
-        self._watch: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None] | None = None
+
+    @property
+    def context_length(self) -> int | None:
+        """Tokens that the model is made for; None where its configuration does not say."""
+        config = self._model.config.get_text_config()
+        length: int | None = getattr(config, "max_position_embeddings", None)
+        return length
 
     @torch.no_grad()
     def read_again(self, text: torch.Tensor, request: torch.Tensor) -> list[Read]:
@@ -72,31 +88,52 @@ class TextReader:
         """Keys of the first layer [H, n, D] of a text, int64 [n], that begins at a position."""
         found: list[torch.Tensor] = []
         self._forward(text, start, lambda q, k, v, scale: found.append(k))
+        if not found:
+            raise self._refusal(_UNKNOWN)
         return found[0].float()
 
-    def _forward(self, ids: torch.Tensor, start: int, watch: Any) -> None:
+    def _forward(self, ids: torch.Tensor, start: int, watch: Watch) -> None:
         ids = ids.to(self._model.device)
         positions = torch.arange(start, start + len(ids), device=ids.device)
-        self._watch = watch
-        self._model.base_model(ids[None], position_ids=positions[None], use_cache=False)
+        before = _watch.set(watch)
+        try:
+            self._model.base_model(ids[None], position_ids=positions[None], use_cache=False)
+        except ConfigError as error:
+            raise self._refusal(str(error)) from None
+        except (AttributeError, TypeError):  # without the mask that it expects, say
+            raise self._refusal(_UNKNOWN) from None
+        finally:
+            _watch.reset(before)
 
-    def _attend(
-        self,
-        module: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        *args: Any,
-        scaling: float | None = None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        assert self._watch is not None
-        self._watch(query[0], key[0], value[0], scale)
-        out = scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
+    def _refusal(self, reason: str) -> ConfigError:
+        return ConfigError(f"{self._path}: importance cannot be learnt: {reason.splitlines()[0]}")
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *args: Any,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Plain causal attention, as transformers' models call it.
+
+    Raises:
+        ConfigError: the model asks for another kind, which cannot be served either.
+    """
+    if softcap is not None or s_aux is not None or (sliding_window or torch.inf) < key.shape[2]:
+        raise ConfigError("its attention is not plain and causal")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    _watch.get()(query[0], key[0], value[0], scale)
+    out = scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+    return out.transpose(1, 2), None
 
 
 def needed(q: torch.Tensor, keys: torch.Tensor, n: int, scale: float) -> torch.Tensor:

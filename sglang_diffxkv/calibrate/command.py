@@ -32,6 +32,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PLAN.json",
         help="the plan; the importance model is written beside it, as PLAN.importance.safetensors",
     )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        default=1,
+        metavar="N",
+        help="tensor-parallel ranks that will serve: each gets files of its own KV heads, with "
+        "its number for {rank} in --output (default: 1)",
+    )
 
 
 def run(args: argparse.Namespace) -> None:

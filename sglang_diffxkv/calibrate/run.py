@@ -20,6 +20,7 @@ from typing import Any
 from requests import RequestException
 
 from sglang_diffxkv.calibrate.importance.learn import learn_importance, library_texts
+from sglang_diffxkv.calibrate.ranks import Files, check_output, write_files
 from sglang_diffxkv.client import Client, Prompt
 from sglang_diffxkv.config import ConfigError, DiffXKVConfig, load_config
 from sglang_diffxkv.eval.ask import WARM_TOKENS
@@ -39,13 +40,18 @@ _SETTLE_S = 60.0
 def run_calibrate(args: argparse.Namespace) -> None:
     """Calibrate."""
     model, device = load_model(args.model), args.device or default_device()
-    config, prompts = _config(args, model), _prompts(args, model)
-    learnt = learn_importance(model, _texts(args, model, prompts), device)
-    assert config.importance is not None
-    save_importance(learnt.model, Path(config.importance))
-    found = calibrate(args.model, prompts, config, device)
+    output = args.output.expanduser()
+    check_output(output, args.ranks, model.kv_heads)
+    # In one file system with it.
+    with tempfile.TemporaryDirectory(prefix=".diffxkv-calibrate-", dir=output.parent) as folder:
+        files = Files.of(Path(folder) / "plan.json")
+        config, prompts = _config(args, model, files), _prompts(args, model)
+        learnt = learn_importance(model, _texts(args, model, prompts), device)
+        save_importance(learnt.model, files.importance)
+        found = calibrate(args.model, prompts, config, device)
+        write_files(files, Files.of(output), args.ranks, model, config, found["target"])
     print(f"importance: {learnt.explained:.0%} of the variance of log T on texts held out")
-    print(summary(found, config, args.output))
+    print(summary(found, config, Files.of(output)))
 
 
 def calibrate(
@@ -93,7 +99,7 @@ def _settled_plan(client: Client) -> dict[str, Any]:
     raise ConfigError(f"the server solved no plan within {_SETTLE_S:.0f} s")
 
 
-def summary(plan: dict[str, Any], config: DiffXKVConfig, output: Path) -> str:
+def summary(plan: dict[str, Any], config: DiffXKVConfig, output: Files) -> str:
     """A table of budgets by layer, and how to serve with them."""
     layers = plan["qualities"]["balanced"]
     lines = [f"target {plan['target']:g}", "layer  bytes/page  retention  alpha_high  alpha_low"]
@@ -103,7 +109,8 @@ def summary(plan: dict[str, Any], config: DiffXKVConfig, output: Path) -> str:
     use = json.loads(config.to_json())
     default = json.loads(DiffXKVConfig().to_json())
     use = {key: value for key, value in use.items() if value != default[key]}
-    use |= {"target": plan["target"], "plan": str(output), "learn_share": 0}
+    use |= {"target": plan["target"], "plan": str(output.plan), "learn_share": 0}
+    use["importance"] = str(output.importance)
     for key in ("save_plan", "memory_bytes"):
         use.pop(key, None)
     return "\n".join([*lines, f"serve with --diffxkv-config '{json.dumps(use)}'"])
@@ -112,10 +119,10 @@ def summary(plan: dict[str, Any], config: DiffXKVConfig, output: Path) -> str:
 _COLUMNS = ("page_bytes", "retention", "alpha_high", "alpha_low")
 
 
-def _config(args: argparse.Namespace, model: Model) -> DiffXKVConfig:
+def _config(args: argparse.Namespace, model: Model, files: Files) -> DiffXKVConfig:
+    """What to learn with: `files` is where the server reads and writes."""
     own: dict[str, object] = {"policy": "diffxkv", "learn_share": 1.0}
-    own["save_plan"] = str(args.output)
-    own["importance"] = str(args.output.with_suffix(".importance.safetensors"))
+    own |= {"save_plan": str(files.plan), "importance": str(files.importance), "plan": None}
     if args.target is not None:
         own["target"] = args.target
     room = {"memory_bytes": _ROOM_TOKENS * model.token_bytes}

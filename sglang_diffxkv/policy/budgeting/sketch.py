@@ -75,6 +75,10 @@ class ImportanceSketch:
         downloads = [Download(x.clone()) for x in (self.tokens, self.mass)]
         return lambda: ImportanceSketch(*(x.values() for x in downloads))
 
+    def of_heads(self, heads: slice) -> ImportanceSketch:
+        """That of some KV heads of every layer."""
+        return ImportanceSketch(self.tokens[:, heads], self.mass[:, heads])
+
     def difference(self, other: ImportanceSketch) -> float:
         """Share of importance that lies elsewhere: total variation, mean over layers, 0 to 1.
 

@@ -17,9 +17,10 @@ from sglang_diffxkv.policy.importance.model import ImportanceModel
 from sglang_diffxkv.policy.scoring import SampledQueries, sample_queries
 from sglang_diffxkv.policy.settings import ConfigError, PolicySettings
 
-SEEN = 3.0
+SEEN = 10.0
 """Times what sampled queries have seen of a token's importance, beside what is predicted: they see
-the mean of its attention, of which the mean square is more than the square."""
+the mean of its attention, of which the mean square is more than the square. Chosen on documents
+that nothing is measured on (`docs/decisions/018`)."""
 
 
 class SealContext(NamedTuple):

@@ -24,7 +24,9 @@ class RetentionMeter:
 
     def __init__(self, policy: TierPolicy, num_layers: int, device: str) -> None:
         self._policy = policy
-        self._low_utility = low_utility(policy.layout.high, policy.layout.low)
+        self._low_utility = low_utility(
+            policy.layout.high, policy.layout.low, policy.importance is not None
+        )
         self._sums = torch.zeros(3, num_layers, dtype=torch.float64, device=device)
         """Of importances that sealing kept, of all, and of those that demotion took, in units of
         uniform attention, in which sequences of all lengths are comparable."""

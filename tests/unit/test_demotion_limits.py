@@ -175,7 +175,7 @@ def test_statistics_tell_what_demotion_took() -> None:
     assert meter is not None and meter.demoted_by_layer() == [0.0] * STORE.layers
     context = store.directory.context[pages][:, None, None]
     number = store.directory.position[pages][:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
-    low = low_utility(store.layout.high, store.layout.low)
+    low = low_utility(store.layout.high, store.layout.low, False)
     worth = torch.tensor([0, low, 1], dtype=torch.float64)
     sealed, before = meter.by_layer(), tokens_of(store, pages)
 

@@ -191,7 +191,9 @@ def test_targets_are_met_over_all_layers(tmp_path: Path, target: float) -> None:
         for asked in (ctx, ctx._replace(sequence=None)):
             tiers = policy.assign(asked)
             weight = ctx.importance * ~policy.protected(ctx)[:, None, None]
-            utility = (tiers == HIGH) + (tiers == LOW) * low_utility(*policy.config.tiers.formats)
+            utility = (tiers == HIGH) + (tiers == LOW) * low_utility(
+                *policy.config.tiers.formats, True
+            )
             kept, whole = kept + float((weight * utility).sum()), whole + float(weight.sum())
             frames = -(-measure(tiers, policy.layout).nbytes // policy.layout.frame_bytes)
             nbytes += int(frames.sum()) * policy.layout.frame_bytes

@@ -24,7 +24,7 @@ from sglang_diffxkv.policy.budgeting import target
 from sglang_diffxkv.policy.budgeting.target import PRIOR
 
 LENGTHS = (1024, 2048)
-UTILITY = target.low_utility(*Tiers("K8V4", "K4V2").formats)
+UTILITY = target.low_utility(*Tiers("K8V4", "K4V2").formats, False)
 
 
 class Choice(NamedTuple):

@@ -78,6 +78,9 @@ def methods(shape: ModelShape, tokens: int, learnt: Learnt) -> Iterator[Method]:
         config = with_knob("diffxkv", target, shape, tokens)
         yield Method(PREDICTED, target, replace(config, importance=str(learnt.importance)))
     yield Method("diffxkv, default", None, DiffXKVConfig())
+    if learnt.importance is not None:
+        predicted = DiffXKVConfig(importance=str(learnt.importance))
+        yield Method(f"{PREDICTED}, default", None, predicted)
     for tier in UNIFORM:
         config = DiffXKVConfig(policy="uniform", tiers=Tiers(high=tier, low="K2V2"))
         yield Method(f"uniform {tier}", None, config)

@@ -116,9 +116,6 @@ def _attend(
     value: torch.Tensor,
     *args: Any,
     scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Plain causal attention, as transformers' models call it.
@@ -126,7 +123,8 @@ def _attend(
     Raises:
         ConfigError: the model asks for another kind, which cannot be served either.
     """
-    if softcap is not None or s_aux is not None or (sliding_window or torch.inf) < key.shape[2]:
+    window = kwargs.get("sliding_window") or torch.inf
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")) or window < key.shape[2]:
         raise ConfigError("its attention is not plain and causal")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     _watch.get()(query[0], key[0], value[0], scale)

@@ -12,12 +12,17 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PageLayout
-from sglang_diffxkv.policy.budgeting.budget import Ranking, least_bytes, most_retained, rank_bins
+from sglang_diffxkv.policy.budgeting.budget import (
+    Prices,
+    Ranking,
+    least_bytes,
+    most_retained,
+    rank_bins,
+)
 from sglang_diffxkv.policy.budgeting.sketch import BINS_PER_OCTAVE, ImportanceSketch
 from sglang_diffxkv.policy.budgeting.target import (
     Target,
     divisors,
-    low_utility,
     prices_of,
     prior_of,
     raw_page_bytes,
@@ -206,7 +211,7 @@ def _solve(
     high_layers: tuple[int, ...],
     predicted: bool,
 ) -> LayerPlans:
-    prices, prior_mass = prices_of(layout), prior_of(target, predicted)
+    prices, prior_mass = prices_of(layout, predicted), prior_of(target, predicted)
     tokens, mass = sketch.tokens.double(), sketch.mass.double()
     mass = mass + prior_mass * tokens
     layers = len(tokens)
@@ -238,7 +243,8 @@ def _solve(
     unknown = sketch.mass.sum((1, 2)) == 0
     alpha_high, alpha_low = (x.masked_fill(unknown, 0.0) for x in (alpha_high, alpha_low))
     # Interpolated within bins, the two may cross by less than one.
-    return _expected(alpha_high, alpha_low.minimum(alpha_high), tokens, mass, layout)
+    alpha_low = alpha_low.minimum(alpha_high)
+    return _expected(alpha_high, alpha_low, tokens, mass, layout, prices)
 
 
 def _threshold(ranking: Ranking, count: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
@@ -264,14 +270,14 @@ def _expected(
     tokens: torch.Tensor,
     mass: torch.Tensor,
     layout: PageLayout,
+    prices: Prices,
 ) -> LayerPlans:
     """What thresholds (float64 [L]) make of a sketch's own tokens [L, H, BINS], by layer."""
     mean = mass / tokens.clamp(min=1e-30)  # [L, H, BINS]
     high, kept = (mean >= alpha[:, None, None] for alpha in (alpha_high, alpha_low))
     low = kept & ~high
-    prices = prices_of(layout)
     nbytes = high * prices.high_bytes + low * prices.low_bytes
-    utility = high + low * low_utility(layout.high, layout.low)
+    utility = high + low * prices.low_utility
     pages = tokens.sum((1, 2)).clamp(min=1e-30) / (layout.num_kv_heads * PAGE_TOKENS)
     page_bytes = (tokens * nbytes).sum((1, 2)) / pages + page_overhead(layout)
     retention = (mass * utility).sum((1, 2)) / mass.sum((1, 2)).clamp(min=1e-30)

@@ -22,6 +22,10 @@ LOW_UTILITY = {"K2V2": 0.95}
 """Of a token in this format, in shares of one in a better one."""
 _OTHER_LOW_UTILITY = 0.995
 """Keeping many tokens coarsely beats keeping few precisely (`docs/decisions/010`)."""
+PREDICTED_LOW_UTILITY = {"K2V2": 0.8}
+_OTHER_PREDICTED_LOW_UTILITY = 0.98
+"""The same where importance is predicted damage (`docs/decisions/018`); two bits do ten times that
+of four."""
 
 PRIOR = 0.3
 """Importance of any token, in units of uniform attention, for what later queries may ask that no
@@ -89,15 +93,20 @@ def divisors(by_layer: torch.Tensor, predicted: bool) -> torch.Tensor:
     return by_layer.mean().expand_as(by_layer) if predicted else by_layer
 
 
-def prices_of(layout: PageLayout) -> Prices:
+def prices_of(layout: PageLayout, predicted: bool) -> Prices:
     """Bytes and utilities of a token of one KV head in the layout's tiers."""
     high, low = layout.high, layout.low
-    return Prices(layout.token_bytes(high), layout.token_bytes(low), low_utility(high, low))
+    utility = low_utility(high, low, predicted)
+    return Prices(layout.token_bytes(high), layout.token_bytes(low), utility)
 
 
-def low_utility(high: TierFormat, low: TierFormat) -> float:
+def low_utility(high: TierFormat, low: TierFormat, predicted: bool) -> float:
     """Utility of a low token, in shares of a high one's."""
-    return 1.0 if low == high else LOW_UTILITY.get(low.name, _OTHER_LOW_UTILITY)
+    if low == high:
+        return 1.0
+    if predicted:
+        return PREDICTED_LOW_UTILITY.get(low.name, _OTHER_PREDICTED_LOW_UTILITY)
+    return LOW_UTILITY.get(low.name, _OTHER_LOW_UTILITY)
 
 
 def raw_page_bytes(layout: PageLayout, num_layers: int) -> int:

@@ -66,7 +66,7 @@ class DiffXKVPolicy(TierPolicy):
         self.target = TARGET if config.target is None else config.target
         self.learner = PlanLearner(config, self.target, layout, num_layers)
         self.importance = self.learner.importance
-        self._prices = prices_of(layout)
+        self._prices = prices_of(layout, self.importance is not None)
         self._overhead = num_layers * page_overhead(layout)
         self._raw_bytes = raw_page_bytes(layout, num_layers)
         self._high_layers = list(high_layers(config, num_layers))

@@ -23,6 +23,8 @@ from sglang_diffxkv.kernels.layout import (
     measure,
 )
 from sglang_diffxkv.policy.base import SEEN
+from sglang_diffxkv.policy.budgeting.plan import solve_plan
+from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
 from sglang_diffxkv.policy.budgeting.target import (
     PRIOR,
     Target,
@@ -35,6 +37,7 @@ from sglang_diffxkv.policy.importance.features import Rotary, feature_count, fea
 from sglang_diffxkv.policy.importance.file import load_importance, save_importance
 from sglang_diffxkv.policy.importance.model import MOST_LOG, ImportanceModel
 from sglang_diffxkv.policy.methods.diffxkv import DiffXKVPolicy
+from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.demotion import read_tokens
 from sglang_diffxkv.pool.sealing import seal, seal_context
@@ -210,6 +213,19 @@ def test_nothing_is_added_to_what_is_predicted() -> None:
     shares = divisors(torch.tensor([1.0, 2.0, 0.0]).double(), False).tolist()
     assert shares[:2] == [1, 2] and shares[2] > 0
     assert divisors(torch.tensor([1.0, 2.0, 3.0]).double(), True).tolist() == [2, 2, 2]
+
+
+def test_predicted_damage_has_one_threshold_for_all_layers() -> None:
+    """A layer's own share of importance would make its tokens matter as much as any other's."""
+    layout = policy_of(DiffXKVConfig(), SHAPE).layout
+    sketch = ImportanceSketch.empty(SHAPE.layers, SHAPE.heads, "cpu")
+    ctx = context()
+    scale = 4.0 ** torch.arange(SHAPE.layers)[:, None, None]
+    sketch.update(ctx.importance * ctx.context[:, None, None, None] * scale, ctx.count > 0)
+    for target in (0.9, 8.0):
+        plans = (solve_plan(1, target, sketch, layout, importance=sha) for sha in ("x", None))
+        alphas = [plan.qualities[Quality.BALANCED].alpha_low for plan in plans]
+        assert [len(set(by_layer)) for by_layer in alphas] == [1, SHAPE.layers]
 
 
 def test_a_plan_belongs_to_the_importance_it_was_learnt_with(tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ LAYOUT = make_layout(
 ROTARIES = [Rotary(DIM), Rotary(DIM, True), Rotary(DIM // 2), Rotary(12, True), Rotary(0)]
 
 
+def test_pairs_are_those_of_halves_or_of_neighbours() -> None:
+    """As SGLang's and transformers' rotary embeddings have them, `is_neox_style` or not."""
+    keys = torch.arange(6.0)
+    halves, neighbours = Rotary(4).pairs(keys), Rotary(4, True).pairs(keys)
+    assert [x.tolist() for x in halves] == [[0, 1], [2, 3]]
+    assert [x.tolist() for x in neighbours] == [[0, 2], [1, 3]]
+
+
 @pytest.mark.parametrize("rotary", ROTARIES)
 def test_features_do_not_depend_on_the_position(rotary: Rotary) -> None:
     keys, values = torch.randn(2, 7, DIM, dtype=torch.float64)

@@ -41,11 +41,12 @@ from sglang_diffxkv.kernels.layout import (
 )
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, pack
 from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
+from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support.layouts import layout_of
 
 HQ, H, D, TOKENS = 32, 8, 128, 4096
 PAGES = TOKENS // PAGE_TOKENS
-SCALE = D**-0.5
+SOFTMAX = Softmax(D**-0.5)
 SEALED_BYTES = 100e6  # to rotate through: about twice a large L3 cache
 TURN_SECONDS = 0.15
 RESULTS = Path(__file__).parents[1] / "results"
@@ -132,7 +133,7 @@ def torch_native(layer: Layer, tables: Tables) -> torch.Tensor:
     keys, values = layer.k.view(-1, H, D), layer.v.view(-1, H, D)
     which = torch.arange(batch), torch.full((batch,), TOKENS)
     args = layer.q, torch.empty_like(layer.q), keys, values, tables.req_to_token, *which
-    return backend._run_sdpa_forward_decode(*args, scaling=SCALE, enable_gqa=True)
+    return backend._run_sdpa_forward_decode(*args, scaling=SOFTMAX.scale, enable_gqa=True)
 
 
 def folded(layer: Layer, tables: Tables) -> torch.Tensor:
@@ -143,7 +144,7 @@ def folded(layer: Layer, tables: Tables) -> torch.Tensor:
         value = layer.v.view(-1, H, D)[tokens].transpose(0, 1)
         query = layer.q[b].view(1, H, HQ // H, D)
         result = torch.nn.functional.scaled_dot_product_attention(
-            query, key.unsqueeze(0), value.unsqueeze(0), scale=SCALE
+            query, key.unsqueeze(0), value.unsqueeze(0), scale=SOFTMAX.scale
         )
         out[b] = result.view(HQ, D)
     return out
@@ -152,13 +153,13 @@ def folded(layer: Layer, tables: Tables) -> torch.Tensor:
 def uncompressed(layer: Layer, tables: Tables) -> torch.Tensor:
     """Our kernel on bf16 pages."""
     opened = OpenPages(layer.k, layer.v, tables.indptr, tables.pages, tables.position)
-    return decode_open(layer.q, opened, tables.last_len, SCALE).out
+    return decode_open(layer.q, opened, tables.last_len, SOFTMAX).out
 
 
 def sealed(layer: Layer, tables: Tables) -> torch.Tensor:
     """Our kernel on sealed pages."""
     listed = layer.sealed.listed(tables.indptr, tables.pages)
-    return decode_sealed(layer.q, listed, SCALE).out
+    return decode_sealed(layer.q, listed, SOFTMAX).out
 
 
 def sealed_with(isa: str) -> Callable[[Layer, Tables], torch.Tensor]:
@@ -197,8 +198,8 @@ def verify(layer: Layer, tables: Tables) -> float:
     # The reference is slow: a few pages of one sequence.
     pages = tables.pages[:4]
     listed = layer.sealed.listed(torch.tensor([0, len(pages)], dtype=torch.int32), pages)
-    exact = naive.decode_sealed(layer.q[:1], listed, SCALE)
-    ours = decode_sealed(layer.q[:1], listed, SCALE)
+    exact = naive.decode_sealed(layer.q[:1], listed, SOFTMAX)
+    ours = decode_sealed(layer.q[:1], listed, SOFTMAX)
     error = relative_error(ours.out, exact.out)
     assert error < 1e-3 and (ours.lse - exact.lse).abs().max() < 1e-3
     return error

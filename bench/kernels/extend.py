@@ -33,6 +33,7 @@ from sglang_diffxkv.kernels.layout import (
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows, pack, unpack_into
 from sglang_diffxkv.kernels.pages import LayerPages, OpenLists, OpenPages, SealedLists, SealedTables
 from sglang_diffxkv.kernels.score import ScoringQueries, score_open
+from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support import torch_pack
 from tests.support.layouts import layout_of
 
@@ -153,7 +154,7 @@ def ours(case: Case, data: Prepared) -> Callable[[], torch.Tensor]:
     layer = LayerPages(data.tables, data.k, data.v, mean)
 
     def run() -> torch.Tensor:
-        return step.attend(data.q, layer, case.shape.dim**-0.5).out.to(data.q.dtype)
+        return step.attend(data.q, layer, Softmax(case.shape.dim**-0.5)).out.to(data.q.dtype)
 
     return run
 

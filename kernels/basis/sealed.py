@@ -8,14 +8,11 @@ softmax does not see but the LSE does.
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.merge import AttentionState
-
-LOG2_E = math.log2(math.e)
+from sglang_diffxkv.kernels.softmax import Softmax
 
 
 def to_sealed_keys(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
@@ -28,15 +25,15 @@ def to_sealed_keys(keys: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
 
 
 def from_sealed(
-    part: AttentionState, q: torch.Tensor, key_mean: torch.Tensor, sm_scale: float
+    part: AttentionState, q: torch.Tensor, key_mean: torch.Tensor, softmax: Softmax
 ) -> AttentionState:
     """Attention over sealed rows, as it would be over the model's own.
 
     Args:
         part: of q [T, Hq, D], rotated, over sealed pages.
         q: not rotated.
-        key_mean: fp32 [H, D]. sm_scale: factor of q.k.
+        key_mean: fp32 [H, D]. softmax: of the layer.
     """
     mean = key_mean.repeat_interleave(q.shape[1] // len(key_mean), 0)
-    lacking = (q.float() * mean).sum(-1) * (sm_scale * LOG2_E)
+    lacking = (q.float() * mean).sum(-1) * softmax.log2_scale
     return AttentionState(rotate(part.out), part.lse + lacking)

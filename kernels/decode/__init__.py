@@ -15,18 +15,19 @@ from sglang_diffxkv.kernels.dispatch import operation
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pages import OpenPages, SealedPages
+from sglang_diffxkv.kernels.softmax import Softmax
 
 __all__ = ["decode_open", "decode_sealed"]
 
 
 @operation
-def decode_sealed(q: torch.Tensor, sealed: SealedPages, sm_scale: float) -> AttentionState:
+def decode_sealed(q: torch.Tensor, sealed: SealedPages, softmax: Softmax) -> AttentionState:
     """Attention of every sequence's query over its sealed pages, both tiers in one call.
 
     Args:
         q: [B, Hq, D], fp32, bf16 or fp16: the model's dtype, which raw tiers store. Rotated, where
             the sealed keys are.
-        sm_scale: factor of q.k.
+        softmax: of the layer.
 
     Raises:
         ValueError: shapes do not fit the layout, or Hq is not a multiple of H.
@@ -37,12 +38,12 @@ def decode_sealed(q: torch.Tensor, sealed: SealedPages, sm_scale: float) -> Atte
         raise ValueError(f"q {tuple(q.shape)} and heads {tuple(heads.shape)} against {layout}")
     if arena.shape[1] != layout.frame_bytes or not arena.is_contiguous():
         raise ValueError(f"arena {tuple(arena.shape)} against frames of {layout.frame_bytes} bytes")
-    return decode_sealed.on(q)(q, sealed, sm_scale)
+    return decode_sealed.on(q)(q, sealed, softmax)
 
 
 @operation
 def decode_open(
-    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, sm_scale: float
+    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, softmax: Softmax
 ) -> AttentionState:
     """Attention of every sequence's query over its open pages.
 
@@ -50,7 +51,7 @@ def decode_open(
         q: [B, Hq, D], fp32, bf16 or fp16.
         opened: full, but for each sequence's last page.
         last_len: int32 [B], valid tokens (1..64) of each sequence's last page.
-        sm_scale: factor of q.k.
+        softmax: of the layer.
 
     Raises:
         ValueError: shapes or strides do not fit.
@@ -62,4 +63,4 @@ def decode_open(
         raise ValueError(f"q {tuple(q.shape)}, k {tuple(keys.shape)}, v {tuple(values.shape)}")
     if keys.stride()[1:] != inner or keys.stride() != values.stride() or tokens != PAGE_TOKENS:
         raise ValueError(f"raw pages {tuple(keys.shape)} with strides {keys.stride()}")
-    return decode_open.on(q)(q, opened, last_len, sm_scale)
+    return decode_open.on(q)(q, opened, last_len, softmax)

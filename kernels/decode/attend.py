@@ -36,7 +36,7 @@ class DecodeQueries(NamedTuple):
 
     Attributes:
         open_stride, sealed_stride: elements from one sequence's to the next one's.
-        score_scale: sm_scale * log2(e).
+        score_scale: factor of base-2 scores.
     """
 
     open: torch.Tensor

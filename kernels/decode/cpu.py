@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from sglang_diffxkv.kernels import decode as ops
@@ -12,16 +10,15 @@ from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, table_words, threads
 from sglang_diffxkv.kernels.cpu.function import CFunction
 from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
 from sglang_diffxkv.kernels.pages import OpenPages, SealedPages
-
-LOG2_E = math.log2(math.e)
+from sglang_diffxkv.kernels.softmax import Softmax
 
 _sealed_function = CFunction("decode", "diffxkv_decode_sealed")
 _open_function = CFunction("decode", "diffxkv_decode_open")
 
 
 @ops.decode_sealed.register("cpu")
-def decode_sealed(q: torch.Tensor, sealed: SealedPages, sm_scale: float) -> AttentionState:
-    scaled, state = _scaled(q, sm_scale), unwritten_state(q)
+def decode_sealed(q: torch.Tensor, sealed: SealedPages, softmax: Softmax) -> AttentionState:
+    scaled, state = _scaled(q, softmax), unwritten_state(q)
     _sealed_function(
         scaled.data_ptr(),
         q.shape[0],
@@ -39,11 +36,11 @@ def decode_sealed(q: torch.Tensor, sealed: SealedPages, sm_scale: float) -> Atte
 
 @ops.decode_open.register("cpu")
 def decode_open(
-    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, sm_scale: float
+    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, softmax: Softmax
 ) -> AttentionState:
     keys = opened.keys
     kv_heads, dim = keys.shape[2:]
-    scaled, state = _scaled(q, sm_scale), unwritten_state(q)
+    scaled, state = _scaled(q, softmax), unwritten_state(q)
     _open_function(
         scaled.data_ptr(),
         q.shape[0],
@@ -64,5 +61,5 @@ def decode_open(
     return state
 
 
-def _scaled(q: torch.Tensor, sm_scale: float) -> torch.Tensor:
-    return (q.float() * (sm_scale * LOG2_E)).contiguous()
+def _scaled(q: torch.Tensor, softmax: Softmax) -> torch.Tensor:
+    return (q.float() * softmax.log2_scale).contiguous()

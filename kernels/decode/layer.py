@@ -8,7 +8,6 @@ ours, each with arguments to be converted.
 from __future__ import annotations
 
 import ctypes
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,9 +17,8 @@ from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, int64_words, layout_word
 from sglang_diffxkv.kernels.cpu.function import CFunction
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages
-
-LOG2_E = math.log2(math.e)
 
 _layer_function = CFunction("decode", "diffxkv_decode_layer")
 
@@ -91,7 +89,7 @@ class DecodeLayers:
         )
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax
     ) -> AttentionState:
         """Attention of the new tokens over all that is kept of one layer, themselves included.
 
@@ -119,7 +117,7 @@ class DecodeLayers:
             k.stride(0),
             v.data_ptr(),
             v.stride(0),
-            sm_scale * LOG2_E,
+            softmax.log2_scale,
             out.data_ptr(),
             lse.data_ptr(),
         )

@@ -10,8 +10,7 @@ import torch
 from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pages import OpenPages, SealedPages
-
-LOG2_E = math.log2(math.e)
+from sglang_diffxkv.kernels.softmax import LOG2_E, Softmax, capped
 
 
 def read_bytes(
@@ -80,18 +79,18 @@ def read_head(
 
 
 def attend(
-    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sm_scale: float
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, softmax: Softmax
 ) -> tuple[torch.Tensor, float]:
     """Attention of one query head [D] over [n, D]; returns (out [D], base-2 LSE)."""
     if not len(keys):
         return torch.zeros_like(q, dtype=torch.float64), -math.inf
-    scores = keys @ q.double() * sm_scale
+    scores = capped(keys @ q.double() * softmax.scale, softmax.cap)
     lse = torch.logsumexp(scores, 0)
     return torch.exp(scores - lse) @ values, float(lse) * LOG2_E
 
 
 def _attend_all(
-    q: torch.Tensor, kv: list[list[tuple[torch.Tensor, torch.Tensor]]], sm_scale: float
+    q: torch.Tensor, kv: list[list[tuple[torch.Tensor, torch.Tensor]]], softmax: Softmax
 ) -> AttentionState:
     """Attention of q [B, Hq, D] over kv[sequence][KV head] = (keys, values)."""
     out = torch.zeros(q.shape, dtype=torch.float64)
@@ -100,11 +99,11 @@ def _attend_all(
         group = q.shape[1] // len(kv[b])
         for h in range(q.shape[1]):
             keys, values = kv[b][h // group]
-            out[b, h], lse[b, h] = attend(q[b, h], keys, values, sm_scale)
+            out[b, h], lse[b, h] = attend(q[b, h], keys, values, softmax)
     return AttentionState(out.float(), lse.float())
 
 
-def decode_sealed(q: torch.Tensor, sealed: SealedPages, sm_scale: float) -> AttentionState:
+def decode_sealed(q: torch.Tensor, sealed: SealedPages, softmax: Softmax) -> AttentionState:
     """See `decode.decode_sealed`."""
     arena, frames, heads, layout, indptr, pages = sealed
     empty = torch.empty(0, layout.head_dim, dtype=torch.float64)
@@ -118,18 +117,24 @@ def decode_sealed(q: torch.Tensor, sealed: SealedPages, sm_scale: float) -> Atte
             values = torch.cat([empty, *(v for _, v in parts)])
             per_head.append((keys, values))
         kv.append(per_head)
-    return _attend_all(q, kv, sm_scale)
+    return _attend_all(q, kv, softmax)
 
 
 def decode_open(
-    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, sm_scale: float
+    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, softmax: Softmax
 ) -> AttentionState:
     """See `decode.decode_open`."""
     kv = []
     for b in range(q.shape[0]):
-        listed = opened.slots[opened.indptr[b] : opened.indptr[b + 1]].long()
+        mine = slice(int(opened.indptr[b]), int(opened.indptr[b + 1]))
+        listed = opened.slots[mine].long()
         length = max(0, len(listed) - 1) * PAGE_TOKENS + (int(last_len[b]) if len(listed) else 0)
-        keys = opened.keys[listed].flatten(0, 1)[:length].double()
-        values = opened.values[listed].flatten(0, 1)[:length].double()
+        position = opened.position[mine].long()[:, None] * PAGE_TOKENS + torch.arange(PAGE_TOKENS)
+        seen = torch.arange(len(listed) * PAGE_TOKENS) < length
+        if softmax.window_left >= 0 and length:
+            query = position.flatten()[length - 1]  # its own token is the last
+            seen &= query - position.flatten() <= softmax.window_left
+        keys = opened.keys[listed].flatten(0, 1)[seen].double()
+        values = opened.values[listed].flatten(0, 1)[seen].double()
         kv.append([(keys[:, h], values[:, h]) for h in range(keys.shape[1])])
-    return _attend_all(q, kv, sm_scale)
+    return _attend_all(q, kv, softmax)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 
@@ -18,8 +16,7 @@ from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
 from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
 from sglang_diffxkv.kernels.merge.triton import merge_tiles
 from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, SealedPages, SealedTables
-
-LOG2_E = math.log2(math.e)
+from sglang_diffxkv.kernels.softmax import Softmax
 
 
 def attend(
@@ -27,7 +24,7 @@ def attend(
     q_sealed: torch.Tensor,
     pages: LayerPages,
     work: WorkTiles,
-    sm_scale: float,
+    softmax: Softmax,
     dtype: torch.dtype = torch.float32,
 ) -> AttentionState:
     """Attention of every sequence's query over all its pages, of one layer.
@@ -47,7 +44,7 @@ def attend(
     in_fp32 = raw.k.itemsize != 2 or (is_interpreted() and raw.k.dtype == torch.bfloat16)
     constants = attend_constants(padded_group(group), triton.next_power_of_2(dim))
     traits = DecodeTraits(layout, group, DTYPES[raw.k.dtype], in_fp32, constants)
-    tiles, scale = len(work.tiles), sm_scale * LOG2_E
+    tiles, scale = len(work.tiles), softmax.log2_scale
     parts = AttentionState(
         q.new_empty(tiles, group, dim, dtype=torch.float32),
         q.new_empty(tiles, group, dtype=torch.float32),
@@ -72,17 +69,17 @@ def attend(
 
 
 @ops.decode_sealed.register("gpu")
-def decode_sealed(q: torch.Tensor, sealed: SealedPages, sm_scale: float) -> AttentionState:
+def decode_sealed(q: torch.Tensor, sealed: SealedPages, softmax: Softmax) -> AttentionState:
     count, layout = sealed.indptr.diff(), sealed.layout
     sequences = SequencePages(sealed.pages, sealed.indptr, count, None, count)
     work = divide_work(sequences, sealed.heads[None], layout).layer(0)
     raw = q.new_empty(0, PAGE_TOKENS, layout.num_kv_heads, layout.head_dim)
-    return attend(q, q, LayerPages(sealed.tables, raw, raw, None), work, sm_scale)
+    return attend(q, q, LayerPages(sealed.tables, raw, raw, None), work, softmax)
 
 
 @ops.decode_open.register("gpu")
 def decode_open(
-    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, sm_scale: float
+    q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, softmax: Softmax
 ) -> AttentionState:
     keys, indptr = opened.keys, opened.indptr
     count, _, kv_heads, dim = keys.shape
@@ -96,4 +93,4 @@ def decode_open(
     work = divide_work(sequences, heads, layout).layer(0)
     arena = q.new_empty(0, layout.frame_bytes, dtype=torch.uint8)
     tables = SealedTables(arena, heads[0, :, 0], heads[0], layout)
-    return attend(q, q, LayerPages(tables, keys, opened.values, None), work, sm_scale)
+    return attend(q, q, LayerPages(tables, keys, opened.values, None), work, softmax)

@@ -11,12 +11,13 @@ from __future__ import annotations
 from sglang_diffxkv.kernels.dispatch import operation
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedPages
+from sglang_diffxkv.kernels.softmax import Softmax
 
 __all__ = ["extend_open", "extend_sealed"]
 
 
 @operation
-def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> AttentionState:
+def extend_sealed(queries: Queries, sealed: SealedPages, softmax: Softmax) -> AttentionState:
     """Attention of every query over all kept tokens of its sequence's sealed pages.
 
     The pages lie before every query, so there is no causal mask. Computed in fp32; on a GPU with
@@ -24,13 +25,13 @@ def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> Att
 
     Args:
         queries: elements of raw tiers are of the same dtype. Rotated, where the sealed keys are.
-        sm_scale: factor of the scores.
+        softmax: of the layer.
     """
-    return extend_sealed.on(queries.q)(queries, sealed, sm_scale)
+    return extend_sealed.on(queries.q)(queries, sealed, softmax)
 
 
 @operation
-def extend_open(queries: Queries, opened: OpenPages, sm_scale: float) -> AttentionState:
+def extend_open(queries: Queries, opened: OpenPages, softmax: Softmax) -> AttentionState:
     """Causal attention of every query over the tokens of its sequence's open pages.
 
     Earlier pages may have gaps between them, as sealed pages may lie in between. Slots after a
@@ -38,9 +39,9 @@ def extend_open(queries: Queries, opened: OpenPages, sm_scale: float) -> Attenti
 
     Args:
         opened: of the queries' dtype; the new tokens are written already.
-        sm_scale: factor of the scores.
+        softmax: of the layer.
 
     Raises:
         ValueError: a page of new tokens is not listed; not noticed on a GPU.
     """
-    return extend_open.on(queries.q)(queries, opened, sm_scale)
+    return extend_open.on(queries.q)(queries, opened, softmax)

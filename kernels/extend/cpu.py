@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import ctypes
-import math
 
 import torch
 
@@ -15,8 +14,7 @@ from sglang_diffxkv.kernels.cpu.function import CFunction
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
 from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedPages
-
-LOG2_E = math.log2(math.e)
+from sglang_diffxkv.kernels.softmax import Softmax
 
 _function = CFunction("extend", "diffxkv_extend")
 _P, _I = ctypes.c_void_p, ctypes.c_int64
@@ -71,13 +69,13 @@ class SealedArgs(ctypes.Structure):
 
 
 @ops.extend_sealed.register("cpu")
-def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> AttentionState:
-    return extend(queries, None, sealed, None, sm_scale)
+def extend_sealed(queries: Queries, sealed: SealedPages, softmax: Softmax) -> AttentionState:
+    return extend(queries, None, sealed, None, softmax)
 
 
 @ops.extend_open.register("cpu")
-def extend_open(queries: Queries, opened: OpenPages, sm_scale: float) -> AttentionState:
-    return extend(queries, opened, None, None, sm_scale)
+def extend_open(queries: Queries, opened: OpenPages, softmax: Softmax) -> AttentionState:
+    return extend(queries, opened, None, None, softmax)
 
 
 def extend(
@@ -85,7 +83,7 @@ def extend(
     opened: OpenPages | None,
     sealed: SealedPages | None,
     key_mean: torch.Tensor | None,
-    sm_scale: float,
+    softmax: Softmax,
 ) -> AttentionState:
     """Attention over open and sealed pages, of which there is at least one kind.
 
@@ -93,7 +91,7 @@ def extend(
         opened: tiers of raw elements have their dtype; without them, that of the queries.
         key_mean: fp32 [H, D], which sealed keys lack; queries and output are then of the model's
             basis (`basis.sealed`), else of the sealed pages'.
-        sm_scale: factor of the scores.
+        softmax: of the layer.
 
     Raises:
         ValueError: a page of new tokens is not listed, or shapes and strides do not fit.
@@ -112,7 +110,7 @@ def extend(
         kv_heads,
         heads // kv_heads,
         dim,
-        sm_scale * LOG2_E,
+        softmax.log2_scale,
     )
     raw_dtype = q.dtype if opened is None else opened.keys.dtype
     turned = None if key_mean is None else rotate(key_mean).contiguous()

@@ -17,6 +17,7 @@ import torch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pages import OpenPages, Queries
+from sglang_diffxkv.kernels.softmax import Softmax
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -95,7 +96,7 @@ def supports(q: torch.Tensor) -> bool:
 
 
 def plan(
-    queries: Queries, opened: OpenPages, last_len: torch.Tensor, sm_scale: float
+    queries: Queries, opened: OpenPages, last_len: torch.Tensor, softmax: Softmax
 ) -> BatchPrefillWithPagedKVCacheWrapper:
     """Make ready for layers with queries and raw pages like these. Waits for the device.
 
@@ -103,11 +104,11 @@ def plan(
     must end with the page of its last new token. Gaps between earlier pages do not matter.
 
     Args:
-        queries, opened, sm_scale: as in `extend_open`.
+        queries, opened, softmax: as in `extend_open`.
         last_len: int32 [B], tokens in each sequence's last listed page, 1 to 64.
     """
     assert _ready is not None
-    _plan(_ready.wrapper, queries, opened, last_len, sm_scale)
+    _plan(_ready.wrapper, queries, opened, last_len, softmax)
     return _ready.wrapper
 
 
@@ -127,7 +128,7 @@ def _plan(
     queries: Queries,
     opened: OpenPages,
     last_len: torch.Tensor,
-    sm_scale: float,
+    softmax: Softmax,
 ) -> None:
     wrapper.plan(
         queries.indptr,
@@ -139,7 +140,7 @@ def _plan(
         queries.q.shape[2],
         PAGE_TOKENS,
         causal=True,
-        sm_scale=sm_scale,
+        sm_scale=softmax.scale,
         q_data_type=queries.q.dtype,
         kv_data_type=opened.keys.dtype,
     )
@@ -174,14 +175,14 @@ def check(wrapper: BatchPrefillWithPagedKVCacheWrapper, shape: Shape) -> None:
     indptr, start, listed, slots, position, last_len = (
         torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [69], [0, 2], [2, 0], [0, 1], [8])
     )
-    scale = shape.head_dim**-0.5
+    softmax = Softmax(shape.head_dim**-0.5)
     queries, opened = Queries(q, indptr, start), OpenPages(k, v, listed, slots, position)
     on_device = Queries(*(x.to(shape.device) for x in queries))
     pages = OpenPages(*(x.to(shape.device) for x in opened))
-    _plan(wrapper, on_device, pages, last_len.to(shape.device), scale)
+    _plan(wrapper, on_device, pages, last_len.to(shape.device), softmax)
     found = run(wrapper, on_device.q, pages.keys, pages.values)
     part = AttentionState(*(x.double().cpu() for x in found))
-    true = naive.extend_open(queries, opened, scale)
+    true = naive.extend_open(queries, opened, softmax)
     error = float((part.out - true.out).norm() / true.out.norm())
     lse_error = float((part.lse - true.lse).abs().max())
     if not (error <= TOLERANCE and lse_error <= TOLERANCE):

@@ -11,20 +11,21 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state
 from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedPages
+from sglang_diffxkv.kernels.softmax import Softmax, capped
 
 
 def attend_one(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax
 ) -> tuple[torch.Tensor, float]:
     """Output [D] and base-2 LSE of one query [D] over tokens [L, D]."""
     if len(k) == 0:
         return torch.zeros_like(q, dtype=torch.float64), -math.inf
-    scores = k.double() @ q.double() * sm_scale
+    scores = capped(k.double() @ q.double() * softmax.scale, softmax.cap)
     lse = scores.logsumexp(0)
     return (scores - lse).exp() @ v.double(), float(lse) / math.log(2)
 
 
-def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> AttentionState:
+def extend_sealed(queries: Queries, sealed: SealedPages, softmax: Softmax) -> AttentionState:
     """See `extend.extend_sealed`."""
     q, indptr = queries.q, sealed.indptr
     state = empty_state(q)
@@ -37,7 +38,7 @@ def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> Att
                 kv_head = head // group
                 kept = tokens.kept[:, kv_head]
                 state.out[t, head], state.lse[t, head] = attend_one(
-                    q[t, head], tokens.k[:, kv_head][kept], tokens.v[:, kv_head][kept], sm_scale
+                    q[t, head], tokens.k[:, kv_head][kept], tokens.v[:, kv_head][kept], softmax
                 )
     return state
 
@@ -60,7 +61,7 @@ def row_starts(heads: torch.Tensor, pages: torch.Tensor, capacity: int) -> torch
     return starts
 
 
-def extend_open(queries: Queries, opened: OpenPages, sm_scale: float) -> AttentionState:
+def extend_open(queries: Queries, opened: OpenPages, softmax: Softmax) -> AttentionState:
     """See `extend.extend_open`."""
     q, indptr = queries.q, opened.indptr
     state = empty_state(q)
@@ -72,9 +73,12 @@ def extend_open(queries: Queries, opened: OpenPages, sm_scale: float) -> Attenti
         slots = opened.slots[listed].long()
         k, v = (raw[slots].double().flatten(0, 1) for raw in (opened.keys, opened.values))
         for i, t in enumerate(range(queries.indptr[b], queries.indptr[b + 1])):
-            visible = position <= queries.position[b] + i
+            behind = queries.position[b] + i - position
+            visible = behind >= 0
+            if softmax.window_left >= 0:
+                visible &= behind <= softmax.window_left
             for head in range(q.shape[1]):
                 state.out[t, head], state.lse[t, head] = attend_one(
-                    q[t, head], k[visible, head // group], v[visible, head // group], sm_scale
+                    q[t, head], k[visible, head // group], v[visible, head // group], softmax
                 )
     return state

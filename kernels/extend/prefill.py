@@ -28,6 +28,7 @@ from sglang_diffxkv.kernels.pages import (
     SealedLists,
     SealedTables,
 )
+from sglang_diffxkv.kernels.softmax import Softmax
 
 if TYPE_CHECKING:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper
@@ -69,18 +70,18 @@ class OpenPrefill:
 
     def __init__(self, last_len: torch.Tensor) -> None:
         self._last_len = last_len
-        self._planned: tuple[BatchPrefillWithPagedKVCacheWrapper, float] | None = None
+        self._planned: tuple[BatchPrefillWithPagedKVCacheWrapper, Softmax] | None = None
 
-    def attend(self, queries: Queries, opened: OpenPages, sm_scale: float) -> AttentionState:
+    def attend(self, queries: Queries, opened: OpenPages, softmax: Softmax) -> AttentionState:
         """Attention of one layer; arguments as in `extend_open`.
 
         The first layer plans for all. So does one whose scale differs from the last one's.
         """
         if not flashinfer.supports(queries.q):
-            return extend_open(queries, opened, sm_scale)
-        if self._planned is None or self._planned[1] != sm_scale:
-            wrapper = flashinfer.plan(queries, opened, self._last_len, sm_scale)
-            self._planned = wrapper, sm_scale
+            return extend_open(queries, opened, softmax)
+        if self._planned is None or self._planned[1] != softmax:
+            wrapper = flashinfer.plan(queries, opened, self._last_len, softmax)
+            self._planned = wrapper, softmax
         return flashinfer.run(self._planned[0], queries.q, opened.keys, opened.values)
 
 
@@ -110,17 +111,17 @@ class SealedPrefill:
             self._fused = _select(batch.sealed, ~unpacks, most[0])
             self._unpacked = scratch.slices(_select(batch.sealed, unpacks, most[1]))
 
-    def attend(self, queries: Queries, tables: SealedTables, sm_scale: float) -> AttentionState:
+    def attend(self, queries: Queries, tables: SealedTables, softmax: Softmax) -> AttentionState:
         """Attention of one layer; arguments as in `extend_sealed`."""
         if self._fused is not None:
-            state = extend_sealed(queries, tables.listed(*self._fused), sm_scale)
+            state = extend_sealed(queries, tables.listed(*self._fused), softmax)
         else:
             state = empty_state(queries.q)
         if self._unpacked is not None:
             from sglang_diffxkv.kernels.extend.unpacked import extend_slices  # needs Triton
 
             assert self._scratch is not None
-            extend_slices(state, queries, tables, self._unpacked, sm_scale, self._scratch)
+            extend_slices(state, queries, tables, self._unpacked, softmax, self._scratch)
         return state
 
 
@@ -136,13 +137,13 @@ class Prefill:
         self._open = OpenPrefill(batch.last_len)
         self._sealed = None if batch.sealed is None else SealedPrefill(batch, scratch)
 
-    def attend(self, q: torch.Tensor, pages: LayerPages, sm_scale: float) -> AttentionState:
+    def attend(self, q: torch.Tensor, pages: LayerPages, softmax: Softmax) -> AttentionState:
         """Attention of one layer.
 
         Args:
             q: [T, Hq, D], not rotated.
             pages: the new tokens are written already.
-            sm_scale: factor of the scores.
+            softmax: of the layer.
         """
         tables, key_mean = pages.tables, pages.key_mean
         queries = Queries(q, self._batch.indptr, self._batch.position)
@@ -150,15 +151,15 @@ class Prefill:
         if not on_gpu(q):
             lists = self._batch.sealed
             sealed = None if lists is None else tables.listed(*lists)
-            return cpu.extend(queries, opened, sealed, key_mean, sm_scale)
-        state = self._open.attend(queries, opened, sm_scale)
+            return cpu.extend(queries, opened, sealed, key_mean, softmax)
+        state = self._open.attend(queries, opened, softmax)
         if self._sealed is None:
             return state
         if key_mean is None:
-            return merge_states(state, self._sealed.attend(queries, tables, sm_scale))
+            return merge_states(state, self._sealed.attend(queries, tables, softmax))
         rotated = queries._replace(q=rotate(q.float()))
-        part = self._sealed.attend(rotated, tables, sm_scale)
-        return merge_states(state, from_sealed(part, q, key_mean, sm_scale))
+        part = self._sealed.attend(rotated, tables, softmax)
+        return merge_states(state, from_sealed(part, q, key_mean, softmax))
 
 
 def _select(sealed: SealedLists, chosen: torch.Tensor, most: int) -> SealedLists:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from sglang_diffxkv.kernels import extend as ops
@@ -25,8 +23,8 @@ from sglang_diffxkv.kernels.gpu.views import DTYPES, HeadShape, QueryView, RawVi
 from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
 from sglang_diffxkv.kernels.merge.triton import merge_into
 from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedPages
+from sglang_diffxkv.kernels.softmax import Softmax
 
-LOG2_E = math.log2(math.e)
 SPLIT_PAGES = 16
 """Fewest pages, on average, that are worth a program of their own."""
 WARPS_PER_MULTIPROCESSOR = 8
@@ -34,7 +32,7 @@ WARPS_PER_MULTIPROCESSOR = 8
 
 
 @ops.extend_sealed.register("gpu")
-def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> AttentionState:
+def extend_sealed(queries: Queries, sealed: SealedPages, softmax: Softmax) -> AttentionState:
     """Heads is contiguous, and so are the rows of frames."""
     q, layout = queries.q, sealed.layout
     shape = head_shape(q, layout.num_kv_heads)
@@ -47,7 +45,7 @@ def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> Att
     launch(
         sealed_kernel,
         (blocks, shape.kv_heads, splits),
-        queries=query_view(queries, sm_scale),
+        queries=query_view(queries, softmax),
         sequences=len(queries.indptr) - 1,
         part_rows=merged.lse.numel(),
         lists=sealed.lists,
@@ -65,7 +63,7 @@ def extend_sealed(queries: Queries, sealed: SealedPages, sm_scale: float) -> Att
 
 
 @ops.extend_open.register("gpu")
-def extend_open(queries: Queries, opened: OpenPages, sm_scale: float) -> AttentionState:
+def extend_open(queries: Queries, opened: OpenPages, softmax: Softmax) -> AttentionState:
     q, dim = queries.q, queries.q.shape[2]
     shape = head_shape(q, opened.keys.shape[2])
     tile = open_tile(dim, q.dtype)
@@ -73,7 +71,7 @@ def extend_open(queries: Queries, opened: OpenPages, sm_scale: float) -> Attenti
     launch(
         open_kernel,
         (count_blocks(queries, shape.group, tile.rows), shape.kv_heads),
-        queries=query_view(queries, sm_scale),
+        queries=query_view(queries, softmax),
         sequences=len(queries.indptr) - 1,
         raw=RawView.of(opened.keys, opened.values),
         lists=opened.lists,
@@ -90,10 +88,10 @@ def head_shape(q: torch.Tensor, kv_heads: int) -> HeadShape:
     return HeadShape(kv_heads, q.shape[1] // kv_heads, q.shape[2])
 
 
-def query_view(queries: Queries, sm_scale: float) -> QueryView:
+def query_view(queries: Queries, softmax: Softmax) -> QueryView:
     """For a kernel."""
     q, indptr, position = queries
-    return QueryView(q, q.stride(0), sm_scale * LOG2_E, indptr, position)
+    return QueryView(q, q.stride(0), softmax.log2_scale, indptr, position)
 
 
 def count_splits(programs: int, room: int, pages: int) -> int:

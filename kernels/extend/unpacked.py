@@ -29,13 +29,14 @@ from sglang_diffxkv.kernels.merge.triton import merge_into
 from sglang_diffxkv.kernels.pack import TokenRows
 from sglang_diffxkv.kernels.pack.triton import unpack_into
 from sglang_diffxkv.kernels.pages import Queries, SealedPages, SealedTables
+from sglang_diffxkv.kernels.softmax import Softmax
 
 
 def extend_unpacked(
     state: AttentionState,
     queries: Queries,
     sealed: SealedPages,
-    sm_scale: float,
+    softmax: Softmax,
     scratch: PrefixScratch,
 ) -> None:
     """Add to a state what `extend_sealed` computes; queries are rounded to the scratch's dtype.
@@ -47,7 +48,7 @@ def extend_unpacked(
         scratch: of the same layout.
     """
     slices = scratch.slices(sealed.lists)
-    extend_slices(state, queries, sealed.tables, slices, sm_scale, scratch)
+    extend_slices(state, queries, sealed.tables, slices, softmax, scratch)
 
 
 def extend_slices(
@@ -55,7 +56,7 @@ def extend_slices(
     queries: Queries,
     tables: SealedTables,
     slices: Sequence[UnpackedPages],
-    sm_scale: float,
+    softmax: Softmax,
     scratch: PrefixScratch,
 ) -> None:
     """`extend_unpacked`, of `PrefixScratch.slices`, which are those of all layers."""
@@ -65,7 +66,7 @@ def extend_slices(
         count_rows(tables.heads, listed.pages, starts, scratch.pages * PAGE_TOKENS)
         rows = TokenRows(scratch.k, scratch.v, starts[:-1])
         unpack_into(tables, listed.pages, rows, scratch.k.dtype)
-        _attend(state, queries, listed, sm_scale, scratch)
+        _attend(state, queries, listed, softmax, scratch)
 
 
 def count_rows(
@@ -91,7 +92,7 @@ def _attend(
     state: AttentionState,
     queries: Queries,
     listed: UnpackedPages,
-    sm_scale: float,
+    softmax: Softmax,
     scratch: PrefixScratch,
 ) -> None:
     """Add what the unpacked pages give."""
@@ -109,7 +110,7 @@ def _attend(
     launch(
         unpacked_kernel,
         (blocks, shape.kv_heads, splits),
-        queries=query_view(queries, sm_scale),
+        queries=query_view(queries, softmax),
         sequences=len(queries.indptr) - 1,
         part_rows=state.lse.numel(),
         indptr=listed.indptr,

@@ -91,7 +91,7 @@ class QueryView(NamedTuple):
     """Queries [T, Hq, D]: ``stride`` elements from one token's to the next one's.
 
     Attributes:
-        score_scale: sm_scale * log2(e), factor of base-2 scores.
+        score_scale: factor of base-2 scores, factor of base-2 scores.
         indptr: int32 [B + 1], queries of each sequence; None: one each.
         position: int32 [B], of each sequence's first query; None where all tokens come before.
     """

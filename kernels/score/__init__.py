@@ -10,6 +10,7 @@ import torch
 from sglang_diffxkv.kernels.dispatch import operation
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages
 
 __all__ = ["RawTables", "ScoringQueries", "score_decode", "score_open"]
@@ -47,19 +48,19 @@ class RawTables(NamedTuple):
 
 @operation
 def score_open(
-    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, sm_scale: float
+    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, softmax: Softmax
 ) -> None:
     """Add to ``accum`` what each token of the listed open pages receives.
 
     A token's score for a KV head is the maximum over the GQA group of the sum, over its sequence's
-    sampled queries at later positions, of exp(q.k * sm_scale) / 2 ** lse (DiffKV, 2412.03131). Its
+    sampled queries at later positions, of exp(score) / 2 ** lse (DiffKV, 2412.03131). Its
     own query does not count. Tokens not yet written lie after every query and stay untouched.
     Where sequences share a page, a GPU adds their scores in any order.
 
     Args:
         opened: a page may appear in several sequences; values are not looked at.
         accum: fp32 [R, H, 64], added to in place; slots may be strided.
-        sm_scale: factor of q.k.
+        softmax: of the layer.
 
     Raises:
         ValueError: shapes or strides do not fit.
@@ -72,12 +73,12 @@ def score_open(
         raise ValueError(f"strides of raw pages {keys.stride()} or of accum {accum.stride()}")
     if accum.shape != (slots, kv_heads, PAGE_TOKENS) or not queries.lse.is_contiguous():
         raise ValueError(f"accum {tuple(accum.shape)}, lse strides {queries.lse.stride()}")
-    score_open.on(q)(queries, opened, accum, sm_scale)
+    score_open.on(q)(queries, opened, accum, softmax)
 
 
 @operation
 def score_decode(
-    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, sm_scale: float
+    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, softmax: Softmax
 ) -> None:
     """`score_open` for one query per sequence, its last token, without lists of open pages.
 
@@ -90,6 +91,6 @@ def score_decode(
         lse: fp32 [B, Hq], as in `ScoringQueries`.
         pages: the step's; those that are not open are passed over.
         raw: ``accum`` is written.
-        sm_scale: factor of q.k.
+        softmax: of the layer.
     """
-    score_decode.on(q)(q, lse, pages, raw, sm_scale)
+    score_decode.on(q)(q, lse, pages, raw, softmax)

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from sglang_diffxkv.kernels import score
@@ -12,15 +10,14 @@ from sglang_diffxkv.kernels.cpu.abi import DTYPE_CODES, int64_words, threads
 from sglang_diffxkv.kernels.cpu.function import CFunction
 from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.score import ScoringQueries
-
-LOG2_E = math.log2(math.e)
+from sglang_diffxkv.kernels.softmax import Softmax
 
 _score_open = CFunction("score", "diffxkv_score_open")
 
 
 @score.score_open.register("cpu")
 def score_open(
-    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, sm_scale: float
+    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, softmax: Softmax
 ) -> None:
     q, keys = queries.q.contiguous(), opened.keys
     kv_heads, dim = keys.shape[2:]
@@ -44,4 +41,4 @@ def score_open(
         opened.position.data_ptr(),
     )
     scores = accum.data_ptr(), accum.stride(0)
-    _score_open(asking, asked, sm_scale * LOG2_E, *scores, threads())
+    _score_open(asking, asked, softmax.log2_scale, *scores, threads())

@@ -8,11 +8,12 @@ import torch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.score import RawTables, ScoringQueries
+from sglang_diffxkv.kernels.softmax import Softmax, capped
 from sglang_diffxkv.kernels.step import StepPages
 
 
 def score_open(
-    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, sm_scale: float
+    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, softmax: Softmax
 ) -> None:
     """See `score.score_open`."""
     q, keys = queries.q, opened.keys
@@ -29,13 +30,14 @@ def score_open(
                     if not later:
                         continue
                     heads = slice(h * group, (h + 1) * group)
-                    scores = q[later, heads].double() @ keys[slot, t, h].double() * sm_scale
+                    products = q[later, heads].double() @ keys[slot, t, h].double()
+                    scores = capped(products * softmax.scale, softmax.cap)
                     received = torch.exp(scores - weights_lse[later, heads]).sum(0)
                     accum[slot, h, t] += received.max().to(accum.dtype)
 
 
 def score_decode(
-    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, sm_scale: float
+    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, softmax: Softmax
 ) -> None:
     """See `score.score_decode`."""
     for b, length in enumerate(pages.lengths.tolist()):
@@ -48,5 +50,5 @@ def score_decode(
             ScoringQueries(q[b : b + 1], of_uniform, *whole),
             OpenPages(raw.keys, raw.keys, indptr, slots[position], position),
             raw.accum,
-            sm_scale,
+            softmax,
         )

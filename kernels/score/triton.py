@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import triton
 
@@ -20,22 +18,22 @@ from sglang_diffxkv.kernels.score.triton_kernels import (
     decode_kernel,
     open_kernel,
 )
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages
 
-LOG2_E = math.log2(math.e)
 DECODE_PAGES = 128
 """Entries of a page table that one program of `score_decode` looks through."""
 
 
 @score.score_open.register("gpu")
 def score_open(
-    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, sm_scale: float
+    queries: ScoringQueries, opened: OpenPages, accum: torch.Tensor, softmax: Softmax
 ) -> None:
     q, lse, indptr, position = queries
     launch(
         open_kernel,
         (len(opened.slots), opened.keys.shape[2]),
-        queries=QueryView(q, q.stride(0), sm_scale * LOG2_E, indptr, position),
+        queries=QueryView(q, q.stride(0), softmax.log2_scale, indptr, position),
         lse=lse,
         keys=RawKeys(opened.keys, opened.keys.stride(0)),
         opened=opened.lists,
@@ -49,14 +47,14 @@ def score_open(
 
 @score.score_decode.register("gpu")
 def score_decode(
-    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, sm_scale: float
+    q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, softmax: Softmax
 ) -> None:
     keys, raw_slot, accum = raw
     width = pages.table.shape[1]
     launch(
         decode_kernel,
         (len(q), triton.cdiv(width, DECODE_PAGES), keys.shape[2]),
-        queries=QueryView(q, q.stride(0), sm_scale * LOG2_E),
+        queries=QueryView(q, q.stride(0), softmax.log2_scale),
         lse=lse,
         pages=PageTable(pages.table, width, pages.lengths, raw_slot),
         keys=RawKeys(keys, keys.stride(0)),

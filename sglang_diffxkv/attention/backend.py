@@ -27,6 +27,7 @@ from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.score import ScoringQueries, score_open
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
@@ -72,7 +73,7 @@ class Decode(Protocol):
     """Decode steps of one kind of device."""
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax
     ) -> AttentionState:
         """Write k and v [B, H, D] of one layer of the step that runs, and attend with q [B, Hq, D].
 
@@ -203,18 +204,19 @@ class DiffXKVBackend(AttentionBackend):
     ) -> torch.Tensor:
         """Attention of a (mixed) prefill batch: q [T, Hq * D] -> [T, Hq * D]."""
         step, index, dim = self.forward_metadata, layer.layer_id, layer.qk_head_dim
+        softmax = Softmax(layer.scaling)
         assert step is not None
         if save_kv_cache and k is not None:
             k, v = (x.view(-1, layer.tp_k_head_num, dim) for x in (k, v))
             self.store.raw.write(index, step.rows, k, v)
         q = q.reshape(-1, layer.tp_q_head_num, dim)
-        state = step.attention.attend(q, self.store.layer_pages(index), layer.scaling)
+        state = step.attention.attend(q, self.store.layer_pages(index), softmax)
         if step.queries is not None:
-            self._score(step, index, q, state.lse, layer.scaling)
+            self._score(step, index, q, state.lse, softmax)
         return state.out.to(q.dtype).flatten(1)
 
     def _score(
-        self, step: PrefillStep, layer: int, q: torch.Tensor, lse: torch.Tensor, sm_scale: float
+        self, step: PrefillStep, layer: int, q: torch.Tensor, lse: torch.Tensor, softmax: Softmax
     ) -> None:
         """Score the open pages with the LSE over all pages."""
         queries, pages, raw = step.queries, step.pages, self.store.raw
@@ -225,7 +227,7 @@ class DiffXKVBackend(AttentionBackend):
         lse = (lse - queries.log2_seen).contiguous()
         sampled = ScoringQueries(q, lse, queries.indptr, queries.position)
         opened = pages.opened.of(raw.keys[layer], raw.values[layer])
-        score_open(sampled, opened, raw.scores[layer], sm_scale)
+        score_open(sampled, opened, raw.scores[layer], softmax)
 
     def forward_decode(
         self,
@@ -239,7 +241,7 @@ class DiffXKVBackend(AttentionBackend):
         """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
         assert save_kv_cache  # models that write it themselves are hooked
         q, k, v = (x.view(len(x), -1, layer.qk_head_dim) for x in (q, k, v))
-        return self.decode.attend(layer.layer_id, q, k, v, layer.scaling).out.flatten(1)
+        return self.decode.attend(layer.layer_id, q, k, v, Softmax(layer.scaling)).out.flatten(1)
 
     def end_of_step(self) -> None:
         """After all layers: count the scores, and seal what is full, scored and not recent."""

@@ -15,6 +15,7 @@ from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.decode.work import SequencePages, WorkTiles, divide_work
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.score import RawTables, score_decode
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages, StepRequests, begin_decode
 from sglang_diffxkv.kernels.write import NewQKV, write_tokens
 from sglang_diffxkv.pool.store import PageStore
@@ -76,7 +77,7 @@ class DeviceDecode:
         return self._step
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax
     ) -> AttentionState:
         """Attention of the new tokens over all that is kept of one layer, themselves included.
 
@@ -93,8 +94,8 @@ class DeviceDecode:
         pages = store.layer_pages(layer)
         rotated = write_tokens(NewQKV(q, k, v, step.pages.rows), pages.keys, pages.values)
         q_sealed = rotated if store.layout.rotates else q
-        state = attend(q, q_sealed, pages, step.work.layer(layer), sm_scale, q.dtype)
+        state = attend(q, q_sealed, pages, step.work.layer(layer), softmax, q.dtype)
         if store.policy.needs_scores:
             raw = RawTables(pages.keys, store.directory.raw_slot, store.raw.scores[layer])
-            score_decode(q, state.lse, step.pages, raw, sm_scale)
+            score_decode(q, state.lse, step.pages, raw, softmax)
         return state

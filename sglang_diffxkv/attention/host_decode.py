@@ -9,6 +9,7 @@ from sglang_diffxkv.attention.batch_pages import page_metadata
 from sglang_diffxkv.kernels.decode.layer import DecodeLayers, LayerTables
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages
 from sglang_diffxkv.kernels.step.cpu import StepKernel
 from sglang_diffxkv.pool.store import PageStateError, PageStore
@@ -50,11 +51,11 @@ class HostDecode:
         return pages
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax
     ) -> AttentionState:
         """`DecodeLayers.attend` of this step, of whatever dtype and strides the model has."""
         q, k, v = (self._fitting(x) for x in (q, k, v))
-        return self._layers.attend(layer, q, k, v, sm_scale)
+        return self._layers.attend(layer, q, k, v, softmax)
 
     def _fitting(self, x: torch.Tensor) -> torch.Tensor:
         dtype, dim = self._layers.dtype, x.shape[2]

@@ -20,6 +20,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PRUNED
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.merge import triton as merge_triton
 from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support.attention import moved
 from tests.support.builders import (
     SealedArena,
@@ -81,14 +82,14 @@ def run(name: str, function: str, case: Case) -> AttentionState:
 
 
 def dense_reference(
-    q: torch.Tensor, kv: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], sm_scale: float
+    q: torch.Tensor, kv: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], softmax: Softmax
 ) -> AttentionState:
     """Attention of q [B, Hq, D] over kv[b] = keys, values [T, H, D] and a mask [T, H]."""
     parts = []
     for b, (keys, values, kept) in enumerate(kv):
         group = q.shape[1] // keys.shape[1]
         keys, values = (x.double().nan_to_num().repeat_interleave(group, 1) for x in (keys, values))
-        scores = torch.einsum("hd,thd->ht", q[b].double(), keys) * sm_scale
+        scores = torch.einsum("hd,thd->ht", q[b].double(), keys) * softmax.scale
         mask = kept.repeat_interleave(group, 1).T
         scores = scores.masked_fill(~mask, -math.inf)
         lse = torch.logsumexp(scores, 1) if len(keys) else torch.full((q.shape[1],), -math.inf)
@@ -118,7 +119,7 @@ class Case(NamedTuple):
 def sealed_case(
     arena: SealedArena, lengths: tuple[int, ...], group: int, dtype: torch.dtype
 ) -> Case:
-    layout, sm_scale = arena.layout, arena.layout.head_dim**-0.5
+    layout, softmax = arena.layout, Softmax(arena.layout.head_dim**-0.5)
     gen = torch.Generator().manual_seed(group)
     indptr, pages = page_lists(list(lengths), len(arena.frames), gen)
     q = torch.randn(len(lengths), layout.num_kv_heads * group, layout.head_dim, generator=gen)
@@ -128,8 +129,8 @@ def sealed_case(
         listed = pages[indptr[b] : indptr[b + 1]].long()
         kept = arena.tiers[listed].flatten(0, 1) != PRUNED
         kv.append((arena.keys[listed].flatten(0, 1), arena.values[listed].flatten(0, 1), kept))
-    args = (q, arena.tables.listed(indptr, pages), sm_scale)
-    return Case(args, dense_reference(q, kv, sm_scale))
+    args = (q, arena.tables.listed(indptr, pages), softmax)
+    return Case(args, dense_reference(q, kv, softmax))
 
 
 def check_sealed(
@@ -238,8 +239,9 @@ def open_case(dtype: torch.dtype, head_dim: int, group: int) -> Case:
         kv.append((keys, values, kept))
     position = torch.arange(8, dtype=torch.int32)
     opened = OpenPages(k_raw, v_raw, indptr, slots, position)
-    args = (q, opened, last_len, head_dim**-0.5)
-    return Case(args, dense_reference(q, kv, head_dim**-0.5))
+    softmax = Softmax(head_dim**-0.5)
+    args = (q, opened, last_len, softmax)
+    return Case(args, dense_reference(q, kv, softmax))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -270,7 +272,7 @@ def test_merge_matches_attention_over_all(name: str) -> None:
     whole, none = torch.ones_like(first), torch.zeros_like(first)
 
     def part(*masks: torch.Tensor) -> AttentionState:
-        parts = dense_reference(q, [(keys, values, mask) for mask in masks], 0.125)
+        parts = dense_reference(q, [(keys, values, mask) for mask in masks], Softmax(0.125))
         return AttentionState(parts.out.float().to(device), parts.lse.float().to(device))
 
     merged = merge(part(first, whole, none), part(~first, none, whole))

@@ -17,6 +17,7 @@ from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
 from sglang_diffxkv.kernels.score import RawTables
 from sglang_diffxkv.kernels.score import naive as score_naive
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages
 from tests.support.builders import build_sealed, error_norm, random_tiers
 from tests.support.layouts import layout_of
@@ -96,7 +97,7 @@ def make_case(layout: PageLayout, group: int, dtype: torch.dtype, scores: bool) 
     return Case(tables, pages, q, k, v)
 
 
-def reference(case: Case, index: int, sm_scale: float) -> AttentionState:
+def reference(case: Case, index: int, softmax: Softmax) -> AttentionState:
     """The same in float64, on the raw pages as they are; scores are added, too."""
     tables, pages, layout = case.tables, case.pages, case.tables.layout
     places = torch.arange(pages.table.shape[1])
@@ -107,17 +108,17 @@ def reference(case: Case, index: int, sm_scale: float) -> AttentionState:
     keys, values = tables.keys[index], tables.values[index]
     places = places.expand_as(is_open)[is_open].int()
     opened = OpenPages(keys, values, indptr[0], slots[is_open], places)
-    part = naive.decode_open(case.q, opened, pages.last_len, sm_scale)
+    part = naive.decode_open(case.q, opened, pages.last_len, softmax)
     q = rotate(case.q.double()).float() if layout.rotates else case.q
     listed = pages.table[is_sealed]
     of_layer = SealedTables(tables.arena, tables.frames[index], tables.heads[index], layout)
-    sealed = naive.decode_sealed(q, of_layer.listed(indptr[1], listed), sm_scale)
+    sealed = naive.decode_sealed(q, of_layer.listed(indptr[1], listed), softmax)
     if layout.rotates:
-        sealed = from_sealed(sealed, case.q, tables.key_means[index], sm_scale)
+        sealed = from_sealed(sealed, case.q, tables.key_means[index], softmax)
     part = merge_states(part, sealed)
     if tables.scores is not None:
         raw = RawTables(keys, tables.raw_slot, tables.scores[index])
-        score_naive.score_decode(case.q, part.lse, pages, raw, sm_scale)
+        score_naive.score_decode(case.q, part.lse, pages, raw, softmax)
     return part
 
 
@@ -152,7 +153,7 @@ def test_layer(
 ) -> None:
     layout = layout_of(*formats, head_dim=dim, kv_heads=KV_HEADS, itemsize=dtype.itemsize)
     case = make_case(layout, group, dtype, scores)
-    sm_scale = 1.7 * dim**-0.5
+    softmax = Softmax(1.7 * dim**-0.5)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -160,13 +161,13 @@ def test_layer(
         layers.begin(case.pages)
         for index in range(LAYERS):
             accum = None if not scores else case.tables.scores[index].clone()
-            part = layers.attend(index, case.q, case.k, case.v, sm_scale)
+            part = layers.attend(index, case.q, case.k, case.v, softmax)
             for raw, new in ((case.tables.keys, case.k), (case.tables.values, case.v)):
                 assert torch.equal(raw[index].flatten(0, 1)[case.pages.rows], new)
             actual = None if accum is None else case.tables.scores[index].clone()
             if accum is not None:
                 case.tables.scores[index].copy_(accum)
-            expected = reference(case, index, sm_scale)
+            expected = reference(case, index, softmax)
             tolerance = 3e-4 if isa == "avx512" else 1e-5
             assert part.out.dtype == dtype
             assert error_norm(part.out, expected.out) < tolerance + OUT[dtype]

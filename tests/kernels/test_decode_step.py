@@ -16,6 +16,7 @@ from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import merge_states
 from sglang_diffxkv.kernels.score import ScoringQueries, score_open
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
 from tests.support.builders import error_norm
@@ -23,7 +24,7 @@ from tests.support.device import as_on_gpu
 from tests.support.stores import STORE, make_store
 
 LAYERS, HEADS, DIM, _ = STORE
-WINDOW, GROUP, SCALE = 64, 4, 0.125
+WINDOW, GROUP, SOFTMAX = 64, 4, Softmax(0.125)
 LENGTHS, SEALED = [130, 64, 1, 330], [1, 0, 0, 4]
 
 
@@ -67,19 +68,19 @@ class World:
             note_use(store, pages, self.lens, WINDOW)
         raw = store.raw
         opened = pages.opened.of(raw.keys[layer], raw.values[layer])
-        part = decode_open(q, opened, pages.last_len, SCALE)
+        part = decode_open(q, opened, pages.last_len, SOFTMAX)
         tables = store.layer_pages(layer).tables
         q_sealed = rotate(q) if store.layout.rotates else q
         sealed = tables.listed(*pages.sealed)
-        found = decode_sealed(q_sealed, sealed, SCALE)
+        found = decode_sealed(q_sealed, sealed, SOFTMAX)
         if store.layout.rotates:
-            found = from_sealed(found, q, store.key_means.by_layer[layer], SCALE)
+            found = from_sealed(found, q, store.key_means.by_layer[layer], SOFTMAX)
         part = merge_states(part, found)
         if store.policy.needs_scores:
             scoring = ScoringSample.at(None, torch.arange(5, dtype=torch.int32), self.lens - 1)
             lse = part.lse - scoring.log2_seen
             queries = ScoringQueries(q, lse, scoring.indptr, scoring.position)
-            score_open(queries, opened, raw.scores[layer], SCALE)
+            score_open(queries, opened, raw.scores[layer], SOFTMAX)
             if layer == 0:
                 count_scores(store, pages, scoring)
         return part.out, part.lse
@@ -104,7 +105,7 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
         for pages in (device.store.raw.keys, device.store.raw.values):
             pages[layer].flatten(0, 1)[step.pages.rows] = torch.nan
         with as_on_gpu():
-            part = decode.attend(layer, q, *new, SCALE)
+            part = decode.attend(layer, q, *new, SOFTMAX)
         out, lse = host.on_host(layer)
         assert error_norm(part.out[:4], out) < 1e-3
         assert (part.lse[:4] - lse).abs().max() < 1e-3

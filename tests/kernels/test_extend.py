@@ -29,6 +29,7 @@ from sglang_diffxkv.kernels.pages import (
     Queries,
     SealedLists,
 )
+from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support.attention import assert_close, indptr, moved
 from tests.support.device import DEVICE
 from tests.support.sealed import random_tiers, seal
@@ -97,7 +98,7 @@ def test_sealed(
     queries, listed = indptr(3, 0, 5, 1, 2), indptr(4, 1, 0, 5, 2)
     pages = torch.tensor([5, 0, 2, 1, 2, 0, 1, 2, 3, 4, 3, 4], dtype=torch.int32)
     q = torch.randn(11, 2 * group, head_dim).to(dtype)
-    args = (starts_at_0(q, queries), data.tables.listed(listed, pages), 0.11)
+    args = (starts_at_0(q, queries), data.tables.listed(listed, pages), Softmax(0.11))
     expected = naive.extend_sealed(*args)
     assert (expected.lse == -torch.inf).any()
     part = implementation.extend_sealed(*on_device(implementation, args))
@@ -116,7 +117,7 @@ def test_sealed_in_many_blocks_and_groups(capability: int, monkeypatch: pytest.M
     q = torch.randn(50, 3 * 10 * 80)[:, 800:1600].view(50, 10, 80)
     pages = torch.arange(9, dtype=torch.int32) % 6
     listed = data.tables.listed(indptr(2, 0, 6, 1), pages)
-    args = (starts_at_0(q, indptr(1, 0, 44, 5)), listed, 0.1)
+    args = (starts_at_0(q, indptr(1, 0, 44, 5)), listed, Softmax(0.1))
     with assumed_capability(capability):
         part = triton.extend_sealed(*on_device(triton, args))
     assert_close(part, naive.extend_sealed(*args), 1e-3)
@@ -134,7 +135,7 @@ def test_sealed_with_scores_far_below_zero_and_constant_values() -> None:
     data = seal(layout, pages=3, dtype=torch.bfloat16, pack=pack, k=k, v=v)
     q = (-30 + torch.randn(5, 3, 64)).to(torch.bfloat16)
     listed = data.tables.listed(indptr(3), torch.arange(3).int())
-    args = (starts_at_0(q, indptr(5)), listed, 0.1)
+    args = (starts_at_0(q, indptr(5)), listed, Softmax(0.1))
     expected = naive.extend_sealed(*args)
     assert (expected.lse < -100).all()
     part = triton.extend_sealed(*on_device(triton, args))
@@ -159,7 +160,7 @@ def test_sealed_in_splits(
     q = torch.randn(5, 6, dim).to(torch.bfloat16)
     pages = torch.randint(0, 7, (23,), dtype=torch.int32)
     listed = data.tables.listed(indptr(19, 1, 3, 0), pages)
-    args = (starts_at_0(q, indptr(1, 0, 3, 1)), listed, 0.1)
+    args = (starts_at_0(q, indptr(1, 0, 3, 1)), listed, Softmax(0.1))
     part = triton.extend_sealed(*on_device(triton, args))
     assert_close(part, naive.extend_sealed(*args), 1e-3)
 
@@ -265,7 +266,7 @@ def check_open(
     starts = torch.tensor([start for start, _, _ in sequences]).int()
     counts = indptr(*(len(pages) for _, _, pages in sequences))
     opened = OpenPages(k, v, counts, slots, torch.tensor(listed).int())
-    args = (Queries(q, queries, starts), opened, 0.13)
+    args = (Queries(q, queries, starts), opened, Softmax(0.13))
     part = implementation.extend_open(*on_device(implementation, args))
     assert part.out.isfinite().all() and part.lse.isfinite().all()
     tolerance = 1e-3 if implementation is triton else 3e-6
@@ -307,7 +308,7 @@ def part_over(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionSta
     part = empty_state(q)
     for t in range(len(q)):
         for h in range(q.shape[1]):
-            part.out[t, h], part.lse[t, h] = naive.attend_one(q[t, h], k, v, 0.2)
+            part.out[t, h], part.lse[t, h] = naive.attend_one(q[t, h], k, v, Softmax(0.2))
     return part
 
 
@@ -353,14 +354,14 @@ def test_one_pass_over_sealed_and_open_pages(
     pages = LayerPages(data.tables, k, v, mean if layout.rotates else None)
     step = Prefill(batch, None)
     torch.set_num_threads(threads)
-    part = step.attend(q, pages, 0.1)
+    part = step.attend(q, pages, Softmax(0.1))
     torch.set_num_threads(1)  # the reference
     rotated = rotate(q.double()).float() if layout.rotates else q
     asked = Queries(q.contiguous(), queries, position)
     listed = data.tables.listed(*sealed)
-    expected = naive.extend_sealed(asked._replace(q=rotated), listed, 0.1)
+    expected = naive.extend_sealed(asked._replace(q=rotated), listed, Softmax(0.1))
     if layout.rotates:
-        expected = from_sealed(expected, asked.q, mean, 0.1)
-    expected = merge_states(expected, naive.extend_open(asked, opened.of(k, v), 0.1))
+        expected = from_sealed(expected, asked.q, mean, Softmax(0.1))
+    expected = merge_states(expected, naive.extend_open(asked, opened.of(k, v), Softmax(0.1)))
     assert_close(part, expected, 3e-6)
     assert_close(step.attend(q, pages, 0.1), part, 1e-6)

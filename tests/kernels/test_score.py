@@ -15,6 +15,7 @@ from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, naive, triton
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages
 from tests.support.builders import error_norm
 from tests.support.device import DEVICE
@@ -117,7 +118,7 @@ def check_scores(name: str, sequences: Sequences, dim: int) -> None:
     before = torch.rand(sequences.expected.shape, generator=torch.Generator().manual_seed(0))
     accum = before.to(device, copy=True)
     run = {"naive": naive.score_open, "triton": triton.score_open}.get(name, score.score_open)
-    run(*sequences.on(device), accum, dim**-0.5)
+    run(*sequences.on(device), accum, Softmax(dim**-0.5))
     accum = accum.cpu()
     assert error_norm(accum - before, sequences.expected) <= TOLERANCE.get(name, 1e-5)
     unseen = sequences.expected == 0
@@ -156,11 +157,11 @@ def test_decode_scores(
     counts, rows = -(-lens // PAGE_TOKENS), torch.zeros(4, dtype=torch.int64)
     step = StepPages(table, lens.int(), counts.int(), (lens.int() - 1) % PAGE_TOKENS + 1, rows)
     expected = before.double()
-    naive.score_decode(q, lse, step, RawTables(k_raw, raw_slot, expected), dim**-0.5)
+    naive.score_decode(q, lse, step, RawTables(k_raw, raw_slot, expected), Softmax(dim**-0.5))
     accum = before.to(DEVICE, copy=True)
     step = StepPages(*(x.to(DEVICE) for x in step))
     raw = RawTables(k_raw.to(DEVICE), raw_slot.to(DEVICE), accum)
-    triton.score_decode(q.to(DEVICE), lse.to(DEVICE), step, raw, dim**-0.5)
+    triton.score_decode(q.to(DEVICE), lse.to(DEVICE), step, raw, Softmax(dim**-0.5))
     assert error_norm(accum.cpu() - before, expected - before.double()) <= 1e-3
     unseen = expected == before
     assert unseen.any() and torch.equal(accum.cpu()[unseen], before[unseen])
@@ -174,7 +175,7 @@ def test_deterministic_with_shared_slots(monkeypatch: pytest.MonkeyPatch) -> Non
     results = []
     for _ in range(5):
         accum = torch.zeros(sequences.expected.shape)
-        score.score_open(*sequences[:2], accum, 0.125)
+        score.score_open(*sequences[:2], accum, Softmax(0.125))
         results.append(accum)
     assert error_norm(results[0], sequences.expected) <= 1e-5
     assert all(torch.equal(results[0], other) for other in results[1:])

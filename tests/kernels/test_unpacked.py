@@ -21,6 +21,7 @@ from sglang_diffxkv.kernels.layout import (
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pack import pack
 from sglang_diffxkv.kernels.pages import OpenLists, Queries, SealedLists
+from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support import layouts
 from tests.support.attention import assert_close, indptr, moved
 from tests.support.device import DEVICE
@@ -94,7 +95,7 @@ def check(
 ) -> None:
     """What is added to a part is what the reference computes."""
     before = random_part(*q.shape)
-    args = (asking(q, queries), data.tables.listed(*lists), q.shape[2] ** -0.5)
+    args = (asking(q, queries), data.tables.listed(*lists), Softmax(q.shape[2] ** -0.5))
     expected = merge_states(before, naive.extend_sealed(*args))
     part = AttentionState(*(x.to(DEVICE, copy=True) for x in before))
     unpacked.extend_unpacked(part, *moved(args, DEVICE), room)
@@ -179,7 +180,7 @@ def test_scores_far_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     lists = SealedLists(indptr(3), torch.arange(3).int())
     room = small_scratch(layout, torch.bfloat16, 4, monkeypatch)
     # Exponents of hundreds leave the weights fewer exact bits.
-    args = (asking(q, indptr(5)), data.tables.listed(*lists), 0.1)
+    args = (asking(q, indptr(5)), data.tables.listed(*lists), Softmax(0.1))
     part = naive.empty_state(q)
     part = AttentionState(*(x.to(DEVICE) for x in part))
     unpacked.extend_unpacked(part, *moved(args, DEVICE), room)
@@ -224,7 +225,7 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
     q = torch.randn(sum(new), 4, 64)
     queries = indptr(*new)
     before = random_part(*q.shape)
-    args = (asking(q, queries), data.tables.listed(*lists), 0.1)
+    args = (asking(q, queries), data.tables.listed(*lists), Softmax(0.1))
     expected = merge_states(before, naive.extend_sealed(*args))
     monkeypatch.setattr(scratch, "MOST_TOKENS", 3 * PAGE_TOKENS)
     called = []
@@ -238,7 +239,7 @@ def test_each_sequence_is_served_its_way(new: list[int], monkeypatch: pytest.Mon
         batch, mine = moved((prefill_batch(queries, lists, new, PREFIX), args[0]), FAKE)
         with waits() as waited:
             step = SealedPrefill(batch, room)
-            found = step.attend(mine, moved(data.tables, FAKE), 0.1)
+            found = step.attend(mine, moved(data.tables, FAKE), Softmax(0.1))
             part = merge_states(moved(before, FAKE), found)
             assert waited == []
         part = AttentionState(*(x.cpu() for x in part))

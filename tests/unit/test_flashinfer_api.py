@@ -16,6 +16,7 @@ from sglang_diffxkv.kernels.extend import extend_open, flashinfer, naive
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages, Queries
+from sglang_diffxkv.kernels.softmax import Softmax
 
 
 def step(dtype: torch.dtype = torch.float32) -> tuple[Queries, OpenPages]:
@@ -50,7 +51,7 @@ def test_our_calls_fit_the_installed_signatures(wrapper: mock.MagicMock) -> None
     prefill = OpenPrefill(torch.full((2,), PAGE_TOKENS, dtype=torch.int32))
     planned = wrapper.return_value
     for scale, plans in ((0.1, 1), (0.1, 1), (0.2, 2)):
-        part = prefill.attend(queries, opened, scale)
+        part = prefill.attend(queries, opened, Softmax(scale))
         assert planned.plan.call_count == plans
         assert planned.plan.call_args.kwargs["sm_scale"] == scale
         assert part.out.dtype == part.lse.dtype == torch.float32
@@ -61,7 +62,10 @@ def test_elsewhere_our_own_kernel_runs() -> None:
     queries, opened = step()
     assert not flashinfer.supports(queries.q)
     prefill = OpenPrefill(torch.full((2,), PAGE_TOKENS, dtype=torch.int32))
-    part, expected = prefill.attend(queries, opened, 0.1), extend_open(queries, opened, 0.1)
+    part, expected = (
+        prefill.attend(queries, opened, Softmax(0.1)),
+        extend_open(queries, opened, Softmax(0.1)),
+    )
     assert torch.equal(part.out, expected.out) and torch.equal(part.lse, expected.lse)
 
 
@@ -71,7 +75,7 @@ def test_its_reference_means_what_ours_does() -> None:
 
     (q, q_indptr, _), (k, v, indptr, slots, _) = queries, opened = step()
     out, lse = _gqa_paged_prefill_reference(q, k, v, q_indptr, indptr, slots, 0.1)
-    expected = naive.extend_open(queries, opened, 0.1)
+    expected = naive.extend_open(queries, opened, Softmax(0.1))
     torch.testing.assert_close(out.float(), expected.out, rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(lse, expected.lse, rtol=1e-4, atol=1e-4)
 

@@ -14,6 +14,7 @@ from sglang_diffxkv.kernels.extend import flashinfer, naive
 from sglang_diffxkv.kernels.extend.flashinfer import Shape, make_ready, supports
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.pages import OpenPages, Queries
+from sglang_diffxkv.kernels.softmax import Softmax
 
 CPU = torch.device("cpu")
 SHAPE = Shape(CPU, torch.bfloat16, heads=4, kv_heads=2, head_dim=64)
@@ -38,7 +39,7 @@ class Wrapper:
 
     def plan(self, *args: Any, causal: bool, sm_scale: float, **dtypes: torch.dtype) -> None:
         assert causal and set(dtypes) == {"q_data_type", "kv_data_type"}
-        self.lists, self.sm_scale = args[:4], sm_scale
+        self.lists, self.softmax = args[:4], Softmax(sm_scale)
         self.plans += 1
 
     def run(
@@ -49,7 +50,7 @@ class Wrapper:
         position = torch.cat([torch.arange(n) for n in listed.tolist()])
         start = (listed - 1) * 64 + last_len - q_indptr.diff()
         queries = Queries(q, q_indptr, start)
-        part = naive.extend_open(queries, OpenPages(*kv, indptr, slots, position), self.sm_scale)
+        part = naive.extend_open(queries, OpenPages(*kv, indptr, slots, position), self.softmax)
         assert return_lse
         return part.out.to(q.dtype), self.lse_factor * part.lse
 
@@ -94,7 +95,7 @@ def test_our_kernel_serves_where_it_fails(build: Any, caplog: pytest.LogCaptureF
         assert text in record.message
     prefill, lists = open_prefill()
     new, raw = Queries(queries(3, 4, 64), *lists[:2]), queries(2, 2, 64, 2, 64)
-    part = prefill.attend(new, OpenPages(*raw, *lists[2:]), 0.1)
+    part = prefill.attend(new, OpenPages(*raw, *lists[2:]), Softmax(0.1))
     assert part.out.isfinite().all()
 
 
@@ -120,7 +121,7 @@ def test_it_serves_where_it_is_right(caplog: pytest.LogCaptureFixture) -> None:
     step, lists = open_prefill()
     new, raw = Queries(queries(3, 4, 64), *lists[:2]), queries(2, 2, 64, 2, 64)
     for scale, plans in ((0.1, 2), (0.1, 2), (0.2, 3)):
-        step.attend(new, OpenPages(*raw, *lists[2:]), scale)
+        step.attend(new, OpenPages(*raw, *lists[2:]), Softmax(scale))
         assert wrapper.plans == plans
 
 

@@ -14,12 +14,13 @@ from sglang_diffxkv.kernels.extend import extend_sealed
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pages import Queries
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.pool.sealing import seal
 from tests.support.builders import error_norm
 from tests.support.stores import STORE, make_store
 
 LAYERS, HEADS, DIM, _ = STORE
-PAGES, GROUP, SCALE = 3, 2, DIM**-0.5
+PAGES, GROUP, SOFTMAX = 3, 2, Softmax(DIM**-0.5)
 CASES = [
     ("uniform", Tiers("K8V8", "K4V2"), True, 0.02),
     ("uniform", Tiers("K4V4", "K4V2"), True, 0.25),
@@ -54,10 +55,10 @@ def test_attention_over_sealed_pages(policy: str, tiers: Tiers, rotates: bool, m
         sealed = store.layer_pages(layer).tables.listed(indptr, pages.int())
         one = torch.tensor([0, 1], dtype=torch.int32)
         queries = Queries(rotate(q) if rotates else q, one, PAGES * PAGE_TOKENS * one[:1])
-        parts = decode_sealed(queries.q, sealed, SCALE), extend_sealed(queries, sealed, SCALE)
+        parts = decode_sealed(queries.q, sealed, SOFTMAX), extend_sealed(queries, sealed, SOFTMAX)
         if rotates:
             mean = store.key_means.by_layer[layer]
-            parts = tuple(from_sealed(part, q, mean, SCALE) for part in parts)
+            parts = tuple(from_sealed(part, q, mean, SOFTMAX) for part in parts)
         expected = attention(q, k[layer].flatten(0, 1), v[layer].flatten(0, 1))
         for part in parts:
             assert error_norm(part.out, expected.out) < most
@@ -67,6 +68,6 @@ def test_attention_over_sealed_pages(policy: str, tiers: Tiers, rotates: bool, m
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> AttentionState:
     """In float64, of q [1, Hq, D] over k, v [n, H, D]."""
     keys, values = (x.double().repeat_interleave(GROUP, 1) for x in (k, v))
-    scores = torch.einsum("thd,nhd->thn", q.double(), keys) * SCALE
+    scores = torch.einsum("thd,nhd->thn", q.double(), keys) * SOFTMAX.scale
     out = torch.einsum("thn,nhd->thd", scores.softmax(-1), values)
     return AttentionState(out, scores.logsumexp(-1) * math.log2(math.e))

@@ -30,6 +30,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout, head_counts
 from sglang_diffxkv.kernels.pack import unpack
 from sglang_diffxkv.kernels.pages import SealedTables
 from sglang_diffxkv.kernels.score import ScoringQueries, score_open
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.directory import PageDirectory
@@ -148,7 +149,7 @@ class Sealer:
                 ScoringQueries(mine, lse, queries.indptr, queries.position),
                 batch.opened.of(raw.keys[layer], raw.values[layer]),
                 raw.scores[layer],
-                scale,
+                Softmax(scale),
             )
         count_scores(self.store, batch, queries)
 

@@ -21,6 +21,7 @@ from sglang_diffxkv.kernels.merge import empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, copy_rows, pack, unpack
 from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, Queries, SealedPages, SealedTables
 from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, score_decode, score_open
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import PageMetadata, StepPages, StepRequests, begin_decode
 from sglang_diffxkv.kernels.write import NewQKV, write_tokens
 from tests.support.layouts import layout_of
@@ -65,8 +66,8 @@ class Setting(NamedTuple):
         return f"{self.model.name} {tiers} {str(self.dtype).removeprefix('torch.')}"
 
     @property
-    def sm_scale(self) -> float:
-        return self.model.head_dim**-0.5
+    def softmax(self) -> Softmax:
+        return Softmax(self.model.head_dim**-0.5)
 
     def of_model(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device="meta")
@@ -147,7 +148,7 @@ def _decode(s: Setting) -> None:
         tables = SealedTables(s.arena(), s.tables()[0], heads[layer], s.layout)
         mine = LayerPages(tables, s.raw_pages(), s.raw_pages(), s.key_mean())
         q = s.queries(BATCH)
-        attend(q, q, mine, work.layer(layer), s.sm_scale, s.dtype)
+        attend(q, q, mine, work.layer(layer), s.softmax, s.dtype)
 
 
 def _decode_parts(s: Setting) -> None:
@@ -155,14 +156,14 @@ def _decode_parts(s: Setting) -> None:
     if s is not SETTINGS[0]:
         return
     q = s.queries(BATCH)
-    decode_sealed(q, s.sealed_pages(BATCH, PAGES), s.sm_scale)
-    decode_open(q, s.opened(), ints(BATCH), s.sm_scale)
+    decode_sealed(q, s.sealed_pages(BATCH, PAGES), s.softmax)
+    decode_open(q, s.opened(), ints(BATCH), s.softmax)
 
 
 def _extend_sealed(s: Setting) -> None:
-    extend_sealed(s.new_tokens(QUERIES, BATCH), s.sealed_pages(BATCH, PAGES), s.sm_scale)
+    extend_sealed(s.new_tokens(QUERIES, BATCH), s.sealed_pages(BATCH, PAGES), s.softmax)
     # Few queries, whose pages are split.
-    extend_sealed(s.new_tokens(16, 1), s.sealed_pages(1, PAGES), s.sm_scale)
+    extend_sealed(s.new_tokens(16, 1), s.sealed_pages(1, PAGES), s.softmax)
 
 
 def _extend_unpacked(s: Setting) -> None:
@@ -173,17 +174,17 @@ def _extend_unpacked(s: Setting) -> None:
         queries = s.new_tokens(tokens, batch)
         queries = queries._replace(q=queries.q.to(dtype))
         sealed = s.sealed_pages(batch, scratch.pages)
-        extend_unpacked(empty_state(queries.q), queries, sealed, s.sm_scale, scratch)
+        extend_unpacked(empty_state(queries.q), queries, sealed, s.softmax, scratch)
 
 
 def _extend_open(s: Setting) -> None:
-    extend_open(s.new_tokens(QUERIES, BATCH), s.opened(), s.sm_scale)
+    extend_open(s.new_tokens(QUERIES, BATCH), s.opened(), s.softmax)
 
 
 def _score_open(s: Setting) -> None:
     lse = floats(QUERIES, s.model.heads)
     queries = ScoringQueries(s.queries(QUERIES), lse, ints(BATCH + 1), ints(QUERIES))
-    score_open(queries, s.opened(), s.accumulated(), s.sm_scale)
+    score_open(queries, s.opened(), s.accumulated(), s.softmax)
 
 
 def _score_decode(s: Setting) -> None:
@@ -191,7 +192,7 @@ def _score_decode(s: Setting) -> None:
     table, rows = ints(BATCH, PAGES // BATCH), torch.empty(BATCH, dtype=torch.int64, device="meta")
     pages = StepPages(table, ints(BATCH), ints(BATCH), ints(BATCH), rows)
     raw = RawTables(s.raw_pages(), ints(PAGES), s.accumulated())
-    score_decode(q, lse, pages, raw, s.sm_scale)
+    score_decode(q, lse, pages, raw, s.softmax)
 
 
 def _pack(s: Setting) -> None:

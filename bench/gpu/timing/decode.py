@@ -28,6 +28,7 @@ from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge.tile_kernels import merge_work_tiles
 from sglang_diffxkv.kernels.score import RawTables
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages
 
 BATCHES = (1, 8, 32, 64, 256)
@@ -63,14 +64,14 @@ def tiny_loads() -> list[Load]:
 def our_candidates(load: Load, layers: Layers, copies: int) -> dict[str, Candidate]:
     """The whole operation of a layer whose work is divided already, and its parts."""
     device = layers.arena.device
-    triton, sm_scale = kernels("decode"), load.model.dim**-0.5
+    triton, softmax = kernels("decode"), Softmax(load.model.dim**-0.5)
     work = divide_work(layers.sequences, layers.heads, layers.layout)
     q = torch.randn(copies, load.batch, load.model.heads, load.model.dim, device=device)
     q = q.to(torch.bfloat16)
     mean = torch.randn(load.model.kv_heads, load.model.dim, device=device)
 
     def attend(i: int) -> None:
-        triton.attend(q[i], q[i], layers.pages(i, mean), work.layer(i), sm_scale)
+        triton.attend(q[i], q[i], layers.pages(i, mean), work.layer(i), softmax)
 
     merge = merging(attend, copies)
     return {"diffxkv": attend, "merge": merge, "score_decode": scoring(load, layers, q)}
@@ -78,7 +79,7 @@ def our_candidates(load: Load, layers: Layers, copies: int) -> dict[str, Candida
 
 def scoring(load: Load, layers: Layers, q: torch.Tensor) -> Candidate:
     """What the tokens of open pages receive in the step, for policies that ask at every step."""
-    sequences, sm_scale = layers.sequences, load.model.dim**-0.5
+    sequences, softmax = layers.sequences, Softmax(load.model.dim**-0.5)
     assert sequences.raw_slot is not None
     device, raw_slot = q.device, sequences.raw_slot
     pages = StepPages(
@@ -92,7 +93,7 @@ def scoring(load: Load, layers: Layers, q: torch.Tensor) -> Candidate:
     shape = (layers.k_raw.shape[1], load.model.kv_heads, PAGE_TOKENS)
     accum = torch.zeros(shape, device=device)
     run = kernels("score").score_decode
-    return lambda i: run(q[i], lse, pages, RawTables(layers.k_raw[i], raw_slot, accum), sm_scale)
+    return lambda i: run(q[i], lse, pages, RawTables(layers.k_raw[i], raw_slot, accum), softmax)
 
 
 def merging(attend: Candidate, copies: int) -> Candidate:

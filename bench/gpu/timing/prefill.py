@@ -22,6 +22,7 @@ from sglang_diffxkv.kernels.merge import empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows
 from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedTables
 from sglang_diffxkv.kernels.score import ScoringQueries
+from sglang_diffxkv.kernels.softmax import Softmax
 
 SCORE_QUERIES = 64
 COPIES = 2
@@ -76,7 +77,7 @@ class Ours:
 
     def __init__(self, chunk: Chunk, device: torch.device) -> None:
         model = chunk.model
-        self.chunk, self.device, self.sm_scale = chunk, device, model.dim**-0.5
+        self.chunk, self.device, self.softmax = chunk, device, Softmax(model.dim**-0.5)
         self.prefix: Layers = draw(Load(model, 1, chunk.prefix, USUAL), COPIES, device)
         # The chunk's own pages: raw, and sealed with the tiers of another draw.
         self.pages = chunk.tokens // PAGE_TOKENS
@@ -103,7 +104,7 @@ class Ours:
         run, queries = kernels("extend").extend_sealed, self.queries(self.chunk.prefix)
 
         def extend(i: int) -> None:
-            run(queries, self.prefix.sealed(i), self.sm_scale)
+            run(queries, self.prefix.sealed(i), self.softmax)
 
         return extend
 
@@ -111,7 +112,7 @@ class Ours:
         run, queries, opened = kernels("extend").extend_open, self.queries(0), self.opened()
 
         def extend(_: int) -> None:
-            run(queries, opened, self.sm_scale)
+            run(queries, opened, self.softmax)
 
         return extend
 
@@ -125,7 +126,7 @@ class Ours:
         queries, opened = self.queries(0), self.opened()
 
         def prefill(_: int) -> None:
-            step.attend(queries, opened, self.sm_scale)
+            step.attend(queries, opened, self.softmax)
 
         return prefill
 
@@ -141,7 +142,7 @@ class Ours:
         opened = self.opened()
 
         def score(_: int) -> None:
-            run(queries, opened, accum, self.sm_scale)
+            run(queries, opened, accum, self.softmax)
 
         return score
 
@@ -171,17 +172,17 @@ def measure_crossover(
 
     layers: Layers = draw(Load(model, 1, prefix, USUAL), COPIES, device)
     scratch = make_scratch(layers.layout, torch.bfloat16, device)
-    run_fused, sm_scale = kernels("extend").extend_sealed, model.dim**-0.5
+    run_fused, softmax = kernels("extend").extend_sealed, Softmax(model.dim**-0.5)
     for count in tokens:
         q = torch.randn(count, model.heads, model.dim, device=device)
         bounds = torch.tensor([0, count, prefix], dtype=torch.int32, device=device)
         new, part = Queries(q, bounds[:2], bounds[2:]), empty_state(q)
 
         def fused(i: int, new: Queries = new, part: Any = part) -> None:
-            merge_states(part, run_fused(new, layers.sealed(i), sm_scale))
+            merge_states(part, run_fused(new, layers.sealed(i), softmax))
 
         def dense(i: int, new: Queries = new, part: Any = part) -> None:
-            unpacked.extend_unpacked(part, new, layers.sealed(i), sm_scale, scratch)
+            unpacked.extend_unpacked(part, new, layers.sealed(i), softmax, scratch)
 
         def unpack(i: int) -> None:
             tables = layers.tables(i)

@@ -19,6 +19,7 @@ from bench.gpu.verify.check import TOLERANCE, compare
 from sglang_diffxkv.kernels.decode import work as dividing
 from sglang_diffxkv.kernels.decode.constants import Constants, attend_constants
 from sglang_diffxkv.kernels.merge import AttentionState
+from sglang_diffxkv.kernels.softmax import Softmax
 
 
 class Setting(NamedTuple):
@@ -87,7 +88,7 @@ class Input:
         self.layers = draw(load, self.copies, device)
         q = torch.randn(self.copies, load.batch, load.model.heads, load.model.dim, device=device)
         self.q = q.to(torch.bfloat16)
-        self.sm_scale = load.model.dim**-0.5
+        self.softmax = Softmax(load.model.dim**-0.5)
         self.bytes = self.layers.payload_bytes()
 
     def candidate(self, setting: Setting) -> tuple[Candidate, AttentionState]:
@@ -99,7 +100,7 @@ class Input:
         def attend(i: int) -> AttentionState:
             with overridden(setting):
                 return kernels("decode").attend(
-                    self.q[i], self.q[i], layers.pages(i), work.layer(i), self.sm_scale
+                    self.q[i], self.q[i], layers.pages(i), work.layer(i), self.softmax
                 )
 
         return attend, attend(0)

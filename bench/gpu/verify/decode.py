@@ -19,6 +19,7 @@ from sglang_diffxkv.kernels.decode.work import divide_work
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pages import OpenPages
+from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support import torch_pack
 from tests.support.layouts import layout_of
 
@@ -101,11 +102,11 @@ def draw(case: Case, device: torch.device) -> Layers:
 
 def naive_layer(layers: Layers, layer: int, queries: Queries) -> AttentionState:
     """The readable reference over both kinds of pages."""
-    q, q_sealed, sm_scale, key_mean = queries
+    q, q_sealed, softmax, key_mean = queries
     cpu = torch.device("cpu")
-    sealed = naive.decode_sealed(*to(cpu, q_sealed, layers.sealed(layer), sm_scale))
+    sealed = naive.decode_sealed(*to(cpu, q_sealed, layers.sealed(layer), softmax))
     if key_mean is not None:
-        sealed = from_sealed(sealed, *to(cpu, q, key_mean, sm_scale))
+        sealed = from_sealed(sealed, *to(cpu, q, key_mean, softmax))
     sequences = layers.sequences
     if sequences.raw_slot is None:
         return sealed
@@ -117,7 +118,7 @@ def naive_layer(layers: Layers, layer: int, queries: Queries) -> AttentionState:
     position = torch.cat([torch.arange(len(x)) for x in slots]).int()
     lists = torch.tensor(indptr, dtype=torch.int32), torch.cat(slots), position
     opened = OpenPages(layers.k_raw[layer], layers.v_raw[layer], *lists)
-    found = naive.decode_open(*to(cpu, q, opened, sequences.last_len, sm_scale))
+    found = naive.decode_open(*to(cpu, q, opened, sequences.last_len, softmax))
     return merge64([sealed, found])
 
 
@@ -127,7 +128,7 @@ def check(case: Case, device: torch.device, *, large: bool) -> Found:
     In the second layer what is found in sealed pages comes back from their basis.
     """
     layers = draw(case, device)
-    triton, sm_scale = kernels("decode"), case.dim**-0.5
+    triton, softmax = kernels("decode"), Softmax(case.dim**-0.5)
     shape = (2, len(case.drops), case.kv_heads * case.group, case.dim)
     q, q_sealed = (torch.randn(shape, device=device).to(case.dtype) for _ in range(2))
     work = divide_work(layers.sequences, layers.heads, layers.layout)
@@ -135,8 +136,8 @@ def check(case: Case, device: torch.device, *, large: bool) -> Found:
     reference = decode_layer if large else naive_layer
     for layer, key_mean in enumerate((None, torch.randn(case.kv_heads, case.dim, device=device))):
         pages, mine = layers.pages(layer, key_mean), work.layer(layer)
-        part = triton.attend(q[layer], q_sealed[layer], pages, mine, sm_scale)
-        queries = Queries(q[layer], q_sealed[layer], sm_scale, key_mean)
+        part = triton.attend(q[layer], q_sealed[layer], pages, mine, softmax)
+        queries = Queries(q[layer], q_sealed[layer], softmax, key_mean)
         expected = reference(layers, layer, queries)
         found.append(compare(part, expected))
     return worst(found)
@@ -147,7 +148,7 @@ def check_public(device: torch.device) -> Found:
     case = Case(open_pages=0, drops=(1, 0, 5), group=5)
     layers = draw(case, device)
     q = torch.randn(3, 10, case.dim, device=device).to(case.dtype)
-    part = kernels("decode").decode_sealed(q, layers.sealed(0), 0.1)
+    part = kernels("decode").decode_sealed(q, layers.sealed(0), Softmax(0.1))
     return compare(part, naive_layer(layers, 0, Queries(q, q, 0.1)))
 
 
@@ -162,7 +163,7 @@ def check_open(device: torch.device) -> Found:
     q = torch.randn(3, 8, case.dim, device=device).to(case.dtype)
     position = torch.arange(9, dtype=torch.int32, device=device) % 3
     opened = OpenPages(layers.k_raw[0], layers.v_raw[0], indptr, slots, position)
-    args = (q, opened, sequences.last_len, 0.1)
+    args = (q, opened, sequences.last_len, Softmax(0.1))
     expected = naive.decode_open(*to(torch.device("cpu"), *args))
     return compare(kernels("decode").decode_open(*args), expected)
 

@@ -18,6 +18,7 @@ from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, make_scratch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState, empty_state
 from sglang_diffxkv.kernels.pages import OpenPages, Queries, SealedPages
+from sglang_diffxkv.kernels.softmax import Softmax
 
 CPU = torch.device("cpu")
 
@@ -79,7 +80,7 @@ def check_sealed(sealed: Sealed, device: torch.device, *, large: bool) -> Found:
     q_shape = sum(sealed.queries), case.kv_heads * case.group, case.dim
     q = torch.randn(q_shape, device=device).to(case.dtype)
     queries = indptr(sealed.queries, device)
-    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), case.dim**-0.5)
+    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), Softmax(case.dim**-0.5))
     part = kernels("extend").extend_sealed(*args)
     expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
     return compare(part, expected)
@@ -103,20 +104,20 @@ def check_unpacked(sealed: Sealed, device: torch.device, *, large: bool) -> Foun
     q = torch.randn(sum(sealed.queries), case.kv_heads * case.group, case.dim, device=device)
     q = q.float() if layers.layout.rotates else q.to(case.dtype)
     queries = indptr(sealed.queries, device)
-    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), case.dim**-0.5)
+    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), Softmax(case.dim**-0.5))
     part = empty_state(q)
     extend_unpacked(part, *args, poisoned_scratch(layers, case.dtype, device))
     expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
     return compare(part, expected)
 
 
-def reference(queries: Queries, sealed: SealedPages, sm_scale: float) -> AttentionState:
+def reference(queries: Queries, sealed: SealedPages, softmax: Softmax) -> AttentionState:
     """`extend_sealed` in float64, on the device."""
     q, bounds, listed = queries.q, queries.indptr.tolist(), sealed.indptr.tolist()
     parts = []
     for b in range(len(bounds) - 1):
         tokens = sealed_tokens(sealed.tables, sealed.pages[listed[b] : listed[b + 1]], q.dtype)
-        parts.append(attend(q[bounds[b] : bounds[b + 1]], tokens, sm_scale))
+        parts.append(attend(q[bounds[b] : bounds[b + 1]], tokens, softmax))
     return AttentionState(torch.cat([x.out for x in parts]), torch.cat([x.lse for x in parts]))
 
 
@@ -140,7 +141,7 @@ def draw_open(case: Open, device: torch.device) -> tuple[Queries, OpenPages, flo
     queries = Queries(q.to(case.dtype), indptr(new, device), position)
     counts = indptr(tuple(len(x) for x in listed), device)
     positions = torch.tensor(pages, dtype=torch.int32, device=device)
-    return queries, OpenPages(*raw, counts, slots, positions), case.dim**-0.5
+    return queries, OpenPages(*raw, counts, slots, positions), Softmax(case.dim**-0.5)
 
 
 def check_open(case: Open, device: torch.device) -> Found:

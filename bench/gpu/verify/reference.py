@@ -18,6 +18,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, head_counts
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.pack import TokenRows
 from sglang_diffxkv.kernels.pages import SealedTables
+from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support import torch_pack
 
 LOG2_E = math.log2(math.e)
@@ -48,12 +49,12 @@ def sealed_tokens(tables: SealedTables, pages: torch.Tensor, raw_dtype: torch.dt
     return Tokens(by_head(k, dim).double(), by_head(v, dim).double(), by_head(kept, 1)[..., 0])
 
 
-def attend(q: torch.Tensor, tokens: Tokens, sm_scale: float) -> AttentionState:
+def attend(q: torch.Tensor, tokens: Tokens, softmax: Softmax) -> AttentionState:
     """Queries [T, Hq, D] over all ``kept`` tokens, without a causal mask."""
     count, q_heads, dim = q.shape
     kv_heads = len(tokens.k)
     grouped = q.double().view(count, kv_heads, -1, dim).transpose(0, 1).reshape(kv_heads, -1, dim)
-    scores = grouped @ tokens.k.mT * sm_scale
+    scores = grouped @ tokens.k.mT * softmax.scale
     scores = scores.masked_fill(~tokens.kept[:, None], -math.inf)
     lse = scores.logsumexp(-1)
     weights = (scores - lse[..., None].nan_to_num(neginf=0)).exp()
@@ -77,25 +78,25 @@ class Queries(NamedTuple):
 
     q: torch.Tensor
     q_sealed: torch.Tensor
-    sm_scale: float
+    softmax: Softmax
     key_mean: torch.Tensor | None = None
 
 
 def decode_layer(layers: Layers, layer: int, queries: Queries) -> AttentionState:
     """Every sequence's query over its open and its sealed pages."""
-    q, q_sealed, sm_scale, key_mean = queries
+    q, q_sealed, softmax, key_mean = queries
     outs, lses = [], []
     for b in range(len(q)):
         parts = []
         mine = slice(int(layers.sealed_indptr[b]), int(layers.sealed_indptr[b + 1]))
         pages = layers.sealed_pages[mine]
         sealed = sealed_tokens(layers.tables(layer), pages, layers.k_raw.dtype)
-        found = attend(q_sealed[b : b + 1], sealed, sm_scale)
+        found = attend(q_sealed[b : b + 1], sealed, softmax)
         if key_mean is not None:
-            found = from_sealed(found, q[b : b + 1], key_mean, sm_scale)
+            found = from_sealed(found, q[b : b + 1], key_mean, softmax)
         parts.append(found)
         if layers.sequences.raw_slot is not None:
-            parts.append(attend(q[b : b + 1], _open_tokens(layers, layer, b), sm_scale))
+            parts.append(attend(q[b : b + 1], _open_tokens(layers, layer, b), softmax))
         whole = merge64(parts)
         outs.append(whole.out)
         lses.append(whole.lse)

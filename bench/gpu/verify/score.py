@@ -15,6 +15,7 @@ from bench.gpu.verify.extend import indptr
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, naive
+from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import StepPages
 
 CPU = torch.device("cpu")
@@ -65,9 +66,9 @@ def check(case: Case, device: torch.device) -> Found:
     queries, opened = ScoringQueries(q, lse, *asking), OpenPages(k_raw, k_raw, *lists)
     before = accum.cpu().clone()
     expected = before.double()
-    kernels("score").score_open(queries, opened, accum, case.dim**-0.5)
+    kernels("score").score_open(queries, opened, accum, Softmax(case.dim**-0.5))
     cpu = ScoringQueries(*to(CPU, *queries)), OpenPages(*to(CPU, *opened))
-    naive.score_open(*cpu, expected, case.dim**-0.5)
+    naive.score_open(*cpu, expected, Softmax(case.dim**-0.5))
     return Found(relative_error(accum.cpu() - before, expected - before))
 
 
@@ -121,13 +122,13 @@ def check_decode(case: Decode, device: torch.device) -> Found:
     nowhere = torch.zeros(batch, dtype=torch.int64, device=device)
     step = StepPages(table, lengths, ints(counts, device), (lengths - 1) % PAGE_TOKENS + 1, nowhere)
     raw = RawTables(k_raw, raw_slot, accum)
-    kernels("score").score_decode(q, lse, step, raw, dim**-0.5)
+    kernels("score").score_decode(q, lse, step, raw, Softmax(dim**-0.5))
     expected = before.double()
     asking = torch.arange(batch + 1), lengths.cpu() - 1
     queries = ScoringQueries(q.cpu(), lse.cpu() - seen, *asking)
     lists = indptr(tuple(len(x) for x in slots), device), torch.cat(slots), torch.cat(positions)
     opened = OpenPages(*to(CPU, k_raw, k_raw, *lists))
-    naive.score_open(queries, opened, expected, dim**-0.5)
+    naive.score_open(queries, opened, expected, Softmax(dim**-0.5))
     return Found(relative_error(accum.cpu() - before, expected - before))
 
 

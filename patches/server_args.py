@@ -6,6 +6,7 @@ processes keeps attributes that are no fields, and new fields cannot be added to
 everything pass as it is unless the backend is ours.
 """
 
+import logging
 import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.model_validation import check_model_config
 from sglang_diffxkv.patches.validation import (
     BACKEND,
+    FP8_DTYPES,
     captures_decode,
     check_kv_dtype,
     check_resolution,
@@ -33,6 +35,8 @@ from sglang_diffxkv.patches.validation import (
 )
 from sglang_diffxkv.policy.registry import policy_class
 from sglang_diffxkv.pool.host_memory import available_memory, too_much
+
+logger = logging.getLogger(__name__)
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
 _FROM_CLI = "_diffxkv_from_cli"
@@ -101,6 +105,7 @@ def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
         setattr(server_args, _FRACTION_GIVEN, given)
         with _refusing(server_args):
             check_server_args(server_args)
+        _keep_model_dtype(server_args)
         if resolving_view(server_args).page_size is None:
             declare_resolution(server_args, BACKEND, page_size=PAGE_TOKENS)
         # Declared before SGLang reads them, so that no memory is set aside for these graphs.
@@ -109,6 +114,18 @@ def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
     # Which device it is, where the user does not say, is among the defaults that were just set.
     if is_requested(server_args) and not captures_decode(server_args):
         declare_resolution(server_args, BACKEND, disable_decode_cuda_graph=True)
+
+
+def _keep_model_dtype(server_args: Any) -> None:
+    """Raw pages keep the model's dtype where fp8 was asked for: to keep more is to lose less."""
+    asked = resolving_view(server_args).kv_cache_dtype
+    if asked in FP8_DTYPES:
+        logger.warning(
+            "diffxkv: --kv-cache-dtype %s: raw pages stay in the model's dtype, sealed ones are "
+            "compressed by their tiers",
+            asked,
+        )
+        declare_resolution(server_args, BACKEND, kv_cache_dtype="auto")
 
 
 def _check_resolved_with_us(self: Any) -> None:

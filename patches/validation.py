@@ -19,6 +19,10 @@ WORKER_APP = "sglang_diffxkv.worker_app:app"
 """The HTTP application that tokenizer workers serve."""
 
 
+FP8_DTYPES = ("fp8_e4m3", "fp8_e5m2")
+"""Of `--kv-cache-dtype`: recipes pin them for KV that is not compressed otherwise."""
+
+
 class _Flag(NamedTuple):
     """A field of ServerArgs, the values that we go with, and why not with others."""
 
@@ -32,7 +36,11 @@ _RANKS = "only tensor-parallel ranks agree on what their pages take"
 _OWN_CACHE = "it moves KV out of the pool, whose pages are compressed"
 _FLAGS = (
     _Flag("page_size", (None, PAGE_TOKENS), f"sealed pages hold {PAGE_TOKENS} tokens"),
-    _Flag("kv_cache_dtype", ("bf16", "bfloat16", "auto"), "it compresses the KV cache itself"),
+    _Flag(
+        "kv_cache_dtype",
+        ("bf16", "bfloat16", *FP8_DTYPES, "auto"),
+        "it compresses the KV cache itself",
+    ),
     _Flag("speculative_algorithm", (None,), "rejected tokens cannot be taken out of a sealed page"),
     _Flag("dllm_algorithm", (None,), "diffusion rewrites tokens, sealed pages are written once"),
     _Flag("disaggregation_mode", ("null",), "sealed pages are not transferred between servers"),

@@ -54,7 +54,7 @@ def server(checkpoint: Path) -> Iterator[Server]:
     args = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
     args += ["--max-running-requests", ROWS, "--enable-priority-scheduling", "--enable-metrics"]
     args += ["--decode-log-interval", 1, "--enable-return-hidden-states"]
-    args += ["--chunked-prefill-size", 256]
+    args += ["--chunked-prefill-size", 256, "--kv-cache-dtype", "fp8_e4m3"]
     with Server(checkpoint, *args, dtype="bfloat16") as server:
         assert server.stats()["raw_pages"] == 46
         yield server
@@ -81,11 +81,14 @@ def ask(server: Server, prompt: list[int], new: int, sampling: Json, priority: i
     return server.generate(prompt, max_new_tokens=new, sampling=sampling, priority=priority)
 
 
-def test_a_checkpoint_may_ask_for_fp8_kv(server: Server) -> None:
+def test_checkpoints_and_recipes_may_ask_for_fp8_kv(server: Server) -> None:
     """The server was healthy, and its first request ended the scheduler."""
     assert len(server.generate(random_tokens(random.Random(0), 200))["output_ids"]) == 16
-    lines = [line for line in server.log_text().splitlines() if "asks for KV" in line]
-    assert len(lines) == 1 and "raw pages stay in the model's torch.bfloat16" in lines[0]
+    log = server.log_text().splitlines()
+    asked = [line for line in log if "--kv-cache-dtype fp8_e4m3: raw pages stay" in line]
+    checkpoint = [line for line in log if "asks for KV" in line]
+    assert len(asked) == len(checkpoint) == 1
+    assert "raw pages stay in the model's torch.bfloat16" in checkpoint[0]
 
 
 def test_lossless_requests_share_raw_pages(server: Server) -> None:

@@ -133,6 +133,19 @@ def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
     assert resolving_view(resolve(model, *OURS, *flags)).attention_backend == "diffxkv"
 
 
+@pytest.mark.parametrize("asked", ["fp8_e4m3", "fp8_e5m2"])
+def test_raw_pages_keep_the_models_dtype(
+    model: str, asked: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server_args = resolve(model, *OURS, "--kv-cache-dtype", asked)
+    assert resolving_view(server_args).kv_cache_dtype == "auto"
+    printed = "".join(capsys.readouterr()).splitlines()
+    said = [line for line in printed if f"--kv-cache-dtype {asked}" in line]
+    assert len(said) == 1 and "raw pages stay in the model's dtype" in said[0]
+    stock = resolve(model, "--kv-cache-dtype", asked)
+    assert resolving_view(stock).kv_cache_dtype == asked
+
+
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
@@ -142,7 +155,6 @@ def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
         (("--enable-lmcache",), ["--enable-lmcache"]),
         (("--enable-flexkv",), ["--enable-flexkv"]),
         (("--disaggregation-mode", "prefill"), ["--disaggregation-mode prefill"]),
-        (("--kv-cache-dtype", "fp8_e4m3"), ["--kv-cache-dtype fp8_e4m3", "use auto"]),
         (("--kv-cache-dtype", "nvfp4"), ["--kv-cache-dtype nvfp4", "use auto"]),
         (("--kv-cache-dtype", "bf16", "--dtype", "float32"), ["bf16", "a model in float32"]),
         (("--chunked-prefill-size", "-1"), ["--chunked-prefill-size -1", "multiple of 64"]),

@@ -13,6 +13,8 @@ class Model(NamedTuple):
 
     path: Path
     layers: int
+    """Those that attend to the whole context: of others SGLang keeps a window, or a state."""
+    window_layers: int
     kv_heads: int
     head_dim: int
     tokenizer: Any
@@ -24,9 +26,14 @@ class Model(NamedTuple):
         return ITEMSIZES[self.dtype]
 
     @property
+    def layer_token_bytes(self) -> int:
+        """Of one token's KV in one layer, in 16 bit."""
+        return 2 * self.kv_heads * self.head_dim * ITEMSIZE
+
+    @property
     def token_bytes(self) -> int:
-        """Of one token's KV in SGLang's own pool, in 16 bit."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * ITEMSIZE
+        """Of one token's KV in all layers that attend to it however far it lies back, in 16 bit."""
+        return self.layers * self.layer_token_bytes
 
 
 def load_model(path: Path, dtype: str = "bfloat16") -> Model:
@@ -46,9 +53,11 @@ def load_model(path: Path, dtype: str = "bfloat16") -> Model:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a checkpoint: {str(error).splitlines()[0]}") from None
     heads = config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return Model(
         path,
-        config.num_hidden_layers,
+        len([kind for kind in kinds if kind in ("full_attention", "attention")]),
+        kinds.count("sliding_attention"),
         getattr(config, "num_key_value_heads", None) or heads,
         getattr(config, "head_dim", None) or config.hidden_size // heads,
         tokenizer,

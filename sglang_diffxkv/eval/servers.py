@@ -55,7 +55,9 @@ class Servers(NamedTuple):
             cpu = self.device == "cpu"
             return [*options, *(["--attention-backend", "torch_native"] if cpu else [])]
         # Half for raw pages: here prompts wait together, uncompressed, to be sealed.
-        memory = ByteSize(2 * tokens * model.token_bytes * model.itemsize // ITEMSIZE)
+        layers = model.layers + model.window_layers
+        token_bytes = layers * model.layer_token_bytes * model.itemsize // ITEMSIZE
+        memory = ByteSize(2 * tokens * token_bytes)
         config = replace(served(variant.config, model.itemsize), memory_bytes=memory, raw_share=0.5)
         return [*options, "--attention-backend", "diffxkv", "--diffxkv-config", config.to_json()]
 

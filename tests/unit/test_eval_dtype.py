@@ -73,7 +73,7 @@ def stats_of(policy: str, elements: torch.dtype, **config: object) -> dict:
 def test_fp32_counts_as_16_bit_would(policy, config):
     """Of the same pages: the rest of the pool differs with its size."""
     wide, narrow = (stats_of(policy, e, **config) for e in (torch.float32, torch.bfloat16))
-    model = Model(Path("m"), LAYERS, HEADS, DIM, tokenizer=None, dtype="bfloat16")
+    model = Model(Path("m"), LAYERS, 0, HEADS, DIM, tokenizer=None, dtype="bfloat16")
     assert in_16_bit(narrow, model) is narrow
     found = in_16_bit(wide, model._replace(dtype="float32"))
     assert found["bytes_in_use"] == pytest.approx(narrow["bytes_in_use"], rel=0.06)

@@ -25,6 +25,7 @@ from sglang_diffxkv.calibrate.importance.fit import (
 from sglang_diffxkv.calibrate.importance.learn import SINKS, learn_importance
 from sglang_diffxkv.calibrate.importance.reading import REQUEST, Read, TextReader, needed
 from sglang_diffxkv.calibrate.importance.rotary import find_rotary, rotary_of
+from sglang_diffxkv.calibrate.importance.scores import Scoring
 from sglang_diffxkv.config import ConfigError
 from sglang_diffxkv.eval.model import Model, load_model
 from sglang_diffxkv.eval.questions.prompts import make_cells
@@ -40,7 +41,7 @@ DIM = 32
 def test_what_a_second_reading_needs() -> None:
     heads, group, first, last = 2, 3, 70, 301
     q, keys = torch.randn(heads * group, last, DIM), torch.randn(heads, first + last, DIM)
-    found = needed(q, keys, first, 0.3)
+    found = needed(q, keys, first, Scoring(0.3))
     assert found.shape == (heads, first)
     expected = torch.zeros(heads * group, first, dtype=torch.float64)
     for head in range(heads * group):
@@ -131,7 +132,7 @@ class States(NamedTuple):
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
-    scale: float
+    scoring: Scoring
 
 
 @torch.no_grad()
@@ -143,8 +144,8 @@ def read_twice(reader: TextReader, text: torch.Tensor, request: torch.Tensor) ->
 
 def damage(states: States, n: int) -> torch.Tensor:
     """By which squared norm the loss of each of the first n tokens changes outputs: [H, n]."""
-    q, k, v, scale = states
-    scores = q.unflatten(0, (len(k), -1)) @ k[:, None].transpose(-1, -2) * scale
+    q, k, v, scoring = states
+    scores = q.unflatten(0, (len(k), -1)) @ k[:, None].transpose(-1, -2) * scoring.scale
     later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
     attention = scores.masked_fill(later, -torch.inf).softmax(-1)  # [H, G, N, N]
     out = (attention @ v[:, None])[:, :, -n:]
@@ -219,11 +220,44 @@ def test_models_of_many_kinds_are_read(
         assert bool((read.needed > 0).all()) and bool((read.needed.sum(1) < 4 * 200).all())
 
 
+WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"] * 2}
+HYBRID = LLAMA | WINDOWS | {"num_hidden_layers": 4, "head_dim": 16}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("gemma2", HYBRID | {"attn_logit_softcapping": 0.5}),
+        ("gemma3_text", HYBRID),
+        ("gpt_oss", HYBRID | EXPERTS),  # sinks
+    ],
+)
+def test_windows_caps_and_sinks(kind: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """Only layers that see everything are learnt from, and all compute what the model's own do."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    path = tiny_checkpoint(tmp_path, kind, **fields)
+    reader = TextReader(path, "cpu", torch.float32)
+    text, request = torch.randint(300, (200,)), torch.randint(300, (9,))
+    assert find_rotary(reader, text) == Rotary(16)
+    reads = reader.read_again(text, request)
+    assert len(reads) == 2
+    own = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    cache = DynamicCache()  # which keeps all tokens of all layers
+    with torch.no_grad():
+        own(torch.cat([text, request, text])[None], past_key_values=cache)
+    for read, layer in zip(reads, (1, 3), strict=True):
+        assert error_norm(read.keys, cache.layers[layer].keys[0, :, :200]) < 1e-5
+        assert error_norm(read.values, cache.layers[layer].values[0, :, :200]) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("kind", "fields", "message"),
     [
-        ("mistral", LLAMA | {"sliding_window": 100}, "not plain and causal"),
-        ("gemma2", LLAMA | {"head_dim": 16}, "not plain and causal"),
+        ("mistral", LLAMA | {"sliding_window": 100}, "all of its layers have a window"),
         ("bloom", {}, "does not go through transformers' interface"),
         ("gpt2", {}, "turned by their positions in a way that is not known"),
     ],

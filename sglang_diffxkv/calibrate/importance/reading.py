@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from sglang_diffxkv.calibrate.importance.scores import Scoring
 from sglang_diffxkv.config import ConfigError
 
 REQUEST = "\n\nRepeat the previous context exactly.\n\n"
 """Between the first reading and the second (KVzip, arXiv 2505.23416)."""
-_QUERIES_AT_ONCE = 256
 _NAME = "diffxkv_calibrate"
 """Of `_attend` among transformers' attention functions."""
 
 _UNKNOWN = "its attention does not go through transformers' interface"
 
-Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], None]
-"""Takes queries [Hq, N, D], keys and values [H, N, D] of a layer, and the scale of scores."""
+Watch = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Scoring], None]
+"""Takes queries [Hq, N, D], and keys and values [H, N, D] of a layer."""
 _watch: ContextVar[Watch] = ContextVar("watch")
 """What `_attend` shows them to. Transformers keeps the function for good, so it holds no model."""
 
@@ -63,6 +63,8 @@ class TextReader:
         except Exception as error:  # of files and of the model's own code
             raise self._refusal(str(error) or type(error).__name__) from None
         self._model = loaded.to(device).eval()
+        kinds = set(getattr(loaded.config.get_text_config(), "layer_types", None) or ())
+        self._some_have_windows = len(kinds) > 1
 
     @property
     def context_length(self) -> int | None:
@@ -73,24 +75,45 @@ class TextReader:
 
     @torch.no_grad()
     def read_again(self, text: torch.Tensor, request: torch.Tensor) -> list[Read]:
-        """All layers' reads of a text, int64 [n], that is read, and then read again."""
+        """Reads by layers without a window of a text, int64 [n], that is read twice."""
         found: list[Read] = []
         n, second = len(text), len(text) + len(request)
 
-        def watch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-            found.append(Read(k[:, :n], v[:, :n], needed(q[:, second:], k, n, scale)))
+        def watch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring) -> None:
+            if self._sees_all(scoring, k.shape[1]):
+                found.append(Read(k[:, :n], v[:, :n], needed(q[:, second:], k, n, scoring)))
 
         self._forward(torch.cat([text, request, text]), 0, watch)
         return found
 
     @torch.no_grad()
     def first_keys(self, text: torch.Tensor, start: int) -> torch.Tensor:
-        """Keys of the first layer [H, n, D] of a text, int64 [n], that begins at a position."""
+        """Keys [H, n, D] of a text, int64 [n], that begins at a position: in the first layer.
+
+        Of those without a window.
+        """
         found: list[torch.Tensor] = []
-        self._forward(text, start, lambda q, k, v, scale: found.append(k))
+
+        def watch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scoring: Scoring) -> None:
+            if self._sees_all(scoring, k.shape[1]):
+                found.append(k)
+
+        self._forward(text, start, watch)
         if not found:
             raise self._refusal(_UNKNOWN)
         return found[0].float()
+
+    def _sees_all(self, scoring: Scoring, tokens: int) -> bool:
+        """Whether a layer has no window, or one that no text fills where all layers have it.
+
+        Raises:
+            ConfigError: all layers have a window.
+        """
+        if scoring.window is None or self._some_have_windows:
+            return scoring.window is None
+        if scoring.window < tokens:
+            raise ConfigError("all of its layers have a window, so that none keeps the context")
+        return True
 
     def _forward(self, ids: torch.Tensor, start: int, watch: Watch) -> None:
         ids = ids.to(self._model.device)
@@ -118,36 +141,28 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Plain causal attention, as transformers' models call it.
+    """Causal attention, as transformers' models call it."""
+    scoring = Scoring.asked(query.shape[-1], scaling, kwargs)
+    q, k, v = query[0], key[0], value[0]
+    _watch.get()(q, k, v, scoring)
+    if scoring.is_plain:
+        out = scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scoring.scale, enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+    values = v.float()[:, None]
+    parts = [weights @ values for weights in scoring.attention(q, k)]
+    out = torch.cat(parts, 2).flatten(0, 1).to(v.dtype)
+    return out.transpose(0, 1)[None], None
 
-    Raises:
-        ConfigError: the model asks for another kind, which cannot be served either.
-    """
-    window = kwargs.get("sliding_window") or torch.inf
-    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux")) or window < key.shape[2]:
-        raise ConfigError("its attention is not plain and causal")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    _watch.get()(query[0], key[0], value[0], scale)
-    out = scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=True
-    )
-    return out.transpose(1, 2), None
 
-
-def needed(q: torch.Tensor, keys: torch.Tensor, n: int, scale: float) -> torch.Tensor:
+def needed(q: torch.Tensor, keys: torch.Tensor, n: int, scoring: Scoring) -> torch.Tensor:
     """Squared attention to the first n of `keys` [H, N, D] by the last S queries [Hq, S, D].
 
     Returns:
         fp32 [H, n], summed over the queries, max over the GQA group.
     """
-    heads, total, _ = keys.shape
-    found = torch.zeros(heads, q.shape[0] // heads, n, device=q.device)
-    place = torch.arange(total, device=q.device)
-    grouped = q.float().unflatten(0, (heads, -1))
-    for first in range(0, q.shape[1], _QUERIES_AT_ONCE):
-        part = grouped[:, :, first : first + _QUERIES_AT_ONCE]
-        own = total - q.shape[1] + first + torch.arange(part.shape[2], device=q.device)
-        scores = part @ keys.float()[:, None].transpose(-1, -2) * scale
-        attention = scores.masked_fill(place > own[:, None], -torch.inf).softmax(-1)
-        found += attention[..., :n].square().sum(2)
+    found = torch.zeros(len(keys), q.shape[0] // len(keys), n, device=q.device)
+    for weights in scoring.attention(q, keys):
+        found += weights[..., :n].square().sum(2)
     return found.amax(1)

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages of a decode step, looked up, and their use recorded in the directory on its device."""
+"""The pages of a decode step, looked up, and their use recorded in the directory on its device.
+
+A step has one new token of each sequence, or N of a draft chain that it verifies. Of those only the
+first is known to be accepted, so the directory records a sequence as if it ended there.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,16 @@ class StepRequests(NamedTuple):
     Attributes:
         req_to_token: int32 [max_requests, max_context], its ``ReqToTokenPool`` table.
         req_pool_indices: int64 (or int32) [B], rows of that table, with padding at the end.
-        seq_lens: int64 (or int32) [B], tokens of each, the new one included.
+        seq_lens: int64 (or int32) [B], tokens of each, the N new ones included.
         num_real: int32 [1], how many of them are no padding.
+        queries: N, new tokens of each.
     """
 
     req_to_token: torch.Tensor
     req_pool_indices: torch.Tensor
     seq_lens: torch.Tensor
     num_real: torch.Tensor
+    queries: int = 1
 
 
 class PageMetadata(NamedTuple):
@@ -53,10 +59,11 @@ class StepPages(NamedTuple):
 
     Attributes:
         table: int32 [B, P], page ids by position; anything behind a sequence's last page.
-        lengths: int32 [B], tokens of each sequence, the new one included.
+        lengths: int32 [B], tokens of each sequence, the N new ones included.
         count: int32 [B], pages.
         last_len: int32 [B], tokens of the last page.
-        rows: int64 [B], raw-page row that the new token is written to; 0 for padding.
+        rows: int64 [B * N], raw-page row that each new token is written to, sequence by sequence;
+            0 for padding, and where a page is not open.
     """
 
     table: torch.Tensor
@@ -77,7 +84,8 @@ def begin_decode(
     `cpu.StepKernel`, which keeps what stays from step to step.
 
     Args:
-        metadata: of the store's directory; written.
+        metadata: of the store's directory; written, as if a sequence of n tokens had
+            ``n - queries + 1``. A page that begins behind those has ``filled`` 0.
         clock: int64 [2], step and decode step of the store.
         window: recent tokens that a running sequence wants to keep raw.
     """

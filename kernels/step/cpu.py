@@ -18,10 +18,10 @@ _begin_decode = CFunction("step", "diffxkv_begin_decode")
 def begin_decode(
     requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int
 ) -> StepPages:
-    req_to_token, req_pool_indices, seq_lens, num_real = requests
+    req_to_token, req_pool_indices, seq_lens, num_real, queries = requests
     kernel = StepKernel(req_to_token, metadata, window)
-    now, decode_step = clock.tolist()
-    return kernel.begin(req_pool_indices.long(), seq_lens.long(), int(num_real), now, decode_step)
+    rows, lengths = req_pool_indices.long(), seq_lens.long()
+    return kernel.begin(rows, lengths, int(num_real), *clock.tolist(), queries)
 
 
 class StepKernel:
@@ -52,10 +52,14 @@ class StepKernel:
         num_real: int,
         step: int,
         decode_step: int,
+        queries: int = 1,
     ) -> StepPages:
         """`kernels.step.begin_decode` with the time on the host, and lists int64 [B].
 
         The table is as wide as the longest sequence needs, or wider.
+
+        Args:
+            queries: new tokens of each sequence.
 
         Raises:
             ValueError: a page is neither open nor sealed.
@@ -64,7 +68,7 @@ class StepKernel:
         width = -(-context // PAGE_TOKENS)
         lengths, count, last_len = torch.empty(3, batch, dtype=torch.int32).unbind()
         table = torch.empty(batch, width, dtype=torch.int32)
-        new_rows = torch.empty(batch, dtype=torch.int64)
+        new_rows = torch.empty(batch * queries, dtype=torch.int64)
         pages = StepPages(table, lengths, count, last_len, new_rows)
         out = int64_words(pages.table.data_ptr(), width, *(t.data_ptr() for t in pages[1:]))
         known = _begin_decode(
@@ -74,6 +78,7 @@ class StepKernel:
             seq_lens.data_ptr(),
             batch,
             num_real,
+            queries,
             step,
             decode_step,
             self._window,

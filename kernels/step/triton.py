@@ -19,7 +19,7 @@ _PAGES = 32
 def begin_decode(
     requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int
 ) -> StepPages:
-    req_to_token, req_pool_indices, seq_lens, num_real = requests
+    req_to_token, req_pool_indices, seq_lens, num_real = requests[:4]
     batch, width = len(seq_lens), triton.cdiv(req_to_token.shape[1], PAGE_TOKENS)
     pages = StepPages(
         table=seq_lens.new_empty(batch, width, dtype=torch.int32),

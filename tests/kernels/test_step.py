@@ -11,6 +11,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.step import PageMetadata, StepPages, StepRequests, cpu, naive, triton
+from tests.support.attention import moved
 from tests.support.device import DEVICE
 
 PAGES = 120
@@ -41,15 +42,16 @@ class Run(NamedTuple):
 
 def on_gpu(requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int) -> Run:
     metadata = copied(metadata, DEVICE)
-    moved = StepRequests(*(x.to(DEVICE) for x in requests))
-    return Run(triton.begin_decode(moved, metadata, clock.to(DEVICE), window), metadata)
+    requests, clock = moved((requests, clock), DEVICE)
+    return Run(triton.begin_decode(requests, metadata, clock, window), metadata)
 
 
 def on_cpu(requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int) -> Run:
     metadata = copied(metadata, torch.device("cpu"))
-    table, rows, lengths, num_real = requests
+    table, rows, lengths, num_real, queries = requests
     kernel = cpu.StepKernel(table, metadata, window, sealed=metadata.raw_slot < 0)
-    return Run(kernel.begin(rows, lengths, int(num_real), *clock.tolist()), metadata)
+    pages = kernel.begin(rows, lengths, int(num_real), *clock.tolist(), queries)
+    return Run(pages, metadata)
 
 
 @pytest.mark.parametrize("scores", [True, False])

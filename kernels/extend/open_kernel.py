@@ -14,6 +14,7 @@ from sglang_diffxkv.kernels.extend.rows import (
     store_rows,
 )
 from sglang_diffxkv.kernels.gpu.ragged import count_at_most
+from sglang_diffxkv.kernels.gpu.scores import capped
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -45,10 +46,13 @@ def open_kernel(queries, sequences, raw, lists, merged, TRAITS: tl.constexpr):
     start = tl.load(queries.position + b)
     position = start + (block.first + tl.arange(0, BLOCK_M)) // GROUP
     last = start + (tl.minimum(block.first + BLOCK_M, block.rows) - 1) // GROUP
-    begin = tl.load(lists.indptr + b)
     # Pages whose first token the block's last query sees; the others may hold anything.
-    end = tl.load(lists.indptr + b + 1)
+    begin, end = tl.load(lists.indptr + b), tl.load(lists.indptr + b + 1)
     end = count_at_most(lists.position, begin, end, last // PAGE_TOKENS)
+    if queries.window_left is not None:
+        # Of these, pages whose last token the block's first query sees.
+        earliest = tl.maximum(start + block.first // GROUP - queries.window_left, 0)
+        begin = count_at_most(lists.position, begin, end, earliest // PAGE_TOKENS - 1)
 
     column = tl.arange(0, DIM_BLOCK)
     top = tl.zeros((BLOCK_M,), tl.float32) - float("inf")
@@ -59,13 +63,18 @@ def open_kernel(queries, sequences, raw, lists, merged, TRAITS: tl.constexpr):
         token = tile % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
         token_position = tl.load(lists.position + page) * PAGE_TOKENS + token
         written = token_position <= last
+        if queries.window_left is not None:
+            written = written & (token_position >= earliest)
         mask = written[:, None] & (column < DIM)[None, :]
         at = tl.load(lists.slots + page).to(tl.int64) * raw.page_stride + head * DIM
         at = at + token[:, None] * (TRAITS.shape.kv_heads * DIM) + column[None, :]
         keys = tl.load(raw.k + at, mask=mask, other=0).to(tl.float32).to(TRAITS.compute)
         scores = tl.dot(q, tl.trans(keys), input_precision=TRAITS.precision)
-        scores *= queries.score_scale
+        scores = capped(scores * queries.score_scale, queries.cap)
         visible = token_position[None, :] <= position[:, None]
+        if queries.window_left is not None:
+            oldest = position - queries.window_left
+            visible = visible & (token_position[None, :] >= oldest[:, None])
         scores = tl.where(visible, scores, -float("inf"))
         weights, fade, top, total = softmax_step(top, total, scores)
         values = tl.load(raw.v + at, mask=mask, other=0).to(tl.float32).to(TRAITS.compute)

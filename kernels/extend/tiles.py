@@ -27,6 +27,7 @@ from sglang_diffxkv.kernels.gpu.payload import (
     load_words_at,
     unpack_words,
 )
+from sglang_diffxkv.kernels.gpu.scores import capped
 from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, find_tier
 
 HEADROOM: tl.constexpr = tl.constexpr(4)
@@ -120,21 +121,23 @@ def _row_offsets(table, start, place, ordinal, UNIT: tl.constexpr, NBYTES, FRAME
 
 
 @triton.jit
-def _attend_codes(state, queries, tile, valid, score_scale, byte_mask, TIER: tl.constexpr):
+def _attend_codes(state, ordered, tile, valid, queries, byte_mask, TIER: tl.constexpr):
     """Take a `CodeTile` into the state.
 
     Args:
-        queries: of `ordered_queries`, and their sums.
+        ordered: of `ordered_queries`, and their sums.
+        queries: `QueryView`.
         valid: [N], which tokens there are.
     """
-    query, q_sum = queries
+    query, q_sum = ordered
+    score_scale = queries.score_scale
     DIM_BLOCK: tl.constexpr = query.shape[1]
     key_scale, key_zero, value_scale, value_zero = tile.meta
     keys = unpack_words(tile.k, byte_mask, TIER.key_bits, DIM_BLOCK)
     scores = tl.dot(query, tl.trans(keys))
     scores *= _everywhere(key_scale * (score_scale * CODE_UNIT))[None, :]
     scores += q_sum[:, None] * _everywhere(key_zero * score_scale)[None, :]
-    weights, fade, base = _weights(state.base, scores)
+    weights, fade, base = _weights(state.base, capped(scores, queries.cap))
     # Sums over tokens are products, too: numerator and denominator meet the same rounded weights.
     weights = weights.to(tl.float16)
     column = tl.arange(0, SUMS)[None, :]
@@ -148,10 +151,11 @@ def _attend_codes(state, queries, tile, valid, score_scale, byte_mask, TIER: tl.
 
 
 @triton.jit
-def _attend_raw(state, query, keys, values, valid, score_scale, PRECISION: tl.constexpr):
+def _attend_raw(state, query, keys, values, valid, queries, PRECISION: tl.constexpr):
     """Take a tile of raw tokens, keys and values [N, dim_block], into the state."""
     scores = tl.dot(query, tl.trans(keys), input_precision=PRECISION)
-    scores = tl.where(valid[None, :], scores * score_scale, -float("inf"))
+    scores = capped(scores * queries.score_scale, queries.cap)
+    scores = tl.where(valid[None, :], scores, -float("inf"))
     weights, fade, base = _weights(state.base, scores)
     column = tl.arange(0, SUMS)[None, :]
     sums = state.sums * fade + tl.where(column == 0, tl.sum(weights, 1)[:, None], 0.0)
@@ -186,7 +190,7 @@ def attend_tier(state, queries, rows, sealed, pages, IS_HIGH: tl.constexpr, TRAI
     VALUE_BYTES: tl.constexpr = bytes_of_row(LAYOUT, VALUE_BITS)
     KEY_UNIT: tl.constexpr = _alignment(KEY_BYTES)
     VALUE_UNIT: tl.constexpr = _alignment(VALUE_BYTES)
-    arena, score_scale = sealed.arena, queries.score_scale
+    arena = sealed.arena
     q_rows = queries.data + rows.query * queries.stride + rows.head * DIM
     ordered = ordered_queries(q_rows, rows.seen, KEY_BITS, TRAITS)
     if VALUE_BITS:
@@ -237,16 +241,14 @@ def attend_tier(state, queries, rows, sealed, pages, IS_HIGH: tl.constexpr, TRAI
                     words, value_at, every, VALUE_BITS, DIM, DIM_BLOCK, parts(VALUE_BITS)
                 )
                 tile = CodeTile(keys, values, meta)
-                state = _attend_codes(
-                    state, ordered, tile, valid, score_scale, sealed.byte_mask, TIER
-                )
+                state = _attend_codes(state, ordered, tile, valid, queries, sealed.byte_mask, TIER)
             else:
                 key_rows = (arena + key_at * KEY_UNIT).to(tl.pointer_type(TRAITS.raw))
                 value_rows = (arena + value_at * VALUE_UNIT).to(tl.pointer_type(TRAITS.raw))
                 keys = load_raw(key_rows, TRAITS.compute, DIM, DIM_BLOCK)
                 values = load_raw(value_rows, TRAITS.compute, DIM, DIM_BLOCK)
                 query, _ = ordered
-                state = _attend_raw(state, query, keys, values, valid, score_scale, PRECISION)
+                state = _attend_raw(state, query, keys, values, valid, queries, PRECISION)
     if VALUE_BITS:
         state = CodeState(state.base, state.sums, values_of_codes(state.acc, VALUE_BITS))
     return state

@@ -45,7 +45,7 @@ def extend_sealed(queries: Queries, sealed: SealedPages, softmax: Softmax) -> At
     launch(
         sealed_kernel,
         (blocks, shape.kv_heads, splits),
-        queries=query_view(queries, softmax),
+        queries=QueryView.of(q, softmax, queries.indptr, queries.position),
         sequences=len(queries.indptr) - 1,
         part_rows=merged.lse.numel(),
         lists=sealed.lists,
@@ -71,7 +71,7 @@ def extend_open(queries: Queries, opened: OpenPages, softmax: Softmax) -> Attent
     launch(
         open_kernel,
         (count_blocks(queries, shape.group, tile.rows), shape.kv_heads),
-        queries=query_view(queries, softmax),
+        queries=QueryView.of(q, softmax, queries.indptr, queries.position),
         sequences=len(queries.indptr) - 1,
         raw=RawView.of(opened.keys, opened.values),
         lists=opened.lists,
@@ -86,12 +86,6 @@ def extend_open(queries: Queries, opened: OpenPages, softmax: Softmax) -> Attent
 def head_shape(q: torch.Tensor, kv_heads: int) -> HeadShape:
     """Of queries [T, Hq, D]."""
     return HeadShape(kv_heads, q.shape[1] // kv_heads, q.shape[2])
-
-
-def query_view(queries: Queries, softmax: Softmax) -> QueryView:
-    """For a kernel."""
-    q, indptr, position = queries
-    return QueryView(q, q.stride(0), softmax.log2_scale, indptr, position)
 
 
 def count_splits(programs: int, room: int, pages: int) -> int:

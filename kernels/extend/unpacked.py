@@ -18,11 +18,11 @@ from sglang_diffxkv.kernels.extend.traits import (
     precision,
     unpacked_tile,
 )
-from sglang_diffxkv.kernels.extend.triton import count_blocks, count_splits, head_shape, query_view
+from sglang_diffxkv.kernels.extend.triton import count_blocks, count_splits, head_shape
 from sglang_diffxkv.kernels.extend.unpacked_kernels import starts_kernel, unpacked_kernel
 from sglang_diffxkv.kernels.gpu.device import multiprocessors
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted, launch
-from sglang_diffxkv.kernels.gpu.views import DTYPES
+from sglang_diffxkv.kernels.gpu.views import DTYPES, QueryView
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
 from sglang_diffxkv.kernels.merge.triton import merge_into
@@ -110,7 +110,7 @@ def _attend(
     launch(
         unpacked_kernel,
         (blocks, shape.kv_heads, splits),
-        queries=query_view(queries, softmax),
+        queries=QueryView.of(q, softmax, queries.indptr, queries.position),
         sequences=len(queries.indptr) - 1,
         part_rows=state.lse.numel(),
         indptr=listed.indptr,

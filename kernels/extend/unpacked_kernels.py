@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.extend.rows import load_queries, locate_rows, read_rows, store_rows
+from sglang_diffxkv.kernels.gpu.scores import capped
 from sglang_diffxkv.kernels.gpu.sections import record_counts
 from sglang_diffxkv.kernels.merge.state import AttentionState
 
@@ -51,12 +52,11 @@ def starts_kernel(heads, heads_stride, pages, count, starts, capacity, HEADS: tl
 
 
 @triton.jit
-def _attend_tile(
-    state, queries, kept, first, score_scale, PARTIAL: tl.constexpr, TRAITS: tl.constexpr
-):
+def _attend_tile(state, q, kept, first, queries, PARTIAL: tl.constexpr, TRAITS: tl.constexpr):
     """Take rows ``first ...`` into a state.
 
     Args:
+        q: of `load_queries`. queries: `QueryView`.
         PARTIAL: whether rows from ``kept.end`` on, which may hold anything, can be among them.
             There is a row before that.
     """
@@ -72,7 +72,10 @@ def _attend_tile(
     if PARTIAL:
         inside = inside & (row < kept.end)[:, None]
     keys = tl.load(kept.k + at, mask=inside, other=0).to(TRAITS.compute)
-    scores = tl.dot(queries, tl.trans(keys), input_precision=TRAITS.precision)
+    scores = tl.dot(q, tl.trans(keys), input_precision=TRAITS.precision)
+    score_scale = queries.score_scale
+    if queries.cap is not None:
+        scores, score_scale = capped(scores * score_scale, queries.cap), 1.0
     if PARTIAL:
         scores = tl.where((row < kept.end)[None, :], scores, -float("inf"))
     top = tl.maximum(state.top, tl.max(scores, 1) * score_scale)
@@ -140,10 +143,10 @@ def unpacked_kernel(queries, sequences, part_rows, indptr, scratch, merged, TRAI
     state = RowState(top, total, acc)
     full = token + (end - token) // BLOCK_N * BLOCK_N if PEEL else end
     for tile in tl.range(token, full, BLOCK_N):
-        state = _attend_tile(state, q, kept, tile, queries.score_scale, not PEEL, TRAITS)
+        state = _attend_tile(state, q, kept, tile, queries, not PEEL, TRAITS)
     if PEEL:  # noqa: SIM102 (a constant)
         if full < end:
-            state = _attend_tile(state, q, kept, full, queries.score_scale, True, TRAITS)
+            state = _attend_tile(state, q, kept, full, queries, True, TRAITS)
     rows = read_rows(queries.indptr, block, head, GROUP, BLOCK_M)
     scale = 1 / tl.where(state.total > 0, state.total, 1.0)
     lse = state.top + tl.log2(state.total)

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.pages import SealedTables
+from sglang_diffxkv.kernels.softmax import Softmax
 
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -88,12 +89,14 @@ class RawView(NamedTuple):
 
 
 class QueryView(NamedTuple):
-    """Queries [T, Hq, D]: ``stride`` elements from one token's to the next one's.
+    """Queries [T, Hq, D] of a layer: ``stride`` elements from one token's to the next one's.
 
     Attributes:
-        score_scale: factor of base-2 scores, factor of base-2 scores.
+        score_scale: factor of base-2 scores.
         indptr: int32 [B + 1], queries of each sequence; None: one each.
         position: int32 [B], of each sequence's first query; None where all tokens come before.
+        cap: of base-2 scores, for `gpu.scores.capped`; None: there is none.
+        window_left: as in `Softmax`; None: all tokens before a query are seen.
     """
 
     data: torch.Tensor
@@ -101,3 +104,17 @@ class QueryView(NamedTuple):
     score_scale: float
     indptr: torch.Tensor | None = None
     position: torch.Tensor | None = None
+    cap: float | None = None
+    window_left: int | None = None
+
+    @staticmethod
+    def of(
+        q: torch.Tensor,
+        softmax: Softmax,
+        indptr: torch.Tensor | None = None,
+        position: torch.Tensor | None = None,
+    ) -> QueryView:
+        """Without the sinks."""
+        cap = softmax.log2_cap if softmax.cap else None
+        window = softmax.window_left if softmax.window_left >= 0 else None
+        return QueryView(q, q.stride(0), softmax.log2_scale, indptr, position, cap, window)

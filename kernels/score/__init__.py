@@ -60,7 +60,7 @@ def score_open(
     Args:
         opened: a page may appear in several sequences; values are not looked at.
         accum: fp32 [R, H, 64], added to in place; slots may be strided.
-        softmax: of the layer.
+        softmax: of the layer, which has no window: pages that are not to be sealed need no scores.
 
     Raises:
         ValueError: shapes or strides do not fit.

@@ -33,7 +33,7 @@ def score_open(
     launch(
         open_kernel,
         (len(opened.slots), opened.keys.shape[2]),
-        queries=QueryView(q, q.stride(0), softmax.log2_scale, indptr, position),
+        queries=QueryView.of(q, softmax, indptr, position),
         lse=lse,
         keys=RawKeys(opened.keys, opened.keys.stride(0)),
         opened=opened.lists,
@@ -54,7 +54,7 @@ def score_decode(
     launch(
         decode_kernel,
         (len(q), triton.cdiv(width, DECODE_PAGES), keys.shape[2]),
-        queries=QueryView(q, q.stride(0), softmax.log2_scale),
+        queries=QueryView.of(q, softmax),
         lse=lse,
         pages=PageTable(pages.table, width, pages.lengths, raw_slot),
         keys=RawKeys(keys, keys.stride(0)),

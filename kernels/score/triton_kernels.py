@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.gpu.ragged import sequence_of_entry
+from sglang_diffxkv.kernels.gpu.scores import capped
 from sglang_diffxkv.kernels.gpu.views import QueryView
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenLists
@@ -75,9 +76,10 @@ def _load_keys(keys: RawKeys, slot, head, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _received(keys, queries, lse, visible, score_scale, PRECISION: tl.constexpr):
+def _received(keys, q, lse, visible, queries: QueryView, PRECISION: tl.constexpr):
     """Probabilities [tokens, queries]; 0 where not visible."""
-    scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * score_scale
+    scores = tl.dot(keys, tl.trans(q), input_precision=PRECISION) * queries.score_scale
+    scores = capped(scores, queries.cap)
     return tl.where(visible, tl.exp2(scores - lse[None, :]), 0.0)
 
 
@@ -121,7 +123,7 @@ def open_kernel(
             query_lse = tl.load(lse + at * SHAPE.q_heads + query_head, mask=mask, other=0)
             query_position = tl.load(queries.position + query, mask=mask, other=0)
             later = query_position[None, :] > position[:, None]
-            received = _received(page_keys, q, query_lse, later, queries.score_scale, PRECISION)
+            received = _received(page_keys, q, query_lse, later, queries, PRECISION)
             total += tl.sum(received, 1)
         most = tl.maximum(most, total)
     _add(scores, slot, head, most, most > 0)
@@ -168,5 +170,5 @@ def decode_kernel(
         position = start + tl.arange(0, _TOKENS)
         page_keys = _load_keys(keys, slot, head, SHAPE)
         seen = (position < last)[:, None] & mask[None, :]
-        received = _received(page_keys, q, query_lse, seen, queries.score_scale, PRECISION)
+        received = _received(page_keys, q, query_lse, seen, queries, PRECISION)
         _add(scores, slot, head, tl.max(received, 1), position < last)

@@ -15,7 +15,7 @@ from sglang.srt.managers.scheduler_components.internal_state import _UpdateHandl
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator, find_allocator
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -29,8 +29,8 @@ def _accept(key: str, value: Any) -> None:
 
 def _add_handler(result: dict[str, Any], self: Any) -> dict[str, Any]:
     scheduler = self.scheduler
-    allocator = scheduler.token_to_kv_pool_allocator
-    if not isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(scheduler.token_to_kv_pool_allocator)
+    if allocator is None:
         return result
 
     def check(key: str, value: Any) -> None:

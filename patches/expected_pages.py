@@ -14,7 +14,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator, find_allocator
 
 if TYPE_CHECKING:
     import torch
@@ -22,13 +22,14 @@ if TYPE_CHECKING:
 
 
 def _use_prefix(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
-    if req.prefix_len and isinstance(self.token_to_kv_pool_allocator, DiffXKVAllocator):
-        _use(self.token_to_kv_pool_allocator, self.tree_cache.prefix_device_indices(req))
+    allocator = find_allocator(self.token_to_kv_pool_allocator)
+    if req.prefix_len and allocator is not None:
+        _use(allocator, self.tree_cache.prefix_device_indices(req))
 
 
 def _use_chunks(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
-    allocator = self.token_to_kv_pool_allocator
-    if not isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.token_to_kv_pool_allocator)
+    if allocator is None:
         return
     index = req.kv.req_pool_idx
     table = self.tree_cache.req_to_token_pool.req_to_token

@@ -12,7 +12,7 @@ from sglang.srt.utils.rank_consensus_checker import assert_same
 from sglang_diffxkv.attention.backend import DiffXKVBackend
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.server_args import is_active
-from sglang_diffxkv.pool.kv_pool import DiffXKVPool
+from sglang_diffxkv.pool.kv_pool import find_pool
 
 _INDICES = "diffxkv_req_pool_indices"
 
@@ -43,7 +43,7 @@ def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
 
 def _no_fused_write(result: bool, forward_batch: Any) -> bool:
     """Rotary kernels of some models write K/V to SGLang's own buffers, which we do not have."""
-    return result and not isinstance(get_token_to_kv_pool(), DiffXKVPool)
+    return result and find_pool(get_token_to_kv_pool()) is None
 
 
 def install() -> None:

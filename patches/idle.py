@@ -8,12 +8,12 @@ from typing import Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import find_allocator
 
 
 def _rest(result: Any, self: Any) -> None:
-    allocator = self.scheduler.token_to_kv_pool_allocator
-    if isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.scheduler.token_to_kv_pool_allocator)
+    if allocator is not None:
         allocator.store.settle()
         allocator.store.policy.on_idle()
 

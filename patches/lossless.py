@@ -14,7 +14,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.quality import quality_of, set_quality
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import find_allocator
 from sglang_diffxkv.pool.shared_pages import distinct_pages, paged
 
 if TYPE_CHECKING:
@@ -25,9 +25,10 @@ _WAITS = "diffxkv_lossless_waits"
 
 def _limit_length(self: Any, req: Req) -> None:
     """Clip a lossless request to the raw pages that it can have, as SGLang clips to the pool."""
-    allocator = self.token_to_kv_pool_allocator
     if quality_of(req) is not Quality.LOSSLESS or req.to_finish is not None:
         return
+    allocator = find_allocator(self.token_to_kv_pool_allocator)
+    assert allocator is not None  # no other server has lossless requests
     capacity = allocator.capacity.lossless_pages * PAGE_TOKENS
     room = capacity - len(req.origin_input_ids)
     if room > 0:
@@ -71,7 +72,7 @@ def _preempt(original: Callable[[Any, Req], bool], self: Any, req: Req) -> bool:
     The victim would be admitted again at once, and preempted again in the next step. SGLang asks
     when all rows are taken, `_admit` when raw pages are short: then lossless requests go.
     """
-    if not isinstance(self.token_to_kv_pool_allocator, DiffXKVAllocator):
+    if find_allocator(self.token_to_kv_pool_allocator) is None:
         return original(self, req)
     if self.memory_budget.closed:
         return False
@@ -135,7 +136,9 @@ def _fits(adder: Any, req: Req, without: Collection[Req] = ()) -> bool:
         if _holds_raw_pages(r)
     ]
     pages = distinct_pages(adder.tree_cache, sequences)
-    return pages <= adder.token_to_kv_pool_allocator.capacity.lossless_pages
+    allocator = find_allocator(adder.token_to_kv_pool_allocator)
+    assert allocator is not None  # no other server has lossless requests
+    return pages <= allocator.capacity.lossless_pages
 
 
 def install() -> None:

@@ -10,7 +10,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.metrics import PrometheusGauges, pool_gauges, pool_stats
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import find_allocator
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -26,15 +26,15 @@ _last_export = 0.0
 
 
 def _add_memory_usage(result: Any, self: Any, state: dict[str, Any]) -> None:
-    allocator = self.scheduler.token_to_kv_pool_allocator
-    if isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.scheduler.token_to_kv_pool_allocator)
+    if allocator is not None:
         state[STATE_KEY] = pool_stats(allocator.store)
 
 
 def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     global _gauges, _last_export
-    allocator = self.scheduler.token_to_kv_pool_allocator
-    if not self.enable_metrics or not isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.scheduler.token_to_kv_pool_allocator)
+    if not self.enable_metrics or allocator is None:
         return
     if time.monotonic() - _last_export < EXPORT_INTERVAL_S:
         return

@@ -16,7 +16,7 @@ from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.pool_setup import host_budget, make_setup
 from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup
+from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup, find_pool
 
 CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 
@@ -62,7 +62,7 @@ def _resolve_kv_pool_class(
 
 def _build_allocator(original: Callable[..., Any], self: Any, **kwargs: Any) -> Any:
     pool = kwargs["token_to_kv_pool"]
-    if not isinstance(pool, DiffXKVPool) or kwargs["token_to_kv_pool_allocator"] is not None:
+    if find_pool(pool) is None or kwargs["token_to_kv_pool_allocator"] is not None:
         return original(self, **kwargs)
     return DiffXKVAllocator(
         kwargs["sizes"].max_total_num_tokens,

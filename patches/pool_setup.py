@@ -39,7 +39,7 @@ def make_setup(
     check_dtype(configurator.kv_cache_dtype, model.dtype)
     config = config.of_rank(parallel.attn_tp_rank, parallel.attn_tp_size)
     agree = make_agreement(parallel.attn_tp_group)
-    num_layers = configurator.layer_info.num_effective_layers
+    num_layers = _full_attention_layers(configurator)
     policy = make_policy(
         config,
         head_dim=model.head_dim,
@@ -63,6 +63,13 @@ def make_setup(
     sizes = size_pool(budget, policy.layout, policy.caps, expected_fill)
     _check_chunk(sizes.raw_pages)
     return PoolSetup(policy, sizes, agree)
+
+
+def _full_attention_layers(configurator: Any) -> int:
+    """How many layers' KV is ours: SGLang keeps that of others beside it."""
+    layers = configurator.layer_info
+    full = layers.full_attention_layer_ids
+    return layers.num_effective_layers if full is None else len(full)
 
 
 def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> int:

@@ -17,7 +17,7 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolSta
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import find_allocator
 
 SCHEDULER = "sglang.srt.managers.scheduler"
 OBSERVER = f"{SCHEDULER}_components.pool_stats_observer.SchedulerPoolStatsObserver"
@@ -44,8 +44,8 @@ class PhysicalPoolStats(PoolStats):
 
 
 def _get_token_info(result: PoolStats, self: Any) -> PoolStats | None:
-    allocator = self.token_to_kv_pool_allocator
-    if not isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.token_to_kv_pool_allocator)
+    if allocator is None:
         return None
     held = allocator.size - result.full_available_size - result.full_evictable_size
     usage = max(held / allocator.size, allocator.capacity.usage(self.tree_cache))
@@ -61,8 +61,8 @@ def _get_token_info(result: PoolStats, self: Any) -> PoolStats | None:
 
 def _get_worker_info(result: tuple[Any, ...], self: Any) -> tuple[Any, ...] | None:
     """Capacity, and the longest request and prompt, as the scheduler learns and publishes them."""
-    allocator = self.model_runner.token_to_kv_pool_allocator
-    if not isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.model_runner.token_to_kv_pool_allocator)
+    if allocator is None:
         return None
     _, *between, length, prompt = result[:6]
     length = min(length, allocator.capacity.longest_prompt + allocator.page_size)
@@ -72,8 +72,9 @@ def _get_worker_info(result: tuple[Any, ...], self: Any) -> tuple[Any, ...] | No
 
 def _check_virtual_pages(original: Callable[[Any], None], self: Any) -> None:
     """Every virtual page is free, cached or held by somebody."""
-    allocator, published = self.token_to_kv_pool_allocator, self.max_total_num_tokens
-    if isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.token_to_kv_pool_allocator)
+    published = self.max_total_num_tokens
+    if allocator is not None:
         self.max_total_num_tokens = allocator.size
     original(self)
     self.max_total_num_tokens = published

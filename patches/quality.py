@@ -26,7 +26,7 @@ from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.http_app import ASKED, server_policy
 from sglang_diffxkv.patches.server_args import is_active
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import find_allocator
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -51,8 +51,8 @@ def _settle(result: Any, self: Any, obj: Any, *args: Any, **kwargs: Any) -> None
 
 
 def _note(req: Req, self: Any, recv_req: Any, *args: Any, **kwargs: Any) -> None:
-    allocator = self.token_to_kv_pool_allocator
-    if not isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.token_to_kv_pool_allocator)
+    if allocator is None:
         return
     try:
         policy = type(allocator.store.policy)

@@ -9,7 +9,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.quality import quality_of
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator, find_allocator
 from sglang_diffxkv.pool.running import RunningRequest
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 _ALLOCATOR = "diffxkv_allocator"
 
 
-def follow(req_to_token_pool: Any, allocator: DiffXKVAllocator) -> None:
+def follow(req_to_token_pool: Any, allocator: Any) -> None:
     """Tell the allocator which requests run, as they get their indices of ``req_to_token_pool``."""
-    setattr(req_to_token_pool, _ALLOCATOR, allocator)
+    setattr(req_to_token_pool, _ALLOCATOR, find_allocator(allocator))
 
 
 def _enter(result: list[int] | None, self: Any, reqs: list[Req]) -> None:

@@ -56,21 +56,19 @@ def _install() -> None:
 
         check_applied()
         check_layers(model_runner.model)
-        _prepare_kernels(model_runner)
         backend = make_backend(model_runner, server_args.get_config())
-        allocator = model_runner.token_to_kv_pool_allocator
-        running.follow(model_runner.req_to_token_pool, allocator)
+        _prepare_kernels(model_runner, scores=backend.store.policy.needs_scores)
+        running.follow(model_runner.req_to_token_pool, model_runner.token_to_kv_pool_allocator)
         return backend
 
 
-def _prepare_kernels(model_runner: Any) -> None:
+def _prepare_kernels(model_runner: Any, scores: bool) -> None:
     """Compile what runs on a CPU now: the first request would wait for it otherwise."""
     from sglang_diffxkv.kernels.cpu.prebuild import load_all
     from sglang_diffxkv.kernels.gpu.device import on_gpu
     from sglang_diffxkv.patches import layers, linear
 
-    store = getattr(model_runner.token_to_kv_pool, "store", None)
-    if store is not None and not on_gpu(model_runner.req_to_token_pool.req_to_token):
-        load_all(scores=store.policy.needs_scores)
+    if not on_gpu(model_runner.req_to_token_pool.req_to_token):
+        load_all(scores=scores)
         layers.install()
         linear.widen(model_runner.model)

@@ -7,6 +7,7 @@ Decode steps differ between devices: `host_backend`, `device_backend`.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -87,6 +88,7 @@ class DiffXKVBackend(AttentionBackend):
 
     Args:
         req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
+        layers: indices in the store, by the model's ids of its layers; None: they are the same.
 
     Attributes:
         is_mixed: whether this forward pass is a prefill with a token of every running request.
@@ -112,8 +114,10 @@ class DiffXKVBackend(AttentionBackend):
         req_to_token: torch.Tensor,
         config: DiffXKVConfig,
         running: RunningRequests,
+        layers: Mapping[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.layers = layers or {index: index for index in range(store.num_layers)}
         self.store, self.req_to_token = store, req_to_token
         self.config, self.running = config, running
         self.full_pages = FullPages(config.window, store.policy.needs_scores)
@@ -203,8 +207,8 @@ class DiffXKVBackend(AttentionBackend):
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
         """Attention of a (mixed) prefill batch: q [T, Hq * D] -> [T, Hq * D]."""
-        step, index, dim = self.forward_metadata, layer.layer_id, layer.qk_head_dim
-        softmax = Softmax(layer.scaling)
+        step, dim = self.forward_metadata, layer.qk_head_dim
+        index, softmax = self.layers[layer.layer_id], Softmax(layer.scaling)
         assert step is not None
         if save_kv_cache and k is not None:
             k, v = (x.view(-1, layer.tp_k_head_num, dim) for x in (k, v))
@@ -241,7 +245,8 @@ class DiffXKVBackend(AttentionBackend):
         """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
         assert save_kv_cache  # models that write it themselves are hooked
         q, k, v = (x.view(len(x), -1, layer.qk_head_dim) for x in (q, k, v))
-        return self.decode.attend(layer.layer_id, q, k, v, Softmax(layer.scaling)).out.flatten(1)
+        index = self.layers[layer.layer_id]
+        return self.decode.attend(index, q, k, v, Softmax(layer.scaling)).out.flatten(1)
 
     def end_of_step(self) -> None:
         """After all layers: count the scores, and seal what is full, scored and not recent."""

@@ -9,8 +9,8 @@ from sglang_diffxkv.attention.backend import DiffXKVBackend
 from sglang_diffxkv.attention.host_backend import HostBackend
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.gpu.device import on_gpu
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.kv_pool import DiffXKVPool
+from sglang_diffxkv.pool.allocator import find_allocator
+from sglang_diffxkv.pool.kv_pool import find_pool
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -22,15 +22,16 @@ def make_backend(model_runner: ModelRunner, config: DiffXKVConfig) -> DiffXKVBac
     Raises:
         RuntimeError: its pool is not ours.
     """
-    pool, allocator = model_runner.token_to_kv_pool, model_runner.token_to_kv_pool_allocator
-    if not isinstance(pool, DiffXKVPool) or not isinstance(allocator, DiffXKVAllocator):
+    pool = find_pool(model_runner.token_to_kv_pool)
+    allocator = find_allocator(model_runner.token_to_kv_pool_allocator)
+    if pool is None or allocator is None:
         raise RuntimeError(
             "diffxkv: SGLang did not build the diffxkv pool, so a hook failed to apply; see "
             "the plugin errors above in the log"
         )
     table = model_runner.req_to_token_pool.req_to_token
     if not on_gpu(table):
-        return HostBackend(pool.store, table, config, allocator.running)
+        return HostBackend(pool.store, table, config, allocator.running, pool.store_layers)
     from sglang_diffxkv.attention.device_backend import DeviceBackend  # needs Triton
 
-    return DeviceBackend(pool.store, table, config, allocator.running)
+    return DeviceBackend(pool.store, table, config, allocator.running, pool.store_layers)

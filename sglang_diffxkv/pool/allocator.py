@@ -12,11 +12,10 @@ from sglang.srt.utils import get_num_new_pages
 
 from sglang_diffxkv.pool.capacity import Capacity
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.kv_pool import DiffXKVPool
+from sglang_diffxkv.pool.kv_pool import find_pool
 from sglang_diffxkv.pool.prefill_budget import DiffXKVPrefillBudget
 from sglang_diffxkv.pool.reclaim import Reclaimer
 from sglang_diffxkv.pool.running import RunningRequests
-from sglang_diffxkv.pool.store import PageStore
 
 
 class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
@@ -27,22 +26,21 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     it waits or retracts.
 
     Attributes:
+        store: of our pool, which may be a part of SGLang's.
         running: requests that hold pages.
         capacity, reclaimer: what fits, and who makes room.
     """
 
-    _kvcache: DiffXKVPool
     free_pages: torch.Tensor
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, kvcache: Any, **kwargs: Any) -> None:
+        pool = find_pool(kvcache)
+        assert pool is not None
+        self.store = pool.store
+        super().__init__(*args, kvcache=kvcache, **kwargs)
         self.running = RunningRequests()
         self.capacity = Capacity(self.store, self.running)
         self.reclaimer = Reclaimer(self.store, self.running, self.capacity, self)
-
-    @property
-    def store(self) -> PageStore:
-        return self._kvcache.store
 
     # -- pages in and out --
 
@@ -192,3 +190,9 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         if bool(in_use[free].any()) or len(free.unique()) != len(free):
             problems.append("virtual pages: the free list and the directory disagree")
         return problems
+
+
+def find_allocator(allocator: Any) -> DiffXKVAllocator | None:
+    """Ours: ``allocator`` itself, or the full-attention layers' in a composite one of SGLang's."""
+    found = getattr(allocator, "full_attn_allocator", allocator)
+    return found if isinstance(found, DiffXKVAllocator) else None

@@ -30,8 +30,14 @@ class DiffXKVPool(MHATokenToKVPool):
     """``MHATokenToKVPool`` whose bytes live in a :class:`PageStore`.
 
     Token slots are virtual: ``slot // 64`` is a page of the directory. Reading K/V by slot is
-    impossible for sealed pages, so SGLang's buffer getters raise.
+    impossible for sealed pages, so SGLang's buffer getters raise. Of models with other kinds of
+    layers, too, it holds the full-attention layers, in one of SGLang's composite pools.
+
+    Attributes:
+        model_layer_ids: the model's ids of its layers (SGLang's; composite pools assign them).
     """
+
+    model_layer_ids: tuple[int, ...]
 
     def __init__(self, *args: Any, setup: PoolSetup, **kwargs: Any) -> None:
         self._setup = setup
@@ -76,23 +82,34 @@ class DiffXKVPool(MHATokenToKVPool):
     def get_kv_size_bytes(self) -> int:
         return self.store.nbytes
 
+    @property
+    def store_layers(self) -> dict[int, int]:
+        """Indices in the store, by the model's ids of its layers."""
+        return {layer: index for index, layer in enumerate(self.model_layer_ids)}
+
     def set_kv_buffer(
         self,
         layer: Any,
         loc_info: Any,
         cache_k: torch.Tensor,
         cache_v: torch.Tensor,
-        *args: Any,
-        **kwargs: Any,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        layer_id_override: int | None = None,
     ) -> None:
         """Write K/V [T, H, D] of one layer to virtual slots (``MHATokenToKVPool.set_kv_buffer``).
+
+        Args:
+            layer_id_override: index in the store, where a composite pool asks.
 
         Raises:
             PageStateError: a slot's page is not open.
         """
         loc, _, _ = unwrap_write_loc(loc_info)
-        rows = self.store.write_rows(loc)
-        self.store.raw.write(layer.layer_id - self.start_layer, rows, cache_k, cache_v)
+        index = layer_id_override
+        if index is None:
+            index = self.store_layers[layer.layer_id]
+        self.store.raw.write(index, self.store.write_rows(loc), cache_k, cache_v)
 
     def _unreadable(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError("diffxkv: sealed K/V can only be read through the diffxkv backend")
@@ -100,3 +117,9 @@ class DiffXKVPool(MHATokenToKVPool):
     get_key_buffer = get_value_buffer = get_kv_buffer = _unreadable
     get_cpu_copy = load_cpu_copy = move_kv_cache = _unreadable
     get_contiguous_buf_infos = get_device_pool_infos = _unreadable
+
+
+def find_pool(pool: Any) -> DiffXKVPool | None:
+    """Ours: ``pool`` itself, or the full-attention layers' in a composite one of SGLang's."""
+    found = getattr(pool, "full_kv_pool", pool)
+    return found if isinstance(found, DiffXKVPool) else None

@@ -27,6 +27,7 @@ def _install() -> None:
 
     from sglang_diffxkv.patches import (
         check,
+        committed,
         expected_pages,
         forward,
         http_app,
@@ -44,7 +45,16 @@ def _install() -> None:
     )
 
     of_pool = (server_args, kv_dtype, pool, published_capacity, input_buffers, forward, check, idle)
-    of_requests = (running, expected_pages, http_app, quality, lossless, observability, profiling)
+    of_requests = (
+        running,
+        committed,
+        expected_pages,
+        http_app,
+        quality,
+        lossless,
+        observability,
+        profiling,
+    )
     for hook in (*of_pool, *of_requests):
         hook.install()
 

@@ -71,7 +71,7 @@ class Pool:
         self.store.raw.counts[raw] = 8
         self.store.begin_step(decodes=False)
         where = torch.arange(len(pages))
-        self.store.ledger.write(tokens, tokens // PAGE_TOKENS)
+        self.store.ledger.commit(tokens, tokens // PAGE_TOKENS)
         self.store.recency.touch(pages, where, torch.full((len(pages),), tokens), window=64)
         return slots
 

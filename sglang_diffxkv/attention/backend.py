@@ -29,6 +29,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.score import ScoringQueries, score_open
 from sglang_diffxkv.kernels.softmax import Softmax
+from sglang_diffxkv.pool.committed import Committed, count
 from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
@@ -59,10 +60,13 @@ class PrefillStep(NamedTuple):
 
 
 class DecodeBatch(NamedTuple):
-    """The sequences of a decode step, padding left out; lengths include the step's tokens.
+    """The sequences of a decode step or a verification, padding left out.
 
     Attributes:
-        req_pool_indices, seq_lens: int64 [B]. seq_lens_cpu: int64 [B] on the host.
+        req_pool_indices: int64 [B].
+        seq_lens: int64 [B], tokens that are committed when the step ends: with those of a decode
+            step, with the first one that a verification writes, which is always accepted.
+        seq_lens_cpu: int64 [B], the same on the host.
     """
 
     req_pool_indices: torch.Tensor
@@ -94,8 +98,9 @@ class DiffXKVBackend(AttentionBackend):
         is_mixed: whether this forward pass is a prefill with a token of every running request.
         batch_indices: ``req_pool_index`` of each request of this forward pass, on the host;
             SGLang's warm-up has none.
-        forward_metadata: of the prefill that runs. decode_batch: of the decode step that does.
-            Neither of SGLang's warm-up, which begins steps that it does not end.
+        forward_metadata: of the prefill that runs. decode_batch: of the decode step that does, or
+            the verification. Neither of SGLang's warm-up, which begins steps that it does not end.
+        committed: tokens of the batch before and after this forward pass.
         decode: attention of decode steps.
         scratch: where prefills unpack sealed prefixes to, on a GPU.
     """
@@ -106,6 +111,7 @@ class DiffXKVBackend(AttentionBackend):
     batch_indices: list[int] | None = None
     forward_metadata: PrefillStep | None = None
     decode_batch: DecodeBatch | None = None
+    committed: Committed
     scratch: PrefixScratch | None = None
 
     def __init__(
@@ -129,7 +135,8 @@ class DiffXKVBackend(AttentionBackend):
 
     def shared_read_ends(self, fm: ForwardMode) -> SharedReadEnds:
         """Kernels read the directory through the whole forward pass, not only its start."""
-        return SharedReadEnds.POST_REPLAY if fm.is_decode() else SharedReadEnds.UNKNOWN
+        decodes = fm.is_decode() or fm.is_target_verify()
+        return SharedReadEnds.POST_REPLAY if decodes else SharedReadEnds.UNKNOWN
 
     def begin_prefill(self, fb: ForwardBatch) -> None:
         """Look up the batch's pages, note their use, and plan attention for all layers."""
@@ -145,20 +152,18 @@ class DiffXKVBackend(AttentionBackend):
             queries = extend_queries(new, self.config.score_queries, policy.sample)
         store.begin_step(decodes=self.is_mixed)
         note_use(store, pages, seq_lens, self.config.window)
-        self._note_tokens(
-            torch.tensor(fb.extend_prefix_lens_cpu), fb.seq_lens_cpu, fb.out_cache_loc
-        )
+        self._commit(torch.tensor(fb.extend_prefix_lens_cpu), fb.seq_lens_cpu)
         most_scored = longest if queries is None else max(fb.extend_prefix_lens_cpu)
         self.forward_metadata = PrefillStep(
             pages=pages,
             rows=store.write_rows(fb.out_cache_loc),
-            attention=self._plan_attention(new, pages, fb.extend_prefix_lens_cpu),
+            attention=self.plan_attention(new, pages, fb.extend_prefix_lens_cpu),
             queries=queries,
             scored_lens=seq_lens if queries is None else prefix_lens,
             nothing_to_seal=most_scored < PAGE_TOKENS,
         )
 
-    def _plan_attention(
+    def plan_attention(
         self, new: NewTokens, pages: BatchPages, prefix_lens_cpu: list[int]
     ) -> Prefill:
         batch = PrefillBatch(
@@ -172,30 +177,23 @@ class DiffXKVBackend(AttentionBackend):
         )
         return Prefill(batch, self.scratch)
 
-    def begin_decode(self, batch: DecodeBatch, loc: torch.Tensor) -> None:
-        """Count the step's tokens, and note what they asked for whose page is opened for it.
-
-        Args:
-            loc: int64 [B], token slots that they are written to.
-        """
+    def begin_decode(self, batch: DecodeBatch) -> None:
+        """Count the step's tokens, and note what they asked for whose page is opened for it."""
         self.store.begin_step(decodes=True)
         self.decode_batch = batch
-        self._note_tokens(batch.seq_lens_cpu - 1, batch.seq_lens_cpu, loc)
+        self._commit(batch.seq_lens_cpu - 1, batch.seq_lens_cpu)
 
-    def _note_tokens(self, starts: torch.Tensor, ends: torch.Tensor, loc: torch.Tensor) -> None:
-        """Tell the store what this step writes, and for whom it opens pages.
+    def _commit(self, starts: torch.Tensor, ends: torch.Tensor) -> None:
+        """Count the tokens that this step commits, and note who asked for their pages.
 
         Args:
-            starts, ends: int64 [B] on the host, tokens of each sequence before and after it.
-            loc: int64 [T], token slots that are written.
+            starts: int64 [B] on the host, tokens of each sequence before its first step.
+            ends: int64 [B] on the host, committed tokens when this one ends.
         """
-        if not self.batch_indices:
-            return
-        full = ends // PAGE_TOKENS - starts // PAGE_TOKENS
-        self.store.ledger.write(int((ends - starts).sum()), full=int(full.sum()))
-        asked = self.running.opened(self.batch_indices, starts.tolist(), ends.tolist())
-        if asked is not None:
-            self.store.note_quality(loc, asked)
+        self.committed = Committed(starts, ends)
+        if self.batch_indices:
+            self.committed = self.running.commit(self.batch_indices, starts.tolist(), ends.tolist())
+            count(self.store, self.committed, self.req_to_token)
 
     def forward_extend(
         self,
@@ -253,7 +251,9 @@ class DiffXKVBackend(AttentionBackend):
         step, batch = self.forward_metadata, self.decode_batch
         self.forward_metadata = self.decode_batch = None
         if batch is not None:
-            if due := self.full_pages.due(batch.seq_lens_cpu):
+            if step is not None and step.queries is not None:
+                count_scores(self.store, step.pages, step.queries)
+            if due := self.full_pages.due(*self.committed[:2]):
                 self.seal_decoded(batch, due)
             return
         self.full_pages.expect_any()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_diffxkv.attention.backend import DecodeBatch, DiffXKVBackend
 from sglang_diffxkv.attention.device_decode import DeviceDecode
 from sglang_diffxkv.attention.ready_pages import ready_pages
+from sglang_diffxkv.attention.verify import begin_verify
 from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.pool.sealing import seal_ready
 
@@ -50,6 +51,8 @@ class DeviceBackend(DiffXKVBackend):
         self.decode_batch = self.forward_metadata = None
         if forward_batch.forward_mode.is_decode():
             super().init_forward_metadata(forward_batch)  # SGLang's: out of the graph, then in it
+        elif forward_batch.forward_mode.is_target_verify():
+            begin_verify(self, forward_batch)
         else:
             self.begin_prefill(forward_batch)
 
@@ -67,7 +70,7 @@ class DeviceBackend(DiffXKVBackend):
         batch = DecodeBatch(
             fb.req_pool_indices[:real], fb.seq_lens[:real].long(), fb.seq_lens_cpu[:real]
         )
-        self.begin_decode(batch, fb.out_cache_loc)
+        self.begin_decode(batch)
         self.decode.tick(real)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:

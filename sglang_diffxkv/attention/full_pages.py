@@ -30,18 +30,19 @@ class FullPages:
         """There may be any number of them, as after a prefill: the next step is to seal."""
         self._waiting = math.inf
 
-    def due(self, seq_lens: torch.Tensor) -> float:
+    def due(self, starts: torch.Tensor, ends: torch.Tensor) -> float:
         """How many have left the windows since the last time, if it is to seal now.
 
         Args:
-            seq_lens: int64 [B] on the host, of the running sequences, this step's tokens included.
+            starts, ends: int64 [B] on the host, committed tokens of the running sequences before
+                and after this step.
 
         Returns:
             0 as long as they are too few, infinity where their number is not known.
         """
-        behind = seq_lens - self._window
-        self._waiting += int(((behind >= PAGE_TOKENS) & (behind % PAGE_TOKENS == 0)).sum())
-        if self._waiting < max(1, SEAL_SHARE * len(seq_lens)):
+        before, behind = ((x - self._window).clamp(min=0) for x in (starts, ends))
+        self._waiting += int((behind // PAGE_TOKENS - before // PAGE_TOKENS).sum())
+        if self._waiting < max(1, SEAL_SHARE * len(ends)):
             return 0
         due, self._waiting = self._waiting, 0.0
         return due

@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.utils import get_num_new_pages
 
 from sglang_diffxkv.pool.capacity import Capacity
+from sglang_diffxkv.pool.committed import count, fill
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.kv_pool import find_pool
 from sglang_diffxkv.pool.prefill_budget import DiffXKVPrefillBudget
@@ -109,6 +110,20 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         end = len(self._page_list) - len(self.free_pages)
         self._page_list[end - len(pages) : end] = pages
         self.free_pages = self._page_list[end - len(pages) :]
+
+    def commit(self, index: int, length: int, req_to_token: torch.Tensor) -> None:
+        """Count what the last verification of a request accepted, before the tree takes its pages.
+
+        Args:
+            index: its ``req_pool_index``. length: its committed tokens, or fewer.
+            req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
+        """
+        request = self.running.by_index.get(index)
+        if request is None or not 0 < request.tokens < length:
+            return
+        start = request.tokens
+        count(self.store, self.running.commit([index], [start], [length]), req_to_token)
+        fill(self.store, req_to_token[index], start, length)
 
     # -- capacity --
 

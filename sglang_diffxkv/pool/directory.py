@@ -35,9 +35,9 @@ class PageDirectory:
         num_frames: int32 [V], frames allocated to a sealed page over all layers: as many as it has
             here, or on the rank where it has most (`pool.ranks`).
         position: int32 [V], index of the page in its sequence.
-        context: int32 [V], length of the sequence when the page was last attended to.
+        context: int32 [V], committed tokens of the sequence when the page was last attended to.
         plan: int32 [V], number of the plan that a sealed page was graded under, 0 for none.
-        filled: int32 [V], tokens written to an open page.
+        filled: int32 [V], committed tokens of an open page (`pool.committed`).
         last_used: int64 [V], step in which the page was last attended to.
         quality: uint8 [V], `policy.quality.Quality` of the request that opened the page.
         demotions: uint8 [V], how often a sealed page has been demoted.

@@ -45,7 +45,7 @@ class Ledger:
     full_pages: int = 0
     """Of the open pages, those that are full and may be sealed."""
     open_tokens: int = 0
-    """Tokens written to open pages."""
+    """Committed tokens in open pages."""
     sealed_pages: int = 0
     frames_used: int = 0
     never_compressed: int = 0
@@ -114,8 +114,8 @@ class Ledger:
             raise RuntimeError(f"{pages} pages asked for, {self.headroom} can be opened")
         self.open_pages += pages
 
-    def write(self, tokens: int, full: int) -> None:
-        """A step writes tokens to open pages, of which it fills ``full``."""
+    def commit(self, tokens: int, full: int) -> None:
+        """Tokens in open pages are committed, and with them ``full`` of the pages are full."""
         self.open_tokens += tokens
         self.full_pages += full
 

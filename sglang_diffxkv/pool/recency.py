@@ -52,14 +52,15 @@ class Recency:
         Args:
             pages: int64 [N] open pages, all that a sequence of the batch has; may repeat.
             position: int64 [N], their index in the sequence.
-            context: int64 [N], length of the sequence including this step's tokens.
+            context: int64 [N], committed tokens of the sequence when the step ends; pages behind
+                them have drafts only.
             window: recent tokens that a running sequence wants to keep raw.
         """
         d = self._directory
         end = (position + 1) * PAGE_TOKENS
         d.position[pages] = position.to(torch.int32)
         d.context[pages] = context.to(torch.int32)
-        d.filled[pages] = (context - position * PAGE_TOKENS).clamp(max=PAGE_TOKENS).to(torch.int32)
+        d.filled[pages] = filled(position, context)
         recent = pages[end > context - window]
         d.window_step.index_fill_(0, recent, self.decode_step)
         d.last_used.index_fill_(0, pages, self.step)
@@ -98,3 +99,9 @@ class Recency:
         d = self._directory
         pages = self._raw.page[1:].long().clamp(min=0)
         return int(((pages > 0) & d.never_compressed(pages) & (d.last_used[pages] < since)).sum())
+
+
+def filled(position: torch.Tensor, context: torch.Tensor | int) -> torch.Tensor:
+    """Committed tokens in pages at ``position`` (int64 [N]) of sequences that have ``context``
+    (int64 [N]) of them: int32 [N]."""
+    return (context - position * PAGE_TOKENS).clamp(0, PAGE_TOKENS).to(torch.int32)

@@ -11,8 +11,8 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.committed import AskedPages, Committed
 from sglang_diffxkv.pool.shared_pages import PagedSequence, paged
-from sglang_diffxkv.pool.store import AskedPages
 
 
 @dataclass
@@ -23,7 +23,7 @@ class RunningRequest:
         step: the one that its prompt, or the last chunk of it, ran in: all pages that it holds have
             been used in that or later.
         request: SGLang's.
-        tokens: that it has; kept of lossless ones only.
+        tokens: that are committed, as the ledger has counted them; 0 before its first step.
     """
 
     quality: Quality
@@ -46,7 +46,9 @@ class RunningRequests:
     @property
     def lossless(self) -> list[PagedSequence]:
         """Running lossless requests that have pages, as long as they are."""
-        return [paged(x.request, x.tokens) for x in self._asking.values() if x.tokens]
+        asking = self._asking.values()
+        lossless = [x for x in asking if x.quality is Quality.LOSSLESS and x.tokens]
+        return [paged(x.request, x.tokens) for x in lossless]
 
     def entered_since(self, step: int) -> int:
         """The first step that somebody who runs entered in; else ``step``, the next one."""
@@ -56,40 +58,45 @@ class RunningRequests:
         """A prompt waits for its next chunk; its pages are as used in ``step``."""
         self.by_index[index].step = step
 
-    def opened(
+    def commit(
         self, indices: Sequence[int], starts: Sequence[int], ends: Sequence[int]
-    ) -> AskedPages | None:
-        """The pages opened for a step whose requests asked for something; None where none did.
+    ) -> Committed:
+        """Note how many tokens requests have for good, of B requests.
 
         Args:
-            indices: ``req_pool_index`` of its B requests. starts, ends: their tokens before it and
-                after it.
+            indices: their ``req_pool_index``. starts: tokens before their first step, those of a
+                prefix that others have computed. ends: committed tokens.
         """
-        if not self._asking:
-            return None
-        tokens: list[int] = []
+        before: list[int] = []
+        rows: list[int] = []
+        positions: list[int] = []
         quality: list[Quality] = []
-        lossless_full = before = 0
-        for index, start, end in zip(indices, starts, ends, strict=True):
-            request = self._asking.get(index)
+        lossless_full = 0
+        for index, first, end in zip(indices, starts, ends, strict=True):
+            request, start = self.by_index.get(index), first
             if request is not None:
-                opening = range(-(-start // PAGE_TOKENS) * PAGE_TOKENS, end, PAGE_TOKENS)
-                tokens += [before + position - start for position in opening]
-                quality += [request.quality] * len(opening)
-                if request.quality is Quality.LOSSLESS:
-                    lossless_full += end // PAGE_TOKENS - start // PAGE_TOKENS
-                    request.tokens = end
-            before += end - start
-        return AskedPages(torch.tensor(tokens, dtype=torch.int64), quality, lossless_full)
+                start, request.tokens = request.tokens or first, end
+            before.append(start)
+            if request is None or request.quality is Quality.BALANCED:
+                continue
+            opening = range(-(-start // PAGE_TOKENS) * PAGE_TOKENS, end, PAGE_TOKENS)
+            rows += [index] * len(opening)
+            positions += opening
+            quality += [request.quality] * len(opening)
+            if request.quality is Quality.LOSSLESS:
+                lossless_full += end // PAGE_TOKENS - start // PAGE_TOKENS
+        asked = AskedPages(rows, positions, quality, lossless_full) if self._asking else None
+        return Committed(torch.tensor(before), torch.tensor(list(ends)), asked)
 
     def enter(self, indices: Sequence[int], requests: Sequence[RunningRequest]) -> None:
         """Requests have got these indices, or keep them for their next chunk."""
         for index, request in zip(indices, requests, strict=True):
-            known = self._asking.get(index)
+            known = self.by_index.get(index)
+            if known is not None and known.request is request.request:
+                request.tokens = known.tokens
             self.by_index[index] = request
             if request.quality is not Quality.BALANCED:
                 self._asking[index] = request
-                request.tokens = known.tokens if known is not None else 0
 
     def leave(self, indices: Sequence[int]) -> None:
         """These indices are free again."""

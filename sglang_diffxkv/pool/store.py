@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,21 +33,6 @@ RELEASED_AT_ONCE = 256
 STEPS_TO_ARRIVE = 2
 """Steps after which the host knows what was freed or sealed: whoever begins that one has seen the
 results of the step that ran then."""
-
-
-class AskedPages(NamedTuple):
-    """Pages that a step opens for requests that asked for another quality than the server's.
-
-    Attributes:
-        tokens: int64 [N] on the host, the first token of each page, by its place among the step's
-            new tokens.
-        quality: of each.
-        lossless_full: pages of lossless requests that the step's tokens fill.
-    """
-
-    tokens: torch.Tensor
-    quality: Sequence[Quality]
-    lossless_full: int
 
 
 @dataclass
@@ -200,22 +184,24 @@ class PageStore:
         self.recency.begin(decodes)
         self.settle(before=self.recency.next_step - STEPS_TO_ARRIVE)
 
-    def note_quality(self, loc: torch.Tensor, asked: AskedPages) -> None:
-        """Note what their requests asked for, of pages that were opened for this step.
+    def note_quality(
+        self, pages: torch.Tensor, asked: Sequence[Quality], lossless_full: int
+    ) -> None:
+        """Note what their requests asked for, of open pages whose first token is committed.
 
         Lossless pages are never compressed, so the frames reserved for them are released.
 
         Args:
-            loc: int64 [T], token slots that the step writes.
+            pages: int64 [N], distinct. asked: of each. lossless_full: pages of lossless requests
+                that the ledger has counted as full since the last time.
         """
-        if asked.quality:  # most decode steps open no page for them
-            pages = loc[upload(asked.tokens, loc.device)] // PAGE_TOKENS
-            quality = torch.tensor(asked.quality, dtype=torch.uint8)
-            self.directory.quality[pages] = upload(quality, loc.device)
-        opened, by_quality = Counter(asked.quality), self.totals.by_quality
+        if asked:  # most decode steps open no page for them
+            quality = torch.tensor(asked, dtype=torch.uint8)
+            self.directory.quality[pages] = upload(quality, pages.device)
+        opened, by_quality = Counter(asked), self.totals.by_quality
         by_quality.update(opened)
         by_quality[Quality.BALANCED] -= opened.total()
-        self.ledger.never_compress(opened[Quality.LOSSLESS], asked.lossless_full)
+        self.ledger.never_compress(opened[Quality.LOSSLESS], lossless_full)
 
     def problems(self) -> list[str]:
         """What cannot be, by the counters alone: in O(1), without waiting for the device."""

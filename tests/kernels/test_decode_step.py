@@ -52,7 +52,7 @@ class World:
             sealed.append(own[:n])
         self.store.open(torch.arange(3, next_page))
         first = torch.cat(sealed)
-        self.store.ledger.write(len(first) * PAGE_TOKENS, full=len(first))
+        self.store.ledger.commit(len(first) * PAGE_TOKENS, full=len(first))
         self.store.directory.filled[first] = PAGE_TOKENS
         seal(self.store, first)
         assert self.store.key_means.by_layer.any() == self.store.layout.rotates
@@ -120,21 +120,25 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
 
 def test_when_decode_steps_seal() -> None:
     full_pages = FullPages(WINDOW, needs_scores=False)
+
+    def due(ends: torch.Tensor) -> float:
+        return full_pages.due(ends - 1, ends)
+
     inside, leaving, again = torch.tensor([100] * 16), torch.tensor([128] * 16), torch.tensor([191])
-    assert not full_pages.due(inside)
-    assert full_pages.due(leaving)
-    assert not full_pages.due(inside)
+    assert not due(inside)
+    assert due(leaving)
+    assert not due(inside)
     one = inside.clone()
     one[3] = 192
-    assert not full_pages.due(one)  # two of 16 are worth the wait, one is not
-    assert full_pages.due(one)
-    assert not full_pages.due(again)
+    assert not due(one)  # two of 16 are worth the wait, one is not
+    assert due(one)
+    assert not due(again)
     full_pages.expect_any()
-    assert full_pages.due(again)
+    assert due(again)
 
 
 @pytest.mark.parametrize(("needs_scores", "full"), [(False, 64), (True, 65)])
 def test_without_a_window_pages_seal_once_full_and_scored(needs_scores: bool, full: int) -> None:
     full_pages = FullPages(0, needs_scores)
-    sealing = [n for n in range(1, 140) if full_pages.due(torch.tensor([n]))]
+    sealing = [n for n in range(1, 140) if full_pages.due(*torch.tensor([[n - 1], [n]]))]
     assert sealing == [full, full + PAGE_TOKENS]

@@ -84,7 +84,7 @@ def cached(server: Server) -> torch.Tensor:
     slots = server.allocator.alloc(2 * PAGE_TOKENS)
     assert slots is not None
     first = slots[:1] // PAGE_TOKENS
-    store.ledger.write(PAGE_TOKENS, full=1)
+    store.ledger.commit(PAGE_TOKENS, full=1)
     store.directory.filled.index_fill_(0, first, PAGE_TOKENS)
     seal(store, first)
     return slots
@@ -194,7 +194,7 @@ def filled_and_freed() -> Server:
     while most := min(16, store.ledger.headroom):
         slots = server.allocator.alloc(most * PAGE_TOKENS)
         pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
-        store.ledger.write(len(slots), full=most)
+        store.ledger.commit(len(slots), full=most)
         store.directory.filled.index_fill_(0, pages, PAGE_TOKENS)
         seal(store, pages)
         taken.append(slots)

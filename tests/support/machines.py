@@ -13,8 +13,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.committed import count
 from tests.support.pages import running
 from tests.support.stores import PrefixCache, make_allocator
+
+ROWS, LONGEST = 8192, 1024
+"""Of SGLang's table: requests that a walk may have, and tokens of each."""
 
 
 def walks(
@@ -58,7 +62,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         super().__init__()
         self.allocator = make_allocator(self.policy)
         self.cache = PrefixCache(self.allocator)
-        self.free_indices = list(range(8192))
+        self.free_indices = list(range(ROWS))
+        self.table = torch.zeros(ROWS, LONGEST, dtype=torch.int32)
         self.running: list[Request] = []
 
     def _touch(self, decodes: bool) -> None:
@@ -67,11 +72,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         store.begin_step(decodes)
         for slots, _, _, index in self.running if decodes else self.running[-1:]:
             start, end = len(slots) - 1 if decodes else 0, len(slots)
-            full = end // PAGE_TOKENS - start // PAGE_TOKENS
-            store.ledger.write(end - start, full)
-            asked = self.allocator.running.opened([index], [start], [len(slots)])
-            if asked is not None:
-                store.note_quality(slots[start:], asked)
+            self.table[index, :end] = slots
+            committed = self.allocator.running.commit([index], [start], [end])
+            count(store, committed, self.table)
             pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
             position = torch.arange(len(pages))
             is_open = store.directory.raw_slot[pages] >= 0

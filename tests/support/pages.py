@@ -9,7 +9,7 @@ import torch
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.running import RunningRequest
-from sglang_diffxkv.pool.store import AskedPages, PageStore
+from sglang_diffxkv.pool.store import PageStore
 
 EVERY_SLOT = slice(None)
 
@@ -26,7 +26,7 @@ def count(store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
     full = (
         (filled == PAGE_TOKENS) & (before < PAGE_TOKENS) & ~store.directory.never_compressed(pages)
     )
-    store.ledger.write(int((filled - before).sum()), int(full.sum()))
+    store.ledger.commit(int((filled - before).sum()), int(full.sum()))
 
 
 def write(
@@ -48,5 +48,4 @@ def ask(store: PageStore, pages: torch.Tensor, levels: Sequence[Quality]) -> Non
     """Open ``pages`` (int64 [N], distinct) are of requests that asked for these qualities."""
     lossless = torch.tensor([level is Quality.LOSSLESS for level in levels], dtype=torch.bool)
     full = int((store.directory.filled[pages][lossless] == PAGE_TOKENS).sum())
-    asked = AskedPages(torch.arange(len(pages)), levels, full)
-    store.note_quality(pages * PAGE_TOKENS, asked)
+    store.note_quality(pages, levels, full)

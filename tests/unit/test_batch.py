@@ -14,6 +14,7 @@ from sglang_diffxkv.attention.scoring import (
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.scoring import Sampler, last_queries, sample_queries
+from sglang_diffxkv.pool.committed import note_quality
 from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal, seal_ready
 from sglang_diffxkv.pool.store import PageStateError
@@ -118,12 +119,11 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     asked = [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS]
     requests.enter(b.rows.tolist(), [running(level, step=0) for level in asked])
     before = torch.tensor([0, 0, 100])  # 2 pages of the last one were opened before
-    opened = requests.opened(b.rows.tolist(), before.tolist(), b.lens.tolist())
-    assert opened is not None and opened.lossless_full == 3
-    assert list(opened.quality) == [Quality.SMALL] * 11 + [Quality.LOSSLESS] * 3
-    spans = zip(b.rows.tolist(), before.tolist(), b.lens.tolist(), strict=True)
-    loc = torch.cat([b.req_to_token[row, start:end] for row, start, end in spans])
-    b.store.note_quality(loc.long(), opened)
+    committed = requests.commit(b.rows.tolist(), before.tolist(), b.lens.tolist())
+    asked = committed.asked
+    assert asked is not None and asked.lossless_full == 3
+    assert list(asked.quality) == [Quality.SMALL] * 11 + [Quality.LOSSLESS] * 3
+    note_quality(b.store, asked, b.req_to_token)
     first, second, third = b.pages
     quality = b.store.directory.quality
     assert set(quality[first].tolist()) == {Quality.SMALL}
@@ -135,7 +135,7 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     assert [s.length for s in requests.lossless] == [300]
     requests.leave(b.rows.tolist())
     assert not requests.lossless
-    assert requests.opened(b.rows.tolist(), before.tolist(), b.lens.tolist()) is None
+    assert requests.commit(b.rows.tolist(), before.tolist(), b.lens.tolist()).asked is None
 
 
 def test_every_page_of_a_batch_counts_as_used() -> None:

@@ -275,16 +275,16 @@ def test_running_requests_have_their_quality(scheduler: SimpleNamespace) -> None
         levels = [Quality[level.upper()] for level in (first, second)]
         assert given is not None
         assert [running.by_index[index].quality for index in given] == levels
-        opened = running.opened(given, [0, 0], [1, 1])
-        assert opened is not None and opened.quality == [Quality.LOSSLESS]
+        asked = running.commit(given, [0, 0], [1, 1]).asked
+        assert asked is not None and asked.quality == [Quality.LOSSLESS]
         assert len(running.by_index) == 2
         pool.free_rows(given)
         running_hook._leave(None, pool, given)
-        assert running.opened([], [], []) is None and not running.by_index
+        assert running.commit([], [], []).asked is None and not running.by_index
     running_hook._enter(None, pool, requests)  # there were no rows left
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
     running_hook._enter(pool.alloc(requests), pool, requests)
-    assert running.opened([], [], []) is None
+    assert running.commit([], [], []).asked is None
 
 
 @pytest.fixture

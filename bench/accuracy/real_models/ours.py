@@ -115,7 +115,7 @@ class Sealer:
         store.open(pages)
         batch = gather_pages(store, page_table(slots, torch.tensor([0]), tokens), lens)
         note_use(store, batch, lens, window)
-        store.ledger.write(tokens, full=len(pages))
+        store.ledger.commit(tokens, full=len(pages))
         for layer in range(self.shape.layers):
             for raw, side in ((store.raw.keys, states.keys), (store.raw.values, states.values)):
                 by_page = side[layer].transpose(0, 1).unflatten(0, (-1, PAGE_TOKENS))

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hook: what the radix tree takes of a request is counted as committed.
+
+A verification tells what it has accepted after its forward pass, which the next one counts. A
+request that has finished has no next one.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.plugins.hook_registry import HookType
+
+from sglang_diffxkv.patches.hook import hook
+from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+
+def _commit(self: Any, req: Req, *args: Any, up_to: int, **kwargs: Any) -> None:
+    allocator = self.token_to_kv_pool_allocator
+    if isinstance(allocator, DiffXKVAllocator):
+        allocator.commit(req.kv.req_pool_idx, up_to, self.req_to_token_pool.req_to_token)
+
+
+def install() -> None:
+    tree = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache"
+    hook(f"{tree}.checkpoint", _commit, HookType.BEFORE, ("req", "up_to"))

@@ -21,7 +21,8 @@ def begin_decode(
     req_to_token, req_pool_indices, seq_lens, num_real, queries = requests
     kernel = StepKernel(req_to_token, metadata, window)
     rows, lengths = req_pool_indices.long(), seq_lens.long()
-    return kernel.begin(rows, lengths, int(num_real), *clock.tolist(), queries)
+    now, decode_step = clock.tolist()
+    return kernel.begin(rows, lengths, int(num_real), now, decode_step, queries)
 
 
 class StepKernel:

@@ -9,15 +9,15 @@
 
 namespace diffxkv {
 
-// 2^r, of a number or of lanes, for r in [-0.5, 0.5].
+// 2^r - 1, of a number or of lanes, for r in [-0.5, 0.5].
 template <typename T>
-inline T exp2_near_zero(T r) {
+inline T exp2_minus_one_near_zero(T r) {
     T y = 1.535336188319500e-4f * r + 1.339887440266574e-3f;
     y = y * r + 9.618437357674640e-3f;
     y = y * r + 5.550332471162809e-2f;
     y = y * r + 2.402264791363012e-1f;
     y = y * r + 6.931472028550421e-1f;
-    return y * r + 1.f;
+    return y * r;
 }
 
 // 2^x below 2e-7 relative error, x clamped to [-126, 126]: -inf gives 2^-126, in effect nothing.
@@ -26,7 +26,7 @@ inline float fast_exp2(float x) {
     x = x < 126.f ? x : 126.f;
     int32_t whole = static_cast<int32_t>(x + (x < 0.f ? -0.5f : 0.5f));
     float r = x - static_cast<float>(whole);
-    float y = exp2_near_zero(r);
+    float y = exp2_minus_one_near_zero(r) + 1.f;
     int32_t bits = (whole + 127) << 23;
     float power;
     std::memcpy(&power, &bits, sizeof power);
@@ -35,18 +35,31 @@ inline float fast_exp2(float x) {
 
 typedef int32_t IntLanes __attribute__((vector_size(4 * kLanes)));
 
+// Lanes as a whole number and what is left of them, for |x| < 2^22.
+struct WholeAndRest {
+    IntLanes whole;  // in the last bits
+    Lanes rest;      // in [-0.5, 0.5]
+
+    explicit WholeAndRest(Lanes x) {
+        const Lanes shifted = x + 12582912.f;  // 1.5 * 2^23: x is rounded in the last bits
+        rest = x - (shifted - 12582912.f);
+        std::memcpy(&whole, &shifted, sizeof whole);
+    }
+
+    // y * 2^whole.
+    Lanes scale(Lanes y) const {
+        IntLanes bits;
+        std::memcpy(&bits, &y, sizeof bits);
+        bits += whole << 23;
+        std::memcpy(&y, &bits, sizeof y);
+        return y;
+    }
+};
+
 // The same in every lane, for x <= 126; NaN gives 2^-126, too.
 inline Lanes fast_exp2(Lanes x) {
-    x = max_lanes(x, broadcast(-126.f));
-    const Lanes shifted = x + 12582912.f;  // 1.5 * 2^23: x is rounded in the last bits
-    const Lanes r = x - (shifted - 12582912.f);
-    Lanes y = exp2_near_zero(r);
-    IntLanes bits, whole;
-    std::memcpy(&bits, &y, sizeof bits);
-    std::memcpy(&whole, &shifted, sizeof whole);
-    bits += whole << 23;
-    std::memcpy(&y, &bits, sizeof y);
-    return y;
+    const WholeAndRest parts(max_lanes(x, broadcast(-126.f)));
+    return parts.scale(exp2_minus_one_near_zero(parts.rest) + 1.f);
 }
 
 }  // namespace diffxkv

@@ -60,6 +60,8 @@ inline Lanes broadcast(float x) { return x - Lanes{}; }
 
 inline Lanes max_lanes(Lanes a, Lanes b) { return a > b ? a : b; }
 
+inline Lanes min_lanes(Lanes a, Lanes b) { return a < b ? a : b; }
+
 // Exchanges the lanes of `a` that have bit Bit in their number with those of `b` that lack it.
 template <int Bit, size_t... Lane>
 inline void exchange(Lanes& a, Lanes& b, std::index_sequence<Lane...>) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one group of query heads over the tokens of one tier, a tile at a time.
+// Attention of one group of query rows over the tokens of one tier, a tile at a time.
 #pragma once
 
 #include <algorithm>
@@ -8,13 +8,15 @@
 #include <limits>
 
 #include "exp2.h"
+#include "softcap.h"
 #include "tile.h"
 
 namespace diffxkv {
 
 constexpr float kMinusInf = -std::numeric_limits<float>::infinity();
 
-// Unnormalised result of a group over some tokens; scores are in base 2.
+// Unnormalised result of a group over some tokens; scores are in base 2. Its rows are the query
+// heads of one KV head, for each of a sequence's new tokens.
 struct Partial {
     float* max;  // [G], -inf: nothing attended
     float* sum;  // [G]
@@ -24,7 +26,7 @@ struct Partial {
 class Engine {
    public:
     virtual ~Engine() = default;
-    // Starts a new group; q: [G, D], already times sm_scale * log2(e).
+    // Starts a new group; q: [G, D], already times scale * log2(e).
     virtual void begin(const float* q) = 0;
     // Attends to tile.n > 0 tokens and fetches the rows of `next` meanwhile. May write to the tile
     // beyond n.
@@ -33,7 +35,7 @@ class Engine {
     virtual void finish(const Partial& partial) = 0;
 };
 
-// Running softmax of one query head.
+// Running softmax of one query row.
 struct RunningSoftmax {
     float max, sum;
 

@@ -14,8 +14,8 @@ namespace diffxkv {
 template <int Dim>
 class FloatEngine final : public Engine {
    public:
-    FloatEngine(const Layout& layout, Tier tier, DType raw, int64_t group)
-        : tier_(tier), raw_(raw), dim_(layout.head_dim), group_(group),
+    FloatEngine(const Layout& layout, Tier tier, DType raw, int64_t group, SoftCap cap)
+        : tier_(tier), raw_(raw), cap_(cap), dim_(layout.head_dim), group_(group),
           key_bytes_(layout.row_bytes(tier.key_bits)),
           value_bytes_(layout.row_bytes(tier.value_bits)), softmax_(group), zero_(group),
           q_sum_(group), scores_(group * kTile), rows_(kRows * dim_), out_(group * dim_) {}
@@ -70,6 +70,7 @@ class FloatEngine final : public Engine {
     // Scores of head g to weights times value_scale; the zeros collect in one scalar.
     void weigh(int64_t g, int64_t n) {
         float* scores = scores_.data() + g * kTile;
+        cap_.apply(scores, n);
         float factor = softmax_[g].absorb(scores, n);
         float zero = 0.f;
         for (int64_t t = 0; t < n; ++t) {
@@ -107,6 +108,7 @@ class FloatEngine final : public Engine {
 
     Tier tier_;
     DType raw_;
+    SoftCap cap_;
     int64_t dim_, group_, key_bytes_, value_bytes_;
     const float* q_ = nullptr;
     std::vector<RunningSoftmax> softmax_;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention of one group of query heads over raw pages, whose rows lie at a fixed distance: no
-// addresses to gather, and the scores stay with the caller, who may grade the tokens by them.
+// Attention of one group of query rows over raw pages, whose rows lie at a fixed distance: no
+// addresses to gather, and the first query's scores go to the caller, who may grade tokens by them.
 #pragma once
 
 #include <vector>
@@ -11,51 +11,61 @@
 
 namespace diffxkv {
 
+// Tokens [first, end) of a page; none if first >= end.
+struct Span {
+    int64_t first, end;
+};
+
 // Dim: head_dim at compile time, or 0 for any multiple of 16.
 template <int Dim>
 class OpenEngine {
    public:
-    OpenEngine(DType raw, int64_t group, int64_t dim)
-        : raw_(raw), group_(group), dim_(dim), softmax_(group), out_(group * dim),
-          weights_(group * kPageTokens), rows_(raw == kFloat32 ? 0 : kPageTokens * dim) {}
+    // group: query heads of the KV head; a group of rows has them for each of `queries` tokens.
+    OpenEngine(DType raw, int64_t group, int64_t queries, int64_t dim, SoftCap cap)
+        : raw_(raw), group_(group), queries_(queries), dim_(dim), cap_(cap),
+          softmax_(group * queries), out_(group * queries * dim),
+          weights_(group * queries * kPageTokens), rows_(raw == kFloat32 ? 0 : kPageTokens * dim) {}
 
-    // Starts a new group; q: [G, D], already times sm_scale * log2(e).
+    // Starts a new group of rows; q: [queries * G, D], already times scale * log2(e).
     void begin(const float* q) {
         q_ = q;
         for (RunningSoftmax& s : softmax_) s.reset();
         std::fill(out_.begin(), out_.end(), 0.f);
     }
 
-    // Attends to n of a page's tokens, `stride` bytes apart; scores: [G, 64], base 2, written up to
-    // a multiple of four tokens.
-    void attend(const uint8_t* key, const uint8_t* value, int64_t stride, int64_t n,
+    // Attends to a page's tokens, `stride` bytes apart. seen: what each query sees, neither end
+    // before that of the query before; the last sees some. scores: [G, 64], to which those of the
+    // first query are written, base 2; or null.
+    void attend(const uint8_t* key, const uint8_t* value, int64_t stride, const Span* seen,
                 float* scores) {
-        Rows k = rows(key, stride, n);
-        for (int64_t g = 0; g < group_; g += 2) {
-            float* to = scores + g * kPageTokens;
-            if (g + 1 < group_) {
-                score<2>(k, n, q_ + g * dim(), to);
+        const int64_t first = seen[0].first & -4, n = seen[queries_ - 1].end - first;
+        const Rows k = rows(key + first * stride, stride, n);
+        const int64_t count = queries_ * group_;
+        for (int64_t r = 0; r < count; r += 2) {
+            float* to = weights(r) + first;
+            if (r + 1 < count) {
+                score<2>(k, n, q_ + r * dim(), to);
             } else {
-                score<1>(k, n, q_ + g * dim(), to);
+                score<1>(k, n, q_ + r * dim(), to);
             }
         }
-        Rows v = rows(value, stride, n);
-        for (int64_t g = 0; g < group_; ++g) {
-            float* w = weights_.data() + g * kPageTokens;
-            std::copy(scores + g * kPageTokens, scores + g * kPageTokens + n, w);
-            const float factor = softmax_[g].absorb(w, n);
-            float* out = out_.data() + g * dim();
-            int64_t d = 0;
-            for (; d + 4 * kLanes <= dim(); d += 4 * kLanes) add<4>(v, n, w, factor, out, d);
-            for (; d < dim(); d += kLanes) add<1>(v, n, w, factor, out, d);
+        if (cap_.on())
+            for (int64_t r = 0; r < count; ++r) cap_.apply(weights(r), first + n);
+        if (scores) std::copy_n(weights(0), group_ * kPageTokens, scores);
+        const Rows v = rows(value + first * stride, stride, n);
+        for (int64_t i = 0; i < queries_; ++i) {
+            const auto [begin, end] = seen[i];
+            if (begin >= end) continue;
+            for (int64_t r = i * group_; r < (i + 1) * group_; ++r)
+                weigh(r, v.from(begin - first), end - begin, weights(r) + begin);
         }
     }
 
     // Merges what was attended since begin() into `partial`.
     void finish(const Partial& partial) {
-        for (int64_t g = 0; g < group_; ++g)
-            merge_group(partial, g, dim(), softmax_[g],
-                        [&](int64_t d) { return out_[g * dim() + d]; });
+        for (int64_t r = 0; r < queries_ * group_; ++r)
+            merge_group(partial, r, dim(), softmax_[r],
+                        [&](int64_t d) { return out_[r * dim() + d]; });
     }
 
    private:
@@ -64,9 +74,12 @@ class OpenEngine {
         const float* first;
         int64_t stride;
         const float* operator[](int64_t t) const { return first + t * stride; }
+        Rows from(int64_t t) const { return {first + t * stride, stride}; }
     };
 
     int64_t dim() const { return Dim ? Dim : dim_; }
+
+    float* weights(int64_t r) { return weights_.data() + r * kPageTokens; }
 
     Rows rows(const uint8_t* first, int64_t stride, int64_t n) {
         if (raw_ == kFloat32) return {reinterpret_cast<const float*>(first), stride / 4};
@@ -75,7 +88,7 @@ class OpenEngine {
         return {rows_.data(), dim()};
     }
 
-    // Scores of W heads. Tokens past the last repeat it.
+    // Scores of W rows. Tokens past the last repeat it.
     template <int W>
     void score(Rows k, int64_t n, const float* q, float* to) const {
         for (int64_t t = 0; t < n; t += 4) {
@@ -99,6 +112,15 @@ class OpenEngine {
         }
     }
 
+    // Adds n tokens, whose scores are w, to what row r has attended.
+    void weigh(int64_t r, Rows v, int64_t n, float* w) {
+        const float factor = softmax_[r].absorb(w, n);
+        float* out = out_.data() + r * dim();
+        int64_t d = 0;
+        for (; d + 4 * kLanes <= dim(); d += 4 * kLanes) add<4>(v, n, w, factor, out, d);
+        for (; d < dim(); d += kLanes) add<1>(v, n, w, factor, out, d);
+    }
+
     // out = out * factor + weights . values, N vectors from element d on.
     template <int N>
     static void add(Rows v, int64_t n, const float* w, float factor, float* out, int64_t d) {
@@ -113,7 +135,8 @@ class OpenEngine {
     }
 
     DType raw_;
-    int64_t group_, dim_;
+    int64_t group_, queries_, dim_;
+    SoftCap cap_;
     const float* q_ = nullptr;
     std::vector<RunningSoftmax> softmax_;
     std::vector<float> out_, weights_, rows_;

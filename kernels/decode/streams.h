@@ -13,12 +13,13 @@
 
 namespace diffxkv {
 
-inline std::unique_ptr<Engine> make_engine(const Layout& layout, Tier tier, DType raw, int64_t group) {
+inline std::unique_ptr<Engine> make_engine(const Layout& layout, Tier tier, DType raw, int64_t group,
+                                           SoftCap cap) {
 #ifdef __AVX512VNNI__
-    if (!tier.raw()) return std::make_unique<VnniEngine>(layout, tier, group);
+    if (!tier.raw()) return std::make_unique<VnniEngine>(layout, tier, group, cap);
 #endif
     return with_dim(layout.head_dim, [&](auto dim) -> std::unique_ptr<Engine> {
-        return std::make_unique<FloatEngine<dim>>(layout, tier, raw, group);
+        return std::make_unique<FloatEngine<dim>>(layout, tier, raw, group, cap);
     });
 }
 
@@ -26,8 +27,8 @@ inline std::unique_ptr<Engine> make_engine(const Layout& layout, Tier tier, DTyp
 // that its rows are fetched during the arithmetic on the first.
 class Stream {
    public:
-    Stream(const Layout& layout, Tier tier, DType raw, int64_t group)
-        : engine_(make_engine(layout, tier, raw, group)) {}
+    Stream(const Layout& layout, Tier tier, DType raw, int64_t group, SoftCap cap)
+        : engine_(make_engine(layout, tier, raw, group, cap)) {}
 
     void begin(const float* q) {
         engine_->begin(q);
@@ -79,9 +80,9 @@ constexpr int64_t kAhead = 4;  // pages between `prefetch` and `push`
 // Both tiers of one KV head at a time.
 class SealedStreams {
    public:
-    SealedStreams(const Layout& layout, DType raw, int64_t group)
-        : layout_(layout), high_(layout, layout.high, raw, group),
-          low_(layout, layout.low, raw, group) {}
+    SealedStreams(const Layout& layout, DType raw, int64_t group, SoftCap cap)
+        : layout_(layout), high_(layout, layout.high, raw, group, cap),
+          low_(layout, layout.low, raw, group, cap) {}
 
     void begin(const float* q) {
         high_.begin(q);

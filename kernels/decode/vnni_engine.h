@@ -17,13 +17,13 @@ namespace diffxkv {
 
 class VnniEngine final : public Engine {
    public:
-    VnniEngine(const Layout& layout, Tier tier, int64_t group)
-        : tier_(tier), dim_(layout.head_dim), group_(group),
+    VnniEngine(const Layout& layout, Tier tier, int64_t group, SoftCap cap)
+        : tier_(tier), cap_(cap), dim_(layout.head_dim), group_(group),
           key_bytes_(layout.row_bytes(tier.key_bits)),
           value_bytes_(layout.row_bytes(tier.value_bits)),
-          values_plan_(value_bytes_, tier.value_bits), vectors_(values_plan_.vectors()), softmax_(group), zero_(group), q_scale_(group),
-          q_sum_(group), factor_(group), w_scale_(group), q_codes_(group * dim_ / 2),
-          w_codes_(2 * group * kTile), scores_(group * kTile) {
+          values_plan_(value_bytes_, tier.value_bits), vectors_(values_plan_.vectors()),
+          softmax_(group), zero_(group), q_scale_(group), q_sum_(group), factor_(group),
+          w_scale_(group), q_codes_(group * dim_ / 2), w_codes_(2 * group * kTile), scores_(group * kTile) {
         keys_.resize((key_bytes_ + 63) / 64 * 16 * 2);
         values_.resize(kTile / 4 * vectors_);
         out_.resize(group * vectors_);
@@ -194,6 +194,7 @@ class VnniEngine final : public Engine {
     // Scores of head g to split weights, value_scale included; the zeros collect in one scalar.
     void weigh(int64_t g, int64_t n, int64_t padded) {
         float* w = scores_.data() + g * kTile;
+        cap_.apply(w, n);
         for (int64_t t = n; t < padded; ++t) w[t] = kPadding;
         __m512 most = _mm512_set1_ps(softmax_[g].max);
         for (int64_t t = 0; t < padded; t += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(w + t));
@@ -276,6 +277,7 @@ class VnniEngine final : public Engine {
     }
 
     Tier tier_;
+    SoftCap cap_;
     int64_t dim_, group_, key_bytes_, value_bytes_;
     InterleavePlan values_plan_;
     int64_t vectors_;

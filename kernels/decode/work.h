@@ -10,6 +10,7 @@
 
 namespace diffxkv {
 
+// group: query rows of a KV head, those of all new tokens of a sequence.
 struct Shape {
     int64_t batch, kv_heads, group, dim;
 };
@@ -54,14 +55,16 @@ class WorkTiles {
         return {&max_[row], &sum_[row], &out_[row * shape_.dim]};
     }
 
-    // Merges the tiles of one (sequence, head) into out [group, dim] and lse [group].
-    void merge(int64_t sequence, int64_t head, float* out, float* lse) const {
+    // Merges the tiles of one (sequence, head) into out [group, dim] and lse [group]. sinks: [group],
+    // logits in base 2 that take weight and give nothing; or null.
+    void merge(int64_t sequence, int64_t head, const float* sinks, float* out, float* lse) const {
         const int64_t dim = shape_.dim;
         for (int64_t g = 0; g < shape_.group; ++g) {
             auto row = [&](int64_t r) { return (r * shape_.kv_heads + head) * shape_.group + g; };
             const int64_t begin = first_[sequence], end = first_[sequence + 1];
             float top = kMinusInf, total = 0.f, *to = out + g * dim;
             for (int64_t r = begin; r < end; ++r) top = std::max(top, max_[row(r)]);
+            if (sinks) top = std::max(top, sinks[g]), total = std::exp2(sinks[g] - top);
             std::fill(to, to + dim, 0.f);
             lse[g] = kMinusInf;
             if (top == kMinusInf) continue;
@@ -101,8 +104,8 @@ void run_tiles(const Shape& shape, const float* q, const int32_t* indptr, float*
     });
     Pool::instance().run(threads, [&] {
         for (int64_t r; (r = next_row.fetch_add(1)) < rows;)
-            tiles.merge(r / shape.kv_heads, r % shape.kv_heads, out + r * shape.group * shape.dim,
-                        lse + r * shape.group);
+            tiles.merge(r / shape.kv_heads, r % shape.kv_heads, nullptr,
+                        out + r * shape.group * shape.dim, lse + r * shape.group);
     });
 }
 

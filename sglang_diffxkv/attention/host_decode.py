@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.attention.batch_pages import page_metadata
-from sglang_diffxkv.kernels.decode.layer import DecodeLayers, LayerTables
+from sglang_diffxkv.kernels.decode.layer import DecodeLayers, LayerTables, SealedLayers
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
 from sglang_diffxkv.kernels.softmax import Softmax
@@ -27,8 +27,9 @@ class HostDecode:
         self._recency = store.recency
         d, raw = store.directory, store.raw
         scores = raw.scores if store.policy.needs_scores else None
-        tables = (store.arena.buffer, d.frames, d.heads, d.raw_slot, raw.keys, raw.values, scores)
-        self._layers = DecodeLayers(LayerTables(*tables, store.key_means.by_layer, store.layout))
+        means = store.key_means.by_layer
+        sealed = SealedLayers(store.arena.buffer, d.frames, d.heads, means, store.layout)
+        self._layers = DecodeLayers(LayerTables(d.raw_slot, raw.keys, raw.values, scores, sealed))
         self._step = StepKernel(req_to_token, page_metadata(store), window, d.sealed)
 
     def begin(self, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> StepPages:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 
@@ -12,94 +10,24 @@ from sglang_diffxkv.kernels.basis.rotation import rotate
 from sglang_diffxkv.kernels.basis.sealed import from_sealed
 from sglang_diffxkv.kernels.cpu.build import ISA_VARIABLE, available_isas
 from sglang_diffxkv.kernels.decode import layer, naive
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.kernels.merge import AttentionState, merge_states
 from sglang_diffxkv.kernels.pages import OpenPages, SealedTables
 from sglang_diffxkv.kernels.score import RawTables
 from sglang_diffxkv.kernels.score import naive as score_naive
 from sglang_diffxkv.kernels.softmax import Softmax
-from sglang_diffxkv.kernels.step import StepPages
-from tests.support.builders import build_sealed, error_norm, random_tiers
+from tests.support.builders import error_norm
+from tests.support.decode_layer import KV_HEADS, LAYERS, Case, make_case
 from tests.support.layouts import layout_of
 
-KV_HEADS, LAYERS = 2, 2
-LENGTHS = [130, 1, 64, 777, 65]
-SHARED = 0
-"""The raw slot of a page that the last two sequences share."""
 OUT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 """Rounding of the output to its dtype; sealed tiers add what `test_decode.py` allows for them."""
 
 
-class Case(NamedTuple):
-    """Arguments; `raw` is what raw pages hold once the new tokens are written."""
-
-    tables: layer.LayerTables
-    pages: StepPages
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-
-
-def make_case(layout: PageLayout, group: int, dtype: torch.dtype, scores: bool) -> Case:
-    """Every third page sealed, the others open; what nobody may read is NaN."""
-    gen = torch.Generator().manual_seed(group + layout.head_dim)
-    counts = torch.tensor([-(-n // PAGE_TOKENS) for n in LENGTHS])
-    num_pages = int(counts.sum()) + 1
-    sealed = build_sealed(
-        layout, random_tiers(num_pages, KV_HEADS, (0.3, 0.5, 0.2), gen), gen, dtype
-    )
-    table = torch.full((len(LENGTHS), int(counts.max()) + 1), 1 << 30, dtype=torch.int32)
-    raw_slot = torch.full((num_pages,), -1, dtype=torch.int32)
-    slots = torch.randperm(2 * num_pages, generator=gen).int() + 1
-    shape = (2 * num_pages + 1, PAGE_TOKENS, KV_HEADS, layout.head_dim)
-    keys, values = (
-        [torch.full(shape, torch.nan, dtype=dtype) for _ in range(LAYERS)] for _ in range(2)
-    )
-    ids = torch.randperm(num_pages, generator=gen).int()
-    shared, next_page = ids[0], 1
-    rows = torch.zeros(len(LENGTHS), dtype=torch.int64)
-    for b, length in enumerate(LENGTHS):
-        for place in range(int(counts[b])):
-            last = place == counts[b] - 1
-            page = ids[next_page]
-            next_page += 1
-            if place == 0 and not last and b >= 3:
-                page = shared
-            table[b, place] = page
-            if place % 3 != 1 or last:
-                slot = SHARED if page == shared else int(slots[page])
-                raw_slot[page] = slot
-                n = min(PAGE_TOKENS, length - place * PAGE_TOKENS)
-                for raw in (*keys, *values):
-                    raw[slot, :n] = torch.randn(shape[1:], generator=gen)[:n].to(dtype)
-            if last:
-                rows[b] = slot * PAGE_TOKENS + (length - 1) % PAGE_TOKENS
-    arena, frames, heads = sealed.arena, sealed.frames, sealed.heads
-    accum = torch.rand(LAYERS, shape[0], KV_HEADS, PAGE_TOKENS, generator=gen) if scores else None
-    tables = layer.LayerTables(
-        arena,
-        torch.stack([frames.new_full(frames.shape, -1), frames]),
-        torch.stack([torch.zeros_like(heads), heads]),
-        raw_slot,
-        keys,
-        values,
-        accum,
-        torch.randn(LAYERS, KV_HEADS, layout.head_dim, generator=gen),
-        layout,
-    )
-    lengths = torch.tensor(LENGTHS, dtype=torch.int32)
-    last_len = (lengths - 1) % PAGE_TOKENS + 1
-    pages = StepPages(table, lengths, counts.int(), last_len, rows)
-    # As slices of one product, which is how models make them.
-    width = (group + 2) * KV_HEADS
-    qkv = torch.randn(len(LENGTHS), width + 1, layout.head_dim, generator=gen).to(dtype)
-    q, k, v, _ = qkv.split([group * KV_HEADS, KV_HEADS, KV_HEADS, 1], dim=1)
-    return Case(tables, pages, q, k, v)
-
-
 def reference(case: Case, index: int, softmax: Softmax) -> AttentionState:
     """The same in float64, on the raw pages as they are; scores are added, too."""
-    tables, pages, layout = case.tables, case.pages, case.tables.layout
+    tables, pages, packed = case.tables, case.pages, case.tables.sealed
+    assert packed is not None
+    layout = packed.layout
     places = torch.arange(pages.table.shape[1])
     valid = places < pages.count[:, None]
     slots = tables.raw_slot[pages.table.where(valid, 0).long()]
@@ -111,10 +39,10 @@ def reference(case: Case, index: int, softmax: Softmax) -> AttentionState:
     part = naive.decode_open(case.q, opened, pages.last_len, softmax)
     q = rotate(case.q.double()).float() if layout.rotates else case.q
     listed = pages.table[is_sealed]
-    of_layer = SealedTables(tables.arena, tables.frames[index], tables.heads[index], layout)
+    of_layer = SealedTables(packed.arena, packed.frames[index], packed.heads[index], layout)
     sealed = naive.decode_sealed(q, of_layer.listed(indptr[1], listed), softmax)
     if layout.rotates:
-        sealed = from_sealed(sealed, case.q, tables.key_means[index], softmax)
+        sealed = from_sealed(sealed, case.q, packed.key_means[index], softmax)
     part = merge_states(part, sealed)
     if tables.scores is not None:
         raw = RawTables(keys, tables.raw_slot, tables.scores[index])
@@ -152,7 +80,7 @@ def test_layer(
     threads: int,
 ) -> None:
     layout = layout_of(*formats, head_dim=dim, kv_heads=KV_HEADS, itemsize=dtype.itemsize)
-    case = make_case(layout, group, dtype, scores)
+    case = make_case(layout, group, dtype, scores=scores)
     softmax = Softmax(1.7 * dim**-0.5)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -181,9 +109,11 @@ def test_layer(
 
 def test_what_does_not_fit_is_refused() -> None:
     layout = layout_of(head_dim=64)
-    tables = make_case(layout, 1, torch.float32, True).tables
+    tables = make_case(layout, 1, torch.float32).tables
+    assert tables.sealed is not None
+    strided = tables.sealed._replace(heads=tables.sealed.heads[:, ::2])
     with pytest.raises(ValueError, match="not contiguous"):
-        layer.DecodeLayers(tables._replace(heads=tables.heads[:, ::2]))
+        layer.DecodeLayers(tables._replace(sealed=strided))
     with pytest.raises(ValueError, match="raw pages"):
         layer.DecodeLayers(tables._replace(keys=[x[:, :32] for x in tables.keys]))
     with pytest.raises(ValueError, match="raw pages"):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.layout import PageLayout
+from sglang_diffxkv.kernels.layout import FORMATS, PageLayout, make_layout
 
 
 class SealedLists(NamedTuple):
@@ -43,6 +43,21 @@ class SealedTables(NamedTuple):
 
     def listed(self, indptr: torch.Tensor, pages: torch.Tensor) -> SealedPages:
         return SealedPages(*self, indptr, pages)
+
+    @staticmethod
+    def none(keys: torch.Tensor) -> SealedTables:
+        """Of a layer all of whose pages are open, in raw pages [R, 64, H, D] like ``keys``."""
+        raw = FORMATS["raw"]
+        layout = make_layout(
+            head_dim=keys.shape[3],
+            num_kv_heads=keys.shape[2],
+            raw_itemsize=keys.itemsize,
+            high=raw,
+            low=raw,
+        )
+        arena = keys.new_empty(0, layout.frame_bytes, dtype=torch.uint8)
+        records = keys.new_empty(0, layout.num_kv_heads, 2, dtype=torch.int32)
+        return SealedTables(arena, records[:, 0], records, layout)
 
 
 class SealedPages(NamedTuple):
@@ -116,6 +131,11 @@ class LayerPages(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     key_mean: torch.Tensor | None
+
+    @staticmethod
+    def of_open(keys: torch.Tensor, values: torch.Tensor) -> LayerPages:
+        """Of a layer none of whose pages is ever sealed."""
+        return LayerPages(SealedTables.none(keys), keys, values, None)
 
 
 class Queries(NamedTuple):

@@ -18,6 +18,7 @@ def attention_bytes(
     device: torch.device,
     *,
     flashinfer: bool,
+    queries: int = 1,
 ) -> int:
     """Of decode steps, and of prefills: what sealed prefixes are unpacked to, and FlashInfer's.
 
@@ -26,6 +27,7 @@ def attention_bytes(
         context_pages: pages of the longest sequence there can be.
         device: a GPU, or "meta" for one of the size that `multiprocessors` assumes.
         flashinfer: whether that serves prefill.
+        queries: new tokens of each sequence in a decode step.
     """
     from sglang_diffxkv.kernels.decode.work import KINDS, TILES_PER_SM  # needs Triton
     from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
@@ -35,7 +37,7 @@ def attention_bytes(
     tiles = TILES_PER_SM * multiprocessors(device) + segments
     row_bytes = 4 * (layout.head_dim + 1)  # an fp32 row of output, and its LSE
     work = num_layers * (16 * tiles + 8 * (segments + 4))
-    parts = tiles * q_heads // layout.num_kv_heads * row_bytes
+    parts = tiles * (q_heads // layout.num_kv_heads) * queries * row_bytes
     table = 4 * batch * (context_pages + 4)
-    decode = work + parts + batch * q_heads * row_bytes + table
+    decode = work + parts + batch * queries * q_heads * row_bytes + table
     return decode + scratch_bytes(layout) + (WORKSPACE_BYTES if flashinfer else 0)

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton: decode attention of one work tile, tokens of one kind of one sequence and KV head.
 
-The bytes of a head are read once for its whole GQA group. Tokens lie on the M axis of the products
-and the group's queries on N, which needs the fewest instructions per element.
+The bytes of a head are read once for its whole GQA group, and for all new tokens of the sequence:
+each query of each of its heads is a row. Tokens lie on the M axis of the products and rows on N,
+which needs the fewest instructions per element.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.decode.attend_tier import PageRange, attend_tier
 from sglang_diffxkv.kernels.decode.tiles import (
+    RawTile,
+    Visible,
     attend_rows,
     empty_state,
     load_query,
@@ -22,7 +24,7 @@ from sglang_diffxkv.kernels.decode.tiles import (
 )
 from sglang_diffxkv.kernels.gpu.ordinals import page_of_ordinal, per_row
 from sglang_diffxkv.kernels.gpu.sections import records_from
-from sglang_diffxkv.kernels.gpu.views import RawView
+from sglang_diffxkv.kernels.gpu.views import QueryView, RawView
 from sglang_diffxkv.kernels.merge.state import AttentionState
 
 OPEN: tl.constexpr = tl.constexpr(0)
@@ -32,18 +34,11 @@ LOW: tl.constexpr = tl.constexpr(2)
 
 
 class DecodeQueries(NamedTuple):
-    """A token's queries of each sequence [B, Hq, D], as open and as sealed pages want them.
+    """Queries of N new tokens of each sequence, [B * N, Hq, D], as open and as sealed pages want
+    them: `QueryView` without lists."""
 
-    Attributes:
-        open_stride, sealed_stride: elements from one sequence's to the next one's.
-        score_scale: factor of base-2 scores.
-    """
-
-    open: torch.Tensor
-    sealed: torch.Tensor
-    open_stride: int
-    sealed_stride: int
-    score_scale: float
+    open: QueryView
+    sealed: QueryView
 
 
 class LastPage(NamedTuple):
@@ -62,7 +57,7 @@ def attend_work_tile(work, segments, queries, raw, sealed, parts, TRAITS: tl.con
         queries: `DecodeQueries`.
         raw: `RawView`.
         sealed: `SealedView`; None: no page is sealed.
-        parts: `AttentionState` of the tiles, written: fp32 [N, group, D] and [N, group].
+        parts: `AttentionState` of the tiles, written: fp32 [tiles, rows, D] and [tiles, rows].
         TRAITS: `DecodeTraits`.
     """
     index = tl.program_id(0)
@@ -76,31 +71,54 @@ def attend_work_tile(work, segments, queries, raw, sealed, parts, TRAITS: tl.con
     sequence = segment // (3 * TRAITS.kv_heads)
     listed = work.sequences.pages + tl.load(work.sequences.first + sequence)
     pages = PageRange(listed, work.sequences.raw_slot, begin, end)
-    member = head * TRAITS.group * TRAITS.dim
-    q_open = queries.open + sequence.to(tl.int64) * queries.open_stride + member
-    q_sealed = queries.sealed + sequence.to(tl.int64) * queries.sealed_stride + member
-    out, lse = parts.out + index * TRAITS.group * TRAITS.dim, parts.lse + index * TRAITS.group
-    part = AttentionState(out, lse)
+    row = index.to(tl.int64) * TRAITS.rows
+    part = AttentionState(parts.out + row * TRAITS.dim, parts.lse + row)
     if work.sequences.raw_slot is not None and kind == OPEN:
         last_place = tl.load(work.sequences.count + sequence) - 1
         last = LastPage(last_place, tl.load(work.sequences.last_len + sequence))
         k, v = raw.k + head * TRAITS.dim, raw.v + head * TRAITS.dim
         at_head = RawView(k, v, raw.page_stride)
-        _attend_open(q_open, queries.score_scale, pages, last, at_head, part, TRAITS)
+        of_head = _of_head(queries.open, sequence, head, TRAITS)
+        _attend_open(of_head, pages, last, at_head, part, TRAITS)
     if sealed is not None:
-        of_head = records_from(sealed, head)
+        records = records_from(sealed, head)
+        of_head = _of_head(queries.sealed, sequence, head, TRAITS)
         if kind == HIGH:
-            attend_tier(q_sealed, queries.score_scale, pages, of_head, part, True, TRAITS)
+            attend_tier(of_head, pages, records, part, True, TRAITS)
         if kind == LOW:
-            attend_tier(q_sealed, queries.score_scale, pages, of_head, part, False, TRAITS)
+            attend_tier(of_head, pages, records, part, False, TRAITS)
 
 
 @triton.jit
-def _attend_open(q, score_scale, pages, last, raw, part, TRAITS: tl.constexpr):
-    """The tokens of the open ones of a range of pages.
+def _of_head(queries, sequence, head, TRAITS: tl.constexpr):
+    """`QueryView`, from the first query of a sequence and KV head on."""
+    first = queries.data + sequence.to(tl.int64) * TRAITS.queries * queries.stride
+    first += head * TRAITS.group * TRAITS.dim
+    return QueryView(
+        first, queries.stride, queries.score_scale, None, None, queries.cap, queries.window_left
+    )
+
+
+@triton.jit
+def _visible(queries, last, TRAITS: tl.constexpr):
+    """`Visible` of the rows: a sequence's last query is its last token's."""
+    end = last.place * 64 + last.tokens
+    ends = end - (TRAITS.queries - 1) + tl.arange(0, TRAITS.rows_block) // TRAITS.group
+    first = None
+    if queries.window_left is not None:
+        first = ends - 1 - queries.window_left
+    if TRAITS.queries > 1:
+        return Visible(first, ends)
+    else:
+        return Visible(first, None)
+
+
+@triton.jit
+def _attend_open(queries, pages, last, raw, part, TRAITS: tl.constexpr):
+    """The tokens of the open ones of a range of pages, as far as each row sees them.
 
     Args:
-        q: pointer to the group's queries.
+        queries: `QueryView`, from the KV head's first one on.
         pages: `PageRange`.
         last: `LastPage` of the sequence.
         raw: `RawView`, from this KV head on.
@@ -111,7 +129,8 @@ def _attend_open(q, score_scale, pages, last, raw, part, TRAITS: tl.constexpr):
     PAGES: tl.constexpr = TRAITS.pages
     DIM: tl.constexpr = TRAITS.dim
     ROWS: tl.constexpr = (BLOCK_N + 31) // 32
-    query = tl.trans(load_query(q, 0, TRAITS))
+    query = tl.trans(load_query(queries, 0, TRAITS))
+    visible = _visible(queries, last, TRAITS)
     state = empty_state(TRAITS)
     for at in range(pages.begin, pages.end, PAGES):
         place = at + tl.arange(0, PAGES)
@@ -130,6 +149,7 @@ def _attend_open(q, score_scale, pages, last, raw, part, TRAITS: tl.constexpr):
             token = in_rows - tl.gather(skipped, group, 1)
             row = tl.gather(slot, group, 1).to(tl.int64) * raw.page_stride + token * TOKEN
             row = tl.multiple_of(tl.reshape(row, [BLOCK_N]), DIM & -DIM)
-            k, v = raw.k + row, raw.v + row
-            state = attend_rows(state, query, k, v, ordinal < n, score_scale, TRAITS)
+            in_list = tl.reshape((at + group) * 64 + token, [BLOCK_N])
+            tile = RawTile(raw.k + row, raw.v + row, ordinal < n, in_list)
+            state = attend_rows(state, query, tile, visible, queries, TRAITS)
     store_state(state, part, 0, TRAITS)

@@ -13,6 +13,8 @@ import triton.language as tl
 
 from sglang_diffxkv.kernels.decode.tiles import (
     LaneState,
+    RawTile,
+    Visible,
     attend_rows,
     empty_state,
     lane_sums,
@@ -35,6 +37,7 @@ from sglang_diffxkv.kernels.gpu.payload import (
     load_meta_at,
     load_rows,
 )
+from sglang_diffxkv.kernels.gpu.scores import capped
 from sglang_diffxkv.kernels.gpu.sections import bytes_of_row, find_tier
 
 
@@ -53,11 +56,11 @@ class PageRange(NamedTuple):
 
 
 @triton.jit
-def attend_tier(q, score_scale, pages, sealed, part, IS_HIGH: tl.constexpr, TRAITS: tl.constexpr):
-    """The tokens of one tier in the sealed ones of a range of pages.
+def attend_tier(queries, pages, sealed, part, IS_HIGH: tl.constexpr, TRAITS: tl.constexpr):
+    """The tokens of one tier in the sealed ones of a range of pages, which all rows see whole.
 
     Args:
-        q: pointer to the group's queries.
+        queries: `QueryView`, from the KV head's first one on.
         pages: `PageRange`.
         sealed: `SealedView`, with records from this KV head on.
         part: `AttentionState` of pointers, written.
@@ -78,12 +81,12 @@ def attend_tier(q, score_scale, pages, sealed, part, IS_HIGH: tl.constexpr, TRAI
     ROWS: tl.constexpr = (TILE + 31) // 32
     arena, byte_mask = sealed.arena, sealed.byte_mask
     if KEY_BITS:
-        query = tl.trans(load_query(q, KEY_BITS, TRAITS).to(tl.float16))
+        query = tl.trans(load_query(queries, KEY_BITS, TRAITS).to(tl.float16))
         # Of the queries as rounded to fp16, or large zeros would not cancel.
-        rounded = load_query(q, 0, TRAITS).to(tl.float16)
-        q_sum = tl.sum(rounded.to(tl.float32), 1) * score_scale
+        rounded = load_query(queries, 0, TRAITS).to(tl.float16)
+        q_sum = tl.sum(rounded.to(tl.float32), 1) * queries.score_scale
     else:
-        query = tl.trans(load_query(q, 0, TRAITS))
+        query = tl.trans(load_query(queries, 0, TRAITS))
     state = empty_state(TRAITS)
     for at in range(pages.begin, pages.end, PAGES):
         place = at + tl.arange(0, PAGES)
@@ -121,9 +124,10 @@ def attend_tier(q, score_scale, pages, sealed, part, IS_HIGH: tl.constexpr, TRAI
                 key = load_rows(arena, key_at, KEY_BITS, 32, DIM, DIM_BLOCK)
                 value = load_rows(arena, value_at, VALUE_BITS, VALUE_WORD, DIM, DIM_BLOCK)
                 dots = tl.dot(key_operand(key, byte_mask, KEY_BITS, DIM_BLOCK), query)
-                scores = dots_by_lane(dots) * by_lane(key_scale * (score_scale * CODE_UNIT))
-                scores += by_lane(key_zero) * q_sum + by_lane(tl.where(mask, 0.0, -float("inf")))
-                weights, fade, state = softmax_step(state, scores)
+                scores = dots_by_lane(dots) * by_lane(key_scale * (queries.score_scale * CODE_UNIT))
+                scores = capped(scores + by_lane(key_zero) * q_sum, queries.cap)
+                scores += by_lane(tl.where(mask, 0.0, -float("inf")))
+                weights, fade, state = softmax_step(state, scores, False)
                 zeros = state.zeros * fade + lane_sums(weights * by_lane(value_zero))
                 weights = by_ordinal((weights * by_lane(value_scale)).to(tl.float16))
                 operand = value_operand(value, byte_mask, VALUE_BITS, DIM_BLOCK)
@@ -132,13 +136,11 @@ def attend_tier(q, score_scale, pages, sealed, part, IS_HIGH: tl.constexpr, TRAI
             else:
                 key_rows = arena + key_at.to(tl.int64) * KEY_BYTES
                 value_rows = arena + value_at.to(tl.int64) * VALUE_BYTES
-                state = attend_rows(
-                    state,
-                    query,
+                tile = RawTile(
                     key_rows.to(tl.pointer_type(TRAITS.raw)),
                     value_rows.to(tl.pointer_type(TRAITS.raw)),
                     mask,
-                    score_scale,
-                    TRAITS,
+                    first + tl.arange(0, TILE),
                 )
+                state = attend_rows(state, query, tile, Visible(None, None), queries, TRAITS)
     store_state(state, part, VALUE_BITS, TRAITS)

@@ -45,15 +45,15 @@ _BY_SIZE = (
 _LARGER = Constants(16, 2, 5, 255)
 
 
-def attend_constants(group_block: int, dim_block: int) -> Constants:
-    """Constants for a GQA group and head_dim, each as padded to a power of two."""
-    size = group_block * dim_block
+def attend_constants(rows_block: int, dim_block: int) -> Constants:
+    """Constants for rows and head_dim, each as padded to a power of two."""
+    size = rows_block * dim_block
     return next((constants for most, constants in _BY_SIZE if size <= most), _LARGER)
 
 
-def padded_group(group: int) -> int:
-    """The power of two that the queries of a KV head are padded to, as products want them."""
-    return max(8, triton.next_power_of_2(group))
+def padded_rows(rows: int) -> int:
+    """The power of two that the rows of a KV head are padded to, as products want them."""
+    return max(8, triton.next_power_of_2(rows))
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class DecodeTraits:
     Attributes:
         layout: of sealed pages.
         group: query heads of a KV head.
+        queries: new tokens of each sequence.
         raw: Triton's dtype of raw elements, in open pages and in raw tiers.
         in_fp32: whether these are multiplied in fp32, not in their own 16 bits.
         constants: of the launch.
@@ -71,6 +72,7 @@ class DecodeTraits:
 
     layout: PageLayout
     group: int
+    queries: int
     raw: Any
     in_fp32: bool
     constants: Constants
@@ -90,8 +92,13 @@ class DecodeTraits:
         return triton.next_power_of_2(self.dim)
 
     @property
-    def group_block(self) -> int:
-        return padded_group(self.group)
+    def rows(self) -> int:
+        """Of a KV head: its group's queries of one new token, then of the next one."""
+        return self.group * self.queries
+
+    @property
+    def rows_block(self) -> int:
+        return padded_rows(self.rows)
 
     @property
     def tokens(self) -> int:

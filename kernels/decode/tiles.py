@@ -14,14 +14,37 @@ import triton.language as tl
 
 from sglang_diffxkv.kernels.gpu.fragments import key_element, value_element
 from sglang_diffxkv.kernels.gpu.payload import CODE_UNIT
+from sglang_diffxkv.kernels.gpu.scores import capped
 
 WEIGHT_LOG2: tl.constexpr = tl.constexpr(4.0)
 """Weights are 2**4 times larger than those of softmax: times value scales of 4,000 they do not
 overflow in fp16, and times scales around 0.001 they are clear of its subnormals."""
 
 
+class RawTile(NamedTuple):
+    """Some raw tokens: [N] each.
+
+    Attributes:
+        k, v: pointers to their rows.
+        mask: whether there is such a token.
+        place: int32, in the sequence's list, whose pages have 64 places each.
+    """
+
+    k: tl.tensor
+    v: tl.tensor
+    mask: tl.tensor
+    place: tl.tensor
+
+
+class Visible(NamedTuple):
+    """Which places ``[first, end)`` each of G rows sees, int32 [G]; None: no such bound."""
+
+    first: tl.tensor | None
+    end: tl.tensor | None
+
+
 class LaneState(NamedTuple):
-    """Online softmax of G queries: fp32.
+    """Online softmax of G rows, queries of one head each: fp32.
 
     Attributes:
         top: [G], the maximum of the scores.
@@ -38,26 +61,30 @@ class LaneState(NamedTuple):
 @triton.jit
 def empty_state(TRAITS: tl.constexpr):
     """The `LaneState` of no tokens."""
-    GROUP: tl.constexpr = TRAITS.group_block
+    ROWS: tl.constexpr = TRAITS.rows_block
     DIM: tl.constexpr = TRAITS.dim_block
-    parts = tl.zeros([8, GROUP], tl.float32)
-    top = tl.full([GROUP], -float("inf"), tl.float32)
-    return LaneState(top, parts, parts, tl.zeros([DIM, GROUP], tl.float32))
+    parts = tl.zeros([8, ROWS], tl.float32)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    return LaneState(top, parts, parts, tl.zeros([DIM, ROWS], tl.float32))
 
 
 @triton.jit
-def softmax_step(state, scores):
+def softmax_step(state, scores, MAY_SEE_NONE: tl.constexpr):
     """Weights of a tile's scores, what the state fades by, and the state at its new maximum.
 
     Args:
         scores: fp32 [N / 16, 2, 8, G], as lanes hold products: the eight are in different ones.
+        MAY_SEE_NONE: whether a row may have seen no token yet.
 
     Returns:
         Weights, as scores; fade [1, G]; the state, of which zeros are as they were.
     """
     top = tl.maximum(state.top, tl.max(tl.max(tl.max(scores, 1), 0), 0))
-    weights = tl.exp2(scores - (top - WEIGHT_LOG2)[None, None, None, :])
-    fade = tl.exp2(state.top - top)[None, :]
+    base = top
+    if MAY_SEE_NONE:  # any finite base keeps -inf - -inf = NaN out
+        base = tl.where(top == -float("inf"), 0.0, top)
+    weights = tl.exp2(scores - (base - WEIGHT_LOG2)[None, None, None, :])
+    fade = tl.exp2(state.top - base)[None, :]
     total = state.total * fade + lane_sums(weights)
     return weights, fade, LaneState(top, total, state.zeros, state.acc * fade)
 
@@ -69,24 +96,38 @@ def lane_sums(x):
 
 
 @triton.jit
-def attend_rows(state, query, keys, values, mask, score_scale, TRAITS: tl.constexpr):
-    """Take a tile of raw tokens, given by pointers to their rows, into the state."""
+def attend_rows(state, query, tile, visible, queries, TRAITS: tl.constexpr):
+    """Take a tile of raw tokens into the state.
+
+    Args:
+        query: fp32 [dim_block, G], of `load_query`.
+        tile: `RawTile`.
+        visible: `Visible`.
+        queries: `QueryView` that they are of.
+    """
     DIM: tl.constexpr = TRAITS.dim
     DIM_BLOCK: tl.constexpr = TRAITS.dim_block
     column = tl.arange(0, DIM_BLOCK)
-    inside = mask[:, None]
+    inside = tile.mask[:, None]
     if DIM != DIM_BLOCK:
         inside = inside & (column < DIM)[None, :]
-    key = tl.load(keys[:, None] + column[None, :], mask=inside, other=0)
-    value = tl.trans(tl.load(values[:, None] + column[None, :], mask=inside, other=0))
+    key = tl.load(tile.k[:, None] + column[None, :], mask=inside, other=0)
+    value = tl.trans(tl.load(tile.v[:, None] + column[None, :], mask=inside, other=0))
     if TRAITS.in_fp32:
         scores = tl.dot(key.to(tl.float32), query, input_precision="ieee")
     else:
         scores = tl.dot(key, query.to(key.dtype))
     scores = tl.reshape(scores, [scores.shape[0] // 16, 2, 8, scores.shape[1]])
-    inside = tl.reshape(mask, [scores.shape[0], 2, 8])[:, :, :, None]
-    scores = tl.where(inside, scores * score_scale, -float("inf"))
-    weights, _, state = softmax_step(state, scores)
+    inside = tl.reshape(tile.mask, [scores.shape[0], 2, 8])[:, :, :, None]
+    place = tl.reshape(tile.place, [scores.shape[0], 2, 8])[:, :, :, None]
+    if visible.first is not None:
+        inside = inside & (place >= visible.first[None, None, None, :])
+    if visible.end is not None:
+        inside = inside & (place < visible.end[None, None, None, :])
+    scores = capped(scores * queries.score_scale, queries.cap)
+    scores = tl.where(inside, scores, -float("inf"))
+    BOUND: tl.constexpr = visible.first is not None or visible.end is not None
+    weights, _, state = softmax_step(state, scores, BOUND)
     weights = tl.reshape(weights, [key.shape[0], query.shape[1]])
     if TRAITS.in_fp32:
         acc = tl.dot(value.to(tl.float32), weights, state.acc, input_precision="ieee")
@@ -99,41 +140,45 @@ def attend_rows(state, query, keys, values, mask, score_scale, TRAITS: tl.conste
 
 
 @triton.jit
-def load_query(q, BITS: tl.constexpr, TRAITS: tl.constexpr):
-    """The group's queries: fp32 [group_block, dim_block].
+def load_query(queries, BITS: tl.constexpr, TRAITS: tl.constexpr):
+    """A KV head's rows, its group's first queries, then their second ones: fp32 [G, dim_block].
 
     Args:
+        queries: `QueryView`, from its first one on.
         BITS: of the codes that they meet, in whose order they are (`key_element`); 0: of raw rows.
     """
-    row, column = tl.arange(0, TRAITS.group_block), tl.arange(0, TRAITS.dim_block)
+    row, column = tl.arange(0, TRAITS.rows_block), tl.arange(0, TRAITS.dim_block)
     at, weight, inside = column, 1.0, column < TRAITS.dim
     if BITS:
         at, weight, inside = key_element(column, BITS, TRAITS.dim, TRAITS.dim_block)
         weight = weight[None, :]
-    mask = inside[None, :] & (row < TRAITS.group)[:, None]
-    queries = tl.load(q + row[:, None] * TRAITS.dim + at[None, :], mask=mask, other=0)
-    return queries.to(tl.float32) * weight
+    mask = inside[None, :] & (row < TRAITS.rows)[:, None]
+    start = row * TRAITS.dim
+    if TRAITS.queries > 1:
+        start = row // TRAITS.group * queries.stride + row % TRAITS.group * TRAITS.dim
+    q = tl.load(queries.data + start[:, None] + at[None, :], mask=mask, other=0)
+    return q.to(tl.float32) * weight
 
 
 @triton.jit
 def store_state(state, part, BITS: tl.constexpr, TRAITS: tl.constexpr):
-    """Normalise, and write the attention state of the group; -inf where there was no token.
+    """Normalise, and write the attention state of the rows; -inf where there was no token.
 
     Args:
-        part: `AttentionState` of pointers: to out, fp32 [group, D], and to lse, fp32 [group].
+        part: `AttentionState` of pointers: to out, fp32 [rows, D], and to lse, fp32 [rows].
         BITS: of the values' codes; 0: they were raw.
     """
     total, zeros = tl.sum(state.total, 0), tl.sum(state.zeros, 0)
     some = total > 0
     total = tl.where(some, total, 1.0)
-    row, column = tl.arange(0, TRAITS.dim_block), tl.arange(0, TRAITS.group_block)
+    row, column = tl.arange(0, TRAITS.dim_block), tl.arange(0, TRAITS.rows_block)
     acc = state.acc
     at, inside = row, row < TRAITS.dim
     if BITS:
         at, weight, inside = value_element(row, BITS, TRAITS.dim, TRAITS.dim_block)
         acc *= (weight * CODE_UNIT)[:, None]
-    mask = inside[:, None] & (column < TRAITS.group)[None, :]
+    mask = inside[:, None] & (column < TRAITS.rows)[None, :]
     result = (acc + zeros[None, :]) / total[None, :]
     tl.store(part.out + column[None, :] * TRAITS.dim + at[:, None], result, mask=mask)
     log_sum = tl.where(some, state.top + tl.log2(total) - WEIGHT_LOG2, -float("inf"))
-    tl.store(part.lse + column, log_sum, mask=column < TRAITS.group)
+    tl.store(part.lse + column, log_sum, mask=column < TRAITS.rows)

@@ -8,14 +8,14 @@ import triton
 
 from sglang_diffxkv.kernels import decode as ops
 from sglang_diffxkv.kernels.decode.attend import DecodeQueries, attend_work_tile
-from sglang_diffxkv.kernels.decode.constants import DecodeTraits, attend_constants, padded_group
-from sglang_diffxkv.kernels.decode.work import SequencePages, WorkTiles, divide_work
+from sglang_diffxkv.kernels.decode.constants import DecodeTraits, attend_constants, padded_rows
+from sglang_diffxkv.kernels.decode.work import SequencePages, WorkTiles, divide_open, divide_work
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted, launch
 from sglang_diffxkv.kernels.gpu.views import DTYPES, QueryView, RawView, SealedView
-from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, make_layout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
 from sglang_diffxkv.kernels.merge.triton import merge_tiles
-from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, SealedPages, SealedTables
+from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, SealedPages
 from sglang_diffxkv.kernels.softmax import Softmax
 
 
@@ -27,34 +27,42 @@ def attend(
     softmax: Softmax,
     dtype: torch.dtype = torch.float32,
 ) -> AttentionState:
-    """Attention of every sequence's query over all its pages, of one layer.
+    """Attention of every sequence's newest tokens over all its pages, of one layer.
 
-    No host sync, and no shape that depends on data: fit for a CUDA graph.
+    Each of N new tokens sees those before it: all sealed pages, which none of them is in, and of
+    open pages the tokens up to itself, no further back than the layer's window. A page's place in
+    the list of its sequence stands for its position: with a window, or where N > 1, open pages
+    follow each other up to the one of the last new token. No host sync, and no shape that depends
+    on data: fit for a CUDA graph.
 
     Args:
-        q, q_sealed: [B, Hq, D], as open and as sealed keys want them (`PageLayout.rotates`);
-            sequences may be strided, what belongs to one is contiguous.
+        q, q_sealed: [B * N, Hq, D], sequence by sequence, as open and as sealed keys want them
+            (`PageLayout.rotates`); tokens may be strided, what belongs to one is contiguous.
         pages: no page is sealed where the arena has no frames. Without a key mean, what is found
-            in sealed pages is left in their basis.
+            in sealed pages is left in their basis. With a soft cap, which is not linear, the mean
+            is zero or None: sealed keys must lack nothing.
         work: this layer's, from `divide_work`.
+        softmax: with its sinks.
         dtype: of the output, to which it is rounded at the end.
     """
     layout, raw = pages.tables.layout, RawView.of(pages.keys, pages.values)
     group, dim = q.shape[1] // layout.num_kv_heads, q.shape[2]
+    rows = group * (len(q) // len(work.sequences.count))
     in_fp32 = raw.k.itemsize != 2 or (is_interpreted() and raw.k.dtype == torch.bfloat16)
-    constants = attend_constants(padded_group(group), triton.next_power_of_2(dim))
-    traits = DecodeTraits(layout, group, DTYPES[raw.k.dtype], in_fp32, constants)
-    tiles, scale = len(work.tiles), softmax.log2_scale
+    constants = attend_constants(padded_rows(rows), triton.next_power_of_2(dim))
+    traits = DecodeTraits(layout, group, rows // group, DTYPES[raw.k.dtype], in_fp32, constants)
+    tiles = len(work.tiles)
     parts = AttentionState(
-        q.new_empty(tiles, group, dim, dtype=torch.float32),
-        q.new_empty(tiles, group, dtype=torch.float32),
+        q.new_empty(tiles, rows, dim, dtype=torch.float32),
+        q.new_empty(tiles, rows, dtype=torch.float32),
     )
+    queries = DecodeQueries(QueryView.of(q, softmax), QueryView.of(q_sealed, softmax))
     launch(
         attend_work_tile,
         (tiles,),
         work=work,
         segments=len(work.segment_start) - 1,
-        queries=DecodeQueries(q, q_sealed, q.stride(0), q_sealed.stride(0), scale),
+        queries=queries,
         raw=raw,
         sealed=SealedView.of(pages.tables) if len(pages.tables.arena) else None,
         parts=parts,
@@ -63,8 +71,15 @@ def attend(
         maxnreg=constants.registers,
     )
     merged = unwritten_state(q, dtype=dtype)
-    queries = QueryView(q, q.stride(0), scale)
-    merge_tiles(parts, work.segment_start, queries, pages.key_mean, merged)
+    merge_tiles(
+        parts,
+        work.segment_start,
+        queries.open,
+        pages.key_mean,
+        softmax.sinks,
+        merged,
+        layout.num_kv_heads,
+    )
     return merged
 
 
@@ -74,23 +89,16 @@ def decode_sealed(q: torch.Tensor, sealed: SealedPages, softmax: Softmax) -> Att
     sequences = SequencePages(sealed.pages, sealed.indptr, count, None, count)
     work = divide_work(sequences, sealed.heads[None], layout).layer(0)
     raw = q.new_empty(0, PAGE_TOKENS, layout.num_kv_heads, layout.head_dim)
-    return attend(q, q, LayerPages(sealed.tables, raw, raw, None), work, softmax)
+    return attend(q, q, LayerPages(sealed.tables, raw, raw, None), work, softmax.of_part)
 
 
 @ops.decode_open.register("gpu")
 def decode_open(
     q: torch.Tensor, opened: OpenPages, last_len: torch.Tensor, softmax: Softmax
 ) -> AttentionState:
-    keys, indptr = opened.keys, opened.indptr
-    count, _, kv_heads, dim = keys.shape
-    raw = FORMATS["raw"]
-    layout = make_layout(
-        head_dim=dim, num_kv_heads=kv_heads, raw_itemsize=keys.itemsize, high=raw, low=raw
-    )
-    slots = torch.arange(count, dtype=torch.int32, device=q.device)
+    indptr = opened.indptr
+    slots = torch.arange(len(opened.keys), dtype=torch.int32, device=q.device)
     sequences = SequencePages(opened.slots, indptr, indptr.diff(), slots, last_len)
-    heads = slots.new_zeros(1, count, kv_heads, 2)
-    work = divide_work(sequences, heads, layout).layer(0)
-    arena = q.new_empty(0, layout.frame_bytes, dtype=torch.uint8)
-    tables = SealedTables(arena, heads[0, :, 0], heads[0], layout)
-    return attend(q, q, LayerPages(tables, keys, opened.values, None), work, softmax)
+    pages = LayerPages.of_open(opened.keys, opened.values)
+    work = divide_open(sequences, pages.tables.layout)
+    return attend(q, q, pages, work, softmax.of_part)

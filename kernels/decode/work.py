@@ -132,6 +132,12 @@ def divide_work(sequences: SequencePages, heads: torch.Tensor, layout: PageLayou
     return work
 
 
+def divide_open(sequences: SequencePages, layout: PageLayout) -> WorkTiles:
+    """`divide_work` of a layer all of whose pages are open, and of every other layer like it."""
+    records = sequences.count.new_empty(1, 1, layout.num_kv_heads, 2)  # nothing is read
+    return divide_work(sequences, records, layout).layer(0)
+
+
 def work_traits(layout: PageLayout) -> WorkTraits:
     """Costs of a token of each kind, in units of `COST_UNIT`."""
 

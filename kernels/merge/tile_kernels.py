@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 
 from sglang_diffxkv.kernels.gpu.hadamard import hadamard_rows
+from sglang_diffxkv.kernels.softmax import LOG2_E
+
+_LOG2_E = tl.constexpr(LOG2_E)
 
 ELEMENTS: tl.constexpr = tl.constexpr(4096)
 """Of tiles that are merged at a time, so that they stay in registers: a lone long sequence has
@@ -20,53 +23,72 @@ def rotated_block(dim):
 
 
 @triton.jit
-def merge_work_tiles(parts, segment_start, queries, key_mean, merged, SHAPE: tl.constexpr):
-    """Merge the tiles of query head ``program_id(0)``, of B * Hq, by their base-2 LSE.
+def merge_work_tiles(
+    parts,
+    segment_start,
+    queries,
+    key_mean,
+    sinks,
+    merged,
+    SHAPE: tl.constexpr,
+    QUERIES: tl.constexpr,
+):
+    """Merge the tiles of query head ``program_id(0)``, of B * QUERIES * Hq, by their base-2 LSE.
 
     Args:
-        parts: `AttentionState` of the tiles, fp32 [N, group, D] and [N, group].
+        parts: `AttentionState` of the tiles, fp32 [N, rows, D] and [N, rows]; rows are a group's
+            queries of one token, then of the next one.
         segment_start: int32 [B * H * 3 + 1].
         queries: `QueryView`, not rotated.
         key_mean: fp32 [H, D], which sealed keys lack: sealed tiles come back from the basis of
             sealed pages (`kernels.basis.sealed`). None: they do not.
-        merged: `AttentionState`, [B * Hq, D] of any float type, and fp32 [B * Hq]; 0 and -inf
+        sinks: of `Softmax`, which count as one more part; None: there are none.
+        merged: `AttentionState`, [B * QUERIES * Hq, D] of any float type, and fp32 LSE; 0 and -inf
             where nothing was attended.
-        SHAPE: `HeadShape`.
+        SHAPE: `HeadShape`. QUERIES: tokens of each sequence.
     """
     DIM: tl.constexpr = SHAPE.dim
     DIM_BLOCK: tl.constexpr = SHAPE.dim_block
     PARTS: tl.constexpr = ELEMENTS // DIM_BLOCK
     SIZE: tl.constexpr = rotated_block(DIM)
     query = tl.program_id(0)
-    row, member = query // SHAPE.group, query % SHAPE.group
-    first = tl.load(segment_start + row * 3)
-    sealed = tl.load(segment_start + row * 3 + 1)
-    end = tl.load(segment_start + row * 3 + 3)
+    token, q_head = query // SHAPE.q_heads, query % SHAPE.q_heads
+    head = q_head // SHAPE.group
+    segments = segment_start + (token // QUERIES * SHAPE.kv_heads + head) * 3
+    member = token % QUERIES * SHAPE.group + q_head % SHAPE.group
+    ROWS: tl.constexpr = SHAPE.group * QUERIES
+    first = tl.load(segments)
+    sealed = tl.load(segments + 1)
+    end = tl.load(segments + 3)
     column = tl.arange(0, DIM_BLOCK)
     lacking = 0.0
     if key_mean is not None:
-        at = (query // SHAPE.q_heads).to(tl.int64) * queries.stride
-        at += query % SHAPE.q_heads * DIM
+        at = token.to(tl.int64) * queries.stride + q_head * DIM
         inside = column < DIM
         elements = tl.load(queries.data + at + column, mask=inside, other=0).to(tl.float32)
-        mean = tl.load(key_mean + row % SHAPE.kv_heads * DIM + column, mask=inside, other=0)
+        mean = tl.load(key_mean + head * DIM + column, mask=inside, other=0)
         lacking = tl.sum(elements * mean, 0) * queries.score_scale
     tops = tl.full([PARTS], -float("inf"), tl.float32)
     for at in range(first, end, PARTS):
         tile = at + tl.arange(0, PARTS)
-        found = _tile_lse(parts.lse, tile, end, member, SHAPE)
+        found = _tile_lse(parts.lse, tile, end, member, ROWS)
         tops = tl.maximum(tops, found + tl.where(tile < sealed, 0.0, lacking))
     top = tl.max(tops, 0)
+    if sinks is not None:
+        sink = tl.load(sinks + q_head) * _LOG2_E
+        top = tl.maximum(top, sink)
     # Where all is empty, any finite base keeps -inf - -inf = NaN out.
     base = tl.where(top == -float("inf"), 0.0, top)
     if key_mean is not None:
-        total, out = _sum_tiles(parts, sealed, end, base - lacking, member, SHAPE)
+        total, out = _sum_tiles(parts, sealed, end, base - lacking, member, SHAPE, ROWS)
         out = hadamard_rows(tl.reshape(out, [DIM_BLOCK // SIZE, SIZE])) * (SIZE**-0.5)
-        open_total, open_out = _sum_tiles(parts, first, sealed, base, member, SHAPE)
+        open_total, open_out = _sum_tiles(parts, first, sealed, base, member, SHAPE, ROWS)
         out = tl.reshape(out, [DIM_BLOCK]) + open_out
         total += open_total
     else:
-        total, out = _sum_tiles(parts, first, end, base, member, SHAPE)
+        total, out = _sum_tiles(parts, first, end, base, member, SHAPE, ROWS)
+    if sinks is not None:
+        total += tl.exp2(sink - base)
     out = out / tl.where(total > 0, total, 1.0)
     out = out.to(merged.out.dtype.element_ty)
     tl.store(merged.out + query.to(tl.int64) * DIM + column, out, mask=column < DIM)
@@ -74,7 +96,7 @@ def merge_work_tiles(parts, segment_start, queries, key_mean, merged, SHAPE: tl.
 
 
 @triton.jit
-def _sum_tiles(parts, first, end, base, member, SHAPE: tl.constexpr):
+def _sum_tiles(parts, first, end, base, member, SHAPE: tl.constexpr, ROWS: tl.constexpr):
     """Weights of tiles ``[first, end)`` relative to exp2(base), and their weighted sum [D]."""
     DIM: tl.constexpr = SHAPE.dim
     DIM_BLOCK: tl.constexpr = SHAPE.dim_block
@@ -84,8 +106,8 @@ def _sum_tiles(parts, first, end, base, member, SHAPE: tl.constexpr):
     acc = tl.zeros([PARTS, DIM_BLOCK], tl.float32)
     for at in range(first, end, PARTS):
         tile = at + tl.arange(0, PARTS)
-        weights = tl.exp2(_tile_lse(parts.lse, tile, end, member, SHAPE) - base)
-        rows = parts.out + (tile.to(tl.int64) * SHAPE.group + member)[:, None] * DIM
+        weights = tl.exp2(_tile_lse(parts.lse, tile, end, member, ROWS) - base)
+        rows = parts.out + (tile.to(tl.int64) * ROWS + member)[:, None] * DIM
         inside = (tile < end)[:, None] & (column < DIM)[None, :]
         acc += weights[:, None] * tl.load(rows + column[None, :], mask=inside, other=0)
         totals += weights
@@ -93,5 +115,5 @@ def _sum_tiles(parts, first, end, base, member, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def _tile_lse(lse, tile, end, member, SHAPE: tl.constexpr):
-    return tl.load(lse + tile * SHAPE.group + member, mask=tile < end, other=-float("inf"))
+def _tile_lse(lse, tile, end, member, ROWS: tl.constexpr):
+    return tl.load(lse + tile * ROWS + member, mask=tile < end, other=-float("inf"))

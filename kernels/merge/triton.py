@@ -67,28 +67,33 @@ def merge_tiles(
     segment_start: torch.Tensor,
     queries: QueryView,
     key_mean: torch.Tensor | None,
+    sinks: torch.Tensor | None,
     merged: AttentionState,
+    kv_heads: int,
 ) -> None:
-    """Merge the work tiles of a decode step.
+    """Merge the work tiles of a decode step of N new tokens per sequence.
 
     Args:
-        parts: fp32 [N, group, D] and [N, group], of each tile.
+        parts: fp32 [tiles, N * group, D] and [tiles, N * group].
         segment_start: int32 [B * H * 3 + 1], first tile of each segment (`decode.work`).
-        queries: [B, Hq, D], not rotated.
+        queries: [B * N, Hq, D], not rotated.
         key_mean: fp32 [H, D], contiguous, which sealed keys lack: what is found in sealed pages is
             brought back from their basis (`basis.sealed`). None: it is left in that.
-        merged: [B, Hq, D] and [B, Hq], written.
+        sinks: of `Softmax`.
+        merged: [B * N, Hq, D] and [B * N, Hq], written.
     """
-    batch, q_heads, dim = merged.out.shape
-    group = parts.lse.shape[1]
+    tokens, q_heads, dim = merged.out.shape
+    shape = HeadShape(kv_heads, q_heads // kv_heads, dim)
     launch(
         merge_work_tiles,
-        (batch * q_heads,),
+        (tokens * q_heads,),
         parts=parts,
         segment_start=segment_start,
         queries=queries,
         key_mean=key_mean,
+        sinks=sinks,
         merged=merged,
-        SHAPE=HeadShape(q_heads // group, group, dim),
+        SHAPE=shape,
+        QUERIES=parts.lse.shape[1] // shape.group,
         num_warps=4,
     )

@@ -80,15 +80,17 @@ def score_open(
 def score_decode(
     q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, softmax: Softmax
 ) -> None:
-    """`score_open` for one query per sequence, its last token, without lists of open pages.
+    """`score_open` for one query per sequence, without lists of open pages.
+
+    It is that of the sequence's first new token: of N, those behind it may be rejected drafts.
 
     What tokens receive is in units of uniform attention: a query that sees n tokens gives each
     n times its probability. For CUDA graphs: what is launched depends on the shapes alone. On GPUs
     only.
 
     Args:
-        q: [B, Hq, D]; queries may be strided.
-        lse: fp32 [B, Hq], as in `ScoringQueries`.
+        q: [B * N, Hq, D]; queries may be strided.
+        lse: fp32 [B * N, Hq], as in `ScoringQueries`.
         pages: the step's; those that are not open are passed over.
         raw: ``accum`` is written.
         softmax: of the layer.

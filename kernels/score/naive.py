@@ -40,7 +40,9 @@ def score_decode(
     q: torch.Tensor, lse: torch.Tensor, pages: StepPages, raw: RawTables, softmax: Softmax
 ) -> None:
     """See `score.score_decode`."""
-    for b, length in enumerate(pages.lengths.tolist()):
+    queries = pages.queries
+    q, lse = q[::queries], lse[::queries]
+    for b, length in enumerate((pages.lengths - (queries - 1)).tolist()):
         slots = raw.raw_slot[pages.table[b, : pages.count[b]].long()]
         position = (slots >= 0).nonzero().flatten()
         whole = torch.tensor([0, 1]), torch.tensor([length - 1])

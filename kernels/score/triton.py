@@ -53,7 +53,7 @@ def score_decode(
     width = pages.table.shape[1]
     launch(
         decode_kernel,
-        (len(q), triton.cdiv(width, DECODE_PAGES), keys.shape[2]),
+        (len(pages.count), triton.cdiv(width, DECODE_PAGES), keys.shape[2]),
         queries=QueryView.of(q, softmax),
         lse=lse,
         pages=PageTable(pages.table, width, pages.lengths, raw_slot),
@@ -61,6 +61,7 @@ def score_decode(
         scores=Scores(accum, accum.stride(0)),
         SHAPE=_shape(q, keys),
         PAGES=DECODE_PAGES,
+        QUERIES=pages.queries,
         num_warps=4,
     )
 

@@ -72,6 +72,11 @@ class StepPages(NamedTuple):
     last_len: torch.Tensor
     rows: torch.Tensor
 
+    @property
+    def queries(self) -> int:
+        """N, new tokens of each sequence."""
+        return len(self.rows) // len(self.count)
+
 
 @operation
 def begin_decode(

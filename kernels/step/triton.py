@@ -19,14 +19,14 @@ _PAGES = 32
 def begin_decode(
     requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int
 ) -> StepPages:
-    req_to_token, req_pool_indices, seq_lens, num_real = requests[:4]
+    req_to_token, req_pool_indices, seq_lens, num_real, queries = requests
     batch, width = len(seq_lens), triton.cdiv(req_to_token.shape[1], PAGE_TOKENS)
     pages = StepPages(
         table=seq_lens.new_empty(batch, width, dtype=torch.int32),
         lengths=seq_lens.new_empty(batch, dtype=torch.int32),
         count=seq_lens.new_empty(batch, dtype=torch.int32),
         last_len=seq_lens.new_empty(batch, dtype=torch.int32),
-        rows=seq_lens.new_empty(batch, dtype=torch.int64),
+        rows=seq_lens.new_empty(batch * queries, dtype=torch.int64),
     )
     launch(
         look_up_pages,
@@ -38,6 +38,7 @@ def begin_decode(
         out=pages,
         width=width,
         PAGES=_PAGES,
+        QUERIES=queries,
         num_warps=4,
     )
     return pages

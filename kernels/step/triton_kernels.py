@@ -34,18 +34,27 @@ def look_up_pages(
     out: StepPages,
     width,
     PAGES: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
-    """Pages ``[program_id(1) * PAGES, ...)`` of sequence ``program_id(0)``: see `begin_decode`."""
+    """Pages ``[program_id(1) * PAGES, ...)`` of sequence ``program_id(0)``: see `begin_decode`.
+
+    Args:
+        QUERIES: new tokens of the sequence.
+    """
     b, block = tl.program_id(0), tl.program_id(1)
     length = tl.load(batch.seq_lens + b).to(tl.int32)
     length = tl.where(b < tl.load(batch.num_real), length, 0)
+    # As the first new token's query sees it, which alone is known to be accepted.
+    accepted = length - (QUERIES - 1)
     pages = tl.cdiv(length, _PAGE_TOKENS)
+    rows = out.rows + b * QUERIES
     if block == 0:
         tl.store(out.lengths + b, length)
         tl.store(out.count + b, pages)
         tl.store(out.last_len + b, length - tl.maximum(pages - 1, 0) * _PAGE_TOKENS)
         if pages == 0:
-            tl.store(out.rows + b, tl.zeros([], tl.int64))
+            for i in tl.static_range(QUERIES):
+                tl.store(rows + i, tl.zeros([], tl.int64))
     if block * PAGES >= pages:
         return
     place = block * PAGES + tl.arange(0, PAGES)
@@ -56,17 +65,19 @@ def look_up_pages(
     tl.store(metadata.last_used + page, tl.load(clock) + tl.zeros_like(page), mask=valid)
     slot = tl.load(metadata.raw_slot + page, mask=valid, other=-1)
     is_open = slot >= 0
-    written = tl.where(is_open, slot.to(tl.int64) * _PAGE_TOKENS + (length - 1) % _PAGE_TOKENS, 0)
-    tl.store(out.rows + b + tl.zeros_like(place), written, mask=place == pages - 1)
+    for i in tl.static_range(QUERIES):
+        new = accepted - 1 + i
+        row = tl.where(is_open, slot.to(tl.int64) * _PAGE_TOKENS + new % _PAGE_TOKENS, 0)
+        tl.store(rows + i + tl.zeros_like(place), row, mask=place == new // _PAGE_TOKENS)
     tl.store(metadata.position + page, place, mask=is_open)
-    tl.store(metadata.context + page, length + tl.zeros_like(page), mask=is_open)
-    filled = tl.minimum(length - place * _PAGE_TOKENS, _PAGE_TOKENS)
+    tl.store(metadata.context + page, accepted + tl.zeros_like(page), mask=is_open)
+    filled = tl.maximum(tl.minimum(accepted - place * _PAGE_TOKENS, _PAGE_TOKENS), 0)
     tl.store(metadata.filled + page, filled, mask=is_open)
-    recent = is_open & ((place + 1) * _PAGE_TOKENS > length - window)
+    recent = is_open & ((place + 1) * _PAGE_TOKENS > accepted - window)
     tl.store(metadata.window_step + page, tl.load(clock + 1) + tl.zeros_like(page), mask=recent)
     if metadata.counts is not None:
         token = tl.arange(0, _PAGE_TOKENS)
-        earlier = place[:, None] * _PAGE_TOKENS + token[None, :] < length - 1
+        earlier = place[:, None] * _PAGE_TOKENS + token[None, :] < accepted - 1
         at = metadata.counts + slot[:, None] * _PAGE_TOKENS + token[None, :]
         # Sequences of a batch may share an open page.
         tl.atomic_add(at, 1.0, mask=is_open[:, None] & earlier, sem="relaxed")

@@ -17,7 +17,7 @@ def attention_bytes(
     context_pages: int,
     device: torch.device,
     *,
-    flashinfer: bool,
+    flashinfer_bytes: int,
     queries: int = 1,
 ) -> int:
     """Of decode steps, and of prefills: what sealed prefixes are unpacked to, and FlashInfer's.
@@ -26,11 +26,10 @@ def attention_bytes(
         q_heads: query heads on this rank. batch: sequences of the largest decode step.
         context_pages: pages of the longest sequence there can be.
         device: a GPU, or "meta" for one of the size that `multiprocessors` assumes.
-        flashinfer: whether that serves prefill.
+        flashinfer_bytes: what that takes, 0 where it does not serve prefill.
         queries: new tokens of each sequence in a decode step.
     """
     from sglang_diffxkv.kernels.decode.work import KINDS, TILES_PER_SM  # needs Triton
-    from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
     from sglang_diffxkv.kernels.extend.scratch import scratch_bytes
 
     segments = batch * layout.num_kv_heads * KINDS
@@ -40,4 +39,4 @@ def attention_bytes(
     parts = tiles * (q_heads // layout.num_kv_heads) * queries * row_bytes
     table = 4 * batch * (context_pages + 4)
     decode = work + parts + batch * queries * q_heads * row_bytes + table
-    return decode + scratch_bytes(layout) + (WORKSPACE_BYTES if flashinfer else 0)
+    return decode + scratch_bytes(layout) + flashinfer_bytes

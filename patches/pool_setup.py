@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang_diffxkv.attention.layer_softmax import softmaxes_of
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.patches.kv_dtype import check_dtype
@@ -92,6 +93,7 @@ def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> 
     shape = flashinfer.Shape(
         device, configurator.kv_cache_dtype, heads, layout.num_kv_heads, layout.head_dim
     )
+    flashinfer.make_ready(shape, softmaxes_of(configurator.model))
     return attention_bytes(
         layout,
         num_layers,
@@ -99,7 +101,7 @@ def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> 
         batch,
         -(-model.context_len // PAGE_TOKENS),
         device,
-        flashinfer=flashinfer.make_ready(shape),
+        flashinfer_bytes=flashinfer.workspace_bytes(),
     )
 
 

@@ -25,7 +25,8 @@ def extend_sealed(queries: Queries, sealed: SealedPages, softmax: Softmax) -> At
 
     Args:
         queries: elements of raw tiers are of the same dtype. Rotated, where the sealed keys are.
-        softmax: of the layer.
+        softmax: of the layer, whose window and sinks are left out. With a cap sealed keys must lack
+            no mean, as scores that all lack the same do not have the same cap.
     """
     return extend_sealed.on(queries.q)(queries, sealed, softmax)
 
@@ -38,8 +39,9 @@ def extend_open(queries: Queries, opened: OpenPages, softmax: Softmax) -> Attent
     sequence's last query are not read into the computation. Computed in fp32 on a CPU.
 
     Args:
-        opened: of the queries' dtype; the new tokens are written already.
-        softmax: of the layer.
+        opened: of the queries' dtype; the new tokens are written already. With a window, pages
+            before it may be left out.
+        softmax: of the layer, whose sinks are left out.
 
     Raises:
         ValueError: a page of new tokens is not listed; not noticed on a GPU.

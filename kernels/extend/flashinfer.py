@@ -2,14 +2,15 @@
 """Prefill over open pages with FlashInfer, which reads our raw pages as its own page table.
 
 It compiles itself for what it is asked for, which takes minutes, or fails: so it is asked once,
-before the server is ready, and serves only what it was made ready for.
+before the server is ready, and serves only what it was made ready for. Layers with other softmaxes
+have wrappers of their own: models that alternate between two plan twice a step.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,7 +28,9 @@ logger = logging.getLogger(__name__)
 HEAD_DIMS = (64, 128, 256)
 DTYPES = (torch.float16, torch.bfloat16)
 WORKSPACE_BYTES = 128 << 20
-"""What FlashInfer recommends."""
+"""What FlashInfer recommends; of all wrappers, as they run one after the other."""
+PLAN_BYTES = (8 << 20) + (128 << 10)
+"""Of a wrapper's own."""
 TOLERANCE = 0.02
 """Relative error of the norm, and error of the LSE, of FlashInfer's first result."""
 
@@ -43,10 +46,10 @@ class Shape(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """FlashInfer's wrapper, which is planned anew for each step, and what it serves."""
+    """What FlashInfer serves, and its wrapper for each softmax, which is planned for each step."""
 
-    wrapper: BatchPrefillWithPagedKVCacheWrapper
     shape: Shape
+    wrappers: dict[Softmax, BatchPrefillWithPagedKVCacheWrapper]
 
 
 _ready: Ready | None = None
@@ -54,11 +57,14 @@ _ready: Ready | None = None
 
 
 def make_ready(
-    shape: Shape, build: Callable[[Shape], BatchPrefillWithPagedKVCacheWrapper] | None = None
+    shape: Shape,
+    softmaxes: Iterable[Softmax],
+    build: Callable[[torch.Tensor], BatchPrefillWithPagedKVCacheWrapper] | None = None,
 ) -> bool:
     """Build or load FlashInfer's kernels and allocate its workspace, or log why ours serve instead.
 
     Args:
+        softmaxes: of the model's layers; their sinks are left out.
         build: `_build`, or what stands for it.
 
     Returns:
@@ -73,7 +79,12 @@ def make_ready(
         )  # fmt: skip
         return False
     try:
-        _ready = Ready((build or _build)(shape), shape)
+        workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
+        parts = dict.fromkeys(softmax.of_part for softmax in softmaxes)
+        wrappers = {softmax: (build or _build)(workspace) for softmax in parts}
+        for softmax, wrapper in wrappers.items():
+            check(wrapper, shape, softmax)
+        _ready = Ready(shape, wrappers)
     except Exception as error:  # of imports, nvcc, ninja, the driver: a server starts without it
         logger.warning(
             "diffxkv: prefill runs on our Triton kernels, as FlashInfer failed (%s); to have it, "
@@ -85,9 +96,14 @@ def make_ready(
     return True
 
 
-def supports(q: torch.Tensor) -> bool:
-    """Whether FlashInfer was made ready for these queries [T, Hq, D]."""
-    if _ready is None or len(q) == 0:
+def workspace_bytes() -> int:
+    """What FlashInfer takes on the device."""
+    return WORKSPACE_BYTES + len(_ready.wrappers) * PLAN_BYTES if _ready is not None else 0
+
+
+def supports(q: torch.Tensor, softmax: Softmax) -> bool:
+    """Whether FlashInfer was made ready for these queries [T, Hq, D] and the `Softmax.of_part`."""
+    if _ready is None or len(q) == 0 or softmax not in _ready.wrappers:
         return False
     shape = _ready.shape
     if q.device.type != shape.device.type:
@@ -101,15 +117,18 @@ def plan(
     """Make ready for layers with queries and raw pages like these. Waits for the device.
 
     Causal attention lets the last query see the last listed token: so a sequence's listed pages
-    must end with the page of its last new token. Gaps between earlier pages do not matter.
+    must end with the page of its last new token. A window is counted back from there: with one,
+    there may be no gaps between the pages, but those before it may be left out. What is listed and
+    seen by nobody gets a weight of 0, and must be finite.
 
     Args:
-        queries, opened, softmax: as in `extend_open`.
+        queries, opened: as in `extend_open`. softmax: that `supports` says yes to.
         last_len: int32 [B], tokens in each sequence's last listed page, 1 to 64.
     """
     assert _ready is not None
-    _plan(_ready.wrapper, queries, opened, last_len, softmax)
-    return _ready.wrapper
+    wrapper = _ready.wrappers[softmax]
+    _plan(wrapper, queries, opened, last_len, softmax)
+    return wrapper
 
 
 def run(
@@ -140,28 +159,28 @@ def _plan(
         queries.q.shape[2],
         PAGE_TOKENS,
         causal=True,
+        window_left=softmax.window_left,
+        logits_soft_cap=softmax.cap,
         sm_scale=softmax.scale,
         q_data_type=queries.q.dtype,
         kv_data_type=opened.keys.dtype,
     )
 
 
-def _build(shape: Shape) -> BatchPrefillWithPagedKVCacheWrapper:
-    """A wrapper that has planned, run, and computed what our reference does.
-
-    Raises:
-        Exception: whatever keeps FlashInfer from it.
-    """
+def _build(workspace: torch.Tensor) -> BatchPrefillWithPagedKVCacheWrapper:
     from flashinfer import BatchPrefillWithPagedKVCacheWrapper  # takes seconds
 
-    workspace = torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=shape.device)
-    wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-    check(wrapper, shape)
-    return wrapper
+    return BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
 
 
-def check(wrapper: BatchPrefillWithPagedKVCacheWrapper, shape: Shape) -> None:
+def check(wrapper: BatchPrefillWithPagedKVCacheWrapper, shape: Shape, softmax: Softmax) -> None:
     """Plan and run three new tokens after 69 others.
+
+    What a window and a cap do shows: FlashInfer is compiled for whether there are any, not for
+    which.
+
+    Args:
+        softmax: of which that is known.
 
     Raises:
         RuntimeError: the result is not that of `naive.extend_open`.
@@ -175,7 +194,8 @@ def check(wrapper: BatchPrefillWithPagedKVCacheWrapper, shape: Shape) -> None:
     indptr, start, listed, slots, position, last_len = (
         torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [69], [0, 2], [2, 0], [0, 1], [8])
     )
-    softmax = Softmax(shape.head_dim**-0.5)
+    cap, window_left = min(softmax.cap, 1.0), min(softmax.window_left, 20)
+    softmax = Softmax(shape.head_dim**-0.5, cap, window_left)
     queries, opened = Queries(q, indptr, start), OpenPages(k, v, listed, slots, position)
     on_device = Queries(*(x.to(shape.device) for x in queries))
     pages = OpenPages(*(x.to(shape.device) for x in opened))

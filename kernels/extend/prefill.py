@@ -19,7 +19,7 @@ from sglang_diffxkv.kernels.extend import cpu, extend_open, extend_sealed, flash
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch, UnpackedPages
 from sglang_diffxkv.kernels.gpu.device import on_gpu
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from sglang_diffxkv.kernels.merge import AttentionState, empty_state, merge_states
+from sglang_diffxkv.kernels.merge import AttentionState, add_sinks, empty_state, merge_states
 from sglang_diffxkv.kernels.pages import (
     LayerPages,
     OpenLists,
@@ -39,11 +39,13 @@ the codes themselves. Predicted; `bench.gpu.timing.prefill` measures where the t
 
 
 class PrefillBatch(NamedTuple):
-    """The B sequences of a prefill, which all layers share.
+    """The B sequences of a prefill, for all layers, or for all that have the same pages.
 
     Attributes:
         indptr, position: of their new tokens, as in `Queries`.
-        opened: open pages; a sequence's end with that of its last new token.
+        opened: open pages; a sequence's end with that of its last new token. Of layers with a
+            window, all pages from that on which holds the first token that the first new token
+            sees; all their slots hold numbers.
         last_len: int32 [B], tokens of each sequence's last open page, 1 to 64.
         sealed: None if there are none.
         new, prefix: numbers of tokens of each sequence, new and earlier ones, on the host.
@@ -61,7 +63,8 @@ class PrefillBatch(NamedTuple):
 class OpenPrefill:
     """`extend_open` of one step's queries: FlashInfer where it can, our kernels elsewhere.
 
-    Only the latest object may run: FlashInfer's plan lives in a wrapper that all share.
+    Of those that run with the same softmax, only the latest may: FlashInfer's plan lives in a
+    wrapper that they share.
 
     Args:
         last_len: int32 [B], tokens of each sequence's last listed page, 1 to 64, which is that of
@@ -70,19 +73,19 @@ class OpenPrefill:
 
     def __init__(self, last_len: torch.Tensor) -> None:
         self._last_len = last_len
-        self._planned: tuple[BatchPrefillWithPagedKVCacheWrapper, Softmax] | None = None
+        self._planned: dict[Softmax, BatchPrefillWithPagedKVCacheWrapper] = {}
 
     def attend(self, queries: Queries, opened: OpenPages, softmax: Softmax) -> AttentionState:
         """Attention of one layer; arguments as in `extend_open`.
 
-        The first layer plans for all. So does one whose scale differs from the last one's.
+        The first layer plans for all with the same softmax but for its sinks.
         """
-        if not flashinfer.supports(queries.q):
+        softmax = softmax.of_part
+        if not flashinfer.supports(queries.q, softmax):
             return extend_open(queries, opened, softmax)
-        if self._planned is None or self._planned[1] != softmax:
-            wrapper = flashinfer.plan(queries, opened, self._last_len, softmax)
-            self._planned = wrapper, softmax
-        return flashinfer.run(self._planned[0], queries.q, opened.keys, opened.values)
+        if softmax not in self._planned:
+            self._planned[softmax] = flashinfer.plan(queries, opened, self._last_len, softmax)
+        return flashinfer.run(self._planned[softmax], queries.q, opened.keys, opened.values)
 
 
 class SealedPrefill:
@@ -142,9 +145,15 @@ class Prefill:
 
         Args:
             q: [T, Hq, D], not rotated.
-            pages: the new tokens are written already.
+            pages: the new tokens are written already. Of layers without sealed pages the tables
+                are not looked at.
             softmax: of the layer.
         """
+        state = self._attend(q, pages, softmax.of_part)
+        return state if softmax.sinks is None else add_sinks(state, softmax.sinks)
+
+    def _attend(self, q: torch.Tensor, pages: LayerPages, softmax: Softmax) -> AttentionState:
+        """Over tokens alone."""
         tables, key_mean = pages.tables, pages.key_mean
         queries = Queries(q, self._batch.indptr, self._batch.position)
         opened = self._batch.opened.of(pages.keys, pages.values)

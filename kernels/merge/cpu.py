@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.kernels import merge as ops
+from sglang_diffxkv.kernels import softmax
 from sglang_diffxkv.kernels.merge import AttentionState
 
 
@@ -19,3 +20,8 @@ def merge_states(a: AttentionState, b: AttentionState) -> AttentionState:
     scale = torch.where(total > 0, total, torch.ones_like(total)).reciprocal()
     out = a.out * (weight_a * scale).unsqueeze(-1) + b.out * (weight_b * scale).unsqueeze(-1)
     return AttentionState(out, base + torch.log2(total))
+
+
+@ops.add_sinks.register("cpu")
+def add_sinks(state: AttentionState, sinks: torch.Tensor) -> AttentionState:
+    return softmax.add_sinks(state, sinks)

@@ -11,6 +11,7 @@ from sglang_diffxkv.kernels.gpu.launch import launch
 from sglang_diffxkv.kernels.gpu.views import HeadShape, QueryView
 from sglang_diffxkv.kernels.merge import AttentionState, unwritten_state
 from sglang_diffxkv.kernels.merge.kernels import merge_splits, merge_two
+from sglang_diffxkv.kernels.merge.sink_kernels import sink_rows
 from sglang_diffxkv.kernels.merge.tile_kernels import merge_work_tiles
 
 MERGE_ROWS = 16
@@ -33,6 +34,24 @@ def merge_states(a: AttentionState, b: AttentionState) -> AttentionState:
         num_warps=4,
     )
     return merged
+
+
+@ops.add_sinks.register("gpu")
+def add_sinks(state: AttentionState, sinks: torch.Tensor) -> AttentionState:
+    """In place."""
+    rows, (heads, dim) = state.lse.numel(), state.out.shape[-2:]
+    launch(
+        sink_rows,
+        (triton.cdiv(rows, MERGE_ROWS),),
+        state=state,
+        sinks=sinks,
+        rows=rows,
+        HEADS=heads,
+        DIM=dim,
+        ROWS=MERGE_ROWS,
+        num_warps=4,
+    )
+    return state
 
 
 def _contiguous(state: AttentionState) -> AttentionState:

@@ -364,4 +364,4 @@ def test_one_pass_over_sealed_and_open_pages(
         expected = from_sealed(expected, asked.q, mean, Softmax(0.1))
     expected = merge_states(expected, naive.extend_open(asked, opened.of(k, v), Softmax(0.1)))
     assert_close(part, expected, 3e-6)
-    assert_close(step.attend(q, pages, 0.1), part, 1e-6)
+    assert_close(step.attend(q, pages, Softmax(0.1)), part, 1e-6)

@@ -5,24 +5,30 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 
-from sglang_diffxkv.kernels.extend import naive, scratch, triton, unpacked
+from sglang_diffxkv.kernels import softmax as reference
+from sglang_diffxkv.kernels.basis.rotation import rotate
+from sglang_diffxkv.kernels.basis.sealed import from_sealed
+from sglang_diffxkv.kernels.extend import naive, prefill, scratch, triton, unpacked
+from sglang_diffxkv.kernels.extend.prefill import Prefill, PrefillBatch
 from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.kernels.extend.traits import SealedTraits
 from sglang_diffxkv.kernels.layout import FORMATS, PAGE_TOKENS, PRUNED, make_layout
-from sglang_diffxkv.kernels.merge import empty_state, merge_states
+from sglang_diffxkv.kernels.merge import AttentionState, add_sinks, empty_state, merge_states
 from sglang_diffxkv.kernels.pack import pack
-from sglang_diffxkv.kernels.pages import OpenPages, Queries
+from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, Queries, SealedLists
 from sglang_diffxkv.kernels.score import ScoringQueries
 from sglang_diffxkv.kernels.score import naive as naive_score
 from sglang_diffxkv.kernels.score import triton as triton_score
-from sglang_diffxkv.kernels.softmax import Softmax
+from sglang_diffxkv.kernels.softmax import LOG2_E, Softmax
 from tests.support.attention import assert_close, indptr, moved
 from tests.support.builders import error_norm
-from tests.support.device import DEVICE
+from tests.support.device import DEVICE, as_on_gpu
+from tests.support.layouts import layout_of
 from tests.support.sealed import random_tiers, seal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,3 +210,67 @@ def test_capped_scores(cap: float, dim: int, group: int, dtype: torch.dtype) -> 
     assert error_norm(accum.cpu() - before, expected - before.double()) <= 1e-3
     unseen = expected == before
     assert unseen.any() and torch.equal(accum.cpu()[unseen], before[unseen])
+
+
+def states(t: int, heads: int, dim: int) -> AttentionState:
+    """Attention of queries, some of which see nothing, and far above and below their sinks."""
+    state = AttentionState(torch.randn(t, heads, dim), 40 * torch.randn(t, heads))
+    state.out[::3, 1], state.lse[::3, 1] = 0, -math.inf
+    return state
+
+
+@pytest.mark.parametrize(("t", "heads", "dim"), [(7, 5, 80), (1, 64, 64), (33, 3, 256), (0, 2, 64)])
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_sinks(kind: str, t: int, heads: int, dim: int) -> None:
+    """As an attention over one more token, whose value is 0."""
+    torch.manual_seed(t)
+    sinks = 20 * torch.randn(heads)
+    before = states(t, heads, dim)
+    sink = AttentionState(torch.zeros_like(before.out), (sinks * LOG2_E).expand(t, heads))
+    expected = merge_states(*(AttentionState(*(x.double() for x in s)) for s in (before, sink)))
+    args = AttentionState(*(x.clone() for x in before)), sinks
+    if kind == "cpu":
+        part = add_sinks(*args)
+    else:
+        with as_on_gpu():
+            part = add_sinks(*moved(args, DEVICE))
+    assert_close(part, expected, 1e-6)
+    assert_close(reference.add_sinks(before, sinks), expected, 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("any_sealed", [False, True])
+def test_prefill_adds_sinks_once(kind: str, any_sealed: bool) -> None:
+    """Over open pages alone, and after those of sealed ones have come back from their basis."""
+    torch.manual_seed(7)
+    dim, group, new = 64, 3, [5, 0, 66]
+    softmax = Softmax(0.1, sinks=torch.randn(2 * group) + 2)
+    layout = layout_of("K8V4", "K4V2", head_dim=dim, kv_heads=2, itemsize=2)
+    data = seal(layout, pages=4, dtype=torch.bfloat16, pack=pack)
+    sequences = list(zip([90, 0, 10], new, strict=True))
+    queries, opened = window_batch(sequences, softmax, torch.bfloat16, dim, 2, group)
+    sealed = SealedLists(indptr(3, 0, 1), torch.tensor([2, 0, 1, 3]).int())
+    mean = torch.randn(2, dim)
+    expected = naive.extend_open(queries, opened, softmax)
+    if any_sealed:
+        rotated = queries._replace(q=rotate(queries.q.float()))
+        part = naive.extend_sealed(rotated, data.tables.listed(*sealed), softmax)
+        expected = merge_states(expected, from_sealed(part, queries.q, mean, softmax))
+    expected = reference.add_sinks(expected, softmax.sinks)
+    batch = PrefillBatch(
+        queries.indptr,
+        queries.position,
+        opened.lists,
+        torch.tensor([31, 1, 12]).int(),
+        sealed if any_sealed else None,
+        new,
+        [90, 0, 10],
+    )
+    pages = LayerPages(data.tables, opened.keys, opened.values, mean)
+    if kind == "cpu":
+        part = Prefill(batch, None).attend(queries.q, pages, softmax)
+    else:
+        with as_on_gpu(), mock.patch.object(prefill, "on_gpu", lambda x: True):
+            step = Prefill(moved(batch, DEVICE), None)
+            part = step.attend(*moved((queries.q, pages, softmax), DEVICE))
+    assert_close(part, expected, 1e-3 if kind == "gpu" else 3e-6)

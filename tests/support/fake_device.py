@@ -248,7 +248,7 @@ def fake_device() -> Iterator[None]:
         patch.setattr(torch.cuda, "Event", Event)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-        patch.setattr(flashinfer, "supports", lambda q: False)
+        patch.setattr(flashinfer, "supports", lambda q, softmax: False)
         for module in modules:
             patch.setattr(module, "launch", _launch)
         _reset()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages, Queries
 from sglang_diffxkv.kernels.softmax import Softmax
+
+SOFTMAXES = Softmax(0.1), Softmax(0.2, cap=30.0, window_left=100)
 
 
 def step(dtype: torch.dtype = torch.float32) -> tuple[Queries, OpenPages]:
@@ -38,29 +41,31 @@ def wrapper(monkeypatch: pytest.MonkeyPatch) -> Iterator[mock.MagicMock]:
     fake.return_value.run.side_effect = lambda q, kv, return_lse: (q, q[..., 0].float())
     monkeypatch.setattr(installed, "BatchPrefillWithPagedKVCacheWrapper", fake)
     shape = flashinfer.Shape(torch.device("cpu"), torch.bfloat16, 4, 2, 64)
-    monkeypatch.setattr(flashinfer, "check", lambda wrapper, shape: None)
+    monkeypatch.setattr(flashinfer, "check", lambda wrapper, shape, softmax: None)
     monkeypatch.setattr(flashinfer, "WORKSPACE_BYTES", 1 << 10)
-    assert flashinfer.make_ready(shape)
+    assert flashinfer.make_ready(shape, SOFTMAXES)
     yield fake
     flashinfer._ready = None
 
 
 def test_our_calls_fit_the_installed_signatures(wrapper: mock.MagicMock) -> None:
-    """One plan for all layers, another for another scale."""
+    """One plan for all layers with the same softmax."""
     queries, opened = step(torch.bfloat16)
     prefill = OpenPrefill(torch.full((2,), PAGE_TOKENS, dtype=torch.int32))
     planned = wrapper.return_value
-    for scale, plans in ((0.1, 1), (0.1, 1), (0.2, 2)):
-        part = prefill.attend(queries, opened, Softmax(scale))
-        assert planned.plan.call_count == plans
-        assert planned.plan.call_args.kwargs["sm_scale"] == scale
+    for i in (0, 0, 1, 0, 1):
+        part = prefill.attend(queries, opened, SOFTMAXES[i])
         assert part.out.dtype == part.lse.dtype == torch.float32
-    assert wrapper.call_count == 1
+    names = "sm_scale", "logits_soft_cap", "window_left"
+    found = [tuple(call.kwargs[name] for name in names) for call in planned.plan.call_args_list]
+    assert found == [softmax[:3] for softmax in SOFTMAXES]
+    workspaces = [call.args[0].data_ptr() for call in wrapper.call_args_list]
+    assert len(workspaces) == 2 and len(set(workspaces)) == 1
 
 
 def test_elsewhere_our_own_kernel_runs() -> None:
     queries, opened = step()
-    assert not flashinfer.supports(queries.q)
+    assert not flashinfer.supports(queries.q, SOFTMAXES[0])
     prefill = OpenPrefill(torch.full((2,), PAGE_TOKENS, dtype=torch.int32))
     part, expected = (
         prefill.attend(queries, opened, Softmax(0.1)),
@@ -90,5 +95,9 @@ def test_its_sources_say_what_we_rely_on() -> None:
     dims = re.findall(r"case (\d+)", macro.split("#define")[0])
     assert {str(dim) for dim in flashinfer.HEAD_DIMS} <= set(dims)
     assert not {"80", "96"} & set(dims)
+    made = inspect.getsource(installed.BatchPrefillWithPagedKVCacheWrapper.__init__)
+    assert "8 * 1024 * 1024" in made and "32768" in made  # what `PLAN_BYTES` counts
+    variants = (headers / "attention" / "variants.cuh").read_text()
+    assert "kv_idx + qo_len + window_left >= kv_len + qo_idx" in variants, "windows from the end"
     prefill = (headers / "attention" / "prefill.cuh").read_text()
     assert "SharedMemFillMode::kFillZero" in prefill, "values after the end may be NaN"

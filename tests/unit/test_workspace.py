@@ -129,10 +129,9 @@ def test_workspaces_stop_growing() -> None:
 def test_attention_on_a_gpu_has_its_share() -> None:
     """As many bytes as a decode step of Llama-3.1-8B's shape takes, and no more than a few MiB.
 
-    FlashInfer's workspace counts if it serves, and what prefixes are unpacked to always does.
+    FlashInfer's workspace counts, if it serves, and what prefixes are unpacked to.
     """
     from sglang_diffxkv.kernels.decode.work import SequencePages, divide_work
-    from sglang_diffxkv.kernels.extend.flashinfer import WORKSPACE_BYTES
     from sglang_diffxkv.kernels.extend.scratch import make_scratch
     from sglang_diffxkv.kernels.gpu.launch import recorded
     from sglang_diffxkv.kernels.workspace import attention_bytes
@@ -148,8 +147,8 @@ def test_attention_on_a_gpu_has_its_share() -> None:
     parts = work.tiles.shape[1] * (32 // 8) * (128 + 1) * 4
     taken = work.tiles.nbytes + 2 * work.segment_start.nbytes + table.nbytes + parts
     shape = layout, 32, 32, batch, width, meta
-    counted = attention_bytes(*shape, flashinfer=False)
-    assert attention_bytes(*shape, flashinfer=True) == counted + WORKSPACE_BYTES
+    counted = attention_bytes(*shape, flashinfer_bytes=0)
+    assert attention_bytes(*shape, flashinfer_bytes=1 << 27) == counted + (1 << 27)
     counted -= make_scratch(layout, torch.bfloat16, meta).nbytes
     assert taken <= counted <= taken + (8 << 20)
     caps, budget = [full_bytes(layout)] * 32, PoolBudget(10 << 30, raw_share=0.2)

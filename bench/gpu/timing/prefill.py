@@ -120,7 +120,8 @@ class Ours:
         """What the server runs for the chunk's own pages where FlashInfer is installed."""
         model = self.chunk.model
         flashinfer.make_ready(
-            flashinfer.Shape(self.device, self.q.dtype, model.heads, model.kv_heads, model.dim)
+            flashinfer.Shape(self.device, self.q.dtype, model.heads, model.kv_heads, model.dim),
+            [self.softmax],
         )
         step = OpenPrefill(self.ints(PAGE_TOKENS))
         queries, opened = self.queries(0), self.opened()

@@ -21,11 +21,11 @@ TOLERANCE = 5e-3
 
 def check(case: Open, device: torch.device) -> Found:
     args = draw_open(case, device)
-    queries, _, _ = args
+    queries, _, softmax = args
     q, ends = queries.q, queries.position + queries.indptr.diff()
     last_len = (ends - 1) % PAGE_TOKENS + 1
     shape = flashinfer.Shape(device, q.dtype, q.shape[1], case.kv_heads, case.dim)
-    if not flashinfer.make_ready(shape):
+    if not flashinfer.make_ready(shape, [softmax]):
         raise RuntimeError("FlashInfer did not start; the log says why")
     part = OpenPrefill(last_len).attend(*args)
     return compare(part, naive.extend_open(*to(CPU, *args)))

@@ -56,6 +56,16 @@ def hook(
     _targets.append(target)
 
 
+def apply_now() -> None:
+    """Apply hooks that were registered after SGLang had applied those of plugins.
+
+    Raises:
+        HookError: as `check_applied`.
+    """
+    HookRegistry.apply_hooks()
+    check_applied()
+
+
 def check_applied() -> None:
     """
     Raises:

@@ -24,6 +24,11 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.capabilities import check_capabilities
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.model_validation import check_model_config
+from sglang_diffxkv.patches.speculation import (
+    check_speculation,
+    choose_chains,
+    choose_draft_attention,
+)
 from sglang_diffxkv.patches.validation import (
     BACKEND,
     FP8_DTYPES,
@@ -105,6 +110,8 @@ def _set_defaults(server_args: Any, previous: Callable[[Any], None]) -> None:
         setattr(server_args, _FRACTION_GIVEN, given)
         with _refusing(server_args):
             check_server_args(server_args)
+            choose_chains(server_args)
+            check_speculation(server_args)
         _keep_model_dtype(server_args)
         if resolving_view(server_args).page_size is None:
             declare_resolution(server_args, BACKEND, page_size=PAGE_TOKENS)
@@ -143,6 +150,7 @@ def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
             view, model = resolving_view(server_args), model_config_of(server_args)
             check_kv_dtype(view.kv_cache_dtype, model.dtype)
             check_model_config(model, server_args._diffxkv, view.tp_size)
+        choose_draft_attention(server_args, model)
     previous(server_args)
 
 
@@ -152,6 +160,7 @@ def _check_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:
         with _refusing(server_args):
             check_resolution(server_args)
             check_server_args(server_args)
+            check_speculation(server_args)
             check_capabilities(server_args, policy_class(server_args._diffxkv.policy))
             _check_memory(server_args)
 

@@ -41,7 +41,6 @@ _FLAGS = (
         ("bf16", "bfloat16", *FP8_DTYPES, "auto"),
         "it compresses the KV cache itself",
     ),
-    _Flag("speculative_algorithm", (None,), "rejected tokens cannot be taken out of a sealed page"),
     _Flag("dllm_algorithm", (None,), "diffusion rewrites tokens, sealed pages are written once"),
     _Flag("disaggregation_mode", ("null",), "sealed pages are not transferred between servers"),
     _Flag("enable_pdmux", (False,), "prefill and decode share its pages"),

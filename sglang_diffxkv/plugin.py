@@ -26,6 +26,7 @@ def _install() -> None:
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
     from sglang_diffxkv.patches import (
+        chains,
         check,
         committed,
         expected_pages,
@@ -54,6 +55,7 @@ def _install() -> None:
         lossless,
         observability,
         profiling,
+        chains,
     )
     for hook in (*of_pool, *of_requests):
         hook.install()

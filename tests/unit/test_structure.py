@@ -31,7 +31,7 @@ ALLOWED = {
     ),
     "attention": ("kernels", "policy.scoring", "pool", "config"),
     "metrics": ("kernels.layout", "policy.quality", "pool"),
-    "patches": ("kernels", "policy", "pool", "attention", "config", "metrics"),
+    "patches": ("kernels", "policy", "pool", "attention", "config", "metrics", "platform"),
     "plugin": ("kernels", "attention", "patches"),
     "worker_app": ("patches",),
     "platform": (),

@@ -6,6 +6,7 @@ platform takes the native (plain torch) implementation of every layer instead.
 """
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,11 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_diffxkv.platform.chains import extend_slots
+
 NAME = "diffxkv"
+SPECULATIVE_ALGORITHMS = ("EAGLE", "EAGLE3", "STANDALONE", "NGRAM")
+"""By SGLang's own names: NEXTN is EAGLE there."""
 _ACCELERATORS = ("cuda", "xpu", "npu", "musa", "hpu", "mps")
 
 
@@ -60,6 +65,12 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_compile_backend(self, mode: str | None = None) -> str:
         # Inductor would compile C++ for small per-step helpers: seconds of start-up for nothing.
         return "eager"
+
+    def supports_speculative_algorithm(self, algorithm: str) -> bool:
+        return algorithm in SPECULATIVE_ALGORITHMS
+
+    def get_speculative_cache_locs_fn(self) -> Callable[..., torch.Tensor]:
+        return extend_slots
 
     def get_torch_profiler_activity_str(self) -> str:
         # /start_profile asks out-of-tree platforms; without an answer it ends the scheduler.

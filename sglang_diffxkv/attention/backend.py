@@ -14,6 +14,7 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
 
 from sglang_diffxkv.attention.batch_pages import BatchPages, gather_pages, note_use, page_table
+from sglang_diffxkv.attention.decode_batch import DecodeBatch
 from sglang_diffxkv.attention.full_pages import FullPages
 from sglang_diffxkv.attention.ready_pages import pages_to_seal
 from sglang_diffxkv.attention.scoring import (
@@ -59,28 +60,14 @@ class PrefillStep(NamedTuple):
     nothing_to_seal: bool
 
 
-class DecodeBatch(NamedTuple):
-    """The sequences of a decode step or a verification, padding left out.
-
-    Attributes:
-        req_pool_indices: int64 [B].
-        seq_lens: int64 [B], tokens that are committed when the step ends: with those of a decode
-            step, with the first one that a verification writes, which is always accepted.
-        seq_lens_cpu: int64 [B], the same on the host.
-    """
-
-    req_pool_indices: torch.Tensor
-    seq_lens: torch.Tensor
-    seq_lens_cpu: torch.Tensor
-
-
 class Decode(Protocol):
     """Decode steps of one kind of device."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax
     ) -> AttentionState:
-        """Write k and v [B, H, D] of one layer of the step that runs, and attend with q [B, Hq, D].
+        """Write k and v [B * N, H, D] of one layer of the step that runs, N new tokens of each
+        sequence, and attend with q [B * N, Hq, D].
 
         Returns:
             Its output is of q's dtype.
@@ -157,13 +144,13 @@ class DiffXKVBackend(AttentionBackend):
         self.forward_metadata = PrefillStep(
             pages=pages,
             rows=store.write_rows(fb.out_cache_loc),
-            attention=self.plan_attention(new, pages, fb.extend_prefix_lens_cpu),
+            attention=self._plan_attention(new, pages, fb.extend_prefix_lens_cpu),
             queries=queries,
             scored_lens=seq_lens if queries is None else prefix_lens,
             nothing_to_seal=most_scored < PAGE_TOKENS,
         )
 
-    def plan_attention(
+    def _plan_attention(
         self, new: NewTokens, pages: BatchPages, prefix_lens_cpu: list[int]
     ) -> Prefill:
         batch = PrefillBatch(
@@ -204,7 +191,9 @@ class DiffXKVBackend(AttentionBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """Attention of a (mixed) prefill batch: q [T, Hq * D] -> [T, Hq * D]."""
+        """Attention of a (mixed) prefill batch, or a verification: q [T, Hq * D] -> [T, Hq * D]."""
+        if forward_batch.forward_mode.is_target_verify():
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
         step, dim = self.forward_metadata, layer.qk_head_dim
         index, softmax = self.layers[layer.layer_id], Softmax(layer.scaling)
         assert step is not None
@@ -240,7 +229,7 @@ class DiffXKVBackend(AttentionBackend):
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
     ) -> torch.Tensor:
-        """Attention of one new token per sequence: q [B, Hq * D] -> [B, Hq * D]."""
+        """Attention of N new tokens per sequence: q [B * N, Hq * D] -> [B * N, Hq * D]."""
         assert save_kv_cache  # models that write it themselves are hooked
         q, k, v = (x.view(len(x), -1, layer.qk_head_dim) for x in (q, k, v))
         index = self.layers[layer.layer_id]
@@ -251,8 +240,6 @@ class DiffXKVBackend(AttentionBackend):
         step, batch = self.forward_metadata, self.decode_batch
         self.forward_metadata = self.decode_batch = None
         if batch is not None:
-            if step is not None and step.queries is not None:
-                count_scores(self.store, step.pages, step.queries)
             if due := self.full_pages.due(*self.committed[:2]):
                 self.seal_decoded(batch, due)
             return

@@ -6,10 +6,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from sglang_diffxkv.attention.backend import DecodeBatch, DiffXKVBackend
+from sglang_diffxkv.attention.backend import DiffXKVBackend
+from sglang_diffxkv.attention.decode_batch import DecodeBatch, decode_batch, step_tokens
 from sglang_diffxkv.attention.device_decode import DeviceDecode
 from sglang_diffxkv.attention.ready_pages import ready_pages
-from sglang_diffxkv.attention.verify import begin_verify
 from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.pool.sealing import seal_ready
 
@@ -49,33 +49,27 @@ class DeviceBackend(DiffXKVBackend):
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self.decode_batch = self.forward_metadata = None
-        if forward_batch.forward_mode.is_decode():
+        mode = forward_batch.forward_mode
+        if mode.is_decode() or mode.is_target_verify():
             super().init_forward_metadata(forward_batch)  # SGLang's: out of the graph, then in it
-        elif forward_batch.forward_mode.is_target_verify():
-            begin_verify(self, forward_batch)
         else:
             self.begin_prefill(forward_batch)
 
     def init_forward_metadata_out_graph(self, forward_batch: Any, in_capture: bool = False) -> None:
-        """Before a decode step, or its graph's replay: what the host has to tell the device.
+        """Before a decode step or a verification, or its graph's replay: what to tell the device.
 
         Args:
             forward_batch: SGLang's ``ForwardBatch``, or the view of one that it replays with.
         """
-        fb = forward_batch
         if in_capture:
             self.decode.tick(0)
             return
-        real = fb.batch_size - getattr(fb, "num_padding", 0)
-        batch = DecodeBatch(
-            fb.req_pool_indices[:real], fb.seq_lens[:real].long(), fb.seq_lens_cpu[:real]
-        )
+        batch = decode_batch(forward_batch)
         self.begin_decode(batch)
-        self.decode.tick(real)
+        self.decode.tick(len(batch.seq_lens_cpu))
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        fb = forward_batch
-        self.decode.begin(fb.req_pool_indices, fb.seq_lens)
+        self.decode.begin(step_tokens(forward_batch))
 
     def seal_decoded(self, batch: DecodeBatch, due: float) -> None:
         if math.isinf(due):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from sglang_diffxkv.attention.batch_pages import page_metadata
+from sglang_diffxkv.attention.decode_batch import StepTokens
 from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.decode.work import SequencePages, WorkTiles, divide_work
 from sglang_diffxkv.kernels.merge import AttentionState
@@ -57,14 +58,14 @@ class DeviceDecode:
         self._clock[1:].fill_(self.store.recency.decode_step)
         self._num_real.fill_(num_real)
 
-    def begin(self, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> DecodeStep:
+    def begin(self, tokens: StepTokens) -> DecodeStep:
         """Look up the batch's pages, note their use, and divide the work of the step that follows.
 
         Args:
-            req_pool_indices, seq_lens: int64 [B], with padding at the end.
+            tokens: of B sequences, with padding at the end.
         """
-        store = self.store
-        requests = StepRequests(self._req_to_token, req_pool_indices, seq_lens, self._num_real)
+        store, (rows, seq_lens, queries) = self.store, tokens
+        requests = StepRequests(self._req_to_token, rows, seq_lens, self._num_real, queries)
         pages = begin_decode(requests, self._metadata, self._clock, self._window)
         batch, width = pages.table.shape
         first = torch.arange(0, batch * width, width, dtype=torch.int32, device=seq_lens.device)
@@ -84,7 +85,8 @@ class DeviceDecode:
         Four launches, or three where nothing is scored.
 
         Args:
-            q: [B, Hq, D]. k, v: [B, H, D], which are written to raw pages first.
+            q: [B * N, Hq, D]. k, v: [B * N, H, D], N new tokens of each sequence, which are
+                written to raw pages first.
 
         Returns:
             Its output is of q's dtype.

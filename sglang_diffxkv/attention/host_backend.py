@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang_diffxkv.attention.backend import DecodeBatch, DiffXKVBackend
+from sglang_diffxkv.attention.backend import DiffXKVBackend
+from sglang_diffxkv.attention.decode_batch import decode_batch, step_tokens
 from sglang_diffxkv.attention.host_decode import HostDecode
-from sglang_diffxkv.attention.verify import begin_verify
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -24,12 +24,8 @@ class HostBackend(DiffXKVBackend):
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         fb = forward_batch
         self.decode_batch = self.forward_metadata = None
-        if fb.forward_mode.is_target_verify():
-            begin_verify(self, fb)
-            return
-        if not fb.forward_mode.is_decode():
+        if fb.forward_mode.is_decode() or fb.forward_mode.is_target_verify():
+            self.begin_decode(decode_batch(fb))
+            self.decode.begin(step_tokens(fb))
+        else:
             self.begin_prefill(fb)
-            return
-        batch = DecodeBatch(fb.req_pool_indices.long(), fb.seq_lens.long(), fb.seq_lens_cpu)
-        self.begin_decode(batch)
-        self.decode.begin(batch.req_pool_indices, batch.seq_lens)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 
 from sglang_diffxkv.attention.batch_pages import page_metadata
+from sglang_diffxkv.attention.decode_batch import StepTokens
 from sglang_diffxkv.kernels.decode.layer import DecodeLayers, LayerTables, SealedLayers
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import AttentionState
@@ -32,18 +33,19 @@ class HostDecode:
         self._layers = DecodeLayers(LayerTables(d.raw_slot, raw.keys, raw.values, scores, sealed))
         self._step = StepKernel(req_to_token, page_metadata(store), window, d.sealed)
 
-    def begin(self, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> StepPages:
+    def begin(self, tokens: StepTokens) -> StepPages:
         """Look up the batch's pages, and note their use.
 
         Args:
-            req_pool_indices, seq_lens: int64 [B].
+            tokens: of B sequences.
 
         Raises:
-            PageStateError: a page is free, or a sequence's last one sealed.
+            PageStateError: a page is free, or one of the new tokens' sealed.
         """
+        rows, seq_lens = tokens.req_pool_indices.long(), tokens.seq_lens.long()
         now = self._recency.step, self._recency.decode_step
         try:
-            pages = self._step.begin(req_pool_indices, seq_lens, len(seq_lens), *now)
+            pages = self._step.begin(rows, seq_lens, len(seq_lens), *now, tokens.queries)
         except ValueError as problem:
             raise PageStateError(str(problem)) from problem
         if int(pages.rows.min()) < PAGE_TOKENS:

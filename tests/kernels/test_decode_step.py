@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.attention.batch_pages import gather_pages, note_use, page_table
+from sglang_diffxkv.attention.decode_batch import StepTokens
 from sglang_diffxkv.attention.device_decode import DeviceDecode
 from sglang_diffxkv.attention.full_pages import FullPages
 from sglang_diffxkv.attention.scoring import ScoringSample, count_scores
@@ -95,7 +96,7 @@ def test_a_step_equals_the_hosts(policy: str) -> None:
     rows, lens = torch.cat([device.rows, padding]), torch.cat([device.lens, padding + 1])
     last = device.req_to_token[device.rows, device.lens - 1].long()
     with as_on_gpu():
-        step = decode.begin(rows, lens)
+        step = decode.begin(StepTokens(rows, lens, 1))
     assert torch.equal(step.pages.rows, torch.cat([device.store.write_rows(last), padding]))
     for layer in range(LAYERS):
         q = torch.cat([device.queries, torch.full((2, HEADS * GROUP, DIM), 9.0)])

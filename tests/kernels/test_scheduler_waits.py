@@ -78,6 +78,26 @@ def test_decode_steps_with_statistics_do_not_wait(policy: str, second: Quality) 
     assert server.allocator.check() == []
 
 
+@pytest.mark.usefixtures("noticing_device")
+@pytest.mark.parametrize("second", [Quality.BALANCED, Quality.LOSSLESS])
+@pytest.mark.parametrize("policy", ["diffxkv", "uniform"])
+def test_verifications_do_not_wait(policy: str, second: Quality) -> None:
+    """Nor do those that seal; nothing is sealed of what may be written again."""
+    server = started(policy, second, lengths=(120, 62))
+    store = server.store
+    if isinstance(store.policy, DiffXKVPolicy):
+        store.policy.learner.plan = some_plan(store)
+    with waits() as found:
+        for accepted in ([4, 1], [1, 3], [2, 4], [4, 4], [1, 1], [1, 1], [1, 1]):
+            server.verify(4, accepted)
+            load_snapshot(server)
+        assert found == []
+    assert server.lens == [134, 77]
+    assert store.counters.sealed == store.ledger.sealed_pages == 1
+    assert store.ledger.open_tokens == 134 + 77 - PAGE_TOKENS
+    assert server.allocator.check() == []
+
+
 def cached(server: Server) -> torch.Tensor:
     """Slots of two pages that no one runs with, the first of them sealed."""
     store = server.store

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_diffxkv.attention.device_backend import DeviceBackend
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.importance.features import Rotary
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK
 from tests.support.fake_device import DEVICE, Event
 from tests.support.importance import random_importance
@@ -34,15 +36,17 @@ class Server:
         if predicts:
             model = random_importance(Rotary(DIM), SHAPE)
             store.policy.importance = model.to(torch.device(DEVICE))
-        pool: Any = SimpleNamespace(store=store)
+        pool = object.__new__(DiffXKVPool)  # whose own constructor would make another store
+        pool.store = store
         self.allocator = DiffXKVAllocator(
-            store.sizes.virtual_tokens, PAGE_TOKENS, torch.bfloat16, DEVICE, pool, need_sort=False
-        )
+            store.sizes.virtual_tokens, PAGE_TOKENS, torch.bfloat16, DEVICE,
+            kvcache=pool, need_sort=False,
+        )  # fmt: skip
         self.cache = PrefixCache(self.allocator)
         self.table = torch.zeros(4, 512, dtype=torch.int32, device=DEVICE)
         config = config_of(policy, window=WINDOW)
         self.backend = DeviceBackend(store, self.table, config, self.allocator.running)
-        self.lens = [0, 0]
+        self.lens, self.allocated = [0, 0], [0, 0]
         self._checks = True
         self.rows = torch.tensor([2, 1], device=DEVICE)
 
@@ -55,7 +59,7 @@ class Server:
             before.to(DEVICE), before, after.to(DEVICE), after, last, sum(new)
         )
         self._run(after, loc, SimpleNamespace(
-            forward_mode=SimpleNamespace(is_decode=lambda: False, is_mixed=lambda: False),
+            forward_mode=ForwardMode.EXTEND,
             positions=torch.cat(
                 [torch.arange(a, b) for a, b in zip(before, after, strict=True)]
             ).to(DEVICE),
@@ -67,7 +71,7 @@ class Server:
     def warm_up(self) -> None:
         """SGLang's warm-up: a step over the page of padding that does not end."""
         batch = SimpleNamespace(
-            forward_mode=SimpleNamespace(is_decode=lambda: True),
+            forward_mode=ForwardMode.DECODE,
             batch_size=3,
             req_pool_indices=torch.zeros(3, dtype=torch.int64, device=DEVICE),
             seq_lens=torch.ones(3, dtype=torch.int64, device=DEVICE),
@@ -84,8 +88,28 @@ class Server:
         assert self.allocator.check_decode_capacity(num_tokens=128, tree_cache=self.cache)
         loc = self.allocator.alloc_decode((before + 1).to(DEVICE), before + 1, self._last(before))
         self._run(before + 1, loc, SimpleNamespace(
-            forward_mode=SimpleNamespace(is_decode=lambda: True)
+            forward_mode=ForwardMode.DECODE
         ))  # fmt: skip
+
+    def verify(self, drafts: int, accepted: list[int]) -> None:
+        """Drafts for both, of which so many are accepted, the first one included."""
+        self._checks = False
+        committed = torch.tensor(self.lens)
+        pages = -(-(committed + 2 * drafts) // PAGE_TOKENS)
+        before = torch.tensor(self.allocated).maximum(committed)
+        after = (pages * PAGE_TOKENS).maximum(before)
+        new = int((after - before).sum())
+        assert self.allocator.check_decode_capacity(num_tokens=new, tree_cache=self.cache)
+        loc = self.allocator.alloc_extend(
+            before.to(DEVICE), before, after.to(DEVICE), after, self._last(before), new
+        )
+        self._assign(before.tolist(), after.tolist(), loc)
+        self.allocated = after.tolist()
+        self._pass(committed, SimpleNamespace(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            spec_info=SimpleNamespace(draft_token_num=drafts),
+        ), 2 * drafts)  # fmt: skip
+        self.lens = (committed + torch.tensor(accepted)).tolist()
 
     def _last(self, lens: torch.Tensor) -> torch.Tensor:
         places = (lens - 1).clamp(min=0).to(DEVICE)
@@ -93,23 +117,29 @@ class Server:
 
     def _run(self, lens: torch.Tensor, loc: torch.Tensor, batch: Any) -> None:
         """A forward pass over new tokens, at the virtual slots ``loc``."""
+        self._assign(self.lens, lens.tolist(), loc)
+        self.lens = lens.tolist()
+        batch.out_cache_loc = loc
+        self._pass(lens, batch, len(loc))
+
+    def _assign(self, starts: list[int], ends: list[int], loc: torch.Tensor) -> None:
+        """Enter new slots into SGLang's table."""
         begin = 0
-        for i, (row, old, length) in enumerate(
-            zip(self.rows.host.tolist(), self.lens, lens.tolist(), strict=True)
-        ):
-            self.table[row, old:length] = loc[begin : begin + length - old].int()
-            begin, self.lens[i] = begin + length - old, length
+        for row, start, end in zip(self.rows.host.tolist(), starts, ends, strict=True):
+            self.table[row, start:end] = loc[begin : begin + end - start].int()
+            begin += end - start
+
+    def _pass(self, lens: torch.Tensor, batch: Any, tokens: int) -> None:
         vars(batch).update(
             batch_size=2,
             req_pool_indices=self.rows,
             seq_lens=lens.to(DEVICE),
             seq_lens_cpu=lens,
-            out_cache_loc=loc,
         )
         self.backend.batch_indices = [2, 1]
         Event.launched += 1
         self.backend.init_forward_metadata(batch)
-        self._forward(len(loc), batch)
+        self._forward(tokens, batch)
         self.backend.end_of_step()
         Event.seen = Event.launched - 1  # the results of the one before are processed now
         assert self.backend.forward_metadata is None and self.backend.decode_batch is None

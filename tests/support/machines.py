@@ -40,23 +40,34 @@ def lens(*values: int) -> torch.Tensor:
 
 
 class Request(NamedTuple):
-    """A running request: its token slots, what it asked for, how long it may get, its index."""
+    """A running request.
+
+    Attributes:
+        slots: of its tokens, and those allocated for drafts behind them.
+        quality: that it asked for. longest: tokens that it may get. index: ``req_pool_index``.
+        committed: tokens that it has for good, where it drafts.
+        drafts: slots that it may have behind its longest.
+    """
 
     slots: torch.Tensor
     quality: Quality
     longest: int
     index: int
+    committed: int = 0
+    drafts: int = 0
 
     @property
     def raw_pages(self) -> int:
         """What it may hold for long: as `patches.quality` reckons it."""
-        return -(-self.longest // PAGE_TOKENS) if self.quality is Quality.LOSSLESS else 0
+        most = self.longest + self.drafts
+        return -(-most // PAGE_TOKENS) if self.quality is Quality.LOSSLESS else 0
 
 
 class AllocatorMachine(RuleBasedStateMachine):
     """Requests prefill, decode, finish into the cache or abort, as the scheduler has it."""
 
     policy = "diffkv"
+    drafts = 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +81,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         """What a forward pass notes: over all running requests, or over the newest one."""
         store = self.allocator.store
         store.begin_step(decodes)
-        for slots, _, _, index in self.running if decodes else self.running[-1:]:
+        for slots, _, _, index, *_ in self.running if decodes else self.running[-1:]:
             start, end = len(slots) - 1 if decodes else 0, len(slots)
             self.table[index, :end] = slots
             committed = self.allocator.running.commit([index], [start], [end])
@@ -88,7 +99,8 @@ class AllocatorMachine(RuleBasedStateMachine):
         quality=st.sampled_from([Quality.BALANCED, Quality.LOSSLESS]),
     )
     def prefill(self, tokens: int, answer: int, quality: Quality) -> None:
-        request = Request(lens(), quality, tokens + answer, self.free_indices[-1])
+        index = self.free_indices[-1]
+        request = Request(lens(), quality, tokens + answer, index, drafts=self.drafts)
         held = sum(other.raw_pages for other in self.running)
         if request.raw_pages and held + request.raw_pages > self.allocator.capacity.lossless_pages:
             return
@@ -111,7 +123,7 @@ class AllocatorMachine(RuleBasedStateMachine):
             lens(0), lens(0), lens(tokens), lens(tokens), lens(-1), tokens
         )
         assert out is not None and len(torch.unique(out)) == tokens
-        self.running.append(request._replace(slots=out))
+        self.running.append(request._replace(slots=out, committed=tokens))
         entry = running(quality, self.allocator.store.recency.next_step)
         self.allocator.running.enter([self.free_indices.pop()], [entry])
         self._touch(decodes=False)

@@ -8,6 +8,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.reclaim import seal_cold
 from sglang_diffxkv.pool.store import PageStateError
+from tests.support.drafting import DraftingMachine
 from tests.support.machines import AllocatorMachine, lens, walks
 from tests.support.pages import ask, running, write
 from tests.support.stores import PrefixCache, make_allocator
@@ -17,6 +18,9 @@ TestDiffKVAllocator = walks(AllocatorMachine, "diffkv", examples=100, steps=40)
 TestLosslessAllocator = walks(AllocatorMachine, "lossless", examples=100, steps=40)
 TestUniformAllocator = walks(AllocatorMachine, "uniform", examples=100, steps=40)
 TestSnapKVAllocator = walks(AllocatorMachine, "snapkv", examples=100, steps=40)
+TestDraftingDiffXKV = walks(DraftingMachine, "diffxkv", examples=100, steps=40)
+TestDraftingUniform = walks(DraftingMachine, "uniform", examples=100, steps=40)
+TestDraftingLossless = walks(DraftingMachine, "lossless", examples=50, steps=40)
 
 
 def cached_sequence(cache: PrefixCache, pages: int, quality: Quality) -> None:

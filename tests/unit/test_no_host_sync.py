@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_diffxkv.attention.device_backend import DeviceBackend
 from sglang_diffxkv.kernels.gpu.launch import recorded
@@ -30,13 +31,16 @@ def meta_backend(policy: str) -> DeviceBackend:
     return DeviceBackend(store, table, config_of(policy), RunningRequests())
 
 
-def meta_batch(lengths: list[int]) -> SimpleNamespace:
+def meta_batch(lengths: list[int], queries: int = 1) -> SimpleNamespace:
+    """Of a decode step, or of a verification of ``queries`` drafts."""
+
     def longs() -> torch.Tensor:
         return torch.empty(len(lengths), dtype=torch.int64, device="meta")
 
     return SimpleNamespace(
         batch_size=len(lengths),
-        forward_mode=SimpleNamespace(is_decode=lambda: True),
+        forward_mode=ForwardMode.DECODE if queries == 1 else ForwardMode.TARGET_VERIFY,
+        spec_info=SimpleNamespace(draft_token_num=queries),
         req_pool_indices=longs(),
         seq_lens=longs(),
         seq_lens_cpu=torch.tensor(lengths),
@@ -45,28 +49,32 @@ def meta_batch(lengths: list[int]) -> SimpleNamespace:
 
 
 def decode(backend: DeviceBackend, batch: SimpleNamespace) -> None:
-    """One decode step, all layers, with what the allocator does for it."""
+    """One step, all layers, with what the allocator does for it."""
     backend.store.open(torch.empty(2, dtype=torch.int64, device="meta"))
     backend.init_forward_metadata(batch)
-    hidden = torch.empty(BATCH, HEADS * 4 * DIM, dtype=torch.bfloat16, device="meta")
-    new = torch.empty(BATCH, HEADS * DIM, dtype=torch.bfloat16, device="meta")
+    tokens = BATCH * batch.spec_info.draft_token_num
+    hidden = torch.empty(tokens, HEADS * 4 * DIM, dtype=torch.bfloat16, device="meta")
+    new = torch.empty(tokens, HEADS * DIM, dtype=torch.bfloat16, device="meta")
+    decodes = batch.forward_mode.is_decode()
+    attend = backend.forward_decode if decodes else backend.forward_extend
     for i in range(LAYERS):
         layer = SimpleNamespace(
             layer_id=i, tp_k_head_num=HEADS, tp_q_head_num=4 * HEADS, qk_head_dim=DIM, scaling=0.1
         )
-        out = backend.forward_decode(hidden, new, new, layer, batch)
+        out = attend(hidden, new, new, layer, batch)
         assert out.shape == hidden.shape
     backend.end_of_step()
 
 
+@pytest.mark.parametrize("queries", [1, 2, 16])
 @pytest.mark.parametrize("policy", ["diffxkv", "diffkv", "uniform", "lossless", "streaming"])
-def test_decode_steps_do_not_wait_for_the_device(policy: str) -> None:
+def test_decode_steps_do_not_wait_for_the_device(policy: str, queries: int) -> None:
     backend = meta_backend(policy)
     with recorded() as launches:
-        decode(backend, meta_batch([70, 130, 3, 999, 500]))
+        decode(backend, meta_batch([70, 130, 3, 999, 500], queries))
         first = [(launch.kernel, launch.grid) for launch in launches]
         launches.clear()
-        decode(backend, meta_batch([71, 131, 4, 1000, 501]))
+        decode(backend, meta_batch([71, 131, 4, 1000, 501], queries))
     assert first == [(launch.kernel, launch.grid) for launch in launches]
     per_layer = 4 if backend.store.policy.needs_scores else 3
     # Open two pages in two, look up, plan in three; then write, attend, merge, score.

@@ -32,8 +32,22 @@ struct Problem {
     int64_t visible(const Rows& rows) const {
         return open ? prior[rows.sequence] + (rows.first + rows.count - 1) / queries.group + 1 : 0;
     }
+    // The first position that the first row of a tile sees.
+    int64_t lowest(const Rows& rows) const {
+        if (!open || queries.window_left < 0) return 0;
+        const int64_t own = open->q_position[rows.sequence] + rows.first / queries.group;
+        return std::max<int64_t>(own - queries.window_left, 0);
+    }
+    // Open pages that lie before it.
+    int64_t hidden_pages(const Rows& rows) const {
+        if (!open || queries.window_left < 0) return 0;
+        const int32_t *begin = open->page_position + open->indptr[rows.sequence],
+                      *end = open->page_position + open->indptr[rows.sequence + 1];
+        return std::lower_bound(begin, end, lowest(rows) / kPageTokens) - begin;
+    }
     int64_t pages(const Rows& rows) const {
-        return sealed_pages(rows.sequence) + (visible(rows) + kPageTokens - 1) / kPageTokens;
+        return sealed_pages(rows.sequence) + (visible(rows) + kPageTokens - 1) / kPageTokens -
+               hidden_pages(rows);
     }
 };
 
@@ -60,9 +74,11 @@ class Worker {
         const int64_t sealed = in_.sealed_pages(item.rows.sequence);
         if (item.first_page < sealed)
             attend_sealed(item.rows, item.first_page, std::min(item.last_page, sealed));
-        if (item.last_page > sealed)
-            attend_open(item.rows, std::max<int64_t>(item.first_page - sealed, 0),
-                        item.last_page - sealed);
+        if (item.last_page > sealed) {
+            const int64_t hidden = in_.hidden_pages(item.rows);
+            attend_open(item.rows, hidden + std::max<int64_t>(item.first_page - sealed, 0),
+                        hidden + item.last_page - sealed);
+        }
         tile_.finish(to);
     }
 
@@ -86,16 +102,18 @@ class Worker {
 
     void attend_open(const Rows& rows, int64_t begin, int64_t end) {
         const OpenPages& open = *in_.open;
-        const int64_t visible = in_.visible(rows), seen = in_.prior[rows.sequence];
-        const int32_t* slots = open.slots + open.indptr[rows.sequence];
+        const int64_t visible = in_.visible(rows), lowest = in_.lowest(rows);
+        const int64_t listed = open.indptr[rows.sequence];
         tile_.load(false);
         for (int64_t i = begin; i < end;) {
-            const int64_t first = i * kPageTokens;
             panel_.clear();
-            for (; i < end && panel_.fits(kPageTokens); ++i)
-                panel_.add_open(open, in_.queries.kv_heads, slots[i], rows.head,
+            for (; i < end && panel_.fits(kPageTokens); ++i) {
+                const int64_t page = open.page_position[listed + i] * kPageTokens;
+                panel_.add_open(open, in_.queries.kv_heads, listed + i, rows.head,
+                                std::max<int64_t>(lowest - page, 0),
                                 std::min(kPageTokens, visible - i * kPageTokens));
-            tile_.attend_causal(panel_, first, seen);
+            }
+            tile_.attend_causal(panel_, open.q_position[rows.sequence]);
         }
     }
 
@@ -153,17 +171,20 @@ class Items {
     std::vector<Item> items_;
 };
 
-// to = the union of `splits` parts of n rows each, one after the other.
-void merge_row(const float* out, const float* lse, int64_t splits, int64_t n, int64_t row,
+// to = the union of `splits` parts of n rows each, one after the other, and the sink of the row's
+// query head, of which there are `heads`.
+void merge_row(const Output& parts, int64_t splits, int64_t n, int64_t row, int64_t heads,
                int64_t dim, const Output& to) {
-    float top = kMinusInf, total = 0.f, *sum = to.out + row * dim;
-    for (int64_t s = 0; s < splits; ++s) top = std::max(top, lse[s * n + row]);
+    const float sink = sink_of(to, row % heads);
+    float top = sink, *sum = to.out + row * dim;
+    for (int64_t s = 0; s < splits; ++s) top = std::max(top, parts.lse[s * n + row]);
     std::fill_n(sum, dim, 0.f);
     to.lse[row] = top;
     if (top == kMinusInf) return;
+    float total = std::exp2(sink - top);
     for (int64_t s = 0; s < splits; ++s) {
-        const float weight = std::exp2(lse[s * n + row] - top);
-        const float* from = out + (s * n + row) * dim;
+        const float weight = std::exp2(parts.lse[s * n + row] - top);
+        const float* from = parts.out + (s * n + row) * dim;
         for (int64_t d = 0; d < dim; ++d) sum[d] += weight * from[d];
         total += weight;
     }
@@ -174,7 +195,7 @@ void merge_row(const float* out, const float* lse, int64_t splits, int64_t n, in
 void run(const Problem& in, const Output& to, int64_t threads) {
     const Queries& q = in.queries;
     const Items items(in, threads);
-    const int64_t rows = q.indptr[q.batch] * q.kv_heads * q.group;
+    const int64_t heads = q.kv_heads * q.group, rows = q.indptr[q.batch] * heads;
     const int64_t parts = items.splits() > 1 ? items.splits() * rows : 0;
     std::vector<float> out(parts * q.dim), lse(parts);
     std::atomic<int64_t> next{0}, next_row{0};
@@ -182,7 +203,7 @@ void run(const Problem& in, const Output& to, int64_t threads) {
         Worker worker(in, items.tile_rows());
         for (int64_t i; (i = next.fetch_add(1)) < items.size();) {
             const int64_t part = items[i].split * rows;
-            worker(items[i], parts ? Output{&out[part * q.dim], &lse[part]} : to);
+            worker(items[i], parts ? Output{&out[part * q.dim], &lse[part], nullptr} : to);
         }
     });
     if (!parts) return;
@@ -190,7 +211,7 @@ void run(const Problem& in, const Output& to, int64_t threads) {
     Pool::instance().run(threads, [&] {
         for (int64_t r; (r = next_row.fetch_add(kChunk)) < rows;)
             for (int64_t i = r; i < std::min(r + kChunk, rows); ++i)
-                merge_row(out.data(), lse.data(), items.splits(), rows, i, q.dim, to);
+                merge_row({out.data(), lse.data(), nullptr}, items.splits(), rows, i, heads, q.dim, to);
     });
 }
 
@@ -210,6 +231,6 @@ extern "C" int64_t diffxkv_extend(const Queries* queries, const SealedPages* sea
         problem.prior[b] = tokens_before(*open, b, new_tokens);
         if (problem.prior[b] < 0) return b;
     }
-    run(problem, {out, lse}, threads);
+    run(problem, {out, lse, queries->sinks}, threads);
     return -1;
 }

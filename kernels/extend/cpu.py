@@ -33,6 +33,9 @@ class QueryArgs(ctypes.Structure):
         ("group", _I),
         ("dim", _I),
         ("scale", ctypes.c_double),
+        ("cap", ctypes.c_double),
+        ("window_left", _I),
+        ("sinks", _P),
     )
 
 
@@ -70,12 +73,12 @@ class SealedArgs(ctypes.Structure):
 
 @ops.extend_sealed.register("cpu")
 def extend_sealed(queries: Queries, sealed: SealedPages, softmax: Softmax) -> AttentionState:
-    return extend(queries, None, sealed, None, softmax)
+    return extend(queries, None, sealed, None, softmax.of_part)
 
 
 @ops.extend_open.register("cpu")
 def extend_open(queries: Queries, opened: OpenPages, softmax: Softmax) -> AttentionState:
-    return extend(queries, opened, None, None, softmax)
+    return extend(queries, opened, None, None, softmax.of_part)
 
 
 def extend(
@@ -90,8 +93,9 @@ def extend(
     Args:
         opened: tiers of raw elements have their dtype; without them, that of the queries.
         key_mean: fp32 [H, D], which sealed keys lack; queries and output are then of the model's
-            basis (`basis.sealed`), else of the sealed pages'.
-        softmax: of the layer.
+            basis (`basis.sealed`), else of the sealed pages'. Zero where scores are capped: a cap
+            is not linear.
+        softmax: of the layer, sinks included.
 
     Raises:
         ValueError: a page of new tokens is not listed, or shapes and strides do not fit.
@@ -111,6 +115,9 @@ def extend(
         heads // kv_heads,
         dim,
         softmax.log2_scale,
+        softmax.log2_cap,
+        softmax.window_left,
+        None if softmax.sinks is None else softmax.sinks.data_ptr(),
     )
     raw_dtype = q.dtype if opened is None else opened.keys.dtype
     turned = None if key_mean is None else rotate(key_mean).contiguous()

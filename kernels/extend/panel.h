@@ -3,6 +3,8 @@
 // query rows that attend to them.
 #pragma once
 
+#include <algorithm>
+
 #include "payload.h"
 #include "product.h"
 #include "rows.h"
@@ -49,16 +51,25 @@ class Panel {
     // Columns of the values, [D, tokens].
     Left values(int64_t d) const { return {values_.data() + d, 1, stride()}; }
 
-    // The first tokens of one raw page.
-    void add_open(const OpenPages& in, int64_t kv_heads, int64_t slot, int64_t head, int64_t tokens) {
+    // Tokens [first, end) of a raw page, the i-th one listed of all sequences. A panel has tokens of
+    // open pages, by position, or of sealed ones.
+    void add_open(const OpenPages& in, int64_t kv_heads, int64_t i, int64_t head, int64_t first,
+                  int64_t end) {
         const int64_t itemsize = in.dtype == kFloat32 ? 4 : 2;
         const int64_t row_bytes = dim_ * itemsize, token_bytes = kv_heads * row_bytes;
-        int64_t at = slot * in.page_stride * itemsize + head * row_bytes;
-        for (int64_t t = 0; t < tokens; ++t, at += token_bytes, ++size_) {
+        int64_t at = in.slots[i] * in.page_stride * itemsize + head * row_bytes;
+        at += first * token_bytes;
+        for (int64_t t = first; t < end; ++t, at += token_bytes, ++size_) {
+            position_[size_] = in.page_position[i] * kPageTokens + t;
             const DType dtype = static_cast<DType>(in.dtype);
             row_to_float(in.key + at, 0, dtype, dim_, keys_.data() + size_ * stride());
             row_to_float(in.value + at, 0, dtype, dim_, values_.data() + size_ * stride());
         }
+    }
+
+    // How many of the open pages' tokens lie before a position.
+    int64_t before(int64_t position) const {
+        return std::lower_bound(position_, position_ + size_, position) - position_;
     }
 
     // What a sealed page keeps of one head.
@@ -109,6 +120,7 @@ class Panel {
     }
 
     int64_t dim_, size_ = 0;
+    int64_t position_[kTokens];  // of open pages' tokens
     Floats keys_, values_;
 };
 

@@ -11,6 +11,7 @@
 
 #include "exp2.h"
 #include "panel.h"
+#include "softcap.h"
 
 namespace diffxkv {
 
@@ -23,7 +24,9 @@ struct Queries {
     int64_t token_stride, dtype;  // in elements; DType
     const int32_t* indptr;       // [B + 1]
     int64_t batch, kv_heads, group, dim;
-    double scale;  // of scores, to base 2
+    double scale, cap;    // of scores, to base 2; of scores in base 2, 0: none
+    int64_t window_left;  // tokens of open pages before it that a query sees; negative: all
+    const float* sinks;   // [Hq], logits; or null
 };
 
 // Rows [first, first + count) of one sequence and KV head.
@@ -31,15 +34,23 @@ struct Rows {
     int64_t sequence, head, first, count;
 };
 
-// Normalised output fp32 [T, Hq, D] and base-2 LSE [T, Hq].
+// Normalised output fp32 [T, Hq, D] and base-2 LSE [T, Hq]. sinks: [Hq], to be counted in; or null.
 struct Output {
     float *out, *lse;
+    const float* sinks;
 };
+
+// A query head's sink in base 2; -inf: it has none.
+inline float sink_of(const Output& to, int64_t head) {
+    return to.sinks ? to.sinks[head] * kLog2E : kMinusInf;
+}
 
 class QueryTile {
    public:
     QueryTile(const Queries& in, int64_t most_rows)
-        : in_(in), scores_(Panel::kTokens * kColumns + kStrip * kColumns), row_(kLanes * in.dim) {
+        : in_(in), cap_(static_cast<float>(in.cap)),
+          scores_(Panel::kTokens * kColumns + kStrip * kColumns),
+          row_(kLanes * in.dim) {
         for (int64_t r = 0; r < most_rows; r += kColumns) blocks_.emplace_back(in.dim);
     }
 
@@ -82,20 +93,26 @@ class QueryTile {
         for (int64_t b = 0; b < used_blocks(); ++b) attend_block(b, panel, panel.size(), nullptr);
     }
 
-    // The panel has tokens first ..., and a row sees as many tokens as those of `seen` + 1 + its
-    // token's number.
-    void attend_causal(const Panel& panel, int64_t first, int64_t seen) {
+    // The panel has tokens of open pages, of which a row sees those up to its own, as far back as its
+    // window reaches. position: of the sequence's first query.
+    void attend_causal(const Panel& panel, int64_t position) {
         for (int64_t b = 0; b < used_blocks(); ++b) {
             const int64_t row = rows_.first + b * kColumns;
             const int64_t last = std::min(row + kColumns, rows_.first + rows_.count) - 1;
-            const int64_t n = std::min(panel.size(), seen + last / in_.group + 1 - first);
-            if (n <= 0) continue;
-            // Visible tokens of the panel per row, if they differ.
-            alignas(64) float visible[kColumns];
-            const bool masked = seen + row / in_.group + 1 < first + n;
-            for (int64_t i = 0; masked && i < kColumns; ++i)
-                visible[i] = static_cast<float>(seen + (row + i) / in_.group + 1 - first);
-            attend_block(b, panel, n, masked ? visible : nullptr);
+            auto first_of = [&](int64_t r) {
+                const int64_t own = position + r / in_.group;
+                return in_.window_left < 0 ? 0 : panel.before(own - in_.window_left);
+            };
+            auto end_of = [&](int64_t r) { return panel.before(position + r / in_.group + 1); };
+            const int64_t n = end_of(last);
+            if (first_of(row) >= n) continue;
+            const bool masked = end_of(row) < n || first_of(last) > 0;
+            Mask mask;
+            for (int64_t i = 0; masked && i < kColumns; ++i) {
+                mask.first[i] = static_cast<float>(first_of(row + i));
+                mask.end[i] = static_cast<float>(end_of(row + i));
+            }
+            attend_block(b, panel, n, masked ? &mask : nullptr);
         }
     }
 
@@ -108,6 +125,11 @@ class QueryTile {
         explicit Block(int64_t dim) : q(dim * kColumns), out(dim * kColumns) {}
         Floats q, out;  // [D, kColumns]
         Lanes max[kVectors], sum[kVectors];
+    };
+
+    // Tokens [first, end) of a panel that each row sees.
+    struct Mask {
+        alignas(64) float first[kColumns], end[kColumns];
     };
 
     int64_t used_blocks() const { return (rows_.count + kColumns - 1) / kColumns; }
@@ -152,30 +174,33 @@ class QueryTile {
             }
     }
 
-    void attend_block(int64_t b, const Panel& panel, int64_t n, const float* visible) {
+    void attend_block(int64_t b, const Panel& panel, int64_t n, const Mask* mask) {
         const int64_t vectors = (rows_.count - b * kColumns + kLanes - 1) / kLanes;
         switch (std::min<int64_t>(vectors, kVectors)) {
-            case 1: return attend_vectors<1>(blocks_[b], panel, n, visible);
-            case 2: return attend_vectors<2>(blocks_[b], panel, n, visible);
-            default: return attend_vectors<3>(blocks_[b], panel, n, visible);
+            case 1: return attend_vectors<1>(blocks_[b], panel, n, mask);
+            case 2: return attend_vectors<2>(blocks_[b], panel, n, mask);
+            default: return attend_vectors<3>(blocks_[b], panel, n, mask);
         }
     }
 
     template <int V>
-    void attend_vectors(Block& block, const Panel& panel, int64_t n, const float* visible) {
+    void attend_vectors(Block& block, const Panel& panel, int64_t n, const Mask* mask) {
         float* scores = scores_.data();
         for (int64_t t = 0; t < n; t += kStrip)
             multiply_strip<V, false>(panel.keys(t), block.q.data(), in_.dim, nullptr,
                                      scores + t * kColumns);
+        if (cap_.on())
+            for (int64_t t = 0; t < n; ++t) cap_.apply(scores + t * kColumns, V * kLanes);
         Lanes fade[V];
         for (int v = 0; v < V; ++v) {
             Lanes top = block.max[v];
             for (int64_t t = 0; t < n; ++t) {
                 float* at = scores + t * kColumns + v * kLanes;
                 Lanes x = load_lanes(at);
-                if (visible) {
-                    const Lanes limit = load_lanes(visible + v * kLanes);
-                    x = limit > static_cast<float>(t) ? x : broadcast(kMinusInf);
+                if (mask) {
+                    const Lanes token = broadcast(static_cast<float>(t));
+                    x = load_lanes(mask->end + v * kLanes) > token ? x : broadcast(kMinusInf);
+                    x = load_lanes(mask->first + v * kLanes) > token ? broadcast(kMinusInf) : x;
                     store_lanes(at, x);
                 }
                 top = max_lanes(top, x);
@@ -203,12 +228,16 @@ class QueryTile {
         float* rows[kLanes];
         Lanes factor{};
         for (int64_t i = 0; i < count; ++i) {
-            const float max = block.max[v][i], sum = block.sum[v][i];
             const auto [token, head] = query(r + i);
             const int64_t at = token * heads + head;
+            const float max = block.max[v][i], sink = sink_of(to, head), top = std::max(max, sink);
             rows[i] = to.out + at * dim;
-            factor[i] = max == kMinusInf ? 0.f : 1.f / sum;
-            to.lse[at] = max == kMinusInf ? max : max + std::log2(sum);
+            factor[i] = 0.f, to.lse[at] = kMinusInf;
+            if (top == kMinusInf) continue;
+            const float weight = std::exp2(max - top);
+            const float sum = block.sum[v][i] * weight + std::exp2(sink - top);
+            factor[i] = weight / sum;
+            to.lse[at] = top + std::log2(sum);
         }
         for (int64_t d = 0; d < dim; d += kLanes) {
             Lanes square[kLanes];
@@ -220,6 +249,7 @@ class QueryTile {
     }
 
     const Queries& in_;
+    const SoftCap cap_;
     Rows rows_{};
     std::vector<Block> blocks_;
     Floats scores_, row_;  // [tokens, kColumns]; [kLanes, D]

@@ -11,6 +11,7 @@
 #include "pool.h"
 #include "product.h"
 #include "rows.h"
+#include "softcap.h"
 
 namespace diffxkv {
 namespace {
@@ -44,9 +45,9 @@ int64_t itemsize(DType dtype) { return dtype == kFloat32 ? 4 : 2; }
 
 class PageScorer {
    public:
-    PageScorer(const Queries& queries, const OpenPages& pages, float scale)
+    PageScorer(const Queries& queries, const OpenPages& pages, float scale, SoftCap cap)
         : queries_(queries), pages_(pages), dim_(pages.dim), group_(queries.group), scale_(scale),
-          row_(kLanes * dim_), keys_(dim_ * kBlock), scores_(kStrip * kBlock),
+          cap_(cap), row_(kLanes * dim_), keys_(dim_ * kBlock), scores_(kStrip * kBlock),
           sums_(group_ * kBlock) {}
 
     // scores [64] = max over the group of the sums over the sequence's queries.
@@ -104,6 +105,7 @@ class PageScorer {
             if (*std::max_element(&position_[r], position_.data() + end) <= start) continue;
             multiply_strip<kWide, false, kWide>({&q_[r * dim_], dim_, 1}, keys_.data(),
                                                 dim_, nullptr, scores_.data());
+            cap_.apply(scores_.data(), (end - r) * kBlock);
             for (int64_t i = r; i < end; ++i) add_row(i, position_[i] - start, i - r);
         }
         std::copy_n(sums_.data(), kBlock, scores);
@@ -132,6 +134,7 @@ class PageScorer {
     const OpenPages& pages_;
     const int64_t dim_, group_;
     const float scale_;
+    const SoftCap cap_;
     const Lanes lane_ = count_lanes();
     int64_t sequence_ = -1, head_ = -1, rows_ = 0;  // of the queries in q_
     std::vector<float> q_, lse_;
@@ -156,16 +159,17 @@ std::vector<Tile> list_tiles(const Queries& queries, const OpenPages& pages) {
 
 using namespace diffxkv;
 
-// scale: of scores, to base 2; accum: fp32 [R, H, 64], accum_stride elements from one slot to the
-// next.
+// scale: of scores, to base 2; cap: of scores in base 2, 0: none; accum: fp32 [R, H, 64],
+// accum_stride elements from one slot to the next.
 extern "C" void diffxkv_score_open(const Queries* queries, const OpenPages* pages, float scale,
-                                   float* accum, int64_t accum_stride, int64_t threads) {
+                                   float cap, float* accum, int64_t accum_stride,
+                                   int64_t threads) {
     const std::vector<Tile> tiles = list_tiles(*queries, *pages);
     const int64_t count = tiles.size();
     std::vector<float> scores(count * kPageTokens);
     std::atomic<int64_t> next{0}, next_head{0};
     Pool::instance().run(threads, [&] {
-        PageScorer scorer(*queries, *pages, scale);
+        PageScorer scorer(*queries, *pages, scale, SoftCap(cap));
         for (int64_t i; (i = next.fetch_add(1)) < count;)
             scorer.score(tiles[i], &scores[i * kPageTokens]);
     });

@@ -41,4 +41,4 @@ def score_open(
         opened.position.data_ptr(),
     )
     scores = accum.data_ptr(), accum.stride(0)
-    _score_open(asking, asked, softmax.log2_scale, *scores, threads())
+    _score_open(asking, asked, softmax.log2_scale, softmax.log2_cap, *scores, threads())

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton: decode attention of one work tile, tokens of one kind of one sequence and KV head.
 
-The bytes of a head are read once for its whole GQA group, and for all new tokens of the sequence:
-each query of each of its heads is a row. Tokens lie on the M axis of the products and rows on N,
-which needs the fewest instructions per element.
+The bytes of a head are read for its whole GQA group, and for all new tokens of the sequence: each
+query of each of its heads is a row. Programs with the other rows, if one has not room for all, run
+beside it. Tokens lie on the M axis of the products and rows on N, which needs the fewest
+instructions per element.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class LastPage(NamedTuple):
 
 @triton.jit(do_not_specialize=["segments"])
 def attend_work_tile(work, segments, queries, raw, sealed, parts, TRAITS: tl.constexpr):
-    """Attention over the tokens of tile ``program_id(0)``.
+    """Attention of some rows over the tokens of a tile: the programs of a tile are neighbours.
 
     Args:
         work: `work.WorkTiles` of one layer, of so many segments.
@@ -60,7 +61,8 @@ def attend_work_tile(work, segments, queries, raw, sealed, parts, TRAITS: tl.con
         parts: `AttentionState` of the tiles, written: fp32 [tiles, rows, D] and [tiles, rows].
         TRAITS: `DecodeTraits`.
     """
-    index = tl.program_id(0)
+    index = tl.program_id(0) // TRAITS.blocks
+    rows = tl.program_id(0) % TRAITS.blocks * TRAITS.rows_block + tl.arange(0, TRAITS.rows_block)
     if index >= tl.load(work.segment_start + segments):
         return
     segment = tl.load(work.tiles + index * 4)
@@ -71,22 +73,22 @@ def attend_work_tile(work, segments, queries, raw, sealed, parts, TRAITS: tl.con
     sequence = segment // (3 * TRAITS.kv_heads)
     listed = work.sequences.pages + tl.load(work.sequences.first + sequence)
     pages = PageRange(listed, work.sequences.raw_slot, begin, end)
-    row = index.to(tl.int64) * TRAITS.rows
-    part = AttentionState(parts.out + row * TRAITS.dim, parts.lse + row)
+    first_row = index.to(tl.int64) * TRAITS.rows
+    part = AttentionState(parts.out + first_row * TRAITS.dim, parts.lse + first_row)
     if work.sequences.raw_slot is not None and kind == OPEN:
         last_place = tl.load(work.sequences.count + sequence) - 1
         last = LastPage(last_place, tl.load(work.sequences.last_len + sequence))
         k, v = raw.k + head * TRAITS.dim, raw.v + head * TRAITS.dim
         at_head = RawView(k, v, raw.page_stride)
         of_head = _of_head(queries.open, sequence, head, TRAITS)
-        _attend_open(of_head, pages, last, at_head, part, TRAITS)
+        _attend_open(of_head, rows, pages, last, at_head, part, TRAITS)
     if sealed is not None:
         records = records_from(sealed, head)
         of_head = _of_head(queries.sealed, sequence, head, TRAITS)
         if kind == HIGH:
-            attend_tier(of_head, pages, records, part, True, TRAITS)
+            attend_tier(of_head, rows, pages, records, part, True, TRAITS)
         if kind == LOW:
-            attend_tier(of_head, pages, records, part, False, TRAITS)
+            attend_tier(of_head, rows, pages, records, part, False, TRAITS)
 
 
 @triton.jit
@@ -100,10 +102,10 @@ def _of_head(queries, sequence, head, TRAITS: tl.constexpr):
 
 
 @triton.jit
-def _visible(queries, last, TRAITS: tl.constexpr):
+def _visible(queries, rows, last, TRAITS: tl.constexpr):
     """`Visible` of the rows: a sequence's last query is its last token's."""
     end = last.place * 64 + last.tokens
-    ends = end - (TRAITS.queries - 1) + tl.arange(0, TRAITS.rows_block) // TRAITS.group
+    ends = end - (TRAITS.queries - 1) + rows // TRAITS.group
     first = None
     if queries.window_left is not None:
         first = ends - 1 - queries.window_left
@@ -114,11 +116,11 @@ def _visible(queries, last, TRAITS: tl.constexpr):
 
 
 @triton.jit
-def _attend_open(queries, pages, last, raw, part, TRAITS: tl.constexpr):
+def _attend_open(queries, rows, pages, last, raw, part, TRAITS: tl.constexpr):
     """The tokens of the open ones of a range of pages, as far as each row sees them.
 
     Args:
-        queries: `QueryView`, from the KV head's first one on.
+        queries: `QueryView`, from the KV head's first one on. rows: int32 [rows_block].
         pages: `PageRange`.
         last: `LastPage` of the sequence.
         raw: `RawView`, from this KV head on.
@@ -129,8 +131,8 @@ def _attend_open(queries, pages, last, raw, part, TRAITS: tl.constexpr):
     PAGES: tl.constexpr = TRAITS.pages
     DIM: tl.constexpr = TRAITS.dim
     ROWS: tl.constexpr = (BLOCK_N + 31) // 32
-    query = tl.trans(load_query(queries, 0, TRAITS))
-    visible = _visible(queries, last, TRAITS)
+    query = tl.trans(load_query(queries, rows, 0, TRAITS))
+    visible = _visible(queries, rows, last, TRAITS)
     state = empty_state(TRAITS)
     for at in range(pages.begin, pages.end, PAGES):
         place = at + tl.arange(0, PAGES)
@@ -152,4 +154,4 @@ def _attend_open(queries, pages, last, raw, part, TRAITS: tl.constexpr):
             in_list = tl.reshape((at + group) * 64 + token, [BLOCK_N])
             tile = RawTile(raw.k + row, raw.v + row, ordinal < n, in_list)
             state = attend_rows(state, query, tile, visible, queries, TRAITS)
-    store_state(state, part, 0, TRAITS)
+    store_state(state, rows, part, 0, TRAITS)

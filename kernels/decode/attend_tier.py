@@ -56,11 +56,11 @@ class PageRange(NamedTuple):
 
 
 @triton.jit
-def attend_tier(queries, pages, sealed, part, IS_HIGH: tl.constexpr, TRAITS: tl.constexpr):
+def attend_tier(queries, rows, pages, sealed, part, IS_HIGH: tl.constexpr, TRAITS: tl.constexpr):
     """The tokens of one tier in the sealed ones of a range of pages, which all rows see whole.
 
     Args:
-        queries: `QueryView`, from the KV head's first one on.
+        queries: `QueryView`, from the KV head's first one on. rows: int32 [rows_block].
         pages: `PageRange`.
         sealed: `SealedView`, with records from this KV head on.
         part: `AttentionState` of pointers, written.
@@ -81,12 +81,12 @@ def attend_tier(queries, pages, sealed, part, IS_HIGH: tl.constexpr, TRAITS: tl.
     ROWS: tl.constexpr = (TILE + 31) // 32
     arena, byte_mask = sealed.arena, sealed.byte_mask
     if KEY_BITS:
-        query = tl.trans(load_query(queries, KEY_BITS, TRAITS).to(tl.float16))
+        query = tl.trans(load_query(queries, rows, KEY_BITS, TRAITS).to(tl.float16))
         # Of the queries as rounded to fp16, or large zeros would not cancel.
-        rounded = load_query(queries, 0, TRAITS).to(tl.float16)
+        rounded = load_query(queries, rows, 0, TRAITS).to(tl.float16)
         q_sum = tl.sum(rounded.to(tl.float32), 1) * queries.score_scale
     else:
-        query = tl.trans(load_query(queries, 0, TRAITS))
+        query = tl.trans(load_query(queries, rows, 0, TRAITS))
     state = empty_state(TRAITS)
     for at in range(pages.begin, pages.end, PAGES):
         place = at + tl.arange(0, PAGES)
@@ -143,4 +143,4 @@ def attend_tier(queries, pages, sealed, part, IS_HIGH: tl.constexpr, TRAITS: tl.
                     first + tl.arange(0, TILE),
                 )
                 state = attend_rows(state, query, tile, Visible(None, None), queries, TRAITS)
-    store_state(state, part, VALUE_BITS, TRAITS)
+    store_state(state, rows, part, VALUE_BITS, TRAITS)

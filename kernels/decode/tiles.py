@@ -140,45 +140,47 @@ def attend_rows(state, query, tile, visible, queries, TRAITS: tl.constexpr):
 
 
 @triton.jit
-def load_query(queries, BITS: tl.constexpr, TRAITS: tl.constexpr):
-    """A KV head's rows, its group's first queries, then their second ones: fp32 [G, dim_block].
+def load_query(queries, rows, BITS: tl.constexpr, TRAITS: tl.constexpr):
+    """Some rows of a KV head: fp32 [G, dim_block].
 
     Args:
         queries: `QueryView`, from its first one on.
+        rows: int32 [G]: the first are its group's queries of the first new token.
         BITS: of the codes that they meet, in whose order they are (`key_element`); 0: of raw rows.
     """
-    row, column = tl.arange(0, TRAITS.rows_block), tl.arange(0, TRAITS.dim_block)
+    column = tl.arange(0, TRAITS.dim_block)
     at, weight, inside = column, 1.0, column < TRAITS.dim
     if BITS:
         at, weight, inside = key_element(column, BITS, TRAITS.dim, TRAITS.dim_block)
         weight = weight[None, :]
-    mask = inside[None, :] & (row < TRAITS.rows)[:, None]
-    start = row * TRAITS.dim
+    mask = inside[None, :] & (rows < TRAITS.rows)[:, None]
+    start = rows * TRAITS.dim
     if TRAITS.queries > 1:
-        start = row // TRAITS.group * queries.stride + row % TRAITS.group * TRAITS.dim
+        start = rows // TRAITS.group * queries.stride + rows % TRAITS.group * TRAITS.dim
     q = tl.load(queries.data + start[:, None] + at[None, :], mask=mask, other=0)
     return q.to(tl.float32) * weight
 
 
 @triton.jit
-def store_state(state, part, BITS: tl.constexpr, TRAITS: tl.constexpr):
-    """Normalise, and write the attention state of the rows; -inf where there was no token.
+def store_state(state, rows, part, BITS: tl.constexpr, TRAITS: tl.constexpr):
+    """Normalise, and write the attention state of some rows; -inf where there was no token.
 
     Args:
-        part: `AttentionState` of pointers: to out, fp32 [rows, D], and to lse, fp32 [rows].
+        rows: int32 [G], which they are.
+        part: `AttentionState` of pointers: to out, fp32 [TRAITS.rows, D], and to lse, fp32 of each.
         BITS: of the values' codes; 0: they were raw.
     """
     total, zeros = tl.sum(state.total, 0), tl.sum(state.zeros, 0)
     some = total > 0
     total = tl.where(some, total, 1.0)
-    row, column = tl.arange(0, TRAITS.dim_block), tl.arange(0, TRAITS.rows_block)
+    element = tl.arange(0, TRAITS.dim_block)
     acc = state.acc
-    at, inside = row, row < TRAITS.dim
+    at, inside = element, element < TRAITS.dim
     if BITS:
-        at, weight, inside = value_element(row, BITS, TRAITS.dim, TRAITS.dim_block)
+        at, weight, inside = value_element(element, BITS, TRAITS.dim, TRAITS.dim_block)
         acc *= (weight * CODE_UNIT)[:, None]
-    mask = inside[:, None] & (column < TRAITS.rows)[None, :]
+    mask = inside[:, None] & (rows < TRAITS.rows)[None, :]
     result = (acc + zeros[None, :]) / total[None, :]
-    tl.store(part.out + column[None, :] * TRAITS.dim + at[:, None], result, mask=mask)
+    tl.store(part.out + rows[None, :] * TRAITS.dim + at[:, None], result, mask=mask)
     log_sum = tl.where(some, state.top + tl.log2(total) - WEIGHT_LOG2, -float("inf"))
-    tl.store(part.lse + column, log_sum, mask=column < TRAITS.rows)
+    tl.store(part.lse + rows, log_sum, mask=rows < TRAITS.rows)

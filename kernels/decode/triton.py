@@ -8,7 +8,7 @@ import triton
 
 from sglang_diffxkv.kernels import decode as ops
 from sglang_diffxkv.kernels.decode.attend import DecodeQueries, attend_work_tile
-from sglang_diffxkv.kernels.decode.constants import DecodeTraits, attend_constants, padded_rows
+from sglang_diffxkv.kernels.decode.constants import DecodeTraits, attend_constants, block_of_rows
 from sglang_diffxkv.kernels.decode.work import SequencePages, WorkTiles, divide_open, divide_work
 from sglang_diffxkv.kernels.gpu.launch import is_interpreted, launch
 from sglang_diffxkv.kernels.gpu.views import DTYPES, QueryView, RawView, SealedView
@@ -49,7 +49,8 @@ def attend(
     group, dim = q.shape[1] // layout.num_kv_heads, q.shape[2]
     rows = group * (len(q) // len(work.sequences.count))
     in_fp32 = raw.k.itemsize != 2 or (is_interpreted() and raw.k.dtype == torch.bfloat16)
-    constants = attend_constants(padded_rows(rows), triton.next_power_of_2(dim))
+    dim_block = triton.next_power_of_2(dim)
+    constants = attend_constants(block_of_rows(rows, dim_block), dim_block)
     traits = DecodeTraits(layout, group, rows // group, DTYPES[raw.k.dtype], in_fp32, constants)
     tiles = len(work.tiles)
     parts = AttentionState(
@@ -59,7 +60,7 @@ def attend(
     queries = DecodeQueries(QueryView.of(q, softmax), QueryView.of(q_sealed, softmax))
     launch(
         attend_work_tile,
-        (tiles,),
+        (tiles * traits.blocks,),
         work=work,
         segments=len(work.segment_start) - 1,
         queries=queries,

@@ -9,7 +9,7 @@ from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.utils.rank_consensus_checker import assert_same
 
-from sglang_diffxkv.attention.backend import DiffXKVBackend
+from sglang_diffxkv.attention.backend import find_backend
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.server_args import is_active
 from sglang_diffxkv.pool.kv_pool import find_pool
@@ -26,17 +26,19 @@ def _note_requests(result: Any, cls: Any, batch: Any, *args: Any, **kwargs: Any)
 def _before_forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
     """What SGLang does not tell backends: which requests run, and that it runs mixed batches as
     prefills."""
-    if isinstance(self.attn_backend, DiffXKVBackend):
-        self.attn_backend.is_mixed = forward_batch.forward_mode.is_mixed()
-        self.attn_backend.batch_indices = getattr(forward_batch, _INDICES, None)
+    backend = find_backend(self.attn_backend)
+    if backend is not None:
+        backend.is_mixed = forward_batch.forward_mode.is_mixed()
+        backend.batch_indices = getattr(forward_batch, _INDICES, None)
 
 
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
-    if isinstance(self.attn_backend, DiffXKVBackend):
-        self.attn_backend.end_of_step()
+    backend = find_backend(self.attn_backend)
+    if backend is not None:
+        backend.end_of_step()
         # Sealing was enqueued after the event that SGLang would wait for before it frees pages.
         self.shared_read_done_event = None
-        store = self.attn_backend.store
+        store = backend.store
         # Does nothing unless SGLANG_ENABLE_RANK_CONSENSUS_CHECKER is set.
         assert_same("diffxkv: %s, %s", store.ledger, store.counters)
 

@@ -6,14 +6,17 @@ runs in the scheduler, on the loaded model: its layers show in the same words fo
 configuration files name differently or leave to the code.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sglang.srt.configs.hybrid_arch import mambaish_config
+from sglang.srt.arg_groups.overrides import supports_mamba_cache_extra_buffer
+from sglang.srt.configs.hybrid_arch import hybrid_gdn_config, mamba2_config, mambaish_config
 from sglang.srt.configs.model_config import AttentionArch, is_minimax_sparse
+from sglang.srt.layers.attention.qsa.config import is_qwen_qsa
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from torch import nn
 
 from sglang_diffxkv.config import DiffXKVConfig
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.validation import BACKEND
 from sglang_diffxkv.policy.registry import make_policy
 
@@ -41,7 +44,36 @@ def check_model_config(model: "ModelConfig", config: DiffXKVConfig, ranks: int) 
             head_dim=model.head_dim,
             num_kv_heads=model.get_num_kv_heads(ranks),
             raw_itemsize=model.dtype.itemsize,
-            num_layers=model.num_attention_layers,
+            num_layers=_full_attention_layers(model),
+        )
+
+
+def _full_attention_layers(model: "ModelConfig") -> int:
+    """How many layers' KV is ours: SGLang keeps what others need beside it."""
+    linear = mambaish_config(model)
+    return model.num_attention_layers if linear is None else len(linear.full_attention_layer_ids)
+
+
+def check_prefix_cache(view: Any, model: "ModelConfig") -> None:
+    """Check that SGLang can cache prefixes of a model with linear layers in pages like ours.
+
+    It has to keep their state at the end of a page, which is not done for every architecture.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if mambaish_config(model) is None or view.disable_radix_cache:
+        return
+    strategy, name = view.mamba_radix_cache_strategy, model.hf_config.architectures[0]
+    if not supports_mamba_cache_extra_buffer(view, model.hf_config):
+        raise ValueError(
+            f"SGLang caches prefixes of {name} in pages of one token only, those of {BACKEND} have "
+            f"{PAGE_TOKENS}: use --disable-radix-cache"
+        )
+    if strategy == "no_buffer":
+        raise ValueError(
+            f"--mamba-radix-cache-strategy {strategy} is for pages of one token, {BACKEND} has "
+            f"pages of {PAGE_TOKENS}: leave it out"
         )
 
 
@@ -51,22 +83,28 @@ def _unsupported_kind(model: "ModelConfig") -> str | None:
 
 def kinds_of(model: "ModelConfig") -> dict[str, bool]:
     """Kinds of attention that are not plain and causal, and whether the model has them."""
-    text = model.hf_text_config
+    text, linear = model.hf_text_config, mambaish_config(model)
     return {
         "multi-head latent attention (MLA)": model.attention_arch == AttentionArch.MLA,
         "a state-space model for attention": model.attention_arch == AttentionArch.SSM,
-        "linear-attention or Mamba layers": mambaish_config(model) is not None,
+        "linear attention other than gated delta and Mamba2": _unknown_linear_layers(model),
+        "no attention layers": linear is not None and not linear.full_attention_layer_ids,
         # SGLang may run window layers without their own pool, and then does not call it hybrid.
         "sliding-window layers": model.is_hybrid_swa
         or "sliding_attention" in (getattr(text, "layer_types", None) or ()),
         "chunked local attention": model.attention_chunk_size is not None,
         "dual chunk attention": hasattr(model.hf_config, "dual_chunk_attention_config"),
-        "sparse attention": is_minimax_sparse(model.hf_config),
+        "sparse attention": is_minimax_sparse(model.hf_config) or is_qwen_qsa(model.hf_config),
         "cross-attention (encoder-decoder)": model.is_encoder_decoder,
         "learned attention sinks": model.has_attention_sinks,
         "soft-capped attention logits": bool(getattr(text, "attn_logit_softcapping", None)),
         "no text generation (embedding or reward)": not model.is_generation,
     }
+
+
+def _unknown_linear_layers(model: "ModelConfig") -> bool:
+    known = hybrid_gdn_config(model) or mamba2_config(model)
+    return mambaish_config(model) is not None and known is None
 
 
 def _unsupported_shape(model: "ModelConfig") -> str | None:

@@ -13,7 +13,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.patches.pool_setup import host_budget, make_setup
+from sglang_diffxkv.patches.pool_setup import make_setup, rank_budget
 from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup, find_pool
@@ -42,8 +42,8 @@ def _config_from_budget(
 
     caps = [c for c in (cap_tokens, get_schedule().max_total_tokens) if c is not None]
     config = get_config()
-    if self.device == "cpu":
-        budget_bytes = host_budget(config.memory_bytes, budget_bytes)
+    if self.mambaish_config is None:  # otherwise it is what states left of it (`linear_state`)
+        budget_bytes = rank_budget(config, self, budget_bytes)
     setup = make_setup(config, self, budget_bytes, min(caps, default=None))
     known = {field.name: getattr(stock, field.name) for field in fields(stock)}
     known["max_total_num_tokens"] = setup.sizes.virtual_tokens

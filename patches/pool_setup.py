@@ -55,7 +55,7 @@ def make_setup(
     agreed = agree(torch.tensor(own, dtype=torch.float64)).tolist()
     least, expected_fill, policy_bytes, attention = agreed
     budget = PoolBudget(
-        (config.memory_bytes or int(-least)) - int(policy_bytes),
+        int(-least) - int(policy_bytes),
         config.raw_share,
         virtual_slack=DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
@@ -67,9 +67,9 @@ def make_setup(
 
 
 def _full_attention_layers(configurator: Any) -> int:
-    """How many layers' KV is ours: SGLang keeps that of others beside it."""
-    layers = configurator.layer_info
-    full = layers.full_attention_layer_ids
+    """How many layers' KV is ours: SGLang keeps what others need beside it."""
+    layers, linear = configurator.layer_info, configurator.mambaish_config
+    full = (layers if linear is None else linear).full_attention_layer_ids
     return layers.num_effective_layers if full is None else len(full)
 
 
@@ -121,6 +121,17 @@ def make_agreement(group: Any) -> Agree:
         return most.to(values.device)
 
     return agree
+
+
+def rank_budget(config: DiffXKVConfig, configurator: Any, budget_bytes: int) -> int:
+    """What this rank may take, from what SGLang would give its own pool.
+
+    Raises:
+        ValueError: as `host_budget`.
+    """
+    if configurator.device == "cpu":
+        budget_bytes = host_budget(config.memory_bytes, budget_bytes)
+    return config.memory_bytes or budget_bytes
 
 
 def host_budget(memory_bytes: int | None, budget_bytes: int) -> int:

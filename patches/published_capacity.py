@@ -10,7 +10,7 @@ pages that is taken, of that capacity. Leak checks alone keep the virtual pages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
@@ -34,7 +34,9 @@ class PhysicalPoolStats(PoolStats):
     tokens_running: int = 0
 
     def get_decode_usage_msg_parts(self) -> list[str]:
-        return [f"#token: {self.tokens_running}, token usage: {self.full_token_usage:.2f}"]
+        return PoolStats.get_decode_usage_msg_parts(
+            replace(self, full_num_used=self.tokens_running)
+        )
 
     def update_scheduler_stats(self, stats: Any) -> None:
         super().update_scheduler_stats(stats)
@@ -43,20 +45,20 @@ class PhysicalPoolStats(PoolStats):
         stats.kv_available_tokens = free - stats.kv_evictable_tokens
 
 
-def _get_token_info(result: PoolStats, self: Any) -> PoolStats | None:
+def _publish_physical(result: PoolStats, self: Any) -> PoolStats | None:
+    """Statistics of plain models, and of those that have other layers, too."""
     allocator = find_allocator(self.token_to_kv_pool_allocator)
     if allocator is None:
         return None
     held = allocator.size - result.full_available_size - result.full_evictable_size
     usage = max(held / allocator.size, allocator.capacity.usage(self.tree_cache))
-    return PhysicalPoolStats(
-        full_num_used=round(usage * allocator.store.sizes.expected_tokens),
-        full_token_usage=usage,
-        full_available_size=result.full_available_size,
-        full_evictable_size=result.full_evictable_size,
-        full_capacity=allocator.store.sizes.expected_tokens,
-        tokens_running=held,
-    )
+    physical = {
+        "full_num_used": round(usage * allocator.store.sizes.expected_tokens),
+        "full_token_usage": usage,
+        "full_capacity": allocator.store.sizes.expected_tokens,
+        "tokens_running": held,
+    }
+    return PhysicalPoolStats(**vars(result) | physical)
 
 
 def _get_worker_info(result: tuple[Any, ...], self: Any) -> tuple[Any, ...] | None:
@@ -81,7 +83,8 @@ def _check_virtual_pages(original: Callable[[Any], None], self: Any) -> None:
 
 
 def install() -> None:
-    hook(f"{OBSERVER}._get_token_info", _get_token_info, HookType.AFTER, ())
+    for kind in ("_get_token_info", "_get_mamba_token_info"):
+        hook(f"{OBSERVER}.{kind}", _publish_physical, HookType.AFTER, ())
     worker = "sglang.srt.managers.tp_worker.TpModelWorker"
     hook(f"{worker}.get_worker_info", _get_worker_info, HookType.AFTER, ())
     checker = f"{SCHEDULER}.Scheduler.init_invariant_checker"

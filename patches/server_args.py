@@ -23,7 +23,7 @@ from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig, load_config
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.capabilities import check_capabilities
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.patches.model_validation import check_model_config
+from sglang_diffxkv.patches.model_validation import check_model_config, check_prefix_cache
 from sglang_diffxkv.patches.speculation import (
     check_speculation,
     choose_chains,
@@ -150,6 +150,7 @@ def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
             view, model = resolving_view(server_args), model_config_of(server_args)
             check_kv_dtype(view.kv_cache_dtype, model.dtype)
             check_model_config(model, server_args._diffxkv, view.tp_size)
+            check_prefix_cache(view, model)
         choose_draft_attention(server_args, model)
     previous(server_args)
 

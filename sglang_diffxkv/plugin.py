@@ -35,6 +35,7 @@ def _install() -> None:
         idle,
         input_buffers,
         kv_dtype,
+        linear_state,
         lossless,
         observability,
         pool,
@@ -45,7 +46,7 @@ def _install() -> None:
         server_args,
     )
 
-    of_pool = (server_args, kv_dtype, pool, published_capacity, input_buffers, forward, check, idle)
+    of_pool = (kv_dtype, linear_state, pool, published_capacity, input_buffers, forward, check)
     of_requests = (
         running,
         committed,
@@ -57,7 +58,7 @@ def _install() -> None:
         profiling,
         chains,
     )
-    for hook in (*of_pool, *of_requests):
+    for hook in (server_args, *of_pool, idle, *of_requests):
         hook.install()
 
     @register_attention_backend(server_args.BACKEND)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, SharedReadEnds
@@ -89,10 +89,13 @@ class DiffXKVBackend(AttentionBackend):
             the verification. Neither of SGLang's warm-up, which begins steps that it does not end.
         committed: tokens of the batch before and after this forward pass.
         decode: attention of decode steps.
+        token_to_kv_pool, req_to_token_pool: SGLang's.
         scratch: where prefills unpack sealed prefixes to, on a GPU.
     """
 
     decode: Decode
+    token_to_kv_pool: Any
+    req_to_token_pool: Any
     needs_cpu_seq_lens = True
     is_mixed = False
     batch_indices: list[int] | None = None
@@ -268,3 +271,9 @@ class DiffXKVBackend(AttentionBackend):
     def scored_lens(self, batch: DecodeBatch) -> torch.Tensor:
         """Int64 [B]: tokens of each sequence that have been scored, if they need be."""
         return batch.seq_lens - 1 if self.store.policy.needs_scores else batch.seq_lens
+
+
+def find_backend(backend: Any) -> DiffXKVBackend | None:
+    """Ours: ``backend`` itself, or that of full attention in a hybrid one of SGLang's."""
+    found = getattr(backend, "full_attn_backend", backend)
+    return found if isinstance(found, DiffXKVBackend) else None

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from sglang_diffxkv.attention.backend import DiffXKVBackend
 from sglang_diffxkv.attention.host_backend import HostBackend
 from sglang_diffxkv.config import DiffXKVConfig
@@ -29,9 +31,18 @@ def make_backend(model_runner: ModelRunner, config: DiffXKVConfig) -> DiffXKVBac
             "diffxkv: SGLang did not build the diffxkv pool, so a hook failed to apply; see "
             "the plugin errors above in the log"
         )
-    table = model_runner.req_to_token_pool.req_to_token
+    rows = model_runner.req_to_token_pool
+    backend = _class_for(rows.req_to_token)(
+        pool.store, rows.req_to_token, config, allocator.running, pool.store_layers
+    )
+    # The backend that SGLang wraps ours in, of models with linear attention, takes them from it.
+    backend.token_to_kv_pool, backend.req_to_token_pool = model_runner.token_to_kv_pool, rows
+    return backend
+
+
+def _class_for(table: torch.Tensor) -> type[DiffXKVBackend]:
     if not on_gpu(table):
-        return HostBackend(pool.store, table, config, allocator.running, pool.store_layers)
+        return HostBackend
     from sglang_diffxkv.attention.device_backend import DeviceBackend  # needs Triton
 
-    return DeviceBackend(pool.store, table, config, allocator.running, pool.store_layers)
+    return DeviceBackend

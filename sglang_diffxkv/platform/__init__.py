@@ -62,6 +62,10 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     def get_default_attention_backend(self) -> str:
         return "torch_native"
 
+    def support_mamba_cache_extra_buffer(self) -> bool:
+        # State snapshots need nothing that the layers of these models do not need themselves.
+        return True
+
     def get_compile_backend(self, mode: str | None = None) -> str:
         # Inductor would compile C++ for small per-step helpers: seconds of start-up for nothing.
         return "eager"

@@ -79,8 +79,9 @@ class DiffXKVPool(MHATokenToKVPool):
             store.nbytes // sizes.dense_page_bytes * self.page_size,
         )
 
-    def get_kv_size_bytes(self) -> int:
-        return self.store.nbytes
+    def get_kv_size_bytes(self) -> tuple[int, int]:
+        """As a pair, which composite pools add up; ours are not divided into keys and values."""
+        return self.store.nbytes, 0
 
     @property
     def store_layers(self) -> dict[int, int]:
@@ -96,6 +97,7 @@ class DiffXKVPool(MHATokenToKVPool):
         k_scale: float | None = None,
         v_scale: float | None = None,
         layer_id_override: int | None = None,
+        dcp_kv_mask: None = None,
     ) -> None:
         """Write K/V [T, H, D] of one layer to virtual slots (``MHATokenToKVPool.set_kv_buffer``).
 

@@ -13,7 +13,7 @@ from sglang.srt.managers.scheduler_components.pool_stats_observer import Schedul
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_gauges, pool_stats
-from sglang_diffxkv.patches.published_capacity import _get_token_info
+from sglang_diffxkv.patches.published_capacity import _publish_physical
 from sglang_diffxkv.policy.budgeting.learner import CHECK_PAGES
 from sglang_diffxkv.policy.budgeting.plan import Plan, solve_plan
 from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
@@ -55,7 +55,7 @@ def load_snapshot(server: Server) -> Any:
         **dict.fromkeys(("req_to_token_pool", "hisparse_coordinator")),
         **dict.fromkeys(("full_tokens_per_layer", "swa_tokens_per_layer")),
     )
-    stats = _get_token_info(SchedulerPoolStatsObserver._get_token_info(observer), observer)
+    stats = _publish_physical(SchedulerPoolStatsObserver._get_token_info(observer), observer)
     pool_gauges(server.store)
     assert server.allocator.verify_byte_accounting() == []
     return stats

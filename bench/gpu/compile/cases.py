@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
-from sglang_diffxkv.kernels.merge import empty_state, merge_states
+from sglang_diffxkv.kernels.merge import add_sinks, empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, copy_rows, pack, unpack
 from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, Queries, SealedPages, SealedTables
 from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, score_decode, score_open
@@ -242,6 +242,33 @@ def _write_tokens(s: Setting) -> None:
     write_tokens(new, s.raw_pages(), s.raw_pages())
 
 
+EXTEND_SOFTMAXES = {
+    setting(Model("Gemma-2-9B", 16, 8, 256)): Softmax(224**-0.5, 50.0, 4095),
+    setting(Model("Gemma-2-27B", 32, 16, 128)): Softmax(144**-0.5, 50.0, 4095),
+    setting(Model("gpt-oss-20b", 64, 8, 64)): Softmax(64**-0.5, window_left=127, sinks=floats(64)),
+}
+"""Of the window layers of models with more than a scale; other layers have all but the window."""
+
+
+def _extend_softmax(s: Setting) -> None:
+    """What the cap, the window and the sinks change; they are in no other case of extend."""
+    softmax = EXTEND_SOFTMAXES[s]
+    queries = s.new_tokens(QUERIES, BATCH)
+    extend_open(queries, s.opened(), softmax)
+    if softmax.sinks is not None:
+        add_sinks(empty_state(queries.q), softmax.sinks)
+    if softmax.cap:
+        capped = softmax._replace(window_left=-1)
+        extend_sealed(queries, s.sealed_pages(BATCH, PAGES), capped)
+        scratch, rotated = make_scratch(s.layout, s.dtype, "meta"), queries.q.float()
+        sealed = s.sealed_pages(BATCH, scratch.pages)
+        rotated_queries = queries._replace(q=rotated)
+        extend_unpacked(empty_state(rotated), rotated_queries, sealed, capped, scratch)
+        lse = floats(QUERIES, s.model.heads)
+        asking = ScoringQueries(queries.q, lse, ints(BATCH + 1), ints(QUERIES))
+        score_open(asking, s.opened(), s.accumulated(), capped)
+
+
 OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "begin_decode": _begin_decode,
     "write_tokens": _write_tokens,
@@ -251,6 +278,7 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "extend_sealed": _extend_sealed,
     "extend_unpacked": _extend_unpacked,
     "extend_open": _extend_open,
+    "extend_softmax": _extend_softmax,
     "score_open": _score_open,
     "score_decode": _score_decode,
     "pack": _pack,
@@ -259,7 +287,10 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "take_frames": _take_frames,
     "return_frames": _return_frames,
 }
-"""By the name that ``--only`` takes: what is called for every setting."""
+"""By the name that ``--only`` takes: what is called for every setting of `SETTINGS_OF`."""
+
+SETTINGS_OF: dict[str, Collection[Setting]] = {"extend_softmax": EXTEND_SOFTMAXES}
+"""Those of an operation; of all others they are `SETTINGS`."""
 
 
 def cases(only: Sequence[str] | None = None) -> Iterator[tuple[str, Launch]]:
@@ -274,7 +305,7 @@ def cases(only: Sequence[str] | None = None) -> Iterator[tuple[str, Launch]]:
     if unknown := set(only or ()) - set(OPERATIONS):
         raise ValueError(f"no operation {', '.join(unknown)}; there are {', '.join(OPERATIONS)}")
     for name in only or OPERATIONS:
-        for case in SETTINGS:
+        for case in SETTINGS_OF.get(name, SETTINGS):
             with recorded() as launches:
                 OPERATIONS[name](case)
             for launch in launches:

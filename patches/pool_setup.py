@@ -11,6 +11,7 @@ import torch
 from sglang_diffxkv.attention.layer_softmax import softmaxes_of
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.patches.draft_pool import DRAFT_SLACK, draft_token_bytes, log_draft_pool
 from sglang_diffxkv.patches.kv_dtype import check_dtype
 from sglang_diffxkv.patches.server_args import fraction_is_given, ranks_per_host
 from sglang_diffxkv.policy.registry import make_policy
@@ -54,15 +55,20 @@ def make_setup(
     own = [-budget_bytes, policy.expected_fill, policy.nbytes, attention]
     agreed = agree(torch.tensor(own, dtype=torch.float64)).tolist()
     least, expected_fill, policy_bytes, attention = agreed
+    draft_bytes = draft_token_bytes(configurator)
+    slack = DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK
     budget = PoolBudget(
         int(-least) - int(policy_bytes),
         config.raw_share,
-        virtual_slack=DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK,
+        virtual_slack=DRAFT_SLACK if draft_bytes else slack,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
         attention_bytes=int(attention),
+        slot_bytes=draft_bytes,
     )
     sizes = size_pool(budget, policy.layout, policy.caps, expected_fill)
     _check_chunk(sizes.raw_pages)
+    if draft_bytes:
+        log_draft_pool(draft_bytes, sizes.virtual_tokens)
     return PoolSetup(policy, sizes, agree)
 
 

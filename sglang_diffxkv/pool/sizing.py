@@ -36,6 +36,7 @@ class PoolBudget(NamedTuple):
         max_virtual_pages: user's bound (``--max-total-tokens``); memory beyond what so many
             uncompressed pages would take is then not allocated.
         attention_bytes: what attention keeps beside the pages, on a GPU.
+        slot_bytes: what SGLang keeps for each token slot, beside what it does for any model.
     """
 
     nbytes: int
@@ -43,6 +44,7 @@ class PoolBudget(NamedTuple):
     virtual_slack: float = VIRTUAL_SLACK
     max_virtual_pages: int | None = None
     attention_bytes: int = 0
+    slot_bytes: int = 0
 
 
 class PoolSizes(NamedTuple):
@@ -85,7 +87,7 @@ def size_pool(
     Raises:
         ValueError: the budget is too small to serve anything.
     """
-    nbytes, raw_share, virtual_slack, max_virtual_pages, attention_bytes = budget
+    nbytes, raw_share, virtual_slack, max_virtual_pages, attention_bytes, slot_bytes = budget
     num_layers = len(caps)
     dense = 2 * num_layers * PAGE_TOKENS * layout.num_kv_heads * layout.row_bytes(0)
     if max_virtual_pages is not None:
@@ -94,6 +96,7 @@ def size_pool(
         num_layers, layout.num_kv_heads, layout.head_dim, layout.raw_itemsize
     )
     entry_bytes = PageDirectory.bytes_per_page(num_layers, layout) + FREE_LIST_BYTES
+    entry_bytes += PAGE_TOKENS * slot_bytes
     frame_bytes = layout.frame_bytes + 4
     worst = sum(-(-cap // layout.frame_bytes) for cap in caps)
     expected = max(1.0, worst * expected_fill)

@@ -52,7 +52,7 @@ def test_class_is_what_sglang_asks_for() -> None:
 def test_whatever_a_cpu_server_asks_is_answered() -> None:
     """By a flag or an HTTP request: a question without an answer ends the scheduler.
 
-    Drafts are asked about where the platform supports speculation, and SGLang refuses it before.
+    The attention of drafts is asked about for an algorithm that SGLang refuses before.
     """
     unanswered = {
         name

@@ -251,6 +251,7 @@ def test_sizes_follow_from_what_ranks_agree_on(
         ),
         layer_info=SimpleNamespace(num_effective_layers=3, full_attention_layer_ids=None),
         mambaish_config=None,
+        spec_aux_config=SimpleNamespace(draft_kv_num_layers=None),
         kv_cache_dtype=torch.bfloat16,
         device="cpu",
     )

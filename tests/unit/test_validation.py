@@ -28,6 +28,9 @@ from tests.support.demo_model import write_demo_model
 
 OURS = ("--attention-backend", "diffxkv")
 GPU = ("--device", "cuda")
+SPECULATIVE = ("--speculative-algorithm",)
+NGRAM = (*SPECULATIVE, "NGRAM")
+STANDALONE = (*SPECULATIVE, "STANDALONE")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +136,39 @@ def test_what_goes_with_it(model: str, flags: tuple[str, ...]) -> None:
     assert resolving_view(resolve(model, *OURS, *flags)).attention_backend == "diffxkv"
 
 
+def test_ngram_drafts_chains(model: str) -> None:
+    view = resolving_view(resolve(model, *OURS, *NGRAM))
+    assert view.speculative_ngram_max_bfs_breadth == view.speculative_eagle_topk == 1
+    assert view.speculative_num_draft_tokens == 12
+    assert view.speculative_draft_attention_backend is None
+    resolve(model, *OURS, "--speculative-algorithm", "ngram")
+    resolve(model, *OURS, *NGRAM, "--speculative-num-draft-tokens", "16")
+    stock = resolving_view(resolve(model, "--page-size", "1", *NGRAM))
+    assert stock.speculative_ngram_max_bfs_breadth == 10
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "NEXTN", "STANDALONE"])
+@pytest.mark.parametrize(
+    ("flags", "nodes"),
+    [
+        ((), 4),
+        (("--speculative-eagle-topk", "1"), 4),
+        (("--speculative-num-draft-tokens", "8"), 8),
+        (("--speculative-num-steps", "5"), 6),
+        (("--speculative-num-steps", "15", "--speculative-eagle-topk", "1"), 16),
+    ],
+)
+def test_models_draft_chains(
+    model: str, algorithm: str, flags: tuple[str, ...], nodes: int
+) -> None:
+    draft = (*SPECULATIVE, algorithm, "--speculative-draft-model-path", model)
+    view = resolving_view(resolve(model, *OURS, *draft, *flags))
+    assert view.speculative_eagle_topk == 1
+    assert (view.speculative_num_steps, view.speculative_num_draft_tokens) == (nodes - 1, nodes)
+    assert view.speculative_draft_attention_backend == "torch_native"
+    assert view.attention_backend == "diffxkv"
+
+
 @pytest.mark.parametrize("asked", ["fp8_e4m3", "fp8_e5m2"])
 def test_raw_pages_keep_the_models_dtype(
     model: str, asked: str, capsys: pytest.CaptureFixture[str]
@@ -150,7 +186,15 @@ def test_raw_pages_keep_the_models_dtype(
     ("flags", "parts"),
     [
         (("--page-size", "16"), ["--page-size 16", "use 64"]),
-        (("--speculative-algorithm", "NGRAM"), ["--speculative-algorithm NGRAM"]),
+        ((*SPECULATIVE, "DFLASH"), ["--speculative-algorithm DFLASH", "chains", "or NGRAM"]),
+        ((*SPECULATIVE, "frozen_kv_mtp"), ["--speculative-algorithm FROZEN_KV_MTP"]),
+        ((*NGRAM, "--speculative-ngram-max-bfs-breadth", "2"), ["bfs-breadth 2", "not trees"]),
+        ((*NGRAM, "--speculative-num-draft-tokens", "17"), ["draft-tokens 17", "verifies 16"]),
+        ((*STANDALONE, "--speculative-eagle-topk", "4"), ["topk 4", "not trees", "use 1"]),
+        ((*STANDALONE, "--speculative-adaptive"), ["--speculative-adaptive", "leave it out"]),
+        ((*STANDALONE, "--speculative-num-steps", "16"), ["draft-tokens 17", "verifies 16"]),
+        ((*STANDALONE, "--speculative-use-rejection-sampling"), ["needs a GPU"]),
+        ((*STANDALONE, "--enable-multi-layer-eagle"), ["--enable-multi-layer-eagle"]),
         (("--enable-hierarchical-cache",), ["--enable-hierarchical-cache", "leave it out"]),
         (("--enable-lmcache",), ["--enable-lmcache"]),
         (("--enable-flexkv",), ["--enable-flexkv"]),

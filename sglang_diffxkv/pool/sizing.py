@@ -91,7 +91,8 @@ def size_pool(
     num_layers = len(caps)
     dense = 2 * num_layers * PAGE_TOKENS * layout.num_kv_heads * layout.row_bytes(0)
     if max_virtual_pages is not None:
-        nbytes = min(nbytes, max_virtual_pages * dense + attention_bytes)
+        most = max_virtual_pages * (dense + PAGE_TOKENS * slot_bytes) + attention_bytes
+        nbytes = min(nbytes, most)
     raw_bytes = RawPages.bytes_per_slot(
         num_layers, layout.num_kv_heads, layout.head_dim, layout.raw_itemsize
     )

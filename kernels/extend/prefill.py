@@ -149,18 +149,20 @@ class Prefill:
                 are not looked at.
             softmax: of the layer.
         """
-        state = self._attend(q, pages, softmax.of_part)
-        return state if softmax.sinks is None else add_sinks(state, softmax.sinks)
-
-    def _attend(self, q: torch.Tensor, pages: LayerPages, softmax: Softmax) -> AttentionState:
-        """Over tokens alone."""
-        tables, key_mean = pages.tables, pages.key_mean
         queries = Queries(q, self._batch.indptr, self._batch.position)
         opened = self._batch.opened.of(pages.keys, pages.values)
         if not on_gpu(q):
             lists = self._batch.sealed
-            sealed = None if lists is None else tables.listed(*lists)
-            return cpu.extend(queries, opened, sealed, key_mean, softmax)
+            sealed = None if lists is None else pages.tables.listed(*lists)
+            return cpu.extend(queries, opened, sealed, pages.key_mean, softmax)
+        state = self._on_gpu(queries, opened, pages, softmax.of_part)
+        return state if softmax.sinks is None else add_sinks(state, softmax.sinks)
+
+    def _on_gpu(
+        self, queries: Queries, opened: OpenPages, pages: LayerPages, softmax: Softmax
+    ) -> AttentionState:
+        """Over tokens alone."""
+        tables, key_mean, q = pages.tables, pages.key_mean, queries.q
         state = self._open.attend(queries, opened, softmax)
         if self._sealed is None:
             return state

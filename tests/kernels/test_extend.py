@@ -193,7 +193,7 @@ def test_quality_of_formats(name: str, bound: float) -> None:
     q = torch.randn(20, 4, 128)
     pages = torch.arange(8).int()
     listed = data.tables.listed(indptr(8), pages)
-    part = ops.extend_sealed(starts_at_0(q, indptr(20)), listed, 128**-0.5)
+    part = ops.extend_sealed(starts_at_0(q, indptr(20)), listed, Softmax(128**-0.5))
     keys, values = (x.double().flatten(0, 1).repeat_interleave(2, dim=1) for x in (k, v))
     scores = torch.einsum("qhd,lhd->hql", q.double(), keys) * 128**-0.5
     exact = torch.einsum("hql,lhd->qhd", scores.softmax(-1), values)
@@ -281,14 +281,14 @@ def test_open_refuses_missing_pages() -> None:
         opened = OpenPages(k, k, indptr(len(listed)), slots, torch.tensor(listed).int())
         queries = Queries(q, indptr(100), torch.tensor([64]).int())
         with pytest.raises(ValueError, match="lack new tokens"):
-            ops.extend_open(queries, opened, 1.0)
+            ops.extend_open(queries, opened, Softmax(1.0))
 
 
 def test_lists_of_other_integers_are_refused() -> None:
     k, queries = torch.zeros(1, PAGE_TOKENS, 1, 64), torch.zeros(3, 1, 64)
     opened = OpenPages(k, k, indptr(1), torch.tensor([0]), torch.tensor([0]).int())
     with pytest.raises(ValueError, match="int64"):
-        ops.extend_open(Queries(queries, indptr(3), torch.tensor([0]).int()), opened, 1.0)
+        ops.extend_open(Queries(queries, indptr(3), torch.tensor([0]).int()), opened, Softmax(1.0))
 
 
 def test_merge_of_parts_equals_the_whole() -> None:

@@ -12,22 +12,21 @@ from sglang_diffxkv.kernels.layout import PageLayout
 def attention_bytes(
     layout: PageLayout,
     num_layers: int,
-    q_heads: int,
+    queries: int,
     batch: int,
     context_pages: int,
     device: torch.device,
     *,
     flashinfer_bytes: int,
-    queries: int = 1,
 ) -> int:
     """Of decode steps, and of prefills: what sealed prefixes are unpacked to, and FlashInfer's.
 
     Args:
-        q_heads: query heads on this rank. batch: sequences of the largest decode step.
+        queries: of a sequence in a decode step: query heads on this rank, times new tokens.
+        batch: sequences of the largest decode step.
         context_pages: pages of the longest sequence there can be.
         device: a GPU, or "meta" for one of the size that `multiprocessors` assumes.
         flashinfer_bytes: what that takes, 0 where it does not serve prefill.
-        queries: new tokens of each sequence in a decode step.
     """
     from sglang_diffxkv.kernels.decode.work import KINDS, TILES_PER_SM  # needs Triton
     from sglang_diffxkv.kernels.extend.scratch import scratch_bytes
@@ -36,7 +35,7 @@ def attention_bytes(
     tiles = TILES_PER_SM * multiprocessors(device) + segments
     row_bytes = 4 * (layout.head_dim + 1)  # an fp32 row of output, and its LSE
     work = num_layers * (16 * tiles + 8 * (segments + 4))
-    parts = tiles * (q_heads // layout.num_kv_heads) * queries * row_bytes
+    parts = tiles * (queries // layout.num_kv_heads) * row_bytes
     table = 4 * batch * (context_pages + 4)
-    decode = work + parts + batch * queries * q_heads * row_bytes + table
+    decode = work + parts + batch * queries * row_bytes + table
     return decode + scratch_bytes(layout) + flashinfer_bytes

@@ -36,11 +36,17 @@ BYTE_MASK = 0x00FF00FF
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Attention heads of one rank: a constant of kernels."""
+    """Attention heads of one rank: a constant of kernels.
+
+    Attributes:
+        group: query heads of a KV head.
+        queries: new tokens of each sequence, where that is a constant.
+    """
 
     kv_heads: int
     group: int
     dim: int
+    queries: int = 1
 
     @property
     def q_heads(self) -> int:

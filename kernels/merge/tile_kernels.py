@@ -23,29 +23,20 @@ def rotated_block(dim):
 
 
 @triton.jit
-def merge_work_tiles(
-    parts,
-    segment_start,
-    queries,
-    key_mean,
-    sinks,
-    merged,
-    SHAPE: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
-    """Merge the tiles of query head ``program_id(0)``, of B * QUERIES * Hq, by their base-2 LSE.
+def merge_work_tiles(parts, segment_start, queries, key_mean, sinks, merged, SHAPE: tl.constexpr):
+    """Merge the tiles of query head ``program_id(0)``, of B * N * Hq, by their base-2 LSE.
 
     Args:
-        parts: `AttentionState` of the tiles, fp32 [N, rows, D] and [N, rows]; rows are a group's
-            queries of one token, then of the next one.
+        parts: `AttentionState` of the tiles, fp32 [tiles, rows, D] and [tiles, rows]; rows are a
+            group's queries of one token, then of the next one.
         segment_start: int32 [B * H * 3 + 1].
         queries: `QueryView`, not rotated.
         key_mean: fp32 [H, D], which sealed keys lack: sealed tiles come back from the basis of
             sealed pages (`kernels.basis.sealed`). None: they do not.
         sinks: of `Softmax`, which count as one more part; None: there are none.
-        merged: `AttentionState`, [B * QUERIES * Hq, D] of any float type, and fp32 LSE; 0 and -inf
+        merged: `AttentionState`, [B * N * Hq, D] of any float type, and fp32 LSE; 0 and -inf
             where nothing was attended.
-        SHAPE: `HeadShape`. QUERIES: tokens of each sequence.
+        SHAPE: `HeadShape`, with N queries.
     """
     DIM: tl.constexpr = SHAPE.dim
     DIM_BLOCK: tl.constexpr = SHAPE.dim_block
@@ -54,9 +45,9 @@ def merge_work_tiles(
     query = tl.program_id(0)
     token, q_head = query // SHAPE.q_heads, query % SHAPE.q_heads
     head = q_head // SHAPE.group
-    segments = segment_start + (token // QUERIES * SHAPE.kv_heads + head) * 3
-    member = token % QUERIES * SHAPE.group + q_head % SHAPE.group
-    ROWS: tl.constexpr = SHAPE.group * QUERIES
+    segments = segment_start + (token // SHAPE.queries * SHAPE.kv_heads + head) * 3
+    member = token % SHAPE.queries * SHAPE.group + q_head % SHAPE.group
+    ROWS: tl.constexpr = SHAPE.group * SHAPE.queries
     first = tl.load(segments)
     sealed = tl.load(segments + 1)
     end = tl.load(segments + 3)

@@ -102,7 +102,7 @@ def merge_tiles(
         merged: [B * N, Hq, D] and [B * N, Hq], written.
     """
     tokens, q_heads, dim = merged.out.shape
-    shape = HeadShape(kv_heads, q_heads // kv_heads, dim)
+    group = q_heads // kv_heads
     launch(
         merge_work_tiles,
         (tokens * q_heads,),
@@ -112,7 +112,6 @@ def merge_tiles(
         key_mean=key_mean,
         sinks=sinks,
         merged=merged,
-        SHAPE=shape,
-        QUERIES=parts.lse.shape[1] // shape.group,
+        SHAPE=HeadShape(kv_heads, group, dim, parts.lse.shape[1] // group),
         num_warps=4,
     )

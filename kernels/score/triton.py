@@ -59,13 +59,12 @@ def score_decode(
         pages=PageTable(pages.table, width, pages.lengths, raw_slot),
         keys=RawKeys(keys, keys.stride(0)),
         scores=Scores(accum, accum.stride(0)),
-        SHAPE=_shape(q, keys),
+        SHAPE=_shape(q, keys, pages.queries),
         PAGES=DECODE_PAGES,
-        QUERIES=pages.queries,
         num_warps=4,
     )
 
 
-def _shape(q: torch.Tensor, keys: torch.Tensor) -> HeadShape:
+def _shape(q: torch.Tensor, keys: torch.Tensor, queries: int = 1) -> HeadShape:
     kv_heads, dim = keys.shape[2:]
-    return HeadShape(kv_heads, q.shape[1] // kv_heads, dim)
+    return HeadShape(kv_heads, q.shape[1] // kv_heads, dim, queries)

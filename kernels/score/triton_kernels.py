@@ -138,18 +138,17 @@ def decode_kernel(
     scores: Scores,
     SHAPE: tl.constexpr,
     PAGES: tl.constexpr,
-    QUERIES: tl.constexpr,
 ):
     """Program (sequence, block of its page table, KV head): see `score.score_decode`.
 
     Args:
+        SHAPE: `HeadShape`; of a sequence's queries the first one counts.
         PAGES: table entries of a block.
-        QUERIES: new tokens of each sequence, of which the first one's query counts.
     """
     PRECISION: tl.constexpr = precision_of(queries.data.dtype.element_ty)
     GROUP_BLOCK: tl.constexpr = max(16, triton.next_power_of_2(SHAPE.group))
     b, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
-    last = tl.load(pages.lengths + b).to(tl.int32) - QUERIES
+    last = tl.load(pages.lengths + b).to(tl.int32) - SHAPE.queries
     first = tl.program_id(1) * PAGES
     if first * _TOKENS >= last:
         return
@@ -162,9 +161,9 @@ def decode_kernel(
     member = tl.arange(0, GROUP_BLOCK)
     mask = member < SHAPE.group
     query_head = head * SHAPE.group + member
-    rows = queries.data + b * QUERIES * queries.stride + query_head * SHAPE.dim
+    rows = queries.data + b * SHAPE.queries * queries.stride + query_head * SHAPE.dim
     q = _load_rows(rows, mask, SHAPE.dim)
-    query_lse = tl.load(lse + b * QUERIES * SHAPE.q_heads + query_head, mask=mask, other=0)
+    query_lse = tl.load(lse + b * SHAPE.queries * SHAPE.q_heads + query_head, mask=mask, other=0)
     query_lse -= tl.log2((last + 1).to(tl.float32))
     for i in range(1, tl.sum(is_open, 0) + 1):
         slot = tl.sum(tl.where(ordinal == i, slots, 0), 0).to(tl.int64)

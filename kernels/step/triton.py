@@ -36,7 +36,6 @@ def begin_decode(
         metadata=metadata,
         window=window,
         out=pages,
-        width=width,
         PAGES=_PAGES,
         QUERIES=queries,
         num_warps=4,

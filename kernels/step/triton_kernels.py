@@ -32,7 +32,6 @@ def look_up_pages(
     metadata: PageMetadata,
     window,
     out: StepPages,
-    width,
     PAGES: tl.constexpr,
     QUERIES: tl.constexpr,
 ):
@@ -46,7 +45,7 @@ def look_up_pages(
     length = tl.where(b < tl.load(batch.num_real), length, 0)
     # As the first new token's query sees it, which alone is known to be accepted.
     accepted = length - (QUERIES - 1)
-    pages = tl.cdiv(length, _PAGE_TOKENS)
+    pages, width = tl.cdiv(length, _PAGE_TOKENS), tl.cdiv(batch.context, _PAGE_TOKENS)
     rows = out.rows + b * QUERIES
     if block == 0:
         tl.store(out.lengths + b, length)

@@ -11,7 +11,7 @@ import torch
 from sglang_diffxkv.kernels.arena import return_frames, take_frames
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.decode.triton import attend
-from sglang_diffxkv.kernels.decode.work import SequencePages, divide_work
+from sglang_diffxkv.kernels.decode.work import SequencePages, divide_open, divide_work
 from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
 from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked
@@ -138,17 +138,52 @@ SETTINGS = (
 )
 
 
-def _decode(s: Setting) -> None:
-    layers, pages = 2, ints(PAGES)
+def _sequences() -> SequencePages:
+    return SequencePages(ints(PAGES), ints(BATCH), ints(BATCH), ints(PAGES), ints(BATCH))
+
+
+def _decode(s: Setting, queries: int = 1, softmax: Softmax | None = None) -> None:
+    layers = 2
     heads = ints(layers, PAGES, s.model.kv_heads, 2)
-    sequences = SequencePages(pages, ints(BATCH), ints(BATCH), ints(PAGES), ints(BATCH))
-    work = divide_work(sequences, heads, s.layout)
+    work = divide_work(_sequences(), heads, s.layout)
     # Layers after the first have work at other addresses, which may be less aligned.
     for layer in range(layers if s is SETTINGS[0] else 1):
         tables = SealedTables(s.arena(), s.tables()[0], heads[layer], s.layout)
         mine = LayerPages(tables, s.raw_pages(), s.raw_pages(), s.key_mean())
-        q = s.queries(BATCH)
-        attend(q, q, mine, work.layer(layer), s.softmax, s.dtype)
+        q = s.queries(BATCH * queries)
+        attend(q, q, mine, work.layer(layer), softmax or s.softmax, s.dtype)
+
+
+DRAFTS = {setting(LLAMA_8B): (2, 4, 8), setting(Model("Qwen3-235B", 64, 4, 128)): (4,)}
+"""New tokens of each sequence, where chains of drafts are verified."""
+
+
+def _decode_drafts(s: Setting) -> None:
+    for queries in DRAFTS[s]:
+        _decode(s, queries)
+    if s.model is LLAMA_8B:  # one of these stands for all
+        _begin_decode(s, queries=4)
+        _score_decode(s, queries=4)
+
+
+DECODE_SOFTMAXES = {
+    setting(Model("Gemma-2-9B", 16, 8, 256)): (1, Softmax(224**-0.5, 50.0, 4095)),
+    setting(Model("gpt-oss-20b", 64, 8, 64)): (
+        4,
+        Softmax(64**-0.5, window_left=127, sinks=floats(64)),
+    ),
+}
+"""New tokens, and of the window layers; other layers have all but the window."""
+
+
+def _decode_softmax(s: Setting) -> None:
+    queries, softmax = DECODE_SOFTMAXES[s]
+    everywhere = softmax._replace(window_left=-1)
+    _decode(s, queries, everywhere)
+    pages, q = LayerPages.of_open(s.raw_pages(), s.raw_pages()), s.queries(BATCH * queries)
+    attend(q, q, pages, divide_open(_sequences(), pages.tables.layout), softmax, s.dtype)
+    if softmax.cap:
+        _score_decode(s, softmax=everywhere)
 
 
 def _decode_parts(s: Setting) -> None:
@@ -187,12 +222,13 @@ def _score_open(s: Setting) -> None:
     score_open(queries, s.opened(), s.accumulated(), s.softmax)
 
 
-def _score_decode(s: Setting) -> None:
-    q, lse = s.queries(BATCH), floats(BATCH, s.model.heads)
-    table, rows = ints(BATCH, PAGES // BATCH), torch.empty(BATCH, dtype=torch.int64, device="meta")
+def _score_decode(s: Setting, queries: int = 1, softmax: Softmax | None = None) -> None:
+    tokens = BATCH * queries
+    q, lse = s.queries(tokens), floats(tokens, s.model.heads)
+    table, rows = ints(BATCH, PAGES // BATCH), torch.empty(tokens, dtype=torch.int64, device="meta")
     pages = StepPages(table, ints(BATCH), ints(BATCH), ints(BATCH), rows)
     raw = RawTables(s.raw_pages(), ints(PAGES), s.accumulated())
-    score_decode(q, lse, pages, raw, s.softmax)
+    score_decode(q, lse, pages, raw, softmax or s.softmax)
 
 
 def _pack(s: Setting) -> None:
@@ -223,14 +259,14 @@ def _merge(s: Setting) -> None:
     merge_states(part, part)
 
 
-def _begin_decode(s: Setting) -> None:
+def _begin_decode(s: Setting, queries: int = 1) -> None:
     def longs(n: int) -> torch.Tensor:
         return torch.empty(n, dtype=torch.int64, device="meta")
 
     counts = torch.empty(OPEN_PAGES, PAGE_TOKENS, device="meta")
     directory = [ints(PAGES) for _ in range(4)] + [longs(PAGES) for _ in range(2)]
     for scores in (counts, None):
-        requests = StepRequests(ints(BATCH, 1 << 17), longs(BATCH), longs(BATCH), ints(1))
+        requests = StepRequests(ints(BATCH, 1 << 17), longs(BATCH), longs(BATCH), ints(1), queries)
         begin_decode(requests, PageMetadata(*directory, scores), longs(2), PAGE_TOKENS)
 
 
@@ -274,6 +310,8 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "write_tokens": _write_tokens,
     "decode": _decode,
     "decode_parts": _decode_parts,
+    "decode_drafts": _decode_drafts,
+    "decode_softmax": _decode_softmax,
     "merge": _merge,
     "extend_sealed": _extend_sealed,
     "extend_unpacked": _extend_unpacked,
@@ -289,7 +327,11 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
 }
 """By the name that ``--only`` takes: what is called for every setting of `SETTINGS_OF`."""
 
-SETTINGS_OF: dict[str, Collection[Setting]] = {"extend_softmax": EXTEND_SOFTMAXES}
+SETTINGS_OF: dict[str, Collection[Setting]] = {
+    "extend_softmax": EXTEND_SOFTMAXES,
+    "decode_drafts": DRAFTS,
+    "decode_softmax": DECODE_SOFTMAXES,
+}
 """Those of an operation; of all others they are `SETTINGS`."""
 
 

@@ -73,7 +73,7 @@ def overridden(setting: Setting) -> Iterator[None]:
     """Launch the kernel with other constants."""
     module = kernels("decode")
     with (
-        patch.object(module, "attend_constants", lambda *_: setting.constants),
+        patch.object(module, "attend_constants", lambda *_, **__: setting.constants),
         patch.object(dividing, "TILES_PER_SM", setting.items),
     ):
         yield

@@ -73,18 +73,21 @@ def check(case: Case, device: torch.device) -> Found:
 
 
 class Decode(NamedTuple):
-    """One query per sequence, over pages of which every third is sealed."""
+    """New tokens' queries, as many of each sequence, over pages of which every third is sealed."""
 
     dim: int
     kv_heads: int
     group: int
     dtype: torch.dtype
     lengths: tuple[int, ...]
+    queries: int = 1
+    cap: float = 0.0
 
 
 DECODE_SMALL = (
     Decode(128, 2, 3, torch.bfloat16, (200, 1, 65, 64)),
     Decode(80, 1, 4, torch.float16, (130, 129)),
+    Decode(64, 2, 3, torch.bfloat16, (200, 68, 67, 4), queries=4, cap=3.0),
 )
 DECODE_LARGE = (
     Decode(128, 8, 4, torch.bfloat16, (4100, 513, 64, 2113)),
@@ -93,7 +96,7 @@ DECODE_LARGE = (
 
 
 def check_decode(case: Decode, device: torch.device) -> Found:
-    """Against one query of `score_open`'s reference: the last token, which sees those before it."""
+    """Against one query of `score_open`'s reference: that of the first new token."""
     batch, dim = len(case.lengths), case.dim
     counts = [-(-length // PAGE_TOKENS) for length in case.lengths]
     pages = torch.randperm(sum(counts), device=device).int()
@@ -114,21 +117,23 @@ def check_decode(case: Decode, device: torch.device) -> Found:
         positions.append((listed >= 0).nonzero()[:, 0].int())
         slots.append(listed[listed >= 0])
     heads = case.kv_heads * case.group
-    q = torch.randn(batch, heads, dim, device=device).to(case.dtype)
-    lse = 5 + torch.rand(batch, heads, device=device)
+    q = torch.randn(batch * case.queries, heads, dim, device=device).to(case.dtype)
+    lse = 5 + torch.rand(len(q), heads, device=device)
     accum = torch.rand(opened, case.kv_heads, PAGE_TOKENS, device=device)
     before = accum.cpu().clone()
-    lengths, seen = ints(case.lengths, device), torch.tensor(case.lengths).log2()[:, None]
-    nowhere = torch.zeros(batch, dtype=torch.int64, device=device)
+    lengths = ints(case.lengths, device)
+    first = lengths.cpu() - case.queries
+    nowhere = torch.zeros(len(q), dtype=torch.int64, device=device)
     step = StepPages(table, lengths, ints(counts, device), (lengths - 1) % PAGE_TOKENS + 1, nowhere)
     raw = RawTables(k_raw, raw_slot, accum)
-    kernels("score").score_decode(q, lse, step, raw, Softmax(dim**-0.5))
+    softmax = Softmax(dim**-0.5, case.cap)
+    kernels("score").score_decode(q, lse, step, raw, softmax)
     expected = before.double()
-    asking = torch.arange(batch + 1), lengths.cpu() - 1
-    queries = ScoringQueries(q.cpu(), lse.cpu() - seen, *asking)
+    of_uniform = lse.cpu()[:: case.queries] - (first + 1).log2()[:, None]
+    queries = ScoringQueries(q.cpu()[:: case.queries], of_uniform, torch.arange(batch + 1), first)
     lists = indptr(tuple(len(x) for x in slots), device), torch.cat(slots), torch.cat(positions)
     opened = OpenPages(*to(CPU, k_raw, k_raw, *lists))
-    naive.score_open(queries, opened, expected, Softmax(dim**-0.5))
+    naive.score_open(queries, opened, expected, softmax)
     return Found(relative_error(accum.cpu() - before, expected - before))
 
 
@@ -141,5 +146,6 @@ def checks(large: bool) -> Iterator[Check]:
     for decode in (*DECODE_SMALL, *DECODE_LARGE) if large else DECODE_SMALL:
         dtype = str(decode.dtype).removeprefix("torch.")
         name = f"score_decode D={decode.dim} G={decode.group} {dtype}, lengths {decode.lengths}"
+        name += f", N={decode.queries}, cap {decode.cap:g}" if decode.queries > 1 else ""
         timed = is_timed(decode.dim, decode.dtype)
         yield Check(name, "score_decode", TOLERANCE, partial(check_decode, decode), timed)

@@ -28,11 +28,17 @@ class Sealed(NamedTuple):
 
     case: decode.Case
     queries: tuple[int, ...]
+    cap: float = 0.0
+
+    @property
+    def softmax(self) -> Softmax:
+        return Softmax(self.case.dim**-0.5, self.cap)
 
 
 SMALL = (
     Sealed(decode.Case(open_pages=0, drops=(0, 5, 4)), (5, 3, 7)),
     Sealed(decode.Case("raw", "K4V2", open_pages=0, drops=(3, 4), dim=80, group=1), (9, 1)),
+    Sealed(decode.Case("raw", "K8V4", open_pages=0, drops=(4, 0)), (2, 3), cap=2.0),
 )
 LARGE = (
     Sealed(decode.Case(open_pages=0, kv_heads=8, tokens=8192, drops=(5,)), (517,)),
@@ -58,16 +64,30 @@ class Open(NamedTuple):
     group: int
     dtype: torch.dtype
     sequences: tuple[tuple[int, int, tuple[int, ...]], ...]
+    cap: float = 0.0
+    window_left: int = -1
+
+    @property
+    def softmax(self) -> Softmax:
+        return Softmax(self.dim**-0.5, self.cap, self.window_left)
 
 
 OPEN_SMALL = (
     Open(128, 2, 3, torch.bfloat16, ((70, 9, (0, 1)), (0, 3, (0,)), (330, 20, (0, 2, 5)))),
     Open(80, 1, 4, torch.float16, ((63, 1, (0,)), (5, 0, (0,)), (64, 11, (1,)))),
+    Open(64, 1, 8, torch.bfloat16, ((300, 40, (3, 4, 5)), (0, 9, (0,))), window_left=70),
+    Open(128, 1, 2, torch.bfloat16, ((130, 66, (1, 2, 3)),), cap=2.0, window_left=50),
 )
 OPEN_LARGE = (
     Open(128, 2, 4, torch.bfloat16, ((130, 100, (0, 1, 2, 3)), (0, 333, tuple(range(6))))),
     Open(256, 1, 2, torch.bfloat16, ((0, 130, (0, 1, 2)),)),
 )
+
+
+def describe(softmax: Softmax) -> str:
+    """What it has beside a scale."""
+    cap = f", cap {softmax.cap:g}" if softmax.cap else ""
+    return cap + (f", window {softmax.window_left}" if softmax.window_left >= 0 else "")
 
 
 def indptr(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
@@ -80,7 +100,7 @@ def check_sealed(sealed: Sealed, device: torch.device, *, large: bool) -> Found:
     q_shape = sum(sealed.queries), case.kv_heads * case.group, case.dim
     q = torch.randn(q_shape, device=device).to(case.dtype)
     queries = indptr(sealed.queries, device)
-    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), Softmax(case.dim**-0.5))
+    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), sealed.softmax)
     part = kernels("extend").extend_sealed(*args)
     expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
     return compare(part, expected)
@@ -104,7 +124,7 @@ def check_unpacked(sealed: Sealed, device: torch.device, *, large: bool) -> Foun
     q = torch.randn(sum(sealed.queries), case.kv_heads * case.group, case.dim, device=device)
     q = q.float() if layers.layout.rotates else q.to(case.dtype)
     queries = indptr(sealed.queries, device)
-    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), Softmax(case.dim**-0.5))
+    args = (Queries(q, queries, 0 * queries[1:]), layers.sealed(1), sealed.softmax)
     part = empty_state(q)
     extend_unpacked(part, *args, poisoned_scratch(layers, case.dtype, device))
     expected = reference(*args) if large else naive.extend_sealed(*to(CPU, *args))
@@ -121,7 +141,7 @@ def reference(queries: Queries, sealed: SealedPages, softmax: Softmax) -> Attent
     return AttentionState(torch.cat([x.out for x in parts]), torch.cat([x.lse for x in parts]))
 
 
-def draw_open(case: Open, device: torch.device) -> tuple[Queries, OpenPages, float]:
+def draw_open(case: Open, device: torch.device) -> tuple[Queries, OpenPages, Softmax]:
     """Arguments of `extend_open`.
 
     Slots after a sequence's last query hold NaN, as do raw pages that nobody lists.
@@ -141,7 +161,7 @@ def draw_open(case: Open, device: torch.device) -> tuple[Queries, OpenPages, flo
     queries = Queries(q.to(case.dtype), indptr(new, device), position)
     counts = indptr(tuple(len(x) for x in listed), device)
     positions = torch.tensor(pages, dtype=torch.int32, device=device)
-    return queries, OpenPages(*raw, counts, slots, positions), Softmax(case.dim**-0.5)
+    return queries, OpenPages(*raw, counts, slots, positions), case.softmax
 
 
 def check_open(case: Open, device: torch.device) -> Found:
@@ -152,6 +172,7 @@ def check_open(case: Open, device: torch.device) -> Found:
 def checks(large: bool) -> Iterator[Check]:
     for sealed in (*SMALL, *LARGE) if large else SMALL:
         name = f"{sealed.case.name}, queries {sealed.queries}".replace("decode", "extend_sealed")
+        name += describe(sealed.softmax)
         run = partial(check_sealed, sealed, large=sealed in LARGE)
         yield Check(name, "extend_sealed", TOLERANCE, run, sealed.case.timed)
         raw = "raw" in (sealed.case.high, sealed.case.low)
@@ -162,5 +183,6 @@ def checks(large: bool) -> Iterator[Check]:
     for case in (*OPEN_SMALL, *OPEN_LARGE) if large else OPEN_SMALL:
         dtype = str(case.dtype).removeprefix("torch.")
         name = f"extend_open D={case.dim} G={case.group} {dtype}, {len(case.sequences)} sequences"
+        name += describe(case.softmax)
         run = partial(check_open, case)
         yield Check(name, "extend_open", TOLERANCE, run, is_timed(case.dim, case.dtype))

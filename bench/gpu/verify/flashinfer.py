@@ -10,7 +10,7 @@ import torch
 
 from bench.gpu.device import to
 from bench.gpu.verify.check import Check, Found, compare
-from bench.gpu.verify.extend import CPU, OPEN_LARGE, OPEN_SMALL, Open, draw_open
+from bench.gpu.verify.extend import CPU, OPEN_LARGE, OPEN_SMALL, Open, describe, draw_open
 from sglang_diffxkv.kernels.extend import flashinfer, naive
 from sglang_diffxkv.kernels.extend.prefill import OpenPrefill
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
@@ -32,6 +32,7 @@ def check(case: Open, device: torch.device) -> Found:
 
 
 def checks(large: bool) -> Iterator[Check]:
-    for case in (OPEN_SMALL[0], OPEN_LARGE[0]):
+    for case in (OPEN_SMALL[0], OPEN_LARGE[0], *OPEN_SMALL[2:]):
         name = f"FlashInfer over open pages, {len(case.sequences)} sequences"
+        name += describe(case.softmax)
         yield Check(name, "open_prefill", TOLERANCE, partial(check, case), timed=True)

@@ -11,7 +11,7 @@ import torch
 
 from bench.gpu.device import kernels, to
 from bench.gpu.verify.check import TOLERANCE, Check, Found, is_timed, relative_error
-from bench.gpu.verify.extend import indptr
+from bench.gpu.verify.extend import describe, indptr
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import OpenPages
 from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, naive
@@ -33,11 +33,17 @@ class Case(NamedTuple):
     group: int
     dtype: torch.dtype
     sequences: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    cap: float = 0.0
+
+    @property
+    def softmax(self) -> Softmax:
+        return Softmax(self.dim**-0.5, self.cap)
 
 
 SMALL = (
     Case(128, 2, 3, torch.bfloat16, (((70, 71, 130), (0, 1)), ((), (0,)), ((5,), (0,)))),
     Case(80, 1, 4, torch.float16, ((tuple(range(3, 200, 17)), (0, 2)),)),
+    Case(64, 1, 2, torch.bfloat16, (((63, 100), (0, 1)),), cap=2.0),
 )
 LARGE = (
     Case(128, 4, 4, torch.bfloat16, ((tuple(range(450, 514)), tuple(range(8))), ((9,), (0,)))),
@@ -66,9 +72,9 @@ def check(case: Case, device: torch.device) -> Found:
     queries, opened = ScoringQueries(q, lse, *asking), OpenPages(k_raw, k_raw, *lists)
     before = accum.cpu().clone()
     expected = before.double()
-    kernels("score").score_open(queries, opened, accum, Softmax(case.dim**-0.5))
+    kernels("score").score_open(queries, opened, accum, case.softmax)
     cpu = ScoringQueries(*to(CPU, *queries)), OpenPages(*to(CPU, *opened))
-    naive.score_open(*cpu, expected, Softmax(case.dim**-0.5))
+    naive.score_open(*cpu, expected, case.softmax)
     return Found(relative_error(accum.cpu() - before, expected - before))
 
 
@@ -141,6 +147,7 @@ def checks(large: bool) -> Iterator[Check]:
     for case in (*SMALL, *LARGE) if large else SMALL:
         dtype = str(case.dtype).removeprefix("torch.")
         name = f"score_open D={case.dim} G={case.group} {dtype}, {len(case.sequences)} sequences"
+        name += describe(case.softmax)
         timed = is_timed(case.dim, case.dtype)
         yield Check(name, "score_open", TOLERANCE, partial(check, case), timed)
     for decode in (*DECODE_SMALL, *DECODE_LARGE) if large else DECODE_SMALL:

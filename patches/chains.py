@@ -78,7 +78,7 @@ def _prepare(self: Any, server_args: Any) -> None:
 
 def _short_masks() -> None:
     """Nobody reads the masks, which NGRAM else makes as long as each request's text."""
-    worker = importlib.import_module(f"{_WORKERS}.ngram_worker")
+    worker: Any = importlib.import_module(f"{_WORKERS}.ngram_worker")
     if not hasattr(worker, "USE_FULL_MASK"):
         raise HookError("diffxkv: SGLang's ngram_worker has no USE_FULL_MASK")
     worker.USE_FULL_MASK = False

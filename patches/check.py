@@ -16,6 +16,7 @@ from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator, find_allocator
+from sglang_diffxkv.pool.window_allocator import DiffXKVWindowAllocator
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -29,8 +30,8 @@ def _accept(key: str, value: Any) -> None:
 
 def _add_handler(result: dict[str, Any], self: Any) -> dict[str, Any]:
     scheduler = self.scheduler
-    allocator = find_allocator(scheduler.token_to_kv_pool_allocator)
-    if allocator is None:
+    allocator = scheduler.token_to_kv_pool_allocator
+    if find_allocator(allocator) is None:
         return result
 
     def check(key: str, value: Any) -> None:
@@ -39,14 +40,16 @@ def _add_handler(result: dict[str, Any], self: Any) -> dict[str, Any]:
     return result | {KEY: _UpdateHandler(_accept, check)}
 
 
-def run_check(allocator: DiffXKVAllocator) -> dict[str, Any]:
-    """What `DiffXKVAllocator.check` finds on this rank, and how many ranks found something."""
+def run_check(allocator: DiffXKVAllocator | DiffXKVWindowAllocator) -> dict[str, Any]:
+    """What its `check` finds on this rank, and how many ranks found something."""
     begin = time.perf_counter()
     if torch.device(allocator.device).type == "cuda":
         torch.cuda.synchronize()  # forward passes run on another stream
     violations = allocator.check()
     found = torch.tensor([float(bool(violations))], dtype=torch.float64)
-    if bool(allocator.store.agree(found)) and not violations:
+    ours = find_allocator(allocator)
+    assert ours is not None
+    if bool(ours.store.agree(found)) and not violations:
         violations = ["another rank has found violations: see its log"]
     return {"violations": violations, "seconds": time.perf_counter() - begin}
 

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.plugins.hook_registry import HookType
 
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import find_allocator
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
 
 
 def _commit(self: Any, req: Req, *args: Any, up_to: int, **kwargs: Any) -> None:
-    allocator = self.token_to_kv_pool_allocator
-    if isinstance(allocator, DiffXKVAllocator):
+    allocator = find_allocator(self.token_to_kv_pool_allocator)
+    if allocator is not None:
         allocator.commit(req.kv.req_pool_idx, up_to, self.req_to_token_pool.req_to_token)
 
 

@@ -6,6 +6,7 @@ runs in the scheduler, on the loaded model: its layers show in the same words fo
 configuration files name differently or leave to the code.
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.arg_groups.overrides import supports_mamba_cache_extra_buffer
@@ -51,7 +52,8 @@ def check_model_config(model: "ModelConfig", config: DiffXKVConfig, ranks: int) 
 def _full_attention_layers(model: "ModelConfig") -> int:
     """How many layers' KV is ours: SGLang keeps what others need beside it."""
     linear = mambaish_config(model)
-    return model.num_attention_layers if linear is None else len(linear.full_attention_layer_ids)
+    full = (model if linear is None else linear).full_attention_layer_ids
+    return model.num_attention_layers if full is None else len(full)
 
 
 def check_prefix_cache(view: Any, model: "ModelConfig") -> None:
@@ -89,15 +91,12 @@ def kinds_of(model: "ModelConfig") -> dict[str, bool]:
         "a state-space model for attention": model.attention_arch == AttentionArch.SSM,
         "linear attention other than gated delta and Mamba2": _unknown_linear_layers(model),
         "no attention layers": linear is not None and not linear.full_attention_layer_ids,
-        # SGLang may run window layers without their own pool, and then does not call it hybrid.
-        "sliding-window layers": model.is_hybrid_swa
-        or "sliding_attention" in (getattr(text, "layer_types", None) or ()),
+        "sliding windows in all layers": model.full_attention_layer_ids == [],
+        "layers that read the K/V of others": bool(getattr(text, "num_kv_shared_layers", None)),
         "chunked local attention": model.attention_chunk_size is not None,
         "dual chunk attention": hasattr(model.hf_config, "dual_chunk_attention_config"),
         "sparse attention": is_minimax_sparse(model.hf_config) or is_qwen_qsa(model.hf_config),
         "cross-attention (encoder-decoder)": model.is_encoder_decoder,
-        "learned attention sinks": model.has_attention_sinks,
-        "soft-capped attention logits": bool(getattr(text, "attn_logit_softcapping", None)),
         "no text generation (embedding or reward)": not model.is_generation,
     }
 
@@ -109,26 +108,39 @@ def _unknown_linear_layers(model: "ModelConfig") -> bool:
 
 def _unsupported_shape(model: "ModelConfig") -> str | None:
     query_heads, kv_heads = model.num_attention_heads, model.get_total_num_kv_heads()
-    if model.head_dim not in HEAD_DIMS:
-        return f"head_dim {model.head_dim} (not one of {', '.join(map(str, HEAD_DIMS))})"
-    if model.v_head_dim != model.head_dim:
-        return f"keys of {model.head_dim} elements and values of {model.v_head_dim}"
+    windows = model.swa_head_dim, model.swa_v_head_dim
+    for keys, values in {(model.head_dim, model.v_head_dim), windows}:
+        if keys not in HEAD_DIMS:
+            return f"head_dim {keys} (not one of {', '.join(map(str, HEAD_DIMS))})"
+        if values != keys:
+            return f"keys of {keys} elements and values of {values}"
     if query_heads % kv_heads:
         return f"{query_heads} query heads, not a multiple of its {kv_heads} KV heads"
     return None
 
 
-def check_layers(model: nn.Module) -> None:
+def check_layers(model: nn.Module, windows: Collection[int] = ()) -> None:
     """Check the attention layers of a loaded model.
 
+    Args:
+        windows: ids of those whose K/V SGLang keeps in its pool for window layers.
+
     Raises:
-        ValueError: the first layer that is not plain causal self-attention, or unlike the others.
+        ValueError: the first layer that is not plain causal self-attention, or unlike the others of
+            its kind: with a sliding window, or without.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, RadixAttention)]
+    first: dict[bool, RadixAttention] = {}
     for layer in layers:
+        has_window = layer.sliding_window_size > 0
+        like = first.setdefault(has_window, layer)
         found = _unsupported_layer(layer)
-        if found is None and _shape(layer) != _shape(layers[0]):
-            found = f"heads x dim of {_shape(layer)}, others of {_shape(layers[0])}"
+        if found is None and _shape(layer) != _shape(like):
+            found = f"heads x dim of {_shape(layer)}, others of {_shape(like)}"
+        if found is None and layer.sliding_window_size != like.sliding_window_size:
+            found = f"a window of {layer.sliding_window_size}, others of {like.sliding_window_size}"
+        if found is None and has_window != (layer.layer_id in windows):
+            found = f"a window of {layer.sliding_window_size}, unlike what its layer_types say"
         if found is not None:
             raise ValueError(
                 f"{BACKEND} cannot serve this model, whose layer {layer.layer_id} has {found}: "
@@ -138,8 +150,8 @@ def check_layers(model: nn.Module) -> None:
 
 def _unsupported_layer(layer: RadixAttention) -> str | None:
     kinds = {
-        f"soft-capped attention logits ({layer.logit_cap:g})": layer.logit_cap > 0,
-        f"a sliding window ({layer.sliding_window_size})": layer.sliding_window_size > 0,
+        f"logits capped by {layer.logit_capping_method}": layer.logit_cap > 0
+        and layer.logit_capping_method != "tanh",
         "cross-attention": layer.is_cross_attention,
         "chunked local attention": layer.use_irope,
         "attention that is not causal": layer.attn_type != AttentionType.DECODER,

@@ -11,6 +11,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang_diffxkv.metrics import PrometheusGauges, pool_gauges, pool_stats
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import find_allocator
+from sglang_diffxkv.pool.window_allocator import find_windows
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -28,7 +29,8 @@ _last_export = 0.0
 def _add_memory_usage(result: Any, self: Any, state: dict[str, Any]) -> None:
     allocator = find_allocator(self.scheduler.token_to_kv_pool_allocator)
     if allocator is not None:
-        state[STATE_KEY] = pool_stats(allocator.store)
+        windows = find_windows(self.scheduler.token_to_kv_pool_allocator)
+        state[STATE_KEY] = pool_stats(allocator.store, windows)
 
 
 def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -41,7 +43,8 @@ def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     _last_export = time.monotonic()
     if _gauges is None:
         _gauges = PrometheusGauges(dict(self.metrics_collector.labels))
-    _gauges.update(pool_gauges(allocator.store))
+    windows = find_windows(self.scheduler.token_to_kv_pool_allocator)
+    _gauges.update(pool_gauges(allocator.store, windows))
 
 
 def add_route(app: FastAPI) -> None:

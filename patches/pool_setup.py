@@ -14,11 +14,13 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.patches.draft_pool import DRAFT_SLACK, draft_token_bytes, log_draft_pool
 from sglang_diffxkv.patches.kv_dtype import check_dtype
 from sglang_diffxkv.patches.server_args import fraction_is_given, ranks_per_host
+from sglang_diffxkv.patches.window_setup import log_division, window_layers
 from sglang_diffxkv.policy.registry import make_policy
 from sglang_diffxkv.pool.host_memory import available_memory, default_budget, on_each, too_much
 from sglang_diffxkv.pool.kv_pool import PoolSetup
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, PoolBudget, size_pool
+from sglang_diffxkv.pool.window_sizing import SLOT_BYTES, size_window_pool
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +59,28 @@ def make_setup(
     least, expected_fill, policy_bytes, attention = agreed
     draft_bytes = draft_token_bytes(configurator)
     slack = DEMOTION_SLACK if policy.can_demote else VIRTUAL_SLACK
+    nbytes, windows = int(-least) - int(policy_bytes), window_layers(configurator)
+    window_tokens = window_bytes = 0
+    if windows is not None:
+        sealed = sum(policy.caps) * expected_fill / PAGE_TOKENS
+        window_tokens = size_window_pool(
+            windows, nbytes, sealed / (1 - config.raw_share), cap_tokens
+        )
+        window_bytes = (window_tokens + PAGE_TOKENS) * windows.token_bytes
+        log_division(windows, window_tokens, window_bytes, nbytes)
     budget = PoolBudget(
-        int(-least) - int(policy_bytes),
+        nbytes - window_bytes,
         config.raw_share,
         virtual_slack=DRAFT_SLACK if draft_bytes else slack,
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
         attention_bytes=int(attention),
-        slot_bytes=draft_bytes,
+        slot_bytes=draft_bytes + (0 if windows is None else SLOT_BYTES),
     )
     sizes = size_pool(budget, policy.layout, policy.caps, expected_fill)
     _check_chunk(sizes.raw_pages)
     if draft_bytes:
         log_draft_pool(draft_bytes, sizes.virtual_tokens)
-    return PoolSetup(policy, sizes, agree)
+    return PoolSetup(policy, sizes, agree, window_tokens)
 
 
 def _full_attention_layers(configurator: Any) -> int:

@@ -10,7 +10,7 @@ pages that is taken, of that capacity. Leak checks alone keep the virtual pages.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
@@ -29,14 +29,15 @@ class PhysicalPoolStats(PoolStats):
 
     Attributes:
         tokens_running: that requests hold, however few bytes they take: the log's ``#token``.
+        virtual_tokens: all that there are, free or not.
     """
 
     tokens_running: int = 0
+    virtual_tokens: int = 0
 
     def get_decode_usage_msg_parts(self) -> list[str]:
-        return PoolStats.get_decode_usage_msg_parts(
-            replace(self, full_num_used=self.tokens_running)
-        )
+        running = PhysicalPoolStats(**vars(self) | {"full_num_used": self.tokens_running})
+        return PoolStats.get_decode_usage_msg_parts(running)
 
     def update_scheduler_stats(self, stats: Any) -> None:
         super().update_scheduler_stats(stats)
@@ -57,6 +58,7 @@ def _publish_physical(result: PoolStats, self: Any) -> PoolStats | None:
         "full_token_usage": usage,
         "full_capacity": allocator.store.sizes.expected_tokens,
         "tokens_running": held,
+        "virtual_tokens": allocator.size,
     }
     return PhysicalPoolStats(**vars(result) | physical)
 
@@ -82,10 +84,21 @@ def _check_virtual_pages(original: Callable[[Any], None], self: Any) -> None:
     self.max_total_num_tokens = published
 
 
+def _check_window_models(
+    original: Callable[..., Any], self: Any, ps: PoolStats, *args: Any, **kwargs: Any
+) -> Any:
+    """The same of models with window layers, where SGLang takes the capacity from statistics."""
+    if isinstance(ps, PhysicalPoolStats):
+        ps = PhysicalPoolStats(**vars(ps) | {"full_capacity": ps.virtual_tokens})
+    return original(self, ps, *args, **kwargs)
+
+
 def install() -> None:
-    for kind in ("_get_token_info", "_get_mamba_token_info"):
+    for kind in ("_get_token_info", "_get_mamba_token_info", "_get_swa_token_info"):
         hook(f"{OBSERVER}.{kind}", _publish_physical, HookType.AFTER, ())
     worker = "sglang.srt.managers.tp_worker.TpModelWorker"
     hook(f"{worker}.get_worker_info", _get_worker_info, HookType.AFTER, ())
     checker = f"{SCHEDULER}.Scheduler.init_invariant_checker"
     hook(checker, _check_virtual_pages, HookType.AROUND, ())
+    of_pool = f"{SCHEDULER}_components.invariant_checker.SchedulerInvariantChecker._check_full_pool"
+    hook(of_pool, _check_window_models, HookType.AROUND, ("ps",))

@@ -152,7 +152,20 @@ def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_model_config(model, server_args._diffxkv, view.tp_size)
             check_prefix_cache(view, model)
         choose_draft_attention(server_args, model)
+        if model.is_hybrid_swa:
+            _standing_in(server_args, previous)
+            return
     previous(server_args)
+
+
+def _standing_in(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """SGLang has lists of its own backends that do windows and sinks; Triton is on all of them."""
+    view = resolving_view(server_args)
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    ours = {name: BACKEND for name in names if getattr(view, name) == BACKEND}
+    declare_resolution(server_args, BACKEND, **dict.fromkeys(ours, "triton"))
+    previous(server_args)
+    declare_resolution(server_args, BACKEND, **ours)
 
 
 def _check_resolved(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -10,15 +10,18 @@ from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, TOKEN_METADAT
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.totals import LayerSums
+from sglang_diffxkv.pool.window_use import WindowUse
 
 PREFIX = "sglang:diffxkv_"
 
 
-def pool_stats(store: PageStore) -> dict[str, Any]:
+def pool_stats(store: PageStore, windows: WindowUse | None = None) -> dict[str, Any]:
     """A snapshot of the pool; all byte counts are of memory that was really allocated.
 
     From sums that the store keeps, whatever its size; waits for the device. ``bytes`` has the parts
-    of ``bytes_in_use``.
+    of ``bytes_in_use``. What is said of tokens, pages and bytes is said of full-attention layers;
+    ``window_layers`` has those of SGLang's pool for the others, which ``physical_compression``
+    counts as what they are in both.
     """
     layout, ledger, sizes, meter = store.layout, store.ledger, store.sizes, store.retention
     store.settle()  # so that all figures are of one moment
@@ -44,7 +47,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
         "pages_by_quality": {x.name.lower(): store.totals.by_quality[x] for x in Quality},
         "frames": sizes.frames,
         "frame_bytes": layout.frame_bytes,
-        **_gauges(store, sums),
+        **_gauges(store, sums, windows),
         "bytes": {
             "payload": payload,
             "metadata": meta,
@@ -55,6 +58,7 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
         "sealed_bytes_per_token_by_layer": [
             frames * layout.frame_bytes / sealed_tokens for frames in sums.frames
         ],
+        "window_layers": None if windows is None else windows.report(),
         "retention_by_layer": None if meter is None else meter.by_layer(),
         "retention_demoted_by_layer": None if meter is None else meter.demoted_by_layer(),
         "plan": store.policy.plan_report(),
@@ -64,17 +68,18 @@ def pool_stats(store: PageStore) -> dict[str, Any]:
     }
 
 
-def pool_gauges(store: PageStore) -> dict[str, Any]:
+def pool_gauges(store: PageStore, windows: WindowUse | None = None) -> dict[str, Any]:
     """The part of `pool_stats` that gauges show, as far as it is known without any wait.
 
     On a GPU tiers may be some steps older or newer than pages are.
     """
-    return _gauges(store, store.totals.lately())
+    return _gauges(store, store.totals.lately(), windows)
 
 
-def _gauges(store: PageStore, sums: LayerSums) -> dict[str, Any]:
+def _gauges(store: PageStore, sums: LayerSums, windows: WindowUse | None) -> dict[str, Any]:
     ledger, sizes = store.ledger, store.sizes
     high, low = sum(sums.high), sum(sums.low)
+    beside = 0 if windows is None else windows.bytes_in_use
     entries = ledger.sealed_pages * PAGE_TOKENS * sizes.num_layers * store.layout.num_kv_heads
     return {
         "sealed_pages": ledger.sealed_pages,
@@ -83,7 +88,7 @@ def _gauges(store: PageStore, sums: LayerSums) -> dict[str, Any]:
         "tokens_held": ledger.tokens_held,
         "bytes_total": store.nbytes,
         "bytes_in_use": store.bytes_in_use,
-        "physical_compression": store.physical_compression,
+        "physical_compression": store.physical_compression(beside),
         "tier_tokens": {"high": high, "low": low, "pruned": max(0, entries - high - low)},
         "counters": asdict(store.counters),
     }

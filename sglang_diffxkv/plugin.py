@@ -44,9 +44,11 @@ def _install() -> None:
         quality,
         running,
         server_args,
+        window_models,
     )
 
-    of_pool = (kv_dtype, linear_state, pool, published_capacity, input_buffers, forward, check)
+    of_model = (server_args, window_models, kv_dtype)
+    of_pool = (linear_state, pool, published_capacity, input_buffers, forward, check, idle)
     of_requests = (
         running,
         committed,
@@ -58,7 +60,7 @@ def _install() -> None:
         profiling,
         chains,
     )
-    for hook in (server_args, *of_pool, idle, *of_requests):
+    for hook in (*of_model, *of_pool, *of_requests):
         hook.install()
 
     @register_attention_backend(server_args.BACKEND)
@@ -68,7 +70,7 @@ def _install() -> None:
         from sglang_diffxkv.patches.model_validation import check_layers
 
         check_applied()
-        check_layers(model_runner.model)
+        check_layers(model_runner.model, model_runner.model_config.swa_attention_layer_ids or ())
         backend = make_backend(model_runner, server_args.get_config())
         _prepare_kernels(model_runner, scores=backend.store.policy.needs_scores)
         running.follow(model_runner.req_to_token_pool, model_runner.token_to_kv_pool_allocator)

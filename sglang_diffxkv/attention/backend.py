@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Shar
 from sglang_diffxkv.attention.batch_pages import BatchPages, gather_pages, note_use, page_table
 from sglang_diffxkv.attention.decode_batch import DecodeBatch
 from sglang_diffxkv.attention.full_pages import FullPages
+from sglang_diffxkv.attention.layer_softmax import softmax_of
 from sglang_diffxkv.attention.ready_pages import pages_to_seal
 from sglang_diffxkv.attention.scoring import (
     NewTokens,
@@ -23,6 +24,7 @@ from sglang_diffxkv.attention.scoring import (
     count_scores,
     extend_queries,
 )
+from sglang_diffxkv.attention.window_layers import WindowLayers
 from sglang_diffxkv.config import DiffXKVConfig
 from sglang_diffxkv.kernels.extend.prefill import Prefill, PrefillBatch
 from sglang_diffxkv.kernels.extend.scratch import PrefixScratch
@@ -87,6 +89,7 @@ class DiffXKVBackend(AttentionBackend):
             SGLang's warm-up has none.
         forward_metadata: of the prefill that runs. decode_batch: of the decode step that does, or
             the verification. Neither of SGLang's warm-up, which begins steps that it does not end.
+        windows: layers that see a window, in models that have some.
         committed: tokens of the batch before and after this forward pass.
         decode: attention of decode steps.
         token_to_kv_pool, req_to_token_pool: SGLang's.
@@ -103,6 +106,7 @@ class DiffXKVBackend(AttentionBackend):
     decode_batch: DecodeBatch | None = None
     committed: Committed
     scratch: PrefixScratch | None = None
+    windows: WindowLayers | None = None
 
     def __init__(
         self,
@@ -143,6 +147,8 @@ class DiffXKVBackend(AttentionBackend):
         store.begin_step(decodes=self.is_mixed)
         note_use(store, pages, seq_lens, self.config.window)
         self._commit(torch.tensor(fb.extend_prefix_lens_cpu), fb.seq_lens_cpu)
+        if self.windows is not None:
+            self.windows.begin_extend(new, table, seq_lens, fb.out_cache_loc)
         most_scored = longest if queries is None else max(fb.extend_prefix_lens_cpu)
         self.forward_metadata = PrefillStep(
             pages=pages,
@@ -193,17 +199,21 @@ class DiffXKVBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of a (mixed) prefill batch, or a verification: q [T, Hq * D] -> [T, Hq * D]."""
         if forward_batch.forward_mode.is_target_verify():
-            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
-        step, dim = self.forward_metadata, layer.qk_head_dim
-        index, softmax = self.layers[layer.layer_id], Softmax(layer.scaling)
+            return self.forward_decode(q, k, v, layer, forward_batch, save_kv_cache, sinks)
+        step, dim, softmax = self.forward_metadata, layer.qk_head_dim, softmax_of(layer, sinks)
         assert step is not None
+        q = q.reshape(-1, layer.tp_q_head_num, dim)
         if save_kv_cache and k is not None:
             k, v = (x.view(-1, layer.tp_k_head_num, dim) for x in (k, v))
+        if self.windows is not None and layer.layer_id in self.windows.layers:
+            return self.windows.extend(layer.layer_id, q, k, v, softmax).out.to(q.dtype).flatten(1)
+        index = self.layers[layer.layer_id]
+        if save_kv_cache and k is not None:
             self.store.raw.write(index, step.rows, k, v)
-        q = q.reshape(-1, layer.tp_q_head_num, dim)
         state = step.attention.attend(q, self.store.layer_pages(index), softmax)
         if step.queries is not None:
             self._score(step, index, q, state.lse, softmax)
@@ -231,12 +241,16 @@ class DiffXKVBackend(AttentionBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
         save_kv_cache: bool = True,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of N new tokens per sequence: q [B * N, Hq * D] -> [B * N, Hq * D]."""
         assert save_kv_cache  # models that write it themselves are hooked
         q, k, v = (x.view(len(x), -1, layer.qk_head_dim) for x in (q, k, v))
+        softmax = softmax_of(layer, sinks)
+        if self.windows is not None and layer.layer_id in self.windows.layers:
+            return self.windows.decode(layer.layer_id, q, k, v, softmax).out.flatten(1)
         index = self.layers[layer.layer_id]
-        return self.decode.attend(index, q, k, v, Softmax(layer.scaling)).out.flatten(1)
+        return self.decode.attend(index, q, k, v, softmax).out.flatten(1)
 
     def end_of_step(self) -> None:
         """After all layers: count the scores, and seal what is full, scored and not recent."""

@@ -69,7 +69,10 @@ class DeviceBackend(DiffXKVBackend):
         self.decode.tick(len(batch.seq_lens_cpu))
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        self.decode.begin(step_tokens(forward_batch))
+        tokens = step_tokens(forward_batch)
+        self.decode.begin(tokens)
+        if self.windows is not None:
+            self.windows.begin_decode(tokens)
 
     def seal_decoded(self, batch: DecodeBatch, due: float) -> None:
         if math.isinf(due):

@@ -26,6 +26,9 @@ class HostBackend(DiffXKVBackend):
         self.decode_batch = self.forward_metadata = None
         if fb.forward_mode.is_decode() or fb.forward_mode.is_target_verify():
             self.begin_decode(decode_batch(fb))
-            self.decode.begin(step_tokens(fb))
+            tokens = step_tokens(fb)
+            self.decode.begin(tokens)
+            if self.windows is not None:
+                self.windows.begin_decode(tokens)
         else:
             self.begin_prefill(fb)

@@ -57,11 +57,12 @@ class HostDecode:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, softmax: Softmax
     ) -> AttentionState:
         """`DecodeLayers.attend` of this step, of whatever dtype and strides the model has."""
-        q, k, v = (self._fitting(x) for x in (q, k, v))
+        q, k, v = (fitting(x, self._layers.dtype) for x in (q, k, v))
         return self._layers.attend(layer, q, k, v, softmax)
 
-    def _fitting(self, x: torch.Tensor) -> torch.Tensor:
-        dtype, dim = self._layers.dtype, x.shape[2]
-        if x.dtype == dtype and x.stride(2) == 1 and x.stride(1) == dim:
-            return x
-        return x.to(dtype).contiguous()
+
+def fitting(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` [B, heads, D] as `DecodeLayers` takes it: a copy where it is not."""
+    if x.dtype == dtype and x.stride(2) == 1 and x.stride(1) == x.shape[2]:
+        return x
+    return x.to(dtype).contiguous()

@@ -18,11 +18,12 @@ def softmax_of(layer: RadixAttention, sinks: torch.Tensor | None = None) -> Soft
     """Of one layer.
 
     Args:
-        sinks: fp32 [Hq], contiguous; SGLang's models hand them over with each call.
+        sinks: [Hq], contiguous; SGLang's models hand them over with each call.
     """
     window_left = layer.sliding_window_size  # tokens before a query, as FlashInfer counts
     if window_left is None or window_left <= 0:
         window_left = -1
+    sinks = None if sinks is None else sinks.float()
     return Softmax(layer.scaling, layer.logit_cap, window_left, sinks)
 
 

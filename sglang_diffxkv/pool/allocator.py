@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
@@ -13,10 +14,10 @@ from sglang.srt.utils import get_num_new_pages
 from sglang_diffxkv.pool.capacity import Capacity
 from sglang_diffxkv.pool.committed import count, fill
 from sglang_diffxkv.pool.integrity import check_integrity
-from sglang_diffxkv.pool.kv_pool import find_pool
 from sglang_diffxkv.pool.prefill_budget import DiffXKVPrefillBudget
 from sglang_diffxkv.pool.reclaim import Reclaimer
 from sglang_diffxkv.pool.running import RunningRequests
+from sglang_diffxkv.pool.store import PageStore
 
 
 class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
@@ -27,21 +28,23 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     it waits or retracts.
 
     Attributes:
-        store: of our pool, which may be a part of SGLang's.
         running: requests that hold pages.
         capacity, reclaimer: what fits, and who makes room.
     """
 
     free_pages: torch.Tensor
 
-    def __init__(self, *args: Any, kvcache: Any, **kwargs: Any) -> None:
-        pool = find_pool(kvcache)
-        assert pool is not None
-        self.store = pool.store
-        super().__init__(*args, kvcache=kvcache, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.running = RunningRequests()
         self.capacity = Capacity(self.store, self.running)
         self.reclaimer = Reclaimer(self.store, self.running, self.capacity, self)
+
+    @property
+    def store(self) -> PageStore:
+        """Of our pool, which may be the full-attention part of one of SGLang's."""
+        pool: Any = getattr(self._kvcache, "full_kv_pool", self._kvcache)
+        return cast(PageStore, pool.store)
 
     # -- pages in and out --
 
@@ -151,10 +154,16 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def evict_to_free_tokens(self, tree_cache: Any, num_tokens: int) -> bool | None:
         """Evict for virtual pages only: SGLang asks again before each allocation, for a page per
         running request in decode, when the gates before have made the room that is needed."""
-        released = self.store.counters.released
-        result = super().evict_to_free_tokens(tree_cache, num_tokens)
-        self.store.counters.evicted += self.store.counters.released - released
-        return result
+        with self.counting_evicted():
+            return super().evict_to_free_tokens(tree_cache, num_tokens)
+
+    @contextmanager
+    def counting_evicted(self) -> Iterator[None]:
+        """What is freed meanwhile is evicted."""
+        counters = self.store.counters
+        released = counters.released
+        yield
+        counters.evicted += counters.released - released
 
     def check_decode_capacity(
         self,

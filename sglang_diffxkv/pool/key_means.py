@@ -46,6 +46,10 @@ class KeyMeans:
         self.by_layer.copy_(by_layer)
         self._is_set.fill_(True)
 
+    def keep_zero(self) -> None:
+        """Never take a mean out: where scores are capped, what it adds to them is not known."""
+        self.set(torch.zeros_like(self.by_layer))
+
     def learn(
         self,
         raw: RawPages,

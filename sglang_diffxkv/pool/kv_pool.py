@@ -24,6 +24,8 @@ class PoolSetup(NamedTuple):
     policy: TierPolicy
     sizes: PoolSizes
     agree: Agree = alone
+    window_tokens: int = 0
+    """Of the pool of layers with a sliding window, which is SGLang's."""
 
 
 class DiffXKVPool(MHATokenToKVPool):
@@ -44,7 +46,7 @@ class DiffXKVPool(MHATokenToKVPool):
         super().__init__(*args, **kwargs)
 
     def _create_buffers(self) -> None:
-        policy, sizes, agree = self._setup
+        policy, sizes, agree, _ = self._setup
         layout = policy.layout
         if (self.head_num, self.head_dim, self.layer_num) != (
             layout.num_kv_heads,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
@@ -62,7 +62,7 @@ class Reclaimer:
         store: PageStore,
         running: RunningRequests,
         capacity: Capacity,
-        virtual: PagedTokenToKVPoolAllocator,
+        virtual: BaseTokenToKVPoolAllocator,
     ) -> None:
         self._store, self._running, self._capacity = store, running, capacity
         self._virtual = virtual

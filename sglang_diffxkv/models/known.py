@@ -28,8 +28,6 @@ class KnownModel(NamedTuple):
     """Digits are tokens of their own, and no space is one with a digit."""
     adds_bos: bool = False
     """Every text starts with the token of its beginning."""
-    refused: str = ""
-    """Why our backend refuses to serve it; empty where it does not."""
 
 
 KNOWN = (
@@ -62,7 +60,6 @@ KNOWN = (
         "the Prohibited Use Policy that they name",
         licence_file="GEMMA_TERMS.html",
         adds_bos=True,
-        refused="it has sliding windows, which this backend does not serve yet",
     ),
 )
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's conversations, and how answers are compared with those of full KV."""
 
-from pathlib import Path
 
 import pytest
 
@@ -42,13 +41,7 @@ def test_agreement_counts_answers_and_tokens() -> None:
     assert side_by_side(full, given).count("the same") == 1
 
 
-@pytest.mark.parametrize(
-    "model, says",
-    [("gemma3-270m", "gemma3-270m: it has sliding windows"), ("nowhere", "nowhere: not a check")],
-)
-def test_a_model_that_the_demo_cannot_serve_is_refused_in_a_line(
-    model: str, says: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    assert main(["demo", "--device", "cpu", "--model", model]) == 1
+def test_what_is_no_model_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--device", "cpu", "--model", "nowhere"]) == 1
     err = capsys.readouterr().err
-    assert says in err and err.count("\n") == 1
+    assert "nowhere: not a check" in err and err.count("\n") == 1

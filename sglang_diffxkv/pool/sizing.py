@@ -106,15 +106,18 @@ def size_pool(
     fixed = workspace.nbytes + attention_bytes + Totals.bytes_for(num_layers)
     fixed += KeyMeans.bytes_for(num_layers, layout.num_kv_heads, layout.head_dim)
     # One more slot takes padded tokens.
-    raw_pages = int((nbytes - attention_bytes) * raw_share) // raw_bytes - 1
+    open_bytes = raw_bytes + PAGE_TOKENS * slot_bytes
+    raw_pages = int((nbytes - attention_bytes) * raw_share) // open_bytes - 1
     # Two entries of the directory are no pages: those of padded tokens, and of none. Others pad it.
     entries = raw_pages + 2 + ALIGNED_PAGES - 1
     rest = nbytes - fixed - (raw_pages + 1) * raw_bytes - entries * entry_bytes
-    frames = int(rest / (frame_bytes + virtual_slack * entry_bytes / expected))
+    sealed_bytes = frame_bytes + virtual_slack * entry_bytes / expected
+    frames = int(rest / sealed_bytes)
     if raw_pages < MIN_RAW_PAGES or frames < MIN_RAW_PAGES * worst:
+        others = fixed + (2 + ALIGNED_PAGES) * entry_bytes
         need = max(
-            attention_bytes + (MIN_RAW_PAGES + 2) * raw_bytes / raw_share,
-            fixed + (MIN_RAW_PAGES + 1) * worst * (frame_bytes + entry_bytes) / (1 - raw_share),
+            attention_bytes + (MIN_RAW_PAGES + 2) * open_bytes / raw_share,
+            (others + (MIN_RAW_PAGES + 1) * worst * sealed_bytes) / (1 - raw_share),
         )
         raise ValueError(
             f"diffxkv: {nbytes / 2**20:.1f} MiB hold {max(raw_pages, 0)} raw pages and "

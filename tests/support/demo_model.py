@@ -102,6 +102,28 @@ def write_demo_model(path: str | Path, **dimensions: Any) -> Path:
     return folder
 
 
+def write_eagle_draft(path: str | Path, **dimensions: Any) -> Path:
+    """Write an EAGLE draft of one layer for a `DemoModel` of these dimensions to folder `path`.
+
+    It reads the target's hidden states, but has learnt nothing: few of its drafts are accepted.
+    """
+    model = DemoModel(**{"seed": 1, **dimensions, "layers": 1})
+    folder = write_demo_model(path, **model._asdict())
+    config = model.config() | {"architectures": ["LlamaForCausalLMEagle"]}
+    _write_json(folder / "config.json", config)
+    weights = {
+        name.removeprefix("model."): weight.to(getattr(torch, model.dtype))
+        for name, weight in _weights(model).items()
+        if "layers.0." in name and "input_layernorm" not in name
+    }
+    generator = torch.Generator().manual_seed(model.seed)
+    joined = torch.randn(model.hidden, 2 * model.hidden, generator=generator)
+    weights["fc.weight"] = (joined / joined.shape[1] ** 0.5).to(getattr(torch, model.dtype))
+    weights["fc.bias"] = torch.zeros(model.hidden, dtype=getattr(torch, model.dtype))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def _token_id(special: str) -> int:
     return 256 + SPECIAL_TOKENS.index(special)
 

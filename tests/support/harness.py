@@ -89,4 +89,4 @@ def _models_but_llama() -> list[str]:
     spec = find_spec("sglang")
     assert spec is not None and spec.origin is not None, "SGLang is not installed"
     files = (Path(spec.origin).parent / "srt" / "models").glob("*.py")
-    return sorted(file.stem for file in files if file.stem != "llama")
+    return sorted(file.stem for file in files if file.stem not in ("llama", "llama_eagle"))

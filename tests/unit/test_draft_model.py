@@ -53,6 +53,13 @@ def test_both_pools_fit_the_budget(share: float, fill: float) -> None:
     few = sizes_of(draft_pool.DRAFT_SLACK, 100)
     assert few.virtual_pages == 100
 
+    memory = 3 << 20
+    with pytest.raises(ValueError, match="raise memory_bytes") as refusal:
+        sizes_of(draft_pool.DRAFT_SLACK)
+    needed = float(str(refusal.value).rsplit("at least ", 1)[1].split()[0])
+    memory = int(needed * 2**20) + 1
+    assert taken(sizes_of(draft_pool.DRAFT_SLACK)) <= memory
+
 
 def attend(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """[heads, dim] over [tokens, KV heads, dim], in float64."""

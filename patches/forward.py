@@ -32,6 +32,11 @@ def _before_forward(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) ->
         backend.batch_indices = getattr(forward_batch, _INDICES, None)
 
 
+def _before_replay(self: Any, forward_batch: Any, *args: Any, **kwargs: Any) -> None:
+    """Speculative workers load a verification into its graph before its forward pass begins."""
+    _before_forward(self.model_runner, forward_batch)
+
+
 def _after_forward(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     backend = find_backend(self.attn_backend)
     if backend is not None:
@@ -58,5 +63,7 @@ def install() -> None:
     forward = "sglang.srt.model_executor.model_runner.ModelRunner.forward"
     batch = "sglang.srt.model_executor.forward_batch_info.ForwardBatch.init_new"
     hook(batch, _note_requests, HookType.AFTER, ("batch",))
+    graphs = "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner"
+    hook(f"{graphs}.load_batch", _before_replay, HookType.BEFORE, ("forward_batch",))
     hook(forward, _before_forward, HookType.BEFORE, ("forward_batch",))
     hook(forward, _after_forward, HookType.AFTER, ("forward_batch",))

@@ -29,7 +29,7 @@ def _limit_length(self: Any, req: Req) -> None:
         return
     allocator = find_allocator(self.token_to_kv_pool_allocator)
     assert allocator is not None  # no other server has lossless requests
-    capacity = allocator.capacity.lossless_pages * PAGE_TOKENS
+    capacity = allocator.capacity.lossless_pages * PAGE_TOKENS - allocator.capacity.drafts
     room = capacity - len(req.origin_input_ids)
     if room > 0:
         params = req.sampling_params
@@ -128,17 +128,17 @@ def _fits(adder: Any, req: Req, without: Collection[Req] = ()) -> bool:
     """
     if hasattr(adder, _WAITS):
         return False
+    allocator = find_allocator(adder.token_to_kv_pool_allocator)
+    assert allocator is not None  # no other server has lossless requests
+    drafts = allocator.capacity.drafts
     running = () if adder.running_batch is None else adder.running_batch.reqs
     admitted = [r for r in (*running, *adder.can_run_list) if r not in without]
     sequences = [
-        paged(r, len(r.origin_input_ids) + r.sampling_params.max_new_tokens)
+        paged(r, len(r.origin_input_ids) + r.sampling_params.max_new_tokens + drafts)
         for r in (*admitted, req)
         if _holds_raw_pages(r)
     ]
-    pages = distinct_pages(adder.tree_cache, sequences)
-    allocator = find_allocator(adder.token_to_kv_pool_allocator)
-    assert allocator is not None  # no other server has lossless requests
-    return pages <= allocator.capacity.lossless_pages
+    return distinct_pages(adder.tree_cache, sequences) <= allocator.capacity.lossless_pages
 
 
 def install() -> None:

@@ -73,7 +73,9 @@ def _install() -> None:
         check_layers(model_runner.model, model_runner.model_config.swa_attention_layer_ids or ())
         backend = make_backend(model_runner, server_args.get_config())
         _prepare_kernels(model_runner, scores=backend.store.policy.needs_scores)
-        running.follow(model_runner.req_to_token_pool, model_runner.token_to_kv_pool_allocator)
+        allocator = model_runner.token_to_kv_pool_allocator
+        running.follow(model_runner.req_to_token_pool, allocator)
+        committed.expect_drafts(allocator)
         return backend
 
 

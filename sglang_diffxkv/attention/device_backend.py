@@ -6,6 +6,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.layers.attention.verify_mask import VerifyMask, maybe_create_verify_mask
+
 from sglang_diffxkv.attention.backend import DiffXKVBackend
 from sglang_diffxkv.attention.decode_batch import DecodeBatch, decode_batch, step_tokens
 from sglang_diffxkv.attention.device_decode import DeviceDecode
@@ -29,6 +31,7 @@ class DeviceBackend(DiffXKVBackend):
     """
 
     decode: DeviceDecode
+    _verify_mask: VerifyMask | None = None
 
     def prepare(self) -> None:
         store, table = self.store, self.req_to_token
@@ -45,7 +48,21 @@ class DeviceBackend(DiffXKVBackend):
         return 1
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Nothing to do: graphs read SGLang's own buffers, and what they write is captured."""
+        """Graphs read SGLang's own buffers, and what they write is captured. Where they verify,
+        workers want a mask to fill: drafts are chains, so nobody reads it."""
+        self._verify_mask = maybe_create_verify_mask(
+            is_draft_runner=False,
+            skip_prefill=max_num_tokens == max_bs,
+            max_bs=max_bs,
+            max_context_len=self.req_to_token.shape[1],
+            num_draft_tokens=max_num_tokens // max_bs,
+            device=self.req_to_token.device,
+            is_read=False,
+        )
+
+    @property
+    def verify_mask(self) -> VerifyMask | None:
+        return self._verify_mask
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         self.decode_batch = self.forward_metadata = None

@@ -15,7 +15,13 @@ MIN_CHUNK_PAGES = 3
 
 
 class Capacity:
-    """Of one pool: for admission, and for what SGLang publishes."""
+    """Of one pool: for admission, and for what SGLang publishes.
+
+    Attributes:
+        drafts: slots that SGLang allocates behind a request's tokens, for drafts to be verified.
+    """
+
+    drafts = 0
 
     def __init__(self, store: PageStore, running: RunningRequests) -> None:
         self._store, self._ledger, self._running = store, store.ledger, running
@@ -32,7 +38,11 @@ class Capacity:
 
     @property
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt that surely fits alone, sealed at its worst."""
+        """Tokens of the longest prompt that surely fits alone, sealed at its worst.
+
+        Two pages are left: one for what is generated, one for drafts to be verified, of which
+        SGLang allocates at most a page.
+        """
         pages = min(self._store.sizes.virtual_pages, self._ledger.largest_sequence)
         return (pages - 2) * PAGE_TOKENS
 

@@ -12,8 +12,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_diffxkv.attention.host_backend import HostBackend
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.patches.committed import _commit
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.unsettled import PageStateError
 from tests.support.builders import error_norm
 from tests.support.pages import running
 from tests.support.policies import config_of
@@ -183,3 +185,72 @@ def test_pages_are_sealed_as_when_decoding(policy: str) -> None:
     assert len(sealed[0]) == len(sealed[1]) >= 4
     expected = torch.stack(decoded, 2)[:, 0]
     assert error_norm(verified[:, 0, :2], expected) < (1e-3 if policy == "uniform" else 0.1)
+
+
+def commit(runner: Runner, up_to: int) -> None:
+    """As the radix tree takes the first request's pages."""
+    tree = SimpleNamespace(
+        token_to_kv_pool_allocator=runner.allocator,
+        req_to_token_pool=SimpleNamespace(req_to_token=runner.table),
+    )
+    request: Any = SimpleNamespace(kv=SimpleNamespace(req_pool_idx=runner.rows[0]))
+    _commit(tree, request, up_to=up_to)
+
+
+@pytest.mark.parametrize("quality", [Quality.BALANCED, Quality.LOSSLESS])
+def test_what_the_tree_takes_is_counted(quality: Quality) -> None:
+    """Its last verification's drafts, too, which no other one follows."""
+    runner = Runner("diffxkv", num_tokens=4)
+    ledger = runner.store.ledger
+    runner.enter(quality)
+    runner.prefill([60])
+    runner.verify([4])
+    assert (ledger.open_tokens, ledger.full_pages) == (61, 0)
+    for up_to in (64, 64, 60):  # a stop string in the middle of what was accepted
+        commit(runner, up_to)
+        assert (ledger.open_tokens, ledger.full_pages) == (64, int(quality is Quality.BALANCED))
+        assert runner.allocator.check() == []
+    runner.verify([1])
+    assert ledger.open_tokens == 65 and runner.allocator.check() == []
+
+
+def test_mixed_batches_count_what_was_accepted_before() -> None:
+    runner = Runner("diffxkv", num_tokens=8, requests=2)
+    runner.enter()
+    runner.prefill([60, 130])
+    runner.verify([7, 2])
+    runner.backend.is_mixed = True
+    ends = [n + 1 for n in runner.committed]
+    runner._run(ForwardMode.EXTEND, runner.committed, ends, [1, 1])
+    runner.committed, runner.backend.is_mixed = ends, False
+    assert runner.store.ledger.tokens_held == sum(ends) == 68 + 133
+    assert runner.allocator.check() == []
+
+
+def test_rejected_drafts_score_nothing() -> None:
+    """Scores and their counts are those of the first query, as if nothing else had been asked."""
+    drafting, alone = Runner("diffxkv", 8), Runner("diffxkv", 1)
+    for runner in (drafting, alone):
+        runner.enter()
+        runner.prefill([100])
+        for _ in range(6):
+            runner.verify([1])
+    slots = [
+        r.store.directory.raw_slot[r.table[1, :106:64] // PAGE_TOKENS] for r in (drafting, alone)
+    ]
+    raws = [r.store.raw for r in (drafting, alone)]
+    counts = [raw.counts[slot.long()] for raw, slot in zip(raws, slots, strict=True)]
+    scores = [raw.scores[:, slot.long()] for raw, slot in zip(raws, slots, strict=True)]
+    assert torch.equal(*counts) and bool(counts[0].any())
+    assert error_norm(*scores) < 1e-4
+
+
+def test_a_sealed_page_is_not_written() -> None:
+    runner = Runner("uniform", num_tokens=4)
+    runner.enter()
+    runner.prefill([200])
+    runner.verify([1])
+    assert runner.store.counters.sealed
+    runner.committed = [60]
+    with pytest.raises(PageStateError, match="not open"):
+        runner.verify([1])

@@ -47,7 +47,7 @@ class LayerTables(NamedTuple):
     Attributes:
         raw_slot: int32 [V], raw page of each open page, negative for all others.
         keys, values: per layer [R, 64, H, D], fp32, bf16 or fp16.
-        scores: fp32 [L, R, H, 64], added to; None: nothing is scored.
+        scores: fp32 [L, R, H, 64], added to; None: nothing is scored, as in layers with a window.
         sealed: None: pages that are not open have no tokens.
     """
 

@@ -71,13 +71,14 @@ def reference(case: Case, index: int, softmax: Softmax) -> AttentionState:
     return part
 
 
-def check(isa: str, case: Case, softmax: Softmax, threads: int = 2) -> None:
+def check(isa: str, case: Case, softmax: Softmax) -> None:
     """Both layers, in one call each, against the reference."""
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(2)
+    layers = DecodeLayers(case.tables)
+    layers.begin(case.pages)
+    torch.set_num_threads(1)  # the reference is thousands of tiny operations
     try:
-        layers = DecodeLayers(case.tables)
-        layers.begin(case.pages)
         for index in range(LAYERS):
             scores = case.tables.scores
             accum = None if scores is None else scores[index].clone()
@@ -97,12 +98,12 @@ def check(isa: str, case: Case, softmax: Softmax, threads: int = 2) -> None:
         torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("queries", [2, 5, 8, 16])
+@pytest.mark.parametrize("queries", [2, 5, 16])
 @pytest.mark.parametrize(
     ("dim", "group", "dtype", "formats"),
     [
         (64, 3, torch.float32, ("K8V4", "K4V2")),
-        (128, 4, torch.bfloat16, ("K8V4", "K4V2")),
+        (128, 2, torch.bfloat16, ("K8V4", "K4V2")),
         (80, 1, torch.float16, ("raw", "K4V4")),
         (96, 3, torch.float32, ("raw", "K4V4")),
         (48, 5, torch.bfloat16, ("K8V8", "K2V2")),
@@ -123,11 +124,11 @@ def test_layer_of_drafts(
     check(isa, case, Softmax(1.7 * dim**-0.5, sinks=sinks))
 
 
-@pytest.mark.parametrize("window_left", [0, 5, 63, 64, 130, 2000])
-@pytest.mark.parametrize("queries", [1, 3, 16])
+@pytest.mark.parametrize("window_left", [0, 63, 64, 130, 2000])
+@pytest.mark.parametrize("queries", [1, 5, 16])
 @pytest.mark.parametrize(
     ("dim", "group", "dtype"),
-    [(64, 8, torch.bfloat16), (256, 4, torch.float32), (80, 3, torch.float16)],
+    [(64, 4, torch.bfloat16), (256, 1, torch.float32), (80, 3, torch.float16)],
 )
 def test_window_layer(
     isa: str, dim: int, group: int, dtype: torch.dtype, queries: int, window_left: int

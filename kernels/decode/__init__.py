@@ -4,7 +4,9 @@
 Both operations return an attention state (`kernels.merge`). On a GPU they run Triton kernels
 (``triton.py``, which does both kinds of pages in one launch for those who divide a step's work with
 ``work.py``), on a CPU compiled C++ (``cpu.cpp``; ``layer.cpp`` does all of a layer of a decode step
-in one call); ``naive.py`` is the reference.
+in one call); ``naive.py`` is the reference. What they return is of a part of the tokens: without
+sinks. A step that verifies drafts has several queries per sequence: ``triton.attend`` and
+``layer.py`` take them, and sinks.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ def decode_open(
 
     Args:
         q: [B, Hq, D], fp32, bf16 or fp16.
-        opened: full, but for each sequence's last page.
+        opened: full, but for each sequence's last page; with a window they follow each other.
         last_len: int32 [B], valid tokens (1..64) of each sequence's last page.
         softmax: of the layer.
 

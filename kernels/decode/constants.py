@@ -12,7 +12,7 @@ them: no compiler needs constants of its own. Which are the fastest is for
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -53,17 +53,22 @@ def block_of_rows(rows: int, dim_block: int) -> int:
     return max(8, min(triton.next_power_of_2(rows), MOST_ACCUMULATED // dim_block))
 
 
-def attend_constants(rows_block: int, dim_block: int) -> Constants:
+def attend_constants(rows_block: int, dim_block: int, *, plain: bool = True) -> Constants:
     """Constants for a block of rows and head_dim, each as padded to a power of two.
+
+    Args:
+        plain: every row sees all tokens, and scores have no cap: both take registers.
 
     Raises:
         ValueError: they are more than one program accumulates.
     """
     size = rows_block * dim_block
-    for most, constants in _BY_SIZE:
-        if size <= most:
-            return constants
-    raise ValueError(f"{rows_block} rows of {dim_block} are more than {MOST_ACCUMULATED} elements")
+    if size > MOST_ACCUMULATED:
+        raise ValueError(f"{rows_block} rows of {dim_block} are more than {MOST_ACCUMULATED}")
+    constants = next(constants for most, constants in _BY_SIZE if size <= most)
+    if rows_block > 16 or (dim_block > 128 and not plain):
+        constants = replace(constants, tokens=16)
+    return constants if plain else replace(constants, registers=255)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ def attend(
     rows = group * (len(q) // len(work.sequences.count))
     in_fp32 = raw.k.itemsize != 2 or (is_interpreted() and raw.k.dtype == torch.bfloat16)
     dim_block = triton.next_power_of_2(dim)
-    constants = attend_constants(block_of_rows(rows, dim_block), dim_block)
+    plain = rows == group and not softmax.cap and softmax.window_left < 0
+    constants = attend_constants(block_of_rows(rows, dim_block), dim_block, plain=plain)
     traits = DecodeTraits(layout, group, rows // group, DTYPES[raw.k.dtype], in_fp32, constants)
     tiles = len(work.tiles)
     parts = AttentionState(

@@ -61,7 +61,7 @@ def score_decode(
         scores=Scores(accum, accum.stride(0)),
         SHAPE=_shape(q, keys, pages.queries),
         PAGES=DECODE_PAGES,
-        num_warps=4,
+        num_warps=4 if q.shape[2] <= 128 else 8,  # a page's keys are in registers
     )
 
 

@@ -154,16 +154,12 @@ def _decode(s: Setting, queries: int = 1, softmax: Softmax | None = None) -> Non
         attend(q, q, mine, work.layer(layer), softmax or s.softmax, s.dtype)
 
 
-DRAFTS = {setting(LLAMA_8B): (2, 4, 8), setting(Model("Qwen3-235B", 64, 4, 128)): (4,)}
-"""New tokens of each sequence, where chains of drafts are verified."""
-
-
 def _decode_drafts(s: Setting) -> None:
-    for queries in DRAFTS[s]:
+    """Chains of drafts are verified; more rows than eight new tokens have are more programs'."""
+    for queries in (2, 4, 8):
         _decode(s, queries)
-    if s.model is LLAMA_8B:  # one of these stands for all
-        _begin_decode(s, queries=4)
-        _score_decode(s, queries=4)
+    _begin_decode(s, queries=4)
+    _score_decode(s, queries=4)
 
 
 DECODE_SOFTMAXES = {
@@ -329,7 +325,7 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
 
 SETTINGS_OF: dict[str, Collection[Setting]] = {
     "extend_softmax": EXTEND_SOFTMAXES,
-    "decode_drafts": DRAFTS,
+    "decode_drafts": [setting(LLAMA_8B)],
     "decode_softmax": DECODE_SOFTMAXES,
 }
 """Those of an operation; of all others they are `SETTINGS`."""

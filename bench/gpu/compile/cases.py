@@ -276,7 +276,7 @@ def _write_tokens(s: Setting) -> None:
 
 EXTEND_SOFTMAXES = {
     setting(Model("Gemma-2-9B", 16, 8, 256)): Softmax(224**-0.5, 50.0, 4095),
-    setting(Model("Gemma-2-27B", 32, 16, 128)): Softmax(144**-0.5, 50.0, 4095),
+    setting(Model("Gemma-2-27B TP2", 16, 8, 128)): Softmax(144**-0.5, 50.0, 4095),
     setting(Model("gpt-oss-20b", 64, 8, 64)): Softmax(64**-0.5, window_left=127, sinks=floats(64)),
 }
 """Of the window layers of models with more than a scale; other layers have all but the window."""

@@ -98,7 +98,7 @@ def write_demo_model(path: str | Path, **dimensions: Any) -> Path:
     dtype = getattr(torch, model.dtype)
     stored = {name: w.to(dtype).contiguous() for name, w in _weights(model).items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    _write_tokenizer(folder, model.vocab, model.max_position)
+    write_tokenizer(folder, model.vocab, model.max_position)
     return folder
 
 
@@ -161,7 +161,7 @@ def _weights(model: DemoModel) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _write_tokenizer(folder: Path, vocab: int, max_position: int) -> None:
+def write_tokenizer(folder: Path, vocab: int, max_position: int) -> None:
     """A byte-level BPE tokenizer without merges: one token per byte."""
     tokenizer = Tokenizer(models.BPE(vocab=byte_vocab(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

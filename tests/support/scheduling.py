@@ -59,13 +59,23 @@ class Scheduling:
 
     Its loop over the waiting queue is written after ``_get_new_batch_prefill_raw``; all that is
     called in it is SGLang's, hooks included where they are applied.
+
+    Attributes:
+        components: what the tree keeps of a prefix.
     """
 
+    components: tuple[ComponentType, ...] = (ComponentType.FULL,)
+
     def __init__(
-        self, allocator: DiffXKVAllocator, rows: int, chunk: int = 2048, radix: bool = True
+        self,
+        allocator: DiffXKVAllocator,
+        rows: int | ReqToTokenPool,
+        chunk: int = 2048,
+        radix: bool = True,
     ) -> None:
         self.allocator, self.chunk = allocator, chunk
-        self.rows = ReqToTokenPool(rows, 1 << 16, "cpu", False)
+        made = isinstance(rows, ReqToTokenPool)
+        self.rows = rows if made else ReqToTokenPool(rows, 1 << 16, "cpu", False)
         running_hook.follow(self.rows, allocator)
         self.tree = UnifiedRadixCache(
             CacheInitParams(
@@ -73,7 +83,8 @@ class Scheduling:
                 req_to_token_pool=self.rows,
                 token_to_kv_pool_allocator=allocator,
                 page_size=PAGE_TOKENS,
-                tree_components=(ComponentType.FULL,),
+                tree_components=self.components,
+                enable_mamba_extra_buffer=ComponentType.MAMBA in self.components,
             )
         )
         self.running = self._batch(_Running, [])

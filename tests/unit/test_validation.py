@@ -321,6 +321,12 @@ PLAIN = {
 }
 
 
+def write_config(folder: Path, architecture: str, config: dict[str, Any]) -> str:
+    values = {**PLAIN, **config, "architectures": [architecture]}
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
 @pytest.mark.parametrize(
     ("architecture", "config", "found"),
     [
@@ -339,7 +345,6 @@ PLAIN = {
         ("GptOssForCausalLM", {"model_type": "gpt_oss"}, "sliding-window"),
         ("Gemma3ForCausalLM", {"model_type": "gemma3_text"}, "sliding-window"),
         ("Gemma2ForCausalLM", {"model_type": "gemma2"}, "sliding-window"),
-        ("Qwen3NextForCausalLM", {"model_type": "qwen3_next"}, "linear-attention"),
         ("Mamba2ForCausalLM", {"model_type": "mamba2", "num_heads": 8, "expand": 2}, "state-space"),
         ("WhisperForConditionalGeneration", {"model_type": "whisper"}, "encoder-decoder"),
         ("LlamaEmbeddingModel", {"model_type": "llama"}, "embedding"),
@@ -355,10 +360,43 @@ PLAIN = {
 def test_models_it_cannot_serve(
     tmp_path: Path, architecture: str, config: dict[str, Any], found: str
 ) -> None:
-    values = {**PLAIN, **config, "architectures": [architecture]}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    message = refusal(str(tmp_path), *OURS)
+    message = refusal(write_config(tmp_path, architecture, config), *OURS)
     assert found in message and architecture in message
+
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "Qwen3NextForCausalLM": {"model_type": "qwen3_next", "full_attention_interval": 2},
+    "Qwen3_5ForCausalLM": {"model_type": "qwen3_5_text", "full_attention_interval": 2},
+    "FalconH1ForCausalLM": {"model_type": "falcon_h1", "mamba_chunk_size": 64},
+    "GraniteMoeHybridForCausalLM": {
+        "model_type": "granitemoehybrid",
+        "layer_types": ["mamba", "attention"] * 2,
+        "mamba_chunk_size": 64,
+    },
+}
+LFM2 = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2}
+
+
+@pytest.mark.parametrize("architecture", HYBRIDS)
+@pytest.mark.usefixtures("model")
+def test_models_with_linear_layers(tmp_path: Path, architecture: str) -> None:
+    """SGLang keeps their states at the ends of pages, unless it is told otherwise."""
+    path = write_config(tmp_path, architecture, HYBRIDS[architecture])
+    view = resolving_view(resolve(path, *OURS))
+    assert (view.attention_backend, view.page_size) == ("diffxkv", 64)
+    assert view.mamba_radix_cache_strategy == "extra_buffer"
+    message = refusal(path, *OURS, "--mamba-radix-cache-strategy", "no_buffer")
+    assert "pages of 64: leave it out" in message
+    resolve(path, *OURS, "--disable-radix-cache")
+
+
+@pytest.mark.usefixtures("model")
+def test_prefixes_that_sglang_cannot_cache_in_pages(tmp_path: Path) -> None:
+    path = write_config(tmp_path, "Lfm2ForCausalLM", LFM2)
+    message = refusal(path, *OURS)
+    assert "Lfm2ForCausalLM in pages of one token" in message
+    assert message.endswith("use --disable-radix-cache")
+    resolve(path, *OURS, "--disable-radix-cache")
 
 
 @pytest.mark.parametrize(
@@ -367,9 +405,8 @@ def test_models_it_cannot_serve(
 )
 @pytest.mark.usefixtures("model")
 def test_models_it_serves(tmp_path: Path, architecture: str, model_type: str) -> None:
-    values = {**PLAIN, "model_type": model_type, "architectures": [architecture]}
-    (tmp_path / "config.json").write_text(json.dumps(values))
-    assert resolving_view(resolve(str(tmp_path), *OURS)).attention_backend == "diffxkv"
+    path = write_config(tmp_path, architecture, {"model_type": model_type})
+    assert resolving_view(resolve(path, *OURS)).attention_backend == "diffxkv"
 
 
 def attention(layer_id: int = 1, **changes: Any) -> RadixAttention:

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets SGLang run models with linear layers on a CPU, by its own Triton kernels, interpreted.
 
-With TRITON_INTERPRET=1. What else they rely on a GPU for is here: the current device, and names
-that a module of SGLang imports on GPUs only.
+With TRITON_INTERPRET=1. What else they rely on a GPU for is here: the current device, names that a
+module of SGLang imports on GPUs only, and two kernels that the interpreter cannot run.
 """
 
 import builtins
+import contextlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).parent))
+import gated_delta
+import sglang.kernels.ops.attention.fla.chunk as chunk
+import sglang.kernels.ops.attention.fla.fused_recurrent as recurrent
+import sglang.kernels.ops.attention.fla.layernorm_gated as norm
 
 _device_module = torch.get_device_module
 
@@ -27,6 +36,12 @@ def _conv1d(name: str) -> Any:
 
 
 torch.get_device_module = _cpu_module
+torch.cpu.device = contextlib.nullcontext
+norm._get_sm_count = lambda device: 1
+chunk.chunk_gated_delta_rule = gated_delta.chunk_gated_delta_rule
+recurrent.fused_recurrent_gated_delta_rule_packed_decode = (
+    gated_delta.fused_recurrent_gated_delta_rule_packed_decode
+)
 for _name in ("causal_conv1d_fn", "causal_conv1d_update"):
     # `sglang.srt.layers.attention.mamba.mamba` looks for them under both names.
     setattr(builtins, _name, _conv1d(_name))

@@ -372,6 +372,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "model_type": "granitemoehybrid",
         "layer_types": ["mamba", "attention"] * 2,
         "mamba_chunk_size": 64,
+        "mamba_n_heads": 8,
     },
 }
 LFM2 = {"model_type": "lfm2", "layer_types": ["conv", "full_attention"] * 2}

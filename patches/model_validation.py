@@ -90,6 +90,7 @@ def kinds_of(model: "ModelConfig") -> dict[str, bool]:
         "multi-head latent attention (MLA)": model.attention_arch == AttentionArch.MLA,
         "a state-space model for attention": model.attention_arch == AttentionArch.SSM,
         "linear attention other than gated delta and Mamba2": _unknown_linear_layers(model),
+        "linear attention and sliding windows": linear is not None and model.is_hybrid_swa,
         "no attention layers": linear is not None and not linear.full_attention_layer_ids,
         "sliding windows in all layers": model.full_attention_layer_ids == [],
         "layers that read the K/V of others": bool(getattr(text, "num_kv_shared_layers", None)),

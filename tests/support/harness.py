@@ -76,7 +76,10 @@ class Server(ServerProcess):
 
 def fast_environment(device: str) -> dict[str, str]:
     """What makes servers of tiny models start fast and stay off the network."""
-    env = {"HF_HUB_OFFLINE": "1", "SGLANG_DISABLED_MODEL_ARCHS": ",".join(_models_but_llama())}
+    env = {
+        "HF_HUB_OFFLINE": "1",
+        "SGLANG_DISABLED_MODEL_ARCHS": ",".join(models_but("llama", "llama_eagle")),
+    }
     if device == "cpu":
         env["SGLANG_PLATFORM"] = "diffxkv"
         # Tiny matrices: a second thread costs more than it gives.
@@ -84,9 +87,9 @@ def fast_environment(device: str) -> dict[str, str]:
     return env
 
 
-def _models_but_llama() -> list[str]:
+def models_but(*kept: str) -> list[str]:
     """SGLang imports every model file it has (seconds each start): those that tests never need."""
     spec = find_spec("sglang")
     assert spec is not None and spec.origin is not None, "SGLang is not installed"
     files = (Path(spec.origin).parent / "srt" / "models").glob("*.py")
-    return sorted(file.stem for file in files if file.stem not in ("llama", "llama_eagle"))
+    return sorted(file.stem for file in files if file.stem not in kept)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's conversations, and how answers are compared with those of full KV."""
 
-
 import pytest
 
 from sglang_diffxkv.cli import main

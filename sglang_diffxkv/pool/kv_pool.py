@@ -96,15 +96,15 @@ class DiffXKVPool(MHATokenToKVPool):
         loc_info: Any,
         cache_k: torch.Tensor,
         cache_v: torch.Tensor,
-        k_scale: float | None = None,
-        v_scale: float | None = None,
+        *scales: None,
         layer_id_override: int | None = None,
-        dcp_kv_mask: None = None,
+        **others: None,
     ) -> None:
         """Write K/V [T, H, D] of one layer to virtual slots (``MHATokenToKVPool.set_kv_buffer``).
 
         Args:
             layer_id_override: index in the store, where a composite pool asks.
+            scales, others: of quantized pools and of context parallelism; not looked at.
 
         Raises:
             PageStateError: a slot's page is not open.

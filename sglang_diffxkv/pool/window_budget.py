@@ -3,26 +3,28 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from sglang.srt.mem_cache.allocator.swa import SWATokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import SWAPrefillBudget
 
 from sglang_diffxkv.pool.prefill_budget import DiffXKVPrefillBudget
 
-if TYPE_CHECKING:
-    from sglang_diffxkv.pool.window_allocator import DiffXKVWindowAllocator
-
 
 class WindowPrefillBudget(DiffXKVPrefillBudget):
-    """`DiffXKVPrefillBudget`, which SGLang's budget for window layers may refuse or shorten."""
+    """`DiffXKVPrefillBudget`, which SGLang's budget for window layers may refuse or shorten.
+
+    Args:
+        allocator: its full-attention side is a `DiffXKVAllocator`.
+    """
 
     def __init__(
         self,
-        allocator: DiffXKVWindowAllocator,
+        allocator: SWATokenToKVPoolAllocator,
         tree_cache: Any,
         num_mixed_decode_tokens: int = 0,
     ) -> None:
-        ours = allocator.full_attn_allocator
+        ours: Any = allocator.full_attn_allocator
         super().__init__(ours, tree_cache, ours.reclaimer, ours.capacity, num_mixed_decode_tokens)
         self._windows = SWAPrefillBudget(
             allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens

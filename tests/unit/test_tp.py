@@ -249,7 +249,10 @@ def test_sizes_follow_from_what_ranks_agree_on(
         model_config=SimpleNamespace(
             head_dim=64, dtype=torch.bfloat16, get_num_kv_heads=lambda ranks: 2 // ranks
         ),
-        layer_info=SimpleNamespace(num_effective_layers=3, full_attention_layer_ids=None),
+        layer_info=SimpleNamespace(
+            num_effective_layers=3,
+            **dict.fromkeys(("full_attention_layer_ids", "swa_attention_layer_ids")),
+        ),
         mambaish_config=None,
         spec_aux_config=SimpleNamespace(draft_kv_num_layers=None),
         kv_cache_dtype=torch.bfloat16,

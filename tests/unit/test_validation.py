@@ -342,17 +342,19 @@ def write_config(folder: Path, architecture: str, config: dict[str, Any]) -> str
             },
             "MLA",
         ),
-        ("GptOssForCausalLM", {"model_type": "gpt_oss"}, "sliding-window"),
-        ("Gemma3ForCausalLM", {"model_type": "gemma3_text"}, "sliding-window"),
-        ("Gemma2ForCausalLM", {"model_type": "gemma2"}, "sliding-window"),
+        (
+            "Gemma3ForCausalLM",
+            {"model_type": "gemma3_text", "layer_types": 2 * ["sliding_attention"]},
+            "sliding windows in all layers",
+        ),
+        ("LlamaForCausalLM", {"model_type": "llama", "num_kv_shared_layers": 1}, "K/V of others"),
         ("Mamba2ForCausalLM", {"model_type": "mamba2", "num_heads": 8, "expand": 2}, "state-space"),
         ("WhisperForConditionalGeneration", {"model_type": "whisper"}, "encoder-decoder"),
         ("LlamaEmbeddingModel", {"model_type": "llama"}, "embedding"),
         ("LlamaForCausalLM", {"model_type": "llama", "head_dim": 72}, "head_dim 72"),
         ("LlamaForCausalLM", {"model_type": "llama", "num_key_value_heads": 3}, "3 KV heads"),
         ("LlamaForCausalLM", {"model_type": "llama", "v_head_dim": 32}, "values of 32"),
-        ("LlamaForCausalLM", {"model_type": "llama", "learnable_sink": True}, "sinks"),
-        ("LlamaForCausalLM", {"model_type": "llama", "attn_logit_softcapping": 9.0}, "soft-capped"),
+        ("LlamaForCausalLM", {"model_type": "llama", "swa_head_dim": 72}, "head_dim 72"),
         ("LlamaForCausalLM", {"model_type": "llama", "attention_chunk_size": 64}, "chunked local"),
     ],
 )
@@ -418,8 +420,8 @@ def attention(layer_id: int = 1, **changes: Any) -> RadixAttention:
 @pytest.mark.parametrize(
     ("changes", "found"),
     [
-        ({"logit_cap": 30.0}, "soft-capped"),
-        ({"sliding_window_size": 512}, "a sliding window (512)"),
+        ({"logit_cap": 30.0, "logit_capping_method": "sigmoid"}, "capped by sigmoid"),
+        ({"sliding_window_size": 512}, "a window of 512, unlike what its layer_types say"),
         ({"is_cross_attention": True}, "cross-attention"),
         ({"use_irope": True}, "chunked local"),
         ({"attn_type": AttentionType.ENCODER_ONLY}, "not causal"),
@@ -432,6 +434,18 @@ def test_layers_it_cannot_serve(changes: dict[str, Any], found: str) -> None:
         check_layers(nn.ModuleList([attention(0), attention(1, **changes)]))
     assert found in str(caught.value)
     check_layers(nn.ModuleList([attention(0), attention(1)]))
+
+
+def test_layers_with_windows_are_alike_among_themselves() -> None:
+    window = {"sliding_window_size": 99}
+    plain, other = attention(0), attention(1, **window, num_kv_heads=4, logit_cap=30.0)
+    check_layers(nn.ModuleList([plain, other]), windows=[1])
+    for changes in ({"head_dim": 128}, {"sliding_window_size": 64}):
+        odd = attention(2, **window | {"num_kv_heads": 4} | changes)
+        with pytest.raises(ValueError, match=r"layer 2 has .*others of"):
+            check_layers(nn.ModuleList([plain, other, odd]), windows=[1, 2])
+    with pytest.raises(ValueError, match=r"layer 1 has a window of -1, unlike"):
+        check_layers(nn.ModuleList([plain, attention(1)]), windows=[1])
 
 
 def test_what_a_policy_is_not_made_for_is_logged(

@@ -96,15 +96,15 @@ class DiffXKVPool(MHATokenToKVPool):
         loc_info: Any,
         cache_k: torch.Tensor,
         cache_v: torch.Tensor,
-        *scales: None,
+        *scales: Any,
         layer_id_override: int | None = None,
-        **others: None,
+        **others: Any,
     ) -> None:
         """Write K/V [T, H, D] of one layer to virtual slots (``MHATokenToKVPool.set_kv_buffer``).
 
         Args:
+            scales, others: of KV in fp8, and where a sequence's KV is on several ranks.
             layer_id_override: index in the store, where a composite pool asks.
-            scales, others: of quantized pools and of context parallelism; not looked at.
 
         Raises:
             PageStateError: a slot's page is not open.

@@ -86,6 +86,7 @@ def test_our_backend_is_found_in_the_one_that_wraps_it() -> None:
         token_to_kv_pool=allocator._kvcache,
         token_to_kv_pool_allocator=allocator,
         req_to_token_pool=rows,
+        model=torch.nn.Module(),
     )
     backend = make_backend(runner, DiffXKVConfig())
     linear: Any = SimpleNamespace(needs_cpu_seq_lens=False)

@@ -250,8 +250,7 @@ def test_sizes_follow_from_what_ranks_agree_on(
             head_dim=64, dtype=torch.bfloat16, get_num_kv_heads=lambda ranks: 2 // ranks
         ),
         layer_info=SimpleNamespace(
-            num_effective_layers=3,
-            **dict.fromkeys(("full_attention_layer_ids", "swa_attention_layer_ids")),
+            num_effective_layers=3, full_attention_layer_ids=None, swa_attention_layer_ids=None
         ),
         mambaish_config=None,
         spec_aux_config=SimpleNamespace(draft_kv_num_layers=None),

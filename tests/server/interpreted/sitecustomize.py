@@ -2,7 +2,7 @@
 """Lets SGLang run models with linear layers on a CPU, by its own Triton kernels, interpreted.
 
 With TRITON_INTERPRET=1. What else they rely on a GPU for is here: the current device, names that a
-module of SGLang imports on GPUs only, and two kernels that the interpreter cannot run.
+module of SGLang imports on GPUs only, timing, and two kernels that the interpreter cannot run.
 """
 
 import builtins
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime.autotuner import Autotuner
 
 sys.path.append(str(Path(__file__).parent))
 import gated_delta
@@ -37,6 +38,7 @@ def _conv1d(name: str) -> Any:
 
 torch.get_device_module = _cpu_module
 torch.cpu.device = contextlib.nullcontext
+Autotuner._bench = lambda *args, **kwargs: (1.0, 1.0, 1.0)  # which times on a GPU
 norm._get_sm_count = lambda device: 1
 chunk.chunk_gated_delta_rule = gated_delta.chunk_gated_delta_rule
 recurrent.fused_recurrent_gated_delta_rule_packed_decode = (

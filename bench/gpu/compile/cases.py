@@ -163,7 +163,7 @@ def _decode_drafts(s: Setting) -> None:
 
 
 DECODE_SOFTMAXES = {
-    setting(Model("Gemma-2-9B", 16, 8, 256)): (1, Softmax(224**-0.5, 50.0, 4095)),
+    setting(Model("Gemma-2-9B", 16, 8, 256)): (1, Softmax(256**-0.5, 50.0, 4095)),
     setting(Model("gpt-oss-20b", 64, 8, 64)): (
         4,
         Softmax(64**-0.5, window_left=127, sinks=floats(64)),
@@ -275,7 +275,7 @@ def _write_tokens(s: Setting) -> None:
 
 
 EXTEND_SOFTMAXES = {
-    setting(Model("Gemma-2-9B", 16, 8, 256)): Softmax(224**-0.5, 50.0, 4095),
+    setting(Model("Gemma-2-9B", 16, 8, 256)): Softmax(256**-0.5, 50.0, 4095),
     setting(Model("Gemma-2-27B TP2", 16, 8, 128)): Softmax(144**-0.5, 50.0, 4095),
     setting(Model("gpt-oss-20b", 64, 8, 64)): Softmax(64**-0.5, window_left=127, sinks=floats(64)),
 }

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mixed requests under memory pressure, with SGLang's leak checks on, for each kind of serving.
+
+    python -m bench.serving.soak [--requests 500] [--kinds ngram,standalone,gemma3,gpt_oss]
+
+Of random lengths, with shared prefixes, several samples, JSON schemas, aborts, qualities, sixteen
+at once, policy `diffxkv`. Afterwards the pool is recounted, and flushed: nothing may be left.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import requests
+
+from bench.serving.common import command_line, retractions, table, write_results
+from tests.support.demo_model import write_demo_model
+from tests.support.harness import Json, Server, models_but
+from tests.support.window_models import write_window_model
+from tests.support.workload import assert_healthy, mixed_prompts, quality
+
+SCHEMA = json.dumps(
+    {
+        "type": "object",
+        "properties": {"name": {"enum": ["ada", "bob"]}, "old": {"type": "boolean"}},
+        "required": ["name", "old"],
+    }
+)
+REQUESTS = {"plain": 60, "n=3": 8, "json": 8, "abort": 12, "lossless": 6, "small": 6}
+"""Kinds of requests, and how many of a hundred."""
+DRAFTS = {"ngram": 8, "standalone": 4}
+WINDOWS = {"gemma3": ("wwwwwf", "gemma3_causal"), "gpt_oss": ("wf", "gpt_oss")}
+"""Layers in turn, and the file of SGLang that has the model."""
+KINDS = (*DRAFTS, *WINDOWS)
+MEMORY = {"standalone": "40MiB"}
+"""With the draft model's KV in it; 16 MiB elsewhere."""
+
+
+@contextmanager
+def serve(kind: str) -> Iterator[Server]:
+    config = {"memory_bytes": MEMORY.get(kind, "16MiB"), "raw_share": 0.3}
+    args: list[object] = ["--attention-backend", "diffxkv"]
+    args += ["--diffxkv-config", json.dumps(config), "--chunked-prefill-size", 128]
+    args += ["--schedule-conservativeness", 0.1, "--constrained-json-disable-any-whitespace"]
+    env = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
+    with TemporaryDirectory(prefix="soak-") as name:
+        folder = Path(name)
+        if kind in WINDOWS:
+            layers, file = WINDOWS[kind]
+            write_window_model(folder, kind, layers)
+            env["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(models_but(file))
+        else:
+            write_demo_model(folder)
+            args += ["--speculative-algorithm", kind.upper()]
+            args += ["--speculative-num-draft-tokens", DRAFTS[kind]]
+            args += ["--speculative-draft-model-path", folder] if kind == "standalone" else []
+        if kind == "gpt_oss":  # what SGLang has for its experts on a CPU
+            args += ["--moe-runner-backend", "triton"]
+        with Server(folder, *args, env=env) as server:
+            yield server
+
+
+def send(server: Server, kind: str, prompt: list[int], new: int) -> None:
+    """One request, whose answer must be whole.
+
+    Raises:
+        AssertionError: it is not. requests.HTTPError: it was refused.
+    """
+    if kind == "abort":
+        body = {"input_ids": prompt, "stream": True}
+        body |= {"sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
+        with requests.post(server.url + "/generate", json=body, stream=True) as response:
+            next(response.iter_lines())
+        return  # hanging up in the middle makes SGLang abort the request
+    if kind == "json":
+        sampling = {"json_schema": SCHEMA, "ignore_eos": False}
+        json.loads(server.generate(prompt, max_new_tokens=60, sampling=sampling)["text"])
+        return
+    sampling = {"n=3": {"n": 3, "temperature": 0.7}}.get(kind, {})
+    if kind in ("lossless", "small"):
+        sampling = quality(kind)
+    answers = server.generate(prompt, max_new_tokens=new, sampling=sampling)
+    for answer in answers if isinstance(answers, list) else [answers]:
+        assert len(answer["output_ids"]) == new
+
+
+def soak(kind: str, count: int) -> Json:
+    """What happened to so many requests on a server of that kind."""
+    rng = random.Random(kind)
+    asked = rng.choices([*REQUESTS], [*REQUESTS.values()], k=count)
+    prompts = mixed_prompts(seed=count, count=count, longest=900)
+    jobs = [(what, prompt, rng.randint(1, 96)) for what, prompt in zip(asked, prompts, strict=True)]
+    with serve(kind) as server:
+        begin = time.monotonic()
+        with ThreadPoolExecutor(16) as pool:
+            for _ in pool.map(lambda job: send(server, *job), jobs):
+                pass
+        seconds = time.monotonic() - begin
+        assert_healthy(server)
+        stats = server.stats()
+        server.flush_cache()
+        left = server.stats()["bytes_in_use"]
+        assert left == 0, f"{left} bytes are in use after a flush"
+        assert_healthy(server)
+        log = server.log_text()
+    return {
+        "kind": kind,
+        "requests": dict(Counter(asked)),
+        "seconds": seconds,
+        "retractions": retractions(log),
+        "counters": stats["counters"],
+    }
+
+
+def report(runs: list[Json]) -> str:
+    head = ["kind", "requests", "retracted", "sealed", "demoted", "evicted"]
+    rows: list[list[Any]] = [head]
+    for run in runs:
+        counters = run["counters"]
+        events = [counters[name] for name in ("sealed", "demoted", "evicted")]
+        rows.append([run["kind"], sum(run["requests"].values()), run["retractions"], *events])
+    return (
+        f"{table(rows)}\n\nPages sealed, demoted and evicted. No leak or byte check complained, "
+        "busy or idle; the recounted pool was right, and empty after a flush."
+    )
+
+
+def main() -> None:
+    made = command_line(__doc__ or "", "soak")
+    made.add_argument("--requests", type=int, default=500)
+    made.add_argument("--kinds", default=",".join(KINDS))
+    args = made.parse_args()
+    runs = [soak(kind, args.requests) for kind in args.kinds.split(",")]
+    write_results(args.name, "Soak under memory pressure", {"runs": runs}, report(runs))
+
+
+if __name__ == "__main__":
+    main()

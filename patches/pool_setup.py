@@ -98,7 +98,7 @@ def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> 
     """
     if configurator.device != "cuda":
         return 0
-    from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule
+    from sglang.srt.runtime_context import get_exec, get_parallel, get_schedule, get_spec
 
     from sglang_diffxkv.kernels.extend import flashinfer
     from sglang_diffxkv.kernels.workspace import attention_bytes
@@ -114,7 +114,7 @@ def _attention_bytes(configurator: Any, layout: PageLayout, num_layers: int) -> 
     return attention_bytes(
         layout,
         num_layers,
-        heads,
+        heads * (get_spec().speculative_num_draft_tokens or 1),
         batch,
         -(-model.context_len // PAGE_TOKENS),
         device,

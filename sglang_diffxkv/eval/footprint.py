@@ -36,4 +36,7 @@ def in_16_bit(stats: dict[str, Any], model: Model) -> dict[str, Any]:
     # Of everything else the pool takes a share that follows the pages in use.
     in_use = stats["bytes_in_use"] * after / max(1, before)
     dense = stats["tokens_held"] * model.token_bytes
-    return stats | {"bytes_in_use": round(in_use), "physical_compression": dense / max(1, in_use)}
+    windows = stats["window_layers"]
+    beside = 0 if windows is None else windows["bytes_in_use"] * ITEMSIZE / model.itemsize
+    compression = (dense + beside) / max(1, in_use + beside)
+    return stats | {"bytes_in_use": round(in_use), "physical_compression": compression}

@@ -12,7 +12,7 @@ from sglang_diffxkv.pool.committed import count
 from sglang_diffxkv.pool.sealing import seal
 from tests.support.machines import AllocatorMachine, Request, lens
 
-MOST = 8
+MOST = 16
 """Drafts of a verification, the first one included."""
 RESERVE = 2 * MOST
 """Slots behind what the scheduler knows to be committed, as `eagle_prepare_for_decode` has them."""
@@ -29,24 +29,34 @@ class DraftingMachine(AllocatorMachine):
     decode = None  # type: ignore[assignment]
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), drafts=st.integers(1, MOST), overlap=st.booleans())
-    def verify(self, data: st.DataObject, drafts: int, overlap: bool) -> None:
-        """Drafts for everyone, one of them in a mixed batch; whoever does not fit is retracted.
+    @rule(data=st.data(), drafts=st.integers(1, MOST), steps=st.integers(1, 6))
+    def verify(self, data: st.DataObject, drafts: int, steps: int) -> None:
+        """Drafts for everyone, one each in a mixed batch."""
+        for _ in range(steps):
+            if self._begin(drafts):
+                self._accept(data, drafts)
 
-        With ``overlap`` somebody may turn out to have finished before, whose drafts are verified.
-        """
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), drafts=st.integers(1, MOST), cached=st.booleans())
+    def finish_in_flight(self, data: st.DataObject, drafts: int, cached: bool) -> None:
+        """With overlap somebody turns out to have finished while his next drafts are verified."""
+        if self._begin(drafts):
+            self._end(data.draw(st.sampled_from(self.running)), cached)
+            self._accept(data, drafts)
+
+    def _begin(self, drafts: int) -> bool:
+        """Run a verification; whoever does not fit is retracted. Whether anybody is left."""
         for request in [r for r in self.running if r.committed >= r.longest]:
             self._end(request, cached=True)
         self._make_room()
-        if not self.running:
-            return
-        self._allocate()
-        self._write(drafts)
-        if overlap and data.draw(st.booleans()):
-            self._end(data.draw(st.sampled_from(self.running)), cached=data.draw(st.booleans()))
-        accepted = data.draw(
-            st.lists(st.integers(1, drafts), min_size=len(self.running), max_size=len(self.running))
-        )
+        if self.running:
+            self._allocate()
+            self._write(drafts)
+        return bool(self.running)
+
+    def _accept(self, data: st.DataObject, drafts: int) -> None:
+        count = len(self.running)
+        accepted = data.draw(st.lists(st.integers(1, drafts), min_size=count, max_size=count))
         self.running = [
             r._replace(committed=r.committed + n)
             for r, n in zip(self.running, accepted, strict=True)

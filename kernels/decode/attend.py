@@ -17,7 +17,6 @@ import triton.language as tl
 from sglang_diffxkv.kernels.decode.attend_tier import PageRange, attend_tier
 from sglang_diffxkv.kernels.decode.tiles import (
     RawTile,
-    Visible,
     attend_rows,
     empty_state,
     load_query,
@@ -61,8 +60,10 @@ def attend_work_tile(work, segments, queries, raw, sealed, parts, TRAITS: tl.con
         parts: `AttentionState` of the tiles, written: fp32 [tiles, rows, D] and [tiles, rows].
         TRAITS: `DecodeTraits`.
     """
-    index = tl.program_id(0) // TRAITS.blocks
-    rows = tl.program_id(0) % TRAITS.blocks * TRAITS.rows_block + tl.arange(0, TRAITS.rows_block)
+    index, at_row = tl.program_id(0), 0
+    if TRAITS.blocks > 1:
+        at_row = index % TRAITS.blocks * TRAITS.rows_block
+        index = index // TRAITS.blocks
     if index >= tl.load(work.segment_start + segments):
         return
     segment = tl.load(work.tiles + index * 4)
@@ -73,54 +74,53 @@ def attend_work_tile(work, segments, queries, raw, sealed, parts, TRAITS: tl.con
     sequence = segment // (3 * TRAITS.kv_heads)
     listed = work.sequences.pages + tl.load(work.sequences.first + sequence)
     pages = PageRange(listed, work.sequences.raw_slot, begin, end)
-    first_row = index.to(tl.int64) * TRAITS.rows
+    first_row = index * TRAITS.rows
     part = AttentionState(parts.out + first_row * TRAITS.dim, parts.lse + first_row)
     if work.sequences.raw_slot is not None and kind == OPEN:
         last_place = tl.load(work.sequences.count + sequence) - 1
         last = LastPage(last_place, tl.load(work.sequences.last_len + sequence))
         k, v = raw.k + head * TRAITS.dim, raw.v + head * TRAITS.dim
         at_head = RawView(k, v, raw.page_stride)
-        of_head = _of_head(queries.open, sequence, head, TRAITS)
-        _attend_open(of_head, rows, pages, last, at_head, part, TRAITS)
+        of_head = QueryView(
+            _first_query(queries.open, sequence, head, TRAITS),
+            queries.open.stride,
+            queries.open.score_scale,
+            None,
+            None,
+            queries.open.cap,
+            queries.open.window_left,
+        )
+        _attend_open(of_head, at_row, pages, last, at_head, part, TRAITS)
     if sealed is not None:
         records = records_from(sealed, head)
-        of_head = _of_head(queries.sealed, sequence, head, TRAITS)
+        of_head = QueryView(
+            _first_query(queries.sealed, sequence, head, TRAITS),
+            queries.sealed.stride,
+            queries.sealed.score_scale,
+            None,
+            None,
+            queries.sealed.cap,
+            None,
+        )
         if kind == HIGH:
-            attend_tier(of_head, rows, pages, records, part, True, TRAITS)
+            attend_tier(of_head, at_row, pages, records, part, True, TRAITS)
         if kind == LOW:
-            attend_tier(of_head, rows, pages, records, part, False, TRAITS)
+            attend_tier(of_head, at_row, pages, records, part, False, TRAITS)
 
 
 @triton.jit
-def _of_head(queries, sequence, head, TRAITS: tl.constexpr):
-    """`QueryView`, from the first query of a sequence and KV head on."""
+def _first_query(queries, sequence, head, TRAITS: tl.constexpr):
+    """Pointer to the first query of a sequence and KV head."""
     first = queries.data + sequence.to(tl.int64) * TRAITS.queries * queries.stride
-    first += head * TRAITS.group * TRAITS.dim
-    return QueryView(
-        first, queries.stride, queries.score_scale, None, None, queries.cap, queries.window_left
-    )
+    return first + head * TRAITS.group * TRAITS.dim
 
 
 @triton.jit
-def _visible(queries, rows, last, TRAITS: tl.constexpr):
-    """`Visible` of the rows: a sequence's last query is its last token's."""
-    end = last.place * 64 + last.tokens
-    ends = end - (TRAITS.queries - 1) + rows // TRAITS.group
-    first = None
-    if queries.window_left is not None:
-        first = ends - 1 - queries.window_left
-    if TRAITS.queries > 1:
-        return Visible(first, ends)
-    else:
-        return Visible(first, None)
-
-
-@triton.jit
-def _attend_open(queries, rows, pages, last, raw, part, TRAITS: tl.constexpr):
+def _attend_open(queries, at_row, pages, last, raw, part, TRAITS: tl.constexpr):
     """The tokens of the open ones of a range of pages, as far as each row sees them.
 
     Args:
-        queries: `QueryView`, from the KV head's first one on. rows: int32 [rows_block].
+        queries: `QueryView`, from the KV head's first one on. at_row: the first of the rows.
         pages: `PageRange`.
         last: `LastPage` of the sequence.
         raw: `RawView`, from this KV head on.
@@ -131,8 +131,10 @@ def _attend_open(queries, rows, pages, last, raw, part, TRAITS: tl.constexpr):
     PAGES: tl.constexpr = TRAITS.pages
     DIM: tl.constexpr = TRAITS.dim
     ROWS: tl.constexpr = (BLOCK_N + 31) // 32
-    query = tl.trans(load_query(queries, rows, 0, TRAITS))
-    visible = _visible(queries, rows, last, TRAITS)
+    query = tl.trans(load_query(queries, at_row, 0, TRAITS))
+    # A sequence's last query is its last token's.
+    row_ends = last.place * 64 + last.tokens - (TRAITS.queries - 1)
+    row_ends += (at_row + tl.arange(0, TRAITS.rows_block)) // TRAITS.group
     state = empty_state(TRAITS)
     for at in range(pages.begin, pages.end, PAGES):
         place = at + tl.arange(0, PAGES)
@@ -153,5 +155,5 @@ def _attend_open(queries, rows, pages, last, raw, part, TRAITS: tl.constexpr):
             row = tl.multiple_of(tl.reshape(row, [BLOCK_N]), DIM & -DIM)
             in_list = tl.reshape((at + group) * 64 + token, [BLOCK_N])
             tile = RawTile(raw.k + row, raw.v + row, ordinal < n, in_list)
-            state = attend_rows(state, query, tile, visible, queries, TRAITS)
-    store_state(state, rows, part, 0, TRAITS)
+            state = attend_rows(state, query, tile, row_ends, queries, TRAITS)
+    store_state(state, at_row, part, 0, TRAITS)

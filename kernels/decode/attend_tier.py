@@ -14,7 +14,6 @@ import triton.language as tl
 from sglang_diffxkv.kernels.decode.tiles import (
     LaneState,
     RawTile,
-    Visible,
     attend_rows,
     empty_state,
     lane_sums,
@@ -56,11 +55,11 @@ class PageRange(NamedTuple):
 
 
 @triton.jit
-def attend_tier(queries, rows, pages, sealed, part, IS_HIGH: tl.constexpr, TRAITS: tl.constexpr):
+def attend_tier(queries, at_row, pages, sealed, part, IS_HIGH: tl.constexpr, TRAITS: tl.constexpr):
     """The tokens of one tier in the sealed ones of a range of pages, which all rows see whole.
 
     Args:
-        queries: `QueryView`, from the KV head's first one on. rows: int32 [rows_block].
+        queries: `QueryView`, from the KV head's first one on. at_row: the first of the rows.
         pages: `PageRange`.
         sealed: `SealedView`, with records from this KV head on.
         part: `AttentionState` of pointers, written.
@@ -81,12 +80,12 @@ def attend_tier(queries, rows, pages, sealed, part, IS_HIGH: tl.constexpr, TRAIT
     ROWS: tl.constexpr = (TILE + 31) // 32
     arena, byte_mask = sealed.arena, sealed.byte_mask
     if KEY_BITS:
-        query = tl.trans(load_query(queries, rows, KEY_BITS, TRAITS).to(tl.float16))
+        query = tl.trans(load_query(queries, at_row, KEY_BITS, TRAITS).to(tl.float16))
         # Of the queries as rounded to fp16, or large zeros would not cancel.
-        rounded = load_query(queries, rows, 0, TRAITS).to(tl.float16)
+        rounded = load_query(queries, at_row, 0, TRAITS).to(tl.float16)
         q_sum = tl.sum(rounded.to(tl.float32), 1) * queries.score_scale
     else:
-        query = tl.trans(load_query(queries, rows, 0, TRAITS))
+        query = tl.trans(load_query(queries, at_row, 0, TRAITS))
     state = empty_state(TRAITS)
     for at in range(pages.begin, pages.end, PAGES):
         place = at + tl.arange(0, PAGES)
@@ -125,8 +124,11 @@ def attend_tier(queries, rows, pages, sealed, part, IS_HIGH: tl.constexpr, TRAIT
                 value = load_rows(arena, value_at, VALUE_BITS, VALUE_WORD, DIM, DIM_BLOCK)
                 dots = tl.dot(key_operand(key, byte_mask, KEY_BITS, DIM_BLOCK), query)
                 scores = dots_by_lane(dots) * by_lane(key_scale * (queries.score_scale * CODE_UNIT))
-                scores = capped(scores + by_lane(key_zero) * q_sum, queries.cap)
-                scores += by_lane(tl.where(mask, 0.0, -float("inf")))
+                none = by_lane(tl.where(mask, 0.0, -float("inf")))
+                if queries.cap is None:
+                    scores += by_lane(key_zero) * q_sum + none
+                else:
+                    scores = capped(scores + by_lane(key_zero) * q_sum, queries.cap) + none
                 weights, fade, state = softmax_step(state, scores, False)
                 zeros = state.zeros * fade + lane_sums(weights * by_lane(value_zero))
                 weights = by_ordinal((weights * by_lane(value_scale)).to(tl.float16))
@@ -142,5 +144,5 @@ def attend_tier(queries, rows, pages, sealed, part, IS_HIGH: tl.constexpr, TRAIT
                     mask,
                     first + tl.arange(0, TILE),
                 )
-                state = attend_rows(state, query, tile, Visible(None, None), queries, TRAITS)
-    store_state(state, rows, part, VALUE_BITS, TRAITS)
+                state = attend_rows(state, query, tile, None, queries, TRAITS)
+    store_state(state, at_row, part, VALUE_BITS, TRAITS)

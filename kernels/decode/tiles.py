@@ -36,13 +36,6 @@ class RawTile(NamedTuple):
     place: tl.tensor
 
 
-class Visible(NamedTuple):
-    """Which places ``[first, end)`` each of G rows sees, int32 [G]; None: no such bound."""
-
-    first: tl.tensor | None
-    end: tl.tensor | None
-
-
 class LaneState(NamedTuple):
     """Online softmax of G rows, queries of one head each: fp32.
 
@@ -96,13 +89,13 @@ def lane_sums(x):
 
 
 @triton.jit
-def attend_rows(state, query, tile, visible, queries, TRAITS: tl.constexpr):
+def attend_rows(state, query, tile, ends, queries, TRAITS: tl.constexpr):
     """Take a tile of raw tokens into the state.
 
     Args:
         query: fp32 [dim_block, G], of `load_query`.
         tile: `RawTile`.
-        visible: `Visible`.
+        ends: int32 [G], places before which each row sees, in its window; None: all rows see all.
         queries: `QueryView` that they are of.
     """
     DIM: tl.constexpr = TRAITS.dim
@@ -120,14 +113,15 @@ def attend_rows(state, query, tile, visible, queries, TRAITS: tl.constexpr):
     scores = tl.reshape(scores, [scores.shape[0] // 16, 2, 8, scores.shape[1]])
     inside = tl.reshape(tile.mask, [scores.shape[0], 2, 8])[:, :, :, None]
     place = tl.reshape(tile.place, [scores.shape[0], 2, 8])[:, :, :, None]
-    if visible.first is not None:
-        inside = inside & (place >= visible.first[None, None, None, :])
-    if visible.end is not None:
-        inside = inside & (place < visible.end[None, None, None, :])
+    WINDOW: tl.constexpr = ends is not None and queries.window_left is not None
+    CAUSAL: tl.constexpr = ends is not None and TRAITS.queries > 1
+    if WINDOW:
+        inside = inside & (place >= (ends - 1 - queries.window_left)[None, None, None, :])
+    if CAUSAL:
+        inside = inside & (place < ends[None, None, None, :])
     scores = capped(scores * queries.score_scale, queries.cap)
     scores = tl.where(inside, scores, -float("inf"))
-    BOUND: tl.constexpr = visible.first is not None or visible.end is not None
-    weights, _, state = softmax_step(state, scores, BOUND)
+    weights, _, state = softmax_step(state, scores, WINDOW or CAUSAL)
     weights = tl.reshape(weights, [key.shape[0], query.shape[1]])
     if TRAITS.in_fp32:
         acc = tl.dot(value.to(tl.float32), weights, state.acc, input_precision="ieee")
@@ -140,15 +134,16 @@ def attend_rows(state, query, tile, visible, queries, TRAITS: tl.constexpr):
 
 
 @triton.jit
-def load_query(queries, rows, BITS: tl.constexpr, TRAITS: tl.constexpr):
+def load_query(queries, at_row, BITS: tl.constexpr, TRAITS: tl.constexpr):
     """Some rows of a KV head: fp32 [G, dim_block].
 
     Args:
         queries: `QueryView`, from its first one on.
-        rows: int32 [G]: the first are its group's queries of the first new token.
+        at_row: the first of them: a group's queries of one new token, then of the next one.
         BITS: of the codes that they meet, in whose order they are (`key_element`); 0: of raw rows.
     """
-    column = tl.arange(0, TRAITS.dim_block)
+    # Numbered here and in `store_state`: handed through they would take registers all the time.
+    rows, column = at_row + tl.arange(0, TRAITS.rows_block), tl.arange(0, TRAITS.dim_block)
     at, weight, inside = column, 1.0, column < TRAITS.dim
     if BITS:
         at, weight, inside = key_element(column, BITS, TRAITS.dim, TRAITS.dim_block)
@@ -162,18 +157,18 @@ def load_query(queries, rows, BITS: tl.constexpr, TRAITS: tl.constexpr):
 
 
 @triton.jit
-def store_state(state, rows, part, BITS: tl.constexpr, TRAITS: tl.constexpr):
+def store_state(state, at_row, part, BITS: tl.constexpr, TRAITS: tl.constexpr):
     """Normalise, and write the attention state of some rows; -inf where there was no token.
 
     Args:
-        rows: int32 [G], which they are.
+        at_row: the first of them.
         part: `AttentionState` of pointers: to out, fp32 [TRAITS.rows, D], and to lse, fp32 of each.
         BITS: of the values' codes; 0: they were raw.
     """
     total, zeros = tl.sum(state.total, 0), tl.sum(state.zeros, 0)
     some = total > 0
     total = tl.where(some, total, 1.0)
-    element = tl.arange(0, TRAITS.dim_block)
+    rows, element = at_row + tl.arange(0, TRAITS.rows_block), tl.arange(0, TRAITS.dim_block)
     acc = state.acc
     at, inside = element, element < TRAITS.dim
     if BITS:

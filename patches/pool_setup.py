@@ -20,7 +20,7 @@ from sglang_diffxkv.pool.host_memory import available_memory, default_budget, on
 from sglang_diffxkv.pool.kv_pool import PoolSetup
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, PoolBudget, size_pool
-from sglang_diffxkv.pool.window_sizing import SLOT_BYTES, size_window_pool
+from sglang_diffxkv.pool.window_sizing import SLOT_BYTES, WindowLayers, size_window_pool
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +63,8 @@ def make_setup(
     window_tokens = window_bytes = 0
     if windows is not None:
         sealed = sum(policy.caps) * expected_fill / PAGE_TOKENS
-        window_tokens = size_window_pool(
-            windows, nbytes, sealed / (1 - config.raw_share), cap_tokens
-        )
+        token_bytes = sealed / (1 - config.raw_share) + draft_bytes
+        window_tokens = size_window_pool(windows, nbytes, token_bytes, cap_tokens)
         window_bytes = (window_tokens + PAGE_TOKENS) * windows.token_bytes
         log_division(windows, window_tokens, window_bytes, nbytes)
     budget = PoolBudget(
@@ -75,9 +74,10 @@ def make_setup(
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
         attention_bytes=int(attention),
         slot_bytes=draft_bytes + (0 if windows is None else SLOT_BYTES),
+        whole_bytes=config.memory_bytes or int(-least),
     )
     sizes = size_pool(budget, policy.layout, policy.caps, expected_fill)
-    _check_chunk(sizes.raw_pages)
+    _check_chunk(sizes.raw_pages, windows, window_tokens)
     if draft_bytes:
         log_draft_pool(draft_bytes, sizes.virtual_tokens)
     return PoolSetup(policy, sizes, agree, window_tokens)
@@ -181,17 +181,28 @@ def host_budget(memory_bytes: int | None, budget_bytes: int) -> int:
     return chosen
 
 
-def _check_chunk(raw_pages: int) -> None:
+def _check_chunk(raw_pages: int, windows: WindowLayers | None, window_tokens: int) -> None:
     """Without the radix cache SGLang takes whole chunks only: one must fit into the raw pages.
+
+    With it chunks are shortened where the window layers' pool is small; without it only the chunk
+    that runs and what lies behind the windows of the next one can be freed, so they must fit, too.
 
     Raises:
         ValueError: it does not.
     """
     from sglang.srt.runtime_context import get_memory, get_schedule
 
-    largest = (raw_pages - 1) * PAGE_TOKENS
-    if get_memory().disable_radix_cache and get_schedule().chunked_prefill_size > largest:
+    if not get_memory().disable_radix_cache:
+        return
+    largest, room = (raw_pages - 1) * PAGE_TOKENS, f"{raw_pages} raw pages"
+    if windows is not None:
+        # SGLang frees in whole pages, a page late, and admits nobody without one to spare.
+        beside = windows.window_left + 1 + 4 * PAGE_TOKENS
+        of_windows = max(0, window_tokens - beside) // PAGE_TOKENS * PAGE_TOKENS
+        if of_windows < largest:
+            largest, room = of_windows, f"{window_tokens} tokens of window layers"
+    if get_schedule().chunked_prefill_size > largest:
         raise ValueError(
             f"diffxkv: with --disable-radix-cache, --chunked-prefill-size may be at most {largest} "
-            f"({raw_pages} raw pages): lower it, or raise memory_bytes or raw_share"
+            f"({room}): lower it, or raise memory_bytes or raw_share"
         )

@@ -37,6 +37,8 @@ class PoolBudget(NamedTuple):
             uncompressed pages would take is then not allocated.
         attention_bytes: what attention keeps beside the pages, on a GPU.
         slot_bytes: what SGLang keeps for each token slot, beside what it does for any model.
+        whole_bytes: what the user gave, of which other layers or the policy got the rest; 0: all of
+            it is the pool's. A refusal speaks of it.
     """
 
     nbytes: int
@@ -45,6 +47,7 @@ class PoolBudget(NamedTuple):
     max_virtual_pages: int | None = None
     attention_bytes: int = 0
     slot_bytes: int = 0
+    whole_bytes: int = 0
 
 
 class PoolSizes(NamedTuple):
@@ -87,7 +90,7 @@ def size_pool(
     Raises:
         ValueError: the budget is too small to serve anything.
     """
-    nbytes, raw_share, virtual_slack, max_virtual_pages, attention_bytes, slot_bytes = budget
+    nbytes, raw_share, virtual_slack, max_virtual_pages, attention_bytes, slot_bytes, _ = budget
     num_layers = len(caps)
     dense = 2 * num_layers * PAGE_TOKENS * layout.num_kv_heads * layout.row_bytes(0)
     if max_virtual_pages is not None:
@@ -119,10 +122,12 @@ def size_pool(
             attention_bytes + (MIN_RAW_PAGES + 2) * open_bytes / raw_share,
             (others + (MIN_RAW_PAGES + 1) * worst * sealed_bytes) / (1 - raw_share),
         )
+        # Others get their share of more memory, too.
+        mib = 2**20 * min(1.0, budget.nbytes / (budget.whole_bytes or budget.nbytes))
         raise ValueError(
-            f"diffxkv: {nbytes / 2**20:.1f} MiB hold {max(raw_pages, 0)} raw pages and "
+            f"diffxkv: {nbytes / mib:.1f} MiB hold {max(raw_pages, 0)} raw pages and "
             f"{max(frames, 0) // worst} sealed pages; raise memory_bytes (or --mem-fraction-static "
-            f"or --max-total-tokens) to at least {need / 2**20:.1f} MiB"
+            f"or --max-total-tokens) to at least {need / mib:.1f} MiB"
         )
     pages = raw_pages + int(virtual_slack * frames / expected)
     limit = max(MAX_VIRTUAL_RATIO * nbytes // dense, raw_pages + frames // worst)

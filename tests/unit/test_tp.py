@@ -259,7 +259,7 @@ def test_sizes_follow_from_what_ranks_agree_on(
     )
     current = threading.local()
     monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: current.parallel)
-    monkeypatch.setattr(pool_setup, "_check_chunk", lambda raw_pages: None)
+    monkeypatch.setattr(pool_setup, "_check_chunk", lambda *sizes: None)
     monkeypatch.setattr(pool_setup, "make_agreement", lambda group: group)
     with Ranks() as ranks:
 

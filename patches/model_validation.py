@@ -97,9 +97,19 @@ def kinds_of(model: "ModelConfig") -> dict[str, bool]:
         "chunked local attention": model.attention_chunk_size is not None,
         "dual chunk attention": hasattr(model.hf_config, "dual_chunk_attention_config"),
         "sparse attention": is_minimax_sparse(model.hf_config) or is_qwen_qsa(model.hf_config),
+        "images whose tokens see each other (without --enable-multimodal it is served)": (
+            _sees_images(model)
+        ),
         "cross-attention (encoder-decoder)": model.is_encoder_decoder,
         "no text generation (embedding or reward)": not model.is_generation,
     }
+
+
+def _sees_images(model: "ModelConfig") -> bool:
+    """Gemma's image tokens attend to those behind them, too, for which SGLang sets a mask."""
+    mutual = getattr(model.hf_text_config, "use_bidirectional_attention", None) == "vision"
+    gemma3 = "Gemma3ForConditionalGeneration" in model.hf_config.architectures
+    return model.is_multimodal and (gemma3 or mutual)
 
 
 def _unknown_linear_layers(model: "ModelConfig") -> bool:

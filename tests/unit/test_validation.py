@@ -344,7 +344,7 @@ def write_config(folder: Path, architecture: str, config: dict[str, Any]) -> str
         ),
         (
             "Gemma3ForCausalLM",
-            {"model_type": "gemma3_text", "layer_types": 2 * ["sliding_attention"]},
+            {"model_type": "gemma3_text", "layer_types": 4 * ["sliding_attention"]},
             "sliding windows in all layers",
         ),
         ("LlamaForCausalLM", {"model_type": "llama", "num_kv_shared_layers": 1}, "K/V of others"),
@@ -364,6 +364,17 @@ def test_models_it_cannot_serve(
 ) -> None:
     message = refusal(write_config(tmp_path, architecture, config), *OURS)
     assert found in message and architecture in message
+
+
+@pytest.mark.usefixtures("model")
+def test_images_of_gemma_are_refused(tmp_path: Path) -> None:
+    """SGLang would not say that they are attended to as if they were text."""
+    layers = ["sliding_attention", "full_attention"] * 2
+    text = {**PLAIN, "model_type": "gemma3_text", "layer_types": layers, "sliding_window": 100}
+    config = {"model_type": "gemma3", "text_config": text, "vision_config": {}}
+    path = write_config(tmp_path, "Gemma3ForConditionalGeneration", config)
+    assert "images whose tokens see each other" in refusal(path, *OURS, "--enable-multimodal")
+    assert resolving_view(resolve(path, *OURS)).attention_backend == "diffxkv"
 
 
 HYBRIDS: dict[str, dict[str, Any]] = {

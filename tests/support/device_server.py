@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_diffxkv.attention.device_backend import DeviceBackend
@@ -148,10 +149,7 @@ class Server:
         decodes = batch.forward_mode.is_decode()
         attend = self.backend.forward_decode if decodes else self.backend.forward_extend
         for layer_id in range(LAYERS):
-            layer = SimpleNamespace(
-                layer_id=layer_id, tp_k_head_num=HEADS, tp_q_head_num=2 * HEADS,
-                qk_head_dim=DIM, scaling=0.1,
-            )  # fmt: skip
+            layer = RadixAttention(2 * HEADS, DIM, 0.1, HEADS, layer_id)
             qkv = torch.randn(tokens, 4 * HEADS * DIM, device=DEVICE).bfloat16()
             q, k, v = qkv.split([2 * HEADS * DIM, HEADS * DIM, HEADS * DIM], dim=1)
             out = attend(q, k, v, layer, batch)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_diffxkv.attention.device_backend import DeviceBackend
@@ -58,9 +59,7 @@ def decode(backend: DeviceBackend, batch: SimpleNamespace) -> None:
     decodes = batch.forward_mode.is_decode()
     attend = backend.forward_decode if decodes else backend.forward_extend
     for i in range(LAYERS):
-        layer = SimpleNamespace(
-            layer_id=i, tp_k_head_num=HEADS, tp_q_head_num=4 * HEADS, qk_head_dim=DIM, scaling=0.1
-        )
+        layer = RadixAttention(4 * HEADS, DIM, 0.1, HEADS, layer_id=i)
         out = attend(hidden, new, new, layer, batch)
         assert out.shape == hidden.shape
     backend.end_of_step()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_diffxkv.attention.host_backend import HostBackend
@@ -115,10 +116,7 @@ class Runner:
                 ]
             )
             q, k, v = x.split([GROUP * HEADS * DIM, HEADS * DIM, HEADS * DIM], dim=1)
-            layer = SimpleNamespace(
-                layer_id=index, tp_k_head_num=HEADS, tp_q_head_num=GROUP * HEADS,
-                qk_head_dim=DIM, scaling=SCALE,
-            )  # fmt: skip
+            layer = RadixAttention(GROUP * HEADS, DIM, SCALE, HEADS, layer_id=index)
             outs.append(attend(q, k, v, layer, batch))
         self.backend.end_of_step()
         return torch.stack(outs)

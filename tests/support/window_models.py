@@ -35,6 +35,7 @@ KINDS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
         Gemma2Config,
         Gemma2ForCausalLM,
         {
+            "hidden_act": "gelu_pytorch_tanh",  # SGLang's name of it
             "query_pre_attn_scalar": 64,
             "attn_logit_softcapping": 5.0,
             "final_logit_softcapping": 30.0,

@@ -23,11 +23,11 @@ from tests.support.harness import Json, Server
 from tests.support.workload import assert_healthy, is_tie, outputs
 
 LENGTHS = (1, 2, 63, 64, 65, 127, 300, 511, 512, 513, 577, 1000, 1500, 2047, 2500, 3000)
-NEW_TOKENS = 48
+NEW_TOKENS = 32
 CHUNK = 512
 SHARED = 640
 """Tokens of a prefix that a third of the crowd shares."""
-CROWD, CROWD_NEW = 24, 160
+CROWD, CROWD_NEW = 16, 96
 ENVIRONMENT = {"SGLANG_DISABLED_MODEL_ARCHS": "", "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
 
 

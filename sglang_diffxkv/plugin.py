@@ -36,6 +36,7 @@ def _install() -> None:
         input_buffers,
         kv_dtype,
         linear_state,
+        logits_softcap,
         lossless,
         observability,
         pool,
@@ -47,7 +48,7 @@ def _install() -> None:
         window_models,
     )
 
-    of_model = (server_args, window_models, kv_dtype)
+    of_model = (server_args, window_models, kv_dtype, logits_softcap)
     of_pool = (linear_state, pool, published_capacity, input_buffers, forward, check, idle)
     of_requests = (
         running,

@@ -72,7 +72,7 @@ _FLAGS = (
 _VARIABLES = {
     "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "divides its memory once at start",
     "SGLANG_ENABLE_METADATA_GLUE_GRAPH": "tells its kernels the time before each step",
-    "SGLANG_ENABLE_OVERLAP_PLAN_STREAM": "tells its kernels the time on the stream that they run on",
+    "SGLANG_ENABLE_OVERLAP_PLAN_STREAM": "tells its kernels the time on their own stream",
     "SGLANG_RUST_SERVER": "reads a request's quality in SGLang's Python server",
 }
 

@@ -42,7 +42,9 @@ class Pair(NamedTuple):
     stock: Server
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(
+    scope="module", params=["gated_delta", pytest.param("mamba2", marks=pytest.mark.long)]
+)
 def servers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:

@@ -31,7 +31,10 @@ MEMORY = {"NGRAM": "20MiB", "STANDALONE": "56MiB", "EAGLE": "28MiB"}
 """The draft model's KV is in it."""
 
 
-@pytest.fixture(scope="module", params=list(NODES))
+@pytest.fixture(
+    scope="module",
+    params=["NGRAM", "STANDALONE", pytest.param("EAGLE", marks=pytest.mark.long)],
+)
 def algorithm(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

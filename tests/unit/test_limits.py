@@ -10,6 +10,7 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_diffxkv.patches.model_validation import HEAD_DIMS, kinds_of
 from sglang_diffxkv.patches.validation import _FLAGS, _VARIABLES, _Flag
+from sglang_diffxkv.policy.registry import POLICIES
 from tests.support.demo_model import write_demo_model
 
 LIMITS = (Path(__file__).parents[2] / "docs" / "limits.md").read_text()
@@ -45,3 +46,16 @@ def test_every_kind_of_model(tmp_path: Path) -> None:
     assert [line for line in listed if line in kinds] == list(kinds)
     dims = [str(dim) for dim in HEAD_DIMS]
     assert f"head_dim {', '.join(dims[:-1])} or {dims[-1]}" in LIMITS.replace("\n", " ")
+
+
+CAPABILITIES = (
+    *("may_share", "streams", "needs_scores"),
+    *("grades_quality", "can_demote", "is_lossless"),
+)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_policies_go_with(name: str) -> None:
+    can = ("yes" if getattr(POLICIES[name], x) else "no" for x in CAPABILITIES)
+    table = (Path(__file__).parents[2] / "docs" / "policies.md").read_text().splitlines()
+    assert f"| `{name}` | {' | '.join(can)} |" in table

@@ -18,6 +18,8 @@ from tests.support.harness import Server, models_but
 from tests.support.hybrid_model import write_granite, write_qwen
 from tests.support.workload import assert_healthy, assert_same_outputs, outputs, random_tokens
 
+pytestmark = pytest.mark.long
+
 
 class Hybrid(NamedTuple):
     """A model, and the files of SGLang that its own needs."""
@@ -42,9 +44,7 @@ class Pair(NamedTuple):
     stock: Server
 
 
-@pytest.fixture(
-    scope="module", params=["gated_delta", pytest.param("mamba2", marks=pytest.mark.long)]
-)
+@pytest.fixture(scope="module", params=MODELS)
 def servers(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Pair]:

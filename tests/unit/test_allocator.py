@@ -18,9 +18,9 @@ TestDiffKVAllocator = walks(AllocatorMachine, "diffkv", examples=100, steps=40)
 TestLosslessAllocator = walks(AllocatorMachine, "lossless", examples=100, steps=40)
 TestUniformAllocator = walks(AllocatorMachine, "uniform", examples=100, steps=40)
 TestSnapKVAllocator = walks(AllocatorMachine, "snapkv", examples=100, steps=40)
-TestDraftingDiffXKV = walks(DraftingMachine, "diffxkv", examples=100, steps=40)
-TestDraftingUniform = walks(DraftingMachine, "uniform", examples=100, steps=40)
-TestDraftingLossless = walks(DraftingMachine, "lossless", examples=50, steps=40)
+TestDraftingDiffXKV = walks(DraftingMachine, "diffxkv", examples=40, steps=30)
+TestDraftingUniform = walks(DraftingMachine, "uniform", examples=40, steps=30)
+TestDraftingLossless = walks(DraftingMachine, "lossless", examples=40, steps=30)
 
 
 def cached_sequence(cache: PrefixCache, pages: int, quality: Quality) -> None:

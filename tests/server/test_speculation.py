@@ -78,7 +78,7 @@ def test_outputs_equal_those_without(stock_server: Server, server: Server) -> No
     assert_same_outputs(stock_server, prompts, expected, outputs(answers))
     assert sum(a["meta_info"]["cached_tokens"] for a in answers) > 1000
     counters = server.stats()["counters"]
-    assert counters["sealed"] > 400 and counters["evicted"] > 0
+    assert counters["sealed"] > 200 and counters["evicted"] > 0
     again = server.generate_many(items[2::3])
     assert_same_outputs(stock_server, prompts[2::3], expected[2::3], outputs(again))
 

@@ -90,7 +90,7 @@ def test_outputs_are_those_of_the_model(served: Served) -> None:
     again = served.generate(items[2::3])
     assert sum(a["meta_info"]["cached_tokens"] for a in again) > 500
     counters = served.server.stats()["counters"]
-    assert counters["sealed"] > 100 and counters["evicted"] > 0
+    assert counters["sealed"] > 50 and counters["evicted"] > 0
 
 
 def test_after_retraction(served: Served) -> None:

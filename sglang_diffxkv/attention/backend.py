@@ -188,7 +188,7 @@ class DiffXKVBackend(AttentionBackend):
         """
         self.committed = Committed(starts, ends)
         if self.batch_indices:
-            self.committed = self.running.commit(self.batch_indices, starts.tolist(), ends.tolist())
+            self.committed = self.running.commit(self.batch_indices, starts, ends)
             count(self.store, self.committed, self.req_to_token)
 
     def forward_extend(

@@ -121,11 +121,11 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
             index: its ``req_pool_index``. length: its committed tokens, or fewer.
             req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
         """
-        request = self.running.by_index.get(index)
-        if request is None or not 0 < request.tokens < length:
+        start = self.running.tokens(index)
+        if not 0 < start < length:
             return
-        start = request.tokens
-        count(self.store, self.running.commit([index], [start], [length]), req_to_token)
+        committed = self.running.commit([index], torch.tensor([start]), torch.tensor([length]))
+        count(self.store, committed, req_to_token)
         fill(self.store, req_to_token[index], start, length)
 
     # -- capacity --

@@ -23,13 +23,11 @@ class RunningRequest:
         step: the one that its prompt, or the last chunk of it, ran in: all pages that it holds have
             been used in that or later.
         request: SGLang's.
-        tokens: that are committed, as the ledger has counted them; 0 before its first step.
     """
 
     quality: Quality
     step: int
     request: Any
-    tokens: int = 0
 
 
 class RunningRequests:
@@ -42,13 +40,20 @@ class RunningRequests:
     def __init__(self) -> None:
         self.by_index: dict[int, RunningRequest] = {}
         self._asking: dict[int, RunningRequest] = {}
+        self._tokens = torch.zeros(0, dtype=torch.int64)
+
+    def tokens(self, index: int) -> int:
+        """Committed tokens of a request, as the ledger has counted them; 0 before its first step."""
+        return int(self._tokens[index]) if index in self.by_index else 0
 
     @property
     def lossless(self) -> list[PagedSequence]:
         """Running lossless requests that have pages, as long as they are."""
-        asking = self._asking.values()
-        lossless = [x for x in asking if x.quality is Quality.LOSSLESS and x.tokens]
-        return [paged(x.request, x.tokens) for x in lossless]
+        return [
+            paged(asking.request, tokens)
+            for index, asking in self._asking.items()
+            if asking.quality is Quality.LOSSLESS and (tokens := self.tokens(index))
+        ]
 
     def entered_since(self, step: int) -> int:
         """The first step that somebody who runs entered in; else ``step``, the next one."""
@@ -58,26 +63,33 @@ class RunningRequests:
         """A prompt waits for its next chunk; its pages are as used in ``step``."""
         self.by_index[index].step = step
 
-    def commit(
-        self, indices: Sequence[int], starts: Sequence[int], ends: Sequence[int]
-    ) -> Committed:
+    def commit(self, indices: Sequence[int], starts: torch.Tensor, ends: torch.Tensor) -> Committed:
         """Note how many tokens requests have for good, of B requests.
 
         Args:
-            indices: their ``req_pool_index``. starts: tokens before their first step, those of a
-                prefix that others have computed. ends: committed tokens.
+            indices: their ``req_pool_index``.
+            starts: int64 [B] on the host, tokens before their first step, those of a prefix that
+                others have computed.
+            ends: int64 [B] on the host, committed tokens.
         """
-        before: list[int] = []
+        self._make_room(indices)
+        rows = torch.tensor(indices, dtype=torch.int64)
+        known = self._tokens[rows]
+        starts = torch.where(known > 0, known, starts)
+        self._tokens[rows] = ends
+        asked = self._asked(indices, starts, ends) if self._asking else None
+        return Committed(starts, ends, asked)
+
+    def _asked(
+        self, indices: Sequence[int], starts: torch.Tensor, ends: torch.Tensor
+    ) -> AskedPages:
         rows: list[int] = []
         positions: list[int] = []
         quality: list[Quality] = []
         lossless_full = 0
-        for index, first, end in zip(indices, starts, ends, strict=True):
-            request, start = self.by_index.get(index), first
-            if request is not None:
-                start, request.tokens = request.tokens or first, end
-            before.append(start)
-            if request is None or request.quality is Quality.BALANCED:
+        for index, start, end in zip(indices, starts.tolist(), ends.tolist(), strict=True):
+            request = self._asking.get(index)
+            if request is None:
                 continue
             opening = range(-(-start // PAGE_TOKENS) * PAGE_TOKENS, end, PAGE_TOKENS)
             rows += [index] * len(opening)
@@ -85,18 +97,23 @@ class RunningRequests:
             quality += [request.quality] * len(opening)
             if request.quality is Quality.LOSSLESS:
                 lossless_full += end // PAGE_TOKENS - start // PAGE_TOKENS
-        asked = AskedPages(rows, positions, quality, lossless_full) if self._asking else None
-        return Committed(torch.tensor(before), torch.tensor(list(ends)), asked)
+        return AskedPages(rows, positions, quality, lossless_full)
 
     def enter(self, indices: Sequence[int], requests: Sequence[RunningRequest]) -> None:
         """Requests have got these indices, or keep them for their next chunk."""
+        self._make_room(indices)
         for index, request in zip(indices, requests, strict=True):
             known = self.by_index.get(index)
-            if known is not None and known.request is request.request:
-                request.tokens = known.tokens
+            if known is None or known.request is not request.request:
+                self._tokens[index] = 0
             self.by_index[index] = request
             if request.quality is not Quality.BALANCED:
                 self._asking[index] = request
+
+    def _make_room(self, indices: Sequence[int]) -> None:
+        lacking = max(indices, default=-1) + 1 - len(self._tokens)
+        if lacking > 0:
+            self._tokens = torch.nn.functional.pad(self._tokens, (0, lacking))
 
     def leave(self, indices: Sequence[int]) -> None:
         """These indices are free again."""

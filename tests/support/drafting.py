@@ -96,7 +96,9 @@ class DraftingMachine(AllocatorMachine):
         for request in self.running:
             first, index = request.committed, request.index
             self.table[index, : len(request.slots)] = request.slots
-            committed = self.allocator.running.commit([index], [first], [first + 1])
+            committed = self.allocator.running.commit(
+                [index], torch.tensor([first]), torch.tensor([first + 1])
+            )
             count(store, committed, self.table)
             store.write_rows(request.slots[first : first + drafts])  # raises where one is sealed
             pages = request.slots[: first + drafts : PAGE_TOKENS] // PAGE_TOKENS

@@ -84,7 +84,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         for slots, _, _, index, *_ in self.running if decodes else self.running[-1:]:
             start, end = len(slots) - 1 if decodes else 0, len(slots)
             self.table[index, :end] = slots
-            committed = self.allocator.running.commit([index], [start], [end])
+            committed = self.allocator.running.commit(
+                [index], torch.tensor([start]), torch.tensor([end])
+            )
             count(store, committed, self.table)
             pages = slots[::PAGE_TOKENS] // PAGE_TOKENS
             position = torch.arange(len(pages))

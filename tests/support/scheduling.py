@@ -154,7 +154,7 @@ class Scheduling:
             pages = torch.unique(slots // PAGE_TOKENS)
             position = torch.arange(start // PAGE_TOKENS, -(-end // PAGE_TOKENS))
             write(store, pages, position, torch.full((len(pages),), end))
-            self.allocator.running.commit([row], [start], [end])
+            self.allocator.running.commit([row], torch.tensor([start]), torch.tensor([end]))
             level = quality_hook.quality_of(request)
             if level is not Quality.BALANCED:
                 ask(store, pages, [level] * len(pages))

@@ -65,7 +65,7 @@ def test_held_lossless_pages_cost_no_prefix() -> None:
     cached_sequence(cache, ledger.raw_total - 3, Quality.LOSSLESS)
     held = len(cache.sequences.pop())  # by somebody who runs
     allocator.running.enter([2], [running(Quality.LOSSLESS, allocator.store.recency.step)])
-    allocator.running.commit([2], [0], [held])
+    allocator.running.commit([2], torch.tensor([0]), torch.tensor([held]))
     assert not allocator.reclaimer.reclaim(cache, 4 * PAGE_TOKENS)
     assert [len(s) // PAGE_TOKENS for s in cache.sequences] == [3]
     assert allocator.capacity.usage(cache) == pytest.approx(1 - 3 / ledger.raw_total)

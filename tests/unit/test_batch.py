@@ -119,7 +119,7 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     asked = [Quality.SMALL, Quality.BALANCED, Quality.LOSSLESS]
     requests.enter(b.rows.tolist(), [running(level, step=0) for level in asked])
     before = torch.tensor([0, 0, 100])  # 2 pages of the last one were opened before
-    committed = requests.commit(b.rows.tolist(), before.tolist(), b.lens.tolist())
+    committed = requests.commit(b.rows.tolist(), before, b.lens)
     asked = committed.asked
     assert asked is not None and asked.lossless_full == 3
     assert list(asked.quality) == [Quality.SMALL] * 11 + [Quality.LOSSLESS] * 3
@@ -135,7 +135,7 @@ def test_pages_of_lossless_sequences_never_seal() -> None:
     assert [s.length for s in requests.lossless] == [300]
     requests.leave(b.rows.tolist())
     assert not requests.lossless
-    assert requests.commit(b.rows.tolist(), before.tolist(), b.lens.tolist()).asked is None
+    assert requests.commit(b.rows.tolist(), before, b.lens).asked is None
 
 
 def test_every_page_of_a_batch_counts_as_used() -> None:

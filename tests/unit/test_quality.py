@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from fastapi.routing import APIRoute, APIWebSocketRoute
 from sglang.srt.managers.io_struct import TokenizedEmbeddingReqInput
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
@@ -275,16 +276,17 @@ def test_running_requests_have_their_quality(scheduler: SimpleNamespace) -> None
         levels = [Quality[level.upper()] for level in (first, second)]
         assert given is not None
         assert [running.by_index[index].quality for index in given] == levels
-        asked = running.commit(given, [0, 0], [1, 1]).asked
+        asked = running.commit(given, torch.tensor([0, 0]), torch.tensor([1, 1])).asked
         assert asked is not None and asked.quality == [Quality.LOSSLESS]
         assert len(running.by_index) == 2
         pool.free_rows(given)
         running_hook._leave(None, pool, given)
-        assert running.commit([], [], []).asked is None and not running.by_index
+        nobody = torch.empty(0, dtype=torch.int64)
+        assert running.commit([], nobody, nobody).asked is None and not running.by_index
     running_hook._enter(None, pool, requests)  # there were no rows left
     requests = [entered(scheduler, 5, 5, ask("balanced")) for _ in range(2)]
     running_hook._enter(pool.alloc(requests), pool, requests)
-    assert running.commit([], [], []).asked is None
+    assert running.commit([], nobody, nobody).asked is None
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ class RunningRequests:
         self._tokens = torch.zeros(0, dtype=torch.int64)
 
     def tokens(self, index: int) -> int:
-        """Committed tokens of a request, as the ledger has counted them; 0 before its first step."""
+        """Committed tokens of a request, as the ledger counts them; 0 before its first step."""
         return int(self._tokens[index]) if index in self.by_index else 0
 
     @property

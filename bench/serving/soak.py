@@ -20,21 +20,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import requests
-
 from bench.serving.common import command_line, retractions, table, write_results
 from tests.support.demo_model import write_demo_model
 from tests.support.harness import Json, Server, models_but
 from tests.support.window_models import write_window_model
-from tests.support.workload import assert_healthy, mixed_prompts, quality
-
-SCHEMA = json.dumps(
-    {
-        "type": "object",
-        "properties": {"name": {"enum": ["ada", "bob"]}, "old": {"type": "boolean"}},
-        "required": ["name", "old"],
-    }
+from tests.support.workload import (
+    answer_in_json,
+    assert_healthy,
+    hang_up,
+    mixed_prompts,
+    quality,
 )
+
 REQUESTS = {"plain": 60, "n=3": 8, "json": 8, "abort": 12, "lossless": 6, "small": 6}
 """Kinds of requests, and how many of a hundred."""
 DRAFTS = {"ngram": 8, "standalone": 4}
@@ -76,14 +73,10 @@ def send(server: Server, kind: str, prompt: list[int], new: int) -> None:
         AssertionError: it is not. requests.HTTPError: it was refused.
     """
     if kind == "abort":
-        body = {"input_ids": prompt, "stream": True}
-        body |= {"sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
-        with requests.post(server.url + "/generate", json=body, stream=True) as response:
-            next(response.iter_lines())
-        return  # hanging up in the middle makes SGLang abort the request
+        hang_up(server, prompt)
+        return
     if kind == "json":
-        sampling = {"json_schema": SCHEMA, "ignore_eos": False}
-        json.loads(server.generate(prompt, max_new_tokens=60, sampling=sampling)["text"])
+        json.loads(answer_in_json(server, prompt))
         return
     sampling = {"n=3": {"n": 3, "temperature": 0.7}}.get(kind, {})
     if kind in ("lossless", "small"):

@@ -13,13 +13,14 @@ import pytest
 
 from tests.support.harness import Server
 from tests.support.kv_events import CacheMirror
-from tests.support.workload import assert_healthy, mixed_prompts, quality, random_tokens
+from tests.support.workload import (
+    SCHEMA,
+    assert_healthy,
+    mixed_prompts,
+    quality,
+    random_tokens,
+)
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"enum": ["ada", "bob"]}, "old": {"type": "boolean"}},
-    "required": ["name", "old"],
-}
 PAGE = 64
 
 

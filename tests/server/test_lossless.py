@@ -14,18 +14,14 @@ import requests
 
 from tests.support.harness import Json, Server
 from tests.support.workload import (
+    answer_in_json,
     assert_healthy,
     assert_same_outputs,
+    hang_up,
     mixed_prompts,
     outputs,
     random_tokens,
 )
-
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"enum": ["ada", "bob"]}, "old": {"type": "boolean"}},
-    "required": ["name", "old"],
-}
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +66,9 @@ def test_outputs_after_retraction(stock_server: Server, server: Server) -> None:
 
 def _send(server: Server, kind: str, item: Json) -> Any:
     if kind == "abort":
-        body = {"input_ids": item["prompt"], "stream": True}
-        body["sampling_params"] = {"max_new_tokens": 200, "ignore_eos": True}
-        with requests.post(server.url + "/generate", json=body, stream=True) as response:
-            next(response.iter_lines())
-        return None  # hanging up in the middle makes SGLang abort the request
+        return hang_up(server, item["prompt"])
     if kind == "json":
-        sampling = {"json_schema": json.dumps(SCHEMA), "ignore_eos": False}
-        return server.generate(item["prompt"], max_new_tokens=60, sampling=sampling)["text"]
+        return answer_in_json(server, item["prompt"])
     if kind == "n=2":
         sampling = {"n": 2}
         answers = server.generate(**item, sampling=sampling)

@@ -9,23 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 
 from tests.support.demo_model import write_eagle_draft
 from tests.support.harness import Json, Server
 from tests.support.workload import (
+    answer_in_json,
     assert_healthy,
     assert_same_outputs,
+    hang_up,
     mixed_prompts,
     outputs,
     random_tokens,
 )
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"enum": ["ada", "bob"]}, "old": {"type": "boolean"}},
-    "required": ["name", "old"],
-}
 NODES = {"NGRAM": 8, "STANDALONE": 4, "EAGLE": 3}
 MEMORY = {"NGRAM": "20MiB", "STANDALONE": "56MiB", "EAGLE": "28MiB"}
 """The draft model's KV is in it."""
@@ -108,18 +104,11 @@ def test_outputs_after_retraction(stock_server: Server, server: Server) -> None:
 
 def _send(server: Server, kind: str, item: Json) -> Any:
     if kind == "abort":
-        body = {"input_ids": item["prompt"], "stream": True}
-        body["sampling_params"] = {"max_new_tokens": 200, "ignore_eos": True}
-        with requests.post(server.url + "/generate", json=body, stream=True) as response:
-            next(response.iter_lines())
-        return None  # hanging up in the middle makes SGLang abort the request
+        return hang_up(server, item["prompt"])
     if kind == "json":
-        sampling = {"json_schema": json.dumps(SCHEMA), "ignore_eos": False}
-        return server.generate(item["prompt"], max_new_tokens=60, sampling=sampling)["text"]
-    if kind == "sampled":
-        sampling = {"top_k": 20, "top_p": 0.9, "temperature": 0.8}
-        return server.generate(**item, sampling=sampling)["output_ids"]
-    return server.generate(**item)["output_ids"]
+        return answer_in_json(server, item["prompt"])
+    sampling = {"top_k": 20, "top_p": 0.9, "temperature": 0.8} if kind == "sampled" else {}
+    return server.generate(**item, sampling=sampling)["output_ids"]
 
 
 def test_requests_of_all_kinds(stock_server: Server, server: Server) -> None:
@@ -136,11 +125,9 @@ def test_requests_of_all_kinds(stock_server: Server, server: Server) -> None:
         stock_server, [prompts[i] for i in plain], expected, [got[i] for i in plain]
     )
     schemas = [i for i, kind in enumerate(kinds) if kind == "json"]
-    sampling = {"json_schema": json.dumps(SCHEMA), "ignore_eos": False}
     for i in schemas:
         assert json.loads(got[i]).keys() == {"name", "old"}
-        answer = stock_server.generate(prompts[i], max_new_tokens=60, sampling=sampling)
-        assert answer["text"] == got[i]
+        assert answer_in_json(stock_server, prompts[i]) == got[i]
     for i, kind in enumerate(kinds):
         if kind == "sampled":
             assert len(got[i]) == items[i]["max_new_tokens"]

@@ -1,15 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that several test files send, and how to compare answers."""
 
+import json
 import random
 from collections.abc import Sequence
 from typing import Any
+
+import requests
 
 from tests.support.harness import Json, Server
 
 TIE = 2e-3
 """Two next tokens closer than this in log-probability are a tie: which one wins depends on the
 shapes of the batch's matrix products, in stock SGLang as much as here."""
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ada", "bob"]}, "old": {"type": "boolean"}},
+    "required": ["name", "old"],
+}
 
 
 def random_tokens(rng: random.Random, length: int) -> list[int]:
@@ -36,6 +46,21 @@ def mixed_prompts(seed: int, count: int, longest: int = 3000) -> list[list[int]]
     prompts[0] = random_tokens(rng, longest)
     prompts[1] = random_tokens(rng, 1)
     return prompts
+
+
+def answer_in_json(server: Server, prompt: list[int]) -> str:
+    """The text of an answer that follows `SCHEMA`."""
+    sampling = {"json_schema": json.dumps(SCHEMA), "ignore_eos": False}
+    text: str = server.generate(prompt, max_new_tokens=60, sampling=sampling)["text"]
+    return text
+
+
+def hang_up(server: Server, prompt: list[int]) -> None:
+    """Ask for a long answer, and go after its first tokens: SGLang then aborts the request."""
+    body = {"input_ids": prompt, "stream": True}
+    body |= {"sampling_params": {"max_new_tokens": 200, "ignore_eos": True}}
+    with requests.post(server.url + "/generate", json=body, stream=True) as response:
+        next(response.iter_lines())
 
 
 def outputs(answers: Sequence[Any]) -> list[list[int]]:

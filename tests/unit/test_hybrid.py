@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import HybridLinearAttnBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.managers.scheduler_components.pool_stats_observer import SchedulerPoolStatsObserver
 from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 from sglang.srt.plugins import load_plugins
@@ -95,6 +96,22 @@ def test_our_backend_is_found_in_the_one_that_wraps_it() -> None:
     assert find_backend(linear) is None
     assert wrapper.token_to_kv_pool is allocator._kvcache
     assert wrapper.needs_cpu_seq_lens
+
+
+@pytest.mark.parametrize("cap", [0.0, 30.0])
+def test_capped_layers_keep_no_means(cap: float) -> None:
+    rows = hybrid_rows(4, 12)
+    allocator = hybrid_allocator(rows)
+    layer = RadixAttention(4, 64, 0.125, num_kv_heads=2, layer_id=1, logit_cap=cap)
+    runner: Any = SimpleNamespace(
+        token_to_kv_pool=allocator._kvcache,
+        token_to_kv_pool_allocator=allocator,
+        req_to_token_pool=rows,
+        model=torch.nn.ModuleList([layer]),
+    )
+    allocator.store.key_means.set(torch.ones_like(allocator.store.key_means.by_layer))
+    make_backend(runner, DiffXKVConfig())
+    assert bool(allocator.store.key_means.by_layer.any()) == (cap == 0)
 
 
 @pytest.mark.parametrize(("states", "mib"), [(24, 3.0), (60, 2.0)])

@@ -51,6 +51,15 @@ def assert_close(means: KeyMeans, found: torch.Tensor) -> None:
     torch.testing.assert_close(means.by_layer.double(), found, rtol=1e-5, atol=1e-5)
 
 
+def test_where_scores_are_capped_nothing_sets_them() -> None:
+    """What the mean adds to scores would have to be added before the cap."""
+    means = KeyMeans(LAYERS, HEADS, DIM, "cpu")
+    means.set(torch.ones(LAYERS, HEADS, DIM))  # of a plan
+    means.keep_zero()
+    learn(means, pages())
+    assert not bool(means.by_layer.any())
+
+
 @pytest.mark.parametrize("at_once", [1, 2, 100])
 def test_the_first_tokens_set_them_without_the_sinks(at_once: int) -> None:
     raw, means = pages(), KeyMeans(LAYERS, HEADS, DIM, "cpu")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hook: what a prompt is about to read counts as used before others are admitted beside it.
 
-To make room for one, cold pages are demoted, lossless ones evicted. A request's own are not cold,
-though no forward pass has read them lately: those of the prefix that it will find in the cache, and
-those that it has while its prompt waits between two chunks.
+To make room for one, cold pages are offloaded or demoted, lossless ones evicted. A request's own
+are not cold, though no forward pass has read them lately: those of the prefix that it will find in
+the cache, and those that it has while its prompt waits between two chunks. What of a prefix is on
+the host comes back where the prompt is admitted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 def _use_prefix(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
     allocator = find_allocator(self.token_to_kv_pool_allocator)
     if req.prefix_len and allocator is not None:
-        _use(allocator, self.tree_cache.prefix_device_indices(req))
+        pages = _use(allocator, self.tree_cache.prefix_device_indices(req))
+        self.memory_budget.expect_prefix(pages)
 
 
 def _use_chunks(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
@@ -37,9 +39,10 @@ def _use_chunks(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
     allocator.running.stay(index, allocator.store.recency.next_step)
 
 
-def _use(allocator: DiffXKVAllocator, slots: torch.Tensor) -> None:
+def _use(allocator: DiffXKVAllocator, slots: torch.Tensor) -> torch.Tensor:
     pages = slots[::PAGE_TOKENS].to(allocator.device).long() // PAGE_TOKENS
     allocator.store.recency.expect(pages)
+    return pages
 
 
 def install() -> None:

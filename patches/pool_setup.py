@@ -74,6 +74,7 @@ def make_setup(
         max_virtual_pages=None if cap_tokens is None else cap_tokens // PAGE_TOKENS,
         attention_bytes=int(attention),
         slot_bytes=draft_bytes + (0 if windows is None else SLOT_BYTES),
+        host_bytes=config.host_bytes,
         whole_bytes=config.memory_bytes or int(-least),
     )
     sizes = size_pool(budget, policy.layout, policy.caps, expected_fill)

@@ -35,6 +35,13 @@ class DiffXKVConfig(ThresholdSettings, PlanSettings):
     `"512MiB"`. `null`: what `--mem-fraction-static` would give SGLang's own pool; on a CPU, unless
     that flag is given, a quarter of the memory that the host or container has available, divided by
     its ranks"""
+    host_bytes: Annotated[
+        ByteSize,
+        Field(ge=0),
+        Allowed('a number of bytes, 0 or more, such as "64GiB"'),
+    ] = ByteSize(0)
+    """host memory, on a rank, for pages that nobody reads: they go there before anything is demoted
+    or evicted, and come back when a prompt begins with them. On a GPU it is pinned. 0: none"""
     window: Annotated[
         int, Field(ge=0), Allowed("a whole number of recent tokens kept raw, at least 0")
     ] = 64

@@ -91,6 +91,25 @@ def _gauges(store: PageStore, sums: LayerSums, windows: WindowUse | None) -> dic
         "physical_compression": store.physical_compression(beside),
         "tier_tokens": {"high": high, "low": low, "pruned": max(0, entries - high - low)},
         "counters": asdict(store.counters),
+        "host": _host(store),
+    }
+
+
+def _host(store: PageStore) -> dict[str, int] | None:
+    """What host memory holds, and pages that went there, came back and were forgotten there."""
+    if store.host is None:
+        return None
+    ledger, counters, frame_bytes = store.ledger, store.counters, store.layout.frame_bytes
+    came = counters.offloaded + counters.prefetched
+    return {
+        "bytes_total": ledger.host_total * frame_bytes,
+        "bytes_in_use": ledger.host_used * frame_bytes,
+        "pages": ledger.host_pages,
+        "frames": ledger.host_total,
+        "frames_used": ledger.host_used,
+        "offloaded": counters.offloaded,
+        "loaded_back": counters.loaded_back,
+        "evicted": came - counters.loaded_back - ledger.host_pages,
     }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking frames from the arena's free stack and giving them back, by prefix sums.
+"""Taking frames from an arena's free stack and giving them back, by prefix sums; copying frames.
 
 The free stack is an int32 [F] tensor whose entries ``[0, n_free)`` tell the free frames: entry i is
 the id less i, so that a stack of zeros is a full one, and a pool of any size starts without writing
@@ -13,7 +13,7 @@ import torch
 
 from sglang_diffxkv.kernels.dispatch import operation
 
-__all__ = ["return_frames", "stack_ids", "take_frames"]
+__all__ = ["copy_frames", "return_frames", "stack_ids", "take_frames"]
 
 
 @operation
@@ -46,6 +46,23 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
         frames: int32 of any shape; negative entries are skipped. Ids must be distinct and taken.
     """
     return_frames.on(stack)(stack, n_free, frames)
+
+
+@operation
+def copy_frames(
+    source: torch.Tensor,
+    source_ids: torch.Tensor,
+    target: torch.Tensor,
+    target_ids: torch.Tensor,
+) -> None:
+    """Copy frames between arenas, of which one may be pinned memory of the host.
+
+    Args:
+        source, target: uint8 [F, frame_bytes], contiguous; frame_bytes is a multiple of 16.
+        source_ids, target_ids: int32 of one shape, negative where there is nothing to copy, in the
+            same places.
+    """
+    copy_frames.on(source_ids)(source, source_ids, target, target_ids)
 
 
 def stack_ids(stack: torch.Tensor, count: int) -> torch.Tensor:

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The free stack in vectorised torch: no loop, no wait for the device."""
+"""The free stack in vectorised torch: no loop, no wait for the device. Copies in parts."""
 
 from __future__ import annotations
 
 import torch
 
 from sglang_diffxkv.kernels import arena
+
+COPIED_AT_ONCE = 4 << 20
+"""Bytes: what lies in between stays in a core's cache, more or less."""
 
 
 @arena.take_frames.register("cpu")
@@ -38,3 +41,17 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
     target = torch.where(valid, n_free + ordinal - 1, top)
     stack[target] = torch.where(valid, ids - target, filler).to(stack.dtype)
     n_free += pushed.to(n_free.dtype)
+
+
+@arena.copy_frames.register("cpu")
+def copy_frames(
+    source: torch.Tensor,
+    source_ids: torch.Tensor,
+    target: torch.Tensor,
+    target_ids: torch.Tensor,
+) -> None:
+    there = source_ids >= 0
+    old, new = source_ids[there].long(), target_ids[there].long()
+    at_once = max(1, COPIED_AT_ONCE // source.shape[1])
+    for some, places in zip(old.split(at_once), new.split(at_once), strict=True):
+        target[places] = source[some]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readable reference of the free stack: one frame after the other."""
+"""Readable reference: one frame after the other."""
 
 from __future__ import annotations
 
@@ -28,3 +28,16 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
             stack[top] = frame - top
             top += 1
     n_free[0] = top
+
+
+def copy_frames(
+    source: torch.Tensor,
+    source_ids: torch.Tensor,
+    target: torch.Tensor,
+    target_ids: torch.Tensor,
+) -> None:
+    """Copy frame by frame; see `arena.copy_frames`."""
+    pairs = zip(source_ids.flatten().tolist(), target_ids.flatten().tolist(), strict=True)
+    for old, new in pairs:
+        if old >= 0:
+            target[new] = source[old]

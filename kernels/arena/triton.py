@@ -3,6 +3,8 @@
 
 The first launch counts, block by block, what is to be popped or pushed. In the second every block
 adds up the counts of those before it (a few thousand at most) and moves its own frames.
+
+Copies are one launch, which reads or writes the host's memory itself where it is pinned.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from sglang_diffxkv.kernels.arena.triton_kernels import (
     Blocks,
     FrameTable,
     FreeStack,
+    copy_kernel,
     count_kernel,
     return_kernel,
     take_kernel,
@@ -28,6 +31,11 @@ IDS = 4096
 SUMS = 1024
 """Counts of earlier blocks that a block reads at a time."""
 NUM_WARPS = 8
+COPY_IDS = 32
+"""Table entries of a block that copies: so few that the link is waited for, and no block."""
+COPY_WORDS = 1024
+"""Words of 32 bits of a frame that are copied at a time."""
+COPY_WARPS = 4
 
 
 @arena.take_frames.register("gpu")
@@ -65,6 +73,29 @@ def return_frames(stack: torch.Tensor, n_free: torch.Tensor, frames: torch.Tenso
         entries=len(ids),
         BLOCKS=Blocks(IDS, SUMS),
         num_warps=NUM_WARPS,
+    )
+
+
+@arena.copy_frames.register("gpu")
+def copy_frames(
+    source: torch.Tensor,
+    source_ids: torch.Tensor,
+    target: torch.Tensor,
+    target_ids: torch.Tensor,
+) -> None:
+    old, new = (x.contiguous().view(-1) for x in (source_ids, target_ids))
+    launch(
+        copy_kernel,
+        (triton.cdiv(len(old), COPY_IDS),),
+        source=source.view(torch.int32),
+        source_ids=old,
+        target=target.view(torch.int32),
+        target_ids=new,
+        entries=len(old),
+        WORDS=source.shape[1] // 4,
+        IDS=COPY_IDS,
+        BLOCK=min(COPY_WORDS, triton.next_power_of_2(source.shape[1] // 4)),
+        num_warps=COPY_WARPS,
     )
 
 

@@ -103,6 +103,34 @@ def return_kernel(stack: FreeStack, ids, before, entries, BLOCKS: tl.constexpr):
         tl.store(stack.n_free, base + tl.sum(valid))
 
 
+@triton.jit(do_not_specialize=["entries"])
+def copy_kernel(
+    source,
+    source_ids,
+    target,
+    target_ids,
+    entries,
+    WORDS: tl.constexpr,
+    IDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid (blocks,): each copies the frames of IDS entries, one after the other.
+
+    Args:
+        source, target: int32 [F, WORDS].
+    """
+    first = tl.program_id(0) * IDS
+    for entry in range(first, tl.minimum(first + IDS, entries)):
+        old = tl.load(source_ids + entry).to(tl.int64)
+        new = tl.load(target_ids + entry).to(tl.int64)
+        if old >= 0:
+            for start in range(0, WORDS, BLOCK):
+                word = start + tl.arange(0, BLOCK)
+                inside = word < WORDS
+                copied = tl.load(source + old * WORDS + word, mask=inside)
+                tl.store(target + new * WORDS + word, copied, mask=inside)
+
+
 @triton.jit
 def _sum(x, n, SUMS: tl.constexpr):
     """Sum of the first n numbers, int32, of which SUMS are read at a time."""

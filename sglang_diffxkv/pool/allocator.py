@@ -210,7 +210,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         """Violations of page, frame and raw-page conservation, recomputed from all tables."""
         problems = [*self.verify_byte_accounting(), *check_integrity(self.store)]
         directory, free = self.store.directory, self.free_pages.cpu()
-        in_use = ((directory.raw_slot >= 0) | directory.sealed).cpu()
+        in_use = directory.in_use.cpu()
         if bool(in_use[free].any()) or len(free.unique()) != len(free):
             problems.append("virtual pages: the free list and the directory disagree")
         return problems

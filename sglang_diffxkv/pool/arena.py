@@ -18,8 +18,13 @@ class FrameArena:
         num_free: int32 [1], on the device so that taking frames needs no host sync.
     """
 
-    def __init__(self, num_frames: int, frame_bytes: int, device: str) -> None:
-        self.buffer = lazy_zeros(num_frames, frame_bytes, dtype=torch.uint8, device=device)
+    def __init__(
+        self, num_frames: int, frame_bytes: int, device: str, buffer: torch.Tensor | None = None
+    ) -> None:
+        """``buffer``: where the frames lie, if not on the device, on which the stack is."""
+        if buffer is None:
+            buffer = lazy_zeros(num_frames, frame_bytes, dtype=torch.uint8, device=device)
+        self.buffer = buffer
         self.stack = lazy_zeros(num_frames, dtype=torch.int32, device=device)
         self.num_free = torch.full((1,), num_frames, dtype=torch.int32, device=device)
 

@@ -43,7 +43,7 @@ class Capacity:
         Two pages are left: one for what is generated, one for drafts to be verified, of which
         SGLang allocates at most a page.
         """
-        pages = min(self._store.sizes.virtual_pages, self._ledger.largest_sequence)
+        pages = min(self._store.sizes.device_pages, self._ledger.largest_sequence)
         return (pages - 2) * PAGE_TOKENS
 
     @property
@@ -59,17 +59,22 @@ class Capacity:
         ledger = self._ledger
         mean = ledger.mean_frames(self._store.sizes.expected_frames)
         free = ledger.frames_total - ledger.frames_used - ledger.unsealed_pages * mean
-        sealed = min(evictable_tokens / PAGE_TOKENS, ledger.sealed_pages)
+        evictable = self._evictable_pages(evictable_tokens)
+        sealed = min(evictable, ledger.sealed_pages)
         free += ledger.frames_of_evicted(sealed)
-        return free / mean * PAGE_TOKENS + evictable_tokens - sealed * PAGE_TOKENS
+        return (free / mean + evictable - sealed) * PAGE_TOKENS
 
     def frames_reclaimable(self, evictable_tokens: int) -> float:
         """Frames that come free by sealing every full page and evicting ``evictable_tokens``."""
         ledger = self._ledger
         full = ledger.full_pages
-        evicted = min(evictable_tokens / PAGE_TOKENS, ledger.sealed_pages + full)
+        evicted = min(self._evictable_pages(evictable_tokens), ledger.sealed_pages + full)
         freed = ledger.frames_of_evicted(evicted)
         return full * (ledger.worst_frames - ledger.fresh_mean) + freed
+
+    def _evictable_pages(self, evictable_tokens: int) -> float:
+        """Those of them that take memory on the device."""
+        return max(0.0, evictable_tokens / PAGE_TOKENS - self._ledger.host_pages)
 
     def tokens_openable(self, evictable_tokens: int) -> int:
         """Tokens that frames can be reserved for after all that can be reclaimed is."""

@@ -45,21 +45,27 @@ def cold_pages(store: PageStore, windows: Iterable[slice], held_since: int) -> t
 
     Only the half of the sealed, unheld ones that was read longest ago is cold: recently used
     prefixes keep their tiers, however often memory runs short, and one that came back into use what
-    demotion has left it. Of pages last read in the same step, the later ones of a sequence come
-    first, as in eviction. Those of requests that asked for high quality are left out.
+    demotion has left it. Those of requests that asked for high quality are left out.
     """
     d = store.directory
-    pages = torch.cat([_unheld(store, window, held_since) for window in windows])
-    pages = pages[d.position[pages].argsort(descending=True, stable=True)]
-    pages = pages[d.last_used[pages].argsort(stable=True)]
+    pages = coldest_first(store, torch.cat([unheld(store, x, held_since) for x in windows]))
     cold = pages[: pages.numel() // 2]
     return cold[(d.demotions[cold] < MAX_DEMOTIONS) & (d.quality[cold] != Quality.HIGH)]
 
 
-def _unheld(store: PageStore, window: slice, held_since: int) -> torch.Tensor:
+def unheld(store: PageStore, window: slice, held_since: int) -> torch.Tensor:
+    """Sealed pages in a window of the directory that no request holds; int64 [N]."""
     d = store.directory
-    unheld = d.sealed[1:][window] & (d.last_used[1:][window] < held_since)
-    return unheld.nonzero().flatten() + 1 + window.start
+    found = d.sealed[1:][window] & (d.last_used[1:][window] < held_since)
+    return found.nonzero().flatten() + 1 + window.start
+
+
+def coldest_first(store: PageStore, pages: torch.Tensor) -> torch.Tensor:
+    """``pages`` (int64 [N]) by when they were last read; of those of one step, the later ones of a
+    sequence come first, as in eviction."""
+    d = store.directory
+    pages = pages[d.position[pages].argsort(descending=True, stable=True)]
+    return pages[d.last_used[pages].argsort(stable=True)]
 
 
 def _batches(store: PageStore, pages: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -76,6 +82,7 @@ def demote(store: PageStore, pages: torch.Tensor) -> None:
     bit for bit. Frames are given back before fewer are taken, so this needs none.
     """
     d = store.directory
+    store.wait_for_host()
     fresh = store.share(pages[d.demotions[pages] == 0])
     before = d.num_frames[pages]
     for layer in range(store.num_layers):

@@ -19,26 +19,28 @@ class PageDirectory:
     """Tables indexed by virtual page id; page 0 is SGLang's page for padded tokens, the last one,
     ``nowhere``, stands for pages that are not there, and takes what is written of them.
 
-    A page is *free* (no raw slot, not sealed), *open* (``raw_slot >= 0``) or *sealed*. Tables are
-    reserved, not filled: what a page's state gives no meaning to is undefined.
+    A page is *free*, *open* (``raw_slot >= 0``), *sealed*, or *on the host*: sealed, with its
+    payload in host memory (`pool.host`). Tables are reserved, not filled: what a page's state gives
+    no meaning to is undefined.
 
     Scalars are written by `index_fill_`: assigned to an index, a number is copied to the device
     first, which waits for it.
 
     Attributes:
         raw_slot: int32 [V], raw page of an open page, else -1.
-        sealed: bool [V].
-        frames: int32 [L, V, max_frames], frame ids of a sealed (page, layer), -1 where unused;
-            undefined for other pages.
+        sealed, on_host: bool [V].
+        frames: int32 [L, V, max_frames], frame ids of a sealed (page, layer), -1 where unused: in
+            the arena, or in the host's; undefined for other pages.
         heads: int32 [L, V, H, 2], byte offset and ``n_high | n_low << 8`` of each head's payload; 0
             for pages that are not sealed.
-        num_frames: int32 [V], frames allocated to a sealed page over all layers: as many as it has
-            here, or on the rank where it has most (`pool.ranks`).
+        num_frames: int32 [V], frames allocated to a sealed page over all layers, here or on the
+            host: as many as it has, or on the rank where it has most (`pool.ranks`).
         position: int32 [V], index of the page in its sequence.
         context: int32 [V], committed tokens of the sequence when the page was last attended to.
         plan: int32 [V], number of the plan that a sealed page was graded under, 0 for none.
         filled: int32 [V], committed tokens of an open page (`pool.committed`).
         last_used: int64 [V], step in which the page was last attended to.
+        key: int64 [V, 2], what its content is known by (`offload.keys`), 0 where that is not known.
         quality: uint8 [V], `policy.quality.Quality` of the request that opened the page.
         demotions: uint8 [V], how often a sealed page has been demoted.
         window_step: int64 [V], last decode step at which it lay in a sequence's recent window.
@@ -54,6 +56,7 @@ class PageDirectory:
         self.raw_slot = table(v).fill_(NO_SLOT)
         self.raw_slot[:1].fill_(0)  # padded tokens are written to raw page 0
         self.sealed = table(v, dtype=torch.bool)
+        self.on_host = table(v, dtype=torch.bool)
         self.frames = table(num_layers, v, layout.max_frames)
         self.heads = table(num_layers, v, heads, 2)
         self.num_frames = table(v)
@@ -61,6 +64,7 @@ class PageDirectory:
         self.context = table(v)
         self.plan = table(v)
         self.filled = table(v)
+        self.key = table(v, 2, dtype=torch.int64)
         self.quality = table(v, dtype=torch.uint8)
         self.demotions = table(v, dtype=torch.uint8)
         self.last_used = table(v, dtype=torch.int64)
@@ -68,6 +72,11 @@ class PageDirectory:
 
     def tensors(self) -> list[torch.Tensor]:
         return [t for t in vars(self).values() if isinstance(t, torch.Tensor)]
+
+    @property
+    def in_use(self) -> torch.Tensor:
+        """Which entries are of pages that are open, sealed or on the host: bool [V]."""
+        return (self.raw_slot >= 0) | self.sealed | self.on_host
 
     @property
     def nbytes(self) -> int:
@@ -118,6 +127,24 @@ class PageDirectory:
         self.frames[layer, pages] = frames
         self.heads[layer, pages] = heads
 
+    def offload(self, pages: torch.Tensor, frames: torch.Tensor) -> None:
+        """Sealed ``pages`` [N] are on the host, in ``frames`` (int32 [L, N, max_frames]) there."""
+        self.frames[:, pages] = frames
+        self.heads.index_fill_(1, pages, 0)
+        self.sealed.index_fill_(0, pages, False)
+        self.on_host.index_fill_(0, pages, True)
+
+    def load_back(self, pages: torch.Tensor, frames: torch.Tensor, heads: torch.Tensor) -> None:
+        """``pages`` [N] that were on the host are sealed again.
+
+        Args:
+            frames: int32 [L, N, max_frames]. heads: int32 [L, N, H, 2].
+        """
+        self.frames[:, pages] = frames
+        self.heads[:, pages] = heads
+        self.sealed.index_fill_(0, pages, True)
+        self.on_host.index_fill_(0, pages, False)
+
     def never_compressed(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) are of lossless requests, and so never sealed: bool [N]."""
         return self.quality[pages] == Quality.LOSSLESS
@@ -130,5 +157,12 @@ class PageDirectory:
         """Forget ``pages`` (int64 [N])."""
         self.heads.index_fill_(1, pages, 0)
         self.raw_slot.index_fill_(0, pages, NO_SLOT)
-        for t in (self.sealed, self.num_frames, self.plan, self.demotions):
+        for t in (
+            self.sealed,
+            self.on_host,
+            self.num_frames,
+            self.plan,
+            self.demotions,
+            self.key,
+        ):
             t.index_fill_(0, pages, 0)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.arena import FrameArena
 from sglang_diffxkv.pool.ledger import OpenShare, Share
 from sglang_diffxkv.pool.page_states import PageStates, read_states
 from sglang_diffxkv.pool.ranks import alone
@@ -36,35 +37,48 @@ def _slices(store: PageStore) -> Iterator[torch.Tensor]:
 
 
 def _check_frames(store: PageStore) -> list[str]:
-    directory, arena = store.directory, store.arena
-    owners = torch.zeros(arena.stack.numel(), dtype=torch.uint8)
-    num_free = int(arena.num_free)
-    owners.index_add_(0, arena.free_ids().cpu(), torch.ones(num_free, dtype=torch.uint8))
-    owned, found = 0, set()
+    d, ledger, host = store.directory, store.ledger, store.host
+    found = set(_check_conservation(store, "frames", store.arena, d.sealed))
+    if store.arena.num_free < ledger.frames_total - ledger.frames_used:
+        found.add("ledger: the arena has fewer frames free than are counted as free")
+    if host is not None:
+        found |= set(_check_conservation(store, "frames on the host", host.arena, d.on_host))
+        if host.arena.num_free < ledger.host_free:
+            found.add("ledger: the host has fewer frames free than are counted as free")
     for pages in _slices(store):
-        sealed, allocated = directory.sealed[pages], directory.num_frames[pages]
-        frames = directory.frames[:, pages[sealed]]
-        ids = frames[frames >= 0].long().cpu()
-        owned += len(ids)
-        owners.index_add_(0, ids, torch.ones(len(ids), dtype=torch.uint8))
-        unowned = allocated[sealed] - directory.owned(pages[sealed])
+        sealed, allocated = d.sealed[pages], d.num_frames[pages]
+        has_frames = sealed | d.on_host[pages]
+        unowned = allocated[has_frames] - d.owned(pages[has_frames])
         if bool((unowned < 0).any()):
             found.add("frames: a page has more than are allocated to it")
         if store.agree is alone and bool((unowned > 0).any()):
             found.add("frames: a page has fewer than are allocated to it")
-        if bool((allocated[~sealed] != 0).any()):
+        if bool((allocated[~has_frames] != 0).any()):
             found.add("frames: some are allocated to a page that is not sealed")
         if bool((allocated > store.ledger.worst_frames).any()):
             found.add("frames: more are allocated to a page than it reserved")
-        if bool(directory.heads[:, pages[~sealed]].any()):
+        if bool(d.heads[:, pages[~sealed]].any()):
             found.add("a page that is not sealed has a payload")
-    if not bool((owners == 1).all()):
-        found.add(
-            f"frames: {num_free} free + {owned} owned are not the {len(owners)} frames, each once"
-        )
-    if num_free < store.ledger.frames_total - store.ledger.frames_used:
-        found.add("ledger: the arena has fewer frames free than are counted as free")
+        if bool(d.key[pages[~d.in_use[pages]]].any()):
+            found.add("a free page has a key")
     return sorted(found)
+
+
+def _check_conservation(
+    store: PageStore, name: str, arena: FrameArena, has_frames: torch.Tensor
+) -> list[str]:
+    """Each frame of an arena is free, or one page's, of those that ``has_frames`` (bool [V])."""
+    owners = torch.zeros(arena.stack.numel(), dtype=torch.uint8)
+    num_free, owned = int(arena.num_free), 0
+    owners.index_add_(0, arena.free_ids().cpu(), torch.ones(num_free, dtype=torch.uint8))
+    for pages in _slices(store):
+        frames = store.directory.frames[:, pages[has_frames[pages]]]
+        ids = frames[frames >= 0].long().cpu()
+        owned += len(ids)
+        owners.index_add_(0, ids, torch.ones(len(ids), dtype=torch.uint8))
+    if bool((owners == 1).all()):
+        return []
+    return [f"{name}: {num_free} free + {owned} owned are not the {len(owners)}, each once"]
 
 
 def _check_raw_pages(store: PageStore) -> list[str]:
@@ -81,11 +95,13 @@ def _check_raw_pages(store: PageStore) -> list[str]:
         problems.append(
             f"raw pages: {free.numel()} free + {slots.numel()} owned are not the {total} slots"
         )
-    if bool((is_open & directory.sealed).any()):
-        problems.append("a page is both open and sealed")
-    if bool((directory.sealed & (directory.quality == Quality.LOSSLESS)).any()):
+    states = is_open.int() + directory.sealed.int() + directory.on_host.int()
+    if bool((states > 1).any()):
+        problems.append("a page is in more than one of open, sealed and on the host")
+    has_frames = directory.sealed | directory.on_host
+    if bool((has_frames & (directory.quality == Quality.LOSSLESS)).any()):
         problems.append("a page of a lossless request is sealed")
-    if bool(((directory.demotions > 0) & ~directory.sealed).any()):
+    if bool(((directory.demotions > 0) & ~has_frames).any()):
         problems.append("a page that is not sealed counts as demoted")
     return problems
 
@@ -93,16 +109,19 @@ def _check_raw_pages(store: PageStore) -> list[str]:
 def _check_sums(store: PageStore) -> list[str]:
     """The ledger and the totals, against sums over all pages in use."""
     opened, fresh, demoted = OpenShare(0, 0, 0, 0), Share(0, 0), Share(0, 0)
+    host_pages = host_used = 0
     by_quality: Counter[Quality] = Counter()
     by_plan: Counter[int] = Counter()
     recount = Totals(store.num_layers, str(store.directory.heads.device))
     d, ledger = store.directory, store.ledger
     for pages in _slices(store):
-        in_use = pages[(d.raw_slot[pages] >= 0) | d.sealed[pages]]
+        in_use = pages[d.in_use[pages]]
         states = PageStates(read_states(d, in_use))
         opened = OpenShare(*map(sum, zip(opened, states.open_share(), strict=True)))
         fresh = Share(*map(sum, zip(fresh, states.sealed_share(demoted=False), strict=True)))
         demoted = Share(*map(sum, zip(demoted, states.sealed_share(demoted=True), strict=True)))
+        for on_host in (states.host_share(demoted=x) for x in (False, True)):
+            host_pages, host_used = host_pages + on_host.pages, host_used + on_host.frames
         by_quality += states.by_quality()
         by_plan += states.by_plan()
         sealed = in_use[d.sealed[in_use]]
@@ -116,6 +135,8 @@ def _check_sums(store: PageStore) -> list[str]:
         "frames_used": fresh.frames + demoted.frames,
         "demoted_pages": demoted.pages,
         "demoted_frames": demoted.frames,
+        "host_pages": host_pages,
+        "host_used": host_used,
     }
     problems = [
         f"ledger: {name} is {getattr(ledger, name)}, really {value}"

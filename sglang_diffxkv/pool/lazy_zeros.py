@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large zeroed tensors that take memory on a CPU only where they are written."""
+"""Large zeroed tensors of the host that take memory only where they are written, or are pinned."""
 
 from __future__ import annotations
 
@@ -26,3 +26,20 @@ def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device | str) -> t
         return torch.zeros(shape, dtype=dtype, device=device)
     pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
     return torch.frombuffer(pages, dtype=dtype).view(shape)
+
+
+def pinned_zeros(*shape: int, device: torch.device) -> torch.Tensor:
+    """Zero bytes in host memory, uint8, which ``device`` can read and write where it is a GPU.
+
+    Pinned in place: torch's own allocator of pinned memory rounds up to a power of two.
+
+    Raises:
+        RuntimeError: the host does not let us have so much.
+    """
+    memory = lazy_zeros(*shape, dtype=torch.uint8, device="cpu")
+    if device.type == "cuda":
+        error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+        if int(error) != 0:
+            gib = memory.nbytes / 2**30
+            raise RuntimeError(f"diffxkv: {gib:.1f} GiB of host_bytes cannot be pinned ({error})")
+    return memory

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ class Ledger:
     that turns out to be a lossless request's is never compressed, and its reservation is released.
 
     Frames used are those allocated (`pool.ranks`), at least as many as pages have on this rank.
+    Pages on the host are counted apart from sealed ones, with the host's frames that they have.
     """
 
     raw_total: int
@@ -54,6 +56,10 @@ class Ledger:
     """Of the sealed ones."""
     demoted_frames: int = 0
     """Of those used."""
+    host_total: int = 0
+    """Frames in host memory."""
+    host_used: int = 0
+    host_pages: int = 0
 
     @property
     def raw_free(self) -> int:
@@ -63,6 +69,10 @@ class Ledger:
     def frames_free(self) -> int:
         """Frames neither allocated to a sealed page nor reserved for an open one."""
         return self.frames_total - self.frames_used - self.unsealed_pages * self.worst_frames
+
+    @property
+    def host_free(self) -> int:
+        return self.host_total - self.host_used
 
     @property
     def unsealed_pages(self) -> int:
@@ -86,7 +96,7 @@ class Ledger:
 
     @property
     def tokens_held(self) -> int:
-        """Tokens of open and sealed pages."""
+        """Tokens of open and sealed pages, not of those on the host."""
         return self.open_tokens + self.sealed_pages * PAGE_TOKENS
 
     @property
@@ -141,12 +151,44 @@ class Ledger:
         self.demoted_frames += fresh.frames - frames
         self.frames_used -= frames
 
-    def release(self, opened: OpenShare, fresh: Share, demoted: Share) -> None:
-        """Open pages, and fresh and demoted sealed ones, were freed."""
+    def offload(self, fresh: Share, demoted: Share) -> None:
+        """Fresh and demoted sealed pages went to the host."""
+        pages, frames = fresh.pages + demoted.pages, fresh.frames + demoted.frames
+        if frames > self.host_free:
+            raise RuntimeError(f"{frames} frames to offload, {self.host_free} free on the host")
+        self._give_back(fresh, demoted)
+        self.take_in_host(Share(pages, frames))
+
+    def take_in_host(self, share: Share) -> None:
+        """Pages are on the host now."""
+        self.host_pages += share.pages
+        self.host_used += share.frames
+
+    def load_back(self, fresh: Share, demoted: Share) -> None:
+        """Fresh and demoted pages came back from the host."""
+        pages, frames = fresh.pages + demoted.pages, fresh.frames + demoted.frames
+        if frames > self.frames_free:
+            raise RuntimeError(f"{frames} frames to load back, {self.frames_free} free")
+        self.host_pages -= pages
+        self.host_used -= frames
+        self.sealed_pages += pages
+        self.frames_used += frames
+        self.demoted_pages += demoted.pages
+        self.demoted_frames += demoted.frames
+
+    def release(
+        self, opened: OpenShare, fresh: Share, demoted: Share, on_host: Sequence[Share] = ()
+    ) -> None:
+        """Open pages, fresh and demoted sealed ones, and pages on the host were freed."""
         self.open_pages -= opened.pages
         self.full_pages -= opened.full
         self.never_compressed -= opened.never_compressed
         self.open_tokens -= opened.tokens
+        self.host_pages -= sum(share.pages for share in on_host)
+        self.host_used -= sum(share.frames for share in on_host)
+        self._give_back(fresh, demoted)
+
+    def _give_back(self, fresh: Share, demoted: Share) -> None:
         self.sealed_pages -= fresh.pages + demoted.pages
         self.frames_used -= fresh.frames + demoted.frames
         self.demoted_pages -= demoted.pages
@@ -161,6 +203,8 @@ class Ledger:
             "demoted pages": (self.demoted_pages, self.sealed_pages),
             "demoted frames": (self.demoted_frames, self.frames_used),
             "frames reserved and used": (self.frames_total - self.frames_free, self.frames_total),
+            "frames on the host": (self.host_used, self.host_total),
+            "pages on the host": (self.host_pages, self.host_pages),
             "tokens in full pages": (self.full_pages * PAGE_TOKENS, self.open_tokens),
             "tokens in open pages": (self.open_tokens, self.open_pages * PAGE_TOKENS),
         }

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
 from sglang_diffxkv.pool.capacity import MIN_CHUNK_PAGES, Capacity
+from sglang_diffxkv.pool.offload import on_host
 from sglang_diffxkv.pool.reclaim import Reclaimer
 
 _NOT_IN_THIS_STEP = (True, 0)
@@ -34,9 +36,14 @@ class DiffXKVPrefillBudget(PrefillBudget):
     ) -> None:
         super().__init__(allocator, tree_cache, num_mixed_decode_tokens=num_mixed_decode_tokens)
         self._reclaimer, self._capacity = reclaimer, capacity
+        self._prefix: torch.Tensor | None = None
         # SGLang keeps track of one unfinished prompt: after one that we shortened or put off,
         # nobody else may be admitted in this pass.
         self.closed = False
+
+    def expect_prefix(self, pages: torch.Tensor) -> None:
+        """The next prompt that is checked begins with cached ``pages`` (int64 [N])."""
+        self._prefix = pages
 
     @property
     def remaining_total(self) -> float:
@@ -90,6 +97,14 @@ class DiffXKVPrefillBudget(PrefillBudget):
         most = min(self.allocator.available_size(), self._capacity.tokens_reservable)
         return self._openable(min(tokens, most - int(self.current_offset)))
 
+    def _load_prefix_back(self) -> bool:
+        """Whether the cached prefix, which SGLang has locked, is on the device now."""
+        pages, self._prefix = self._prefix, None
+        if pages is None:
+            return True
+        absent = on_host(self._reclaimer.store, pages)
+        return not len(absent) or self._reclaimer.load_back(self.tree_cache, absent)
+
     def check_prefill(
         self,
         *,
@@ -107,6 +122,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
         needed = self.ceil_paged_tokens(wanted) + self.page_size  # as `reserve` will count it
         openable = self._openable(needed)
         fits = self._holds(lambda: openable <= self.remaining_current)
+        fits = fits and self._load_prefix_back()
         if not fits or self._make_room(openable) < openable:
             return _NOT_IN_THIS_STEP
         if openable == needed:

@@ -1,17 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Making room, from what costs least to what costs most: seal, demote, evict, seal windows."""
+"""Making room, from what costs least to what costs most.
+
+Seal cold pages, offload, demote, evict, seal windows, too.
+What is offloaded comes back as it was; demotion is for good, so it waits until the host is full.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.capacity import Capacity
 from sglang_diffxkv.pool.demotion import demote_cold
+from sglang_diffxkv.pool.offload import load_back, offload_cold
 from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStore
@@ -64,45 +70,41 @@ class Reclaimer:
         capacity: Capacity,
         virtual: BaseTokenToKVPoolAllocator,
     ) -> None:
-        self._store, self._running, self._capacity = store, running, capacity
+        self.store, self._running, self._capacity = store, running, capacity
         self._virtual = virtual
 
     def reclaim(self, tree_cache: Any, num_tokens: int) -> bool:
         """Do everything short of retraction to have ``num_tokens``; whether they can be had now."""
         self._virtual.evict_to_free_tokens(tree_cache, num_tokens)
-        store, pages = self._store, -(-num_tokens // PAGE_TOKENS)
+        store, pages = self.store, -(-num_tokens // PAGE_TOKENS)
         ledger = store.ledger
         if ledger.headroom < pages:
             store.settle()
         if ledger.headroom < pages:
             store.counters.reclaims += 1
             seal_cold(store, pages, include_window=False)
-            if ledger.frame_headroom < pages:
-                goal = pages + int(ledger.largest_sequence * RECLAIMED_SPARE)
-                self._demote_for_frames(tree_cache, goal)
-                if ledger.frame_headroom < pages:
-                    self.evict_until(tree_cache, lambda: ledger.frame_headroom >= goal)
+            self._free_frames(tree_cache, pages)
             self.evict_for_raw_pages(tree_cache, num_tokens)
         return self.secure(pages) and self._virtual.available_size() >= num_tokens
 
     def settle(self) -> None:
         """Have the ledger know all that was freed; waits for the device."""
-        self._store.settle()
+        self.store.settle()
 
     def secure(self, pages: int) -> bool:
         """Make ``pages`` openable without the tree's help; the gates before saw to the rest."""
-        if self._store.ledger.headroom < pages:
-            self._store.settle()
-        seal_cold(self._store, pages, include_window=False)
-        seal_cold(self._store, pages, include_window=True)
-        return self._store.ledger.headroom >= pages
+        if self.store.ledger.headroom < pages:
+            self.store.settle()
+        seal_cold(self.store, pages, include_window=False)
+        seal_cold(self.store, pages, include_window=True)
+        return self.store.ledger.headroom >= pages
 
     def evict_for_raw_pages(self, tree_cache: Any, num_tokens: int) -> None:
         """Evict until raw pages can hold ``num_tokens``, if that helps.
 
         Cached pages that may be sealed count as free already: only lossless ones have to go.
         """
-        store, ledger, capacity = self._store, self._store.ledger, self._capacity
+        store, ledger, capacity = self.store, self.store.ledger, self._capacity
         if capacity.tokens_with_raw_page < num_tokens:
             store.settle()
         if capacity.tokens_with_raw_page >= num_tokens or not ledger.never_compressed:
@@ -118,11 +120,11 @@ class Reclaimer:
         """Evict prefixes, the coldest first, until there is enough or none is left."""
         if enough() or not tree_cache.supports_prefix_sharing():
             return
-        counters = self._store.counters
+        counters = self.store.counters
         released = counters.released
 
         def satisfied() -> bool:
-            self._store.settle()
+            self.store.settle()
             return enough()
 
         tree_cache.evict_for_alloc(
@@ -138,10 +140,55 @@ class Reclaimer:
         Whoever decodes reads its pages in every decode step, and whoever does not yet in the step
         that it entered in, the next one perhaps (`patches.expected_pages`).
         """
-        recency = self._store.recency
+        recency = self.store.recency
         return max(recency.decoded_at, self._running.entered_since(recency.next_step))
 
-    def _demote_for_frames(self, tree_cache: Any, pages: int) -> None:
-        policy = self._store.policy
+    def load_back(self, tree_cache: Any, pages: torch.Tensor) -> bool:
+        """Bring ``pages`` (int64 [N], on the host, of a prefix that nobody may evict) back.
+
+        Returns:
+            Whether there is room for them now: for all, or none comes.
+        """
+        store, ledger = self.store, self.store.ledger
+        frames = store.share(pages).frames
+        if ledger.frames_free < frames:
+            store.settle()
+            self._free_frames(tree_cache, -(-frames // ledger.worst_frames))
+        if ledger.frames_free < frames:
+            return False
+        load_back(store, pages)
+        return True
+
+    def _free_frames(self, tree_cache: Any, pages: int) -> None:
+        """Have frames for ``pages`` at their worst, if that can be had, and some to spare."""
+        ledger = self.store.ledger
+        goal = pages + int(ledger.largest_sequence * RECLAIMED_SPARE)
+        for rung in (self._offload, self._demote, self._evict):
+            if ledger.frame_headroom >= pages:
+                return
+            rung(tree_cache, goal)
+
+    def _offload(self, tree_cache: Any, pages: int) -> bool:
+        """Whether any page was."""
+        if self.store.host is None or not tree_cache.supports_prefix_sharing():
+            return False
+        return offload_cold(self.store, self.held_since, pages) > 0
+
+    def _demote(self, tree_cache: Any, pages: int) -> None:
+        policy = self.store.policy
         if policy.can_demote and policy.config.demote and tree_cache.supports_prefix_sharing():
-            demote_cold(self._store, self.held_since, pages)
+            demote_cold(self.store, self.held_since, pages)
+
+    def _evict(self, tree_cache: Any, pages: int) -> None:
+        """Evict prefixes until frames allow it, or until the host has room for what is warmer."""
+        ledger = self.store.ledger
+
+        def lacking() -> int:
+            return pages * ledger.worst_frames - ledger.frames_free
+
+        if self.store.host is not None:
+            while lacking() > 0:
+                self.evict_until(tree_cache, lambda: ledger.host_free >= lacking())
+                if not self._offload(tree_cache, pages):
+                    break
+        self.evict_until(tree_cache, lambda: lacking() <= 0)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
 from sglang_diffxkv.pool.directory import ALIGNED_PAGES, PageDirectory
+from sglang_diffxkv.pool.host_level import HostLevel
 from sglang_diffxkv.pool.key_means import KeyMeans
 from sglang_diffxkv.pool.raw_pages import RawPages
 from sglang_diffxkv.pool.totals import Totals
@@ -37,6 +38,8 @@ class PoolBudget(NamedTuple):
             uncompressed pages would take is then not allocated.
         attention_bytes: what attention keeps beside the pages, on a GPU.
         slot_bytes: what SGLang keeps for each token slot, beside what it does for any model.
+        host_bytes: of host memory, for payload only: what pages there cost on the device is part of
+            ``nbytes``.
         whole_bytes: what the user gave, of which other layers or the policy got the rest; 0: all of
             it is the pool's. A refusal speaks of it.
     """
@@ -47,11 +50,14 @@ class PoolBudget(NamedTuple):
     max_virtual_pages: int | None = None
     attention_bytes: int = 0
     slot_bytes: int = 0
+    host_bytes: int = 0
     whole_bytes: int = 0
 
 
 class PoolSizes(NamedTuple):
     """How many of what; ``worst_frames`` is the most a page can need when it is sealed.
+
+    ``host_pages`` of the virtual pages are there because of ``host_frames``, those in host memory.
 
     ``workspace`` and ``attention_bytes`` are memory that is taken when it is needed.
     """
@@ -65,6 +71,13 @@ class PoolSizes(NamedTuple):
     dense_page_bytes: int
     workspace: Workspace
     attention_bytes: int
+    host_frames: int = 0
+    host_pages: int = 0
+
+    @property
+    def device_pages(self) -> int:
+        """Virtual pages without those that are there for pages on the host."""
+        return self.virtual_pages - self.host_pages
 
     @property
     def virtual_tokens(self) -> int:
@@ -74,7 +87,7 @@ class PoolSizes(NamedTuple):
     def expected_tokens(self) -> int:
         """Tokens that are expected to fit when all of their pages are sealed: what SGLang
         publishes as the capacity, as virtual pages are plenty by design."""
-        pages = min(self.virtual_pages, int(self.frames / self.expected_frames))
+        pages = min(self.device_pages, int(self.frames / self.expected_frames))
         return pages * PAGE_TOKENS
 
 
@@ -90,7 +103,7 @@ def size_pool(
     Raises:
         ValueError: the budget is too small to serve anything.
     """
-    nbytes, raw_share, virtual_slack, max_virtual_pages, attention_bytes, slot_bytes, _ = budget
+    nbytes, raw_share, virtual_slack, max_virtual_pages, attention_bytes, slot_bytes = budget[:6]
     num_layers = len(caps)
     dense = 2 * num_layers * PAGE_TOKENS * layout.num_kv_heads * layout.row_bytes(0)
     if max_virtual_pages is not None:
@@ -101,6 +114,8 @@ def size_pool(
     )
     entry_bytes = PageDirectory.bytes_per_page(num_layers, layout) + FREE_LIST_BYTES
     entry_bytes += PAGE_TOKENS * slot_bytes
+    if budget.host_bytes:
+        entry_bytes += HostLevel.table_bytes_per_page(num_layers, layout)
     frame_bytes = layout.frame_bytes + 4
     worst = sum(-(-cap // layout.frame_bytes) for cap in caps)
     expected = max(1.0, worst * expected_fill)
@@ -108,6 +123,9 @@ def size_pool(
     workspace = size_workspace(nbytes, layout, num_layers)
     fixed = workspace.nbytes + attention_bytes + Totals.bytes_for(num_layers)
     fixed += KeyMeans.bytes_for(num_layers, layout.num_kv_heads, layout.head_dim)
+    host_frames = budget.host_bytes // layout.frame_bytes
+    host_pages = int(virtual_slack * host_frames / expected)
+    fixed += 4 * host_frames + host_pages * entry_bytes
     # One more slot takes padded tokens.
     open_bytes = raw_bytes + PAGE_TOKENS * slot_bytes
     raw_pages = int((nbytes - attention_bytes) * raw_share) // open_bytes - 1
@@ -133,7 +151,7 @@ def size_pool(
     limit = max(MAX_VIRTUAL_RATIO * nbytes // dense, raw_pages + frames // worst)
     return PoolSizes(
         num_layers=num_layers,
-        virtual_pages=min(pages, limit, max_virtual_pages or pages),
+        virtual_pages=min(pages, limit, max_virtual_pages or pages) + host_pages,
         raw_pages=raw_pages,
         frames=frames,
         worst_frames=worst,
@@ -141,4 +159,6 @@ def size_pool(
         dense_page_bytes=dense,
         workspace=workspace,
         attention_bytes=attention_bytes,
+        host_frames=host_frames,
+        host_pages=host_pages,
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +16,9 @@ from sglang_diffxkv.policy.base import TierPolicy
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.policy.retention import RetentionMeter
 from sglang_diffxkv.pool.arena import FrameArena
+from sglang_diffxkv.pool.counters import Counters
 from sglang_diffxkv.pool.directory import PageDirectory
+from sglang_diffxkv.pool.host_level import HostLevel
 from sglang_diffxkv.pool.key_means import KeyMeans
 from sglang_diffxkv.pool.ledger import Ledger, Share
 from sglang_diffxkv.pool.page_states import PageStates, read_states
@@ -35,26 +36,11 @@ STEPS_TO_ARRIVE = 2
 results of the step that ran then."""
 
 
-@dataclass
-class Counters:
-    """Events since the start."""
-
-    opened: int = 0
-    sealed: int = 0
-    sealed_under_pressure: int = 0
-    released: int = 0
-    reclaims: int = 0
-    evicted: int = 0
-    demoted: int = 0
-    """Pages, each time one is."""
-    frames_demoted: int = 0
-    """Frames that demotion has freed."""
-
-
 class PageStore:
     """Directory, raw pages, arena and ledger, kept consistent.
 
-    Pages are opened and freed here; `pool.sealing` and `pool.demotion` give them other payloads.
+    Pages are opened and freed here; `pool.sealing` and `pool.demotion` give them other payloads,
+    `pool.offload` moves these to the host and back.
     """
 
     def __init__(
@@ -73,6 +59,9 @@ class PageStore:
         self.directory = PageDirectory(sizes.virtual_pages, sizes.num_layers, layout, device)
         self.arena = FrameArena(sizes.frames, layout.frame_bytes, device)
         self.raw = RawPages(sizes.raw_pages + 1, *shape, dtype, device)
+        self.host: HostLevel | None = None
+        if sizes.host_frames:
+            self.host = HostLevel(sizes.host_frames, self.directory, layout)
         self.key_means = KeyMeans(*shape, device)
         if layout.rotates:
             if policy.key_means is not None:
@@ -80,7 +69,9 @@ class PageStore:
             policy.key_means = self.key_means.by_layer
         if policy.importance is not None:
             policy.importance = policy.importance.to(self.key_means.by_layer.device)
-        self.ledger = Ledger(sizes.raw_pages, sizes.frames, sizes.worst_frames)
+        self.ledger = Ledger(
+            sizes.raw_pages, sizes.frames, sizes.worst_frames, host_total=sizes.host_frames
+        )
         self.totals = Totals(sizes.num_layers, device)
         self.retention: RetentionMeter | None = None
         if policy.needs_scores:
@@ -108,7 +99,7 @@ class PageStore:
         if not self.pages_held:
             return
         d = self.directory
-        pages = torch.nonzero((d.raw_slot[1:] >= 0) | d.sealed[1:]).flatten() + 1
+        pages = torch.nonzero(d.in_use[1:]).flatten() + 1
         for part in pages.split(RELEASED_AT_ONCE):
             self.release(part)
             self.settle()
@@ -122,7 +113,8 @@ class PageStore:
         """
         self.check_ids(pages)
         d = self.directory
-        if self.checks_use and bool((d.sealed[pages] | (d.raw_slot[pages] >= 0)).any()):
+        in_use = d.sealed[pages] | d.on_host[pages] | (d.raw_slot[pages] >= 0)
+        if self.checks_use and bool(in_use.any()):
             raise PageStateError("open: page is in use")
         self.ledger.open(pages.numel())
         d.open(pages, self.raw.take(pages))
@@ -130,7 +122,7 @@ class PageStore:
         self.counters.opened += pages.numel()
 
     def release(self, pages: torch.Tensor) -> None:
-        """Free open or sealed ``pages`` (int64 [N], distinct), without waiting for the device.
+        """Free ``pages`` that are in use (int64 [N], distinct), without waiting for the device.
 
         What they held is the ledger's to give out again after `settle`: at once on a CPU.
 
@@ -150,6 +142,9 @@ class PageStore:
             frames = d.frames[:, pages].masked_fill(~d.sealed[pages][:, None], -1)
             self.totals.add_payload(d.heads[:, pages], (frames >= 0).sum(2), sign=-1)
             self.arena.give_back(frames)
+        if self.host is not None:
+            frames = d.frames[:, pages].masked_fill(~d.on_host[pages][:, None], -1)
+            self.host.arena.give_back(frames)
         self.raw.give_back(d.raw_slot[pages])
         d.release(pages)
         self.unsettled.add(Released(self.recency.step, pages.numel(), states))
@@ -157,9 +152,18 @@ class PageStore:
 
     @property
     def pages_held(self) -> int:
-        """Open and sealed pages."""
-        counted = self.ledger.open_pages + self.ledger.sealed_pages
-        return counted - self.unsettled.released_pages
+        """Open and sealed pages, and those on the host."""
+        return self._pages_counted - self.unsettled.released_pages
+
+    @property
+    def _pages_counted(self) -> int:
+        ledger = self.ledger
+        return ledger.open_pages + ledger.sealed_pages + ledger.host_pages
+
+    def wait_for_host(self) -> None:
+        """Have the current stream wait for all that comes back from the host."""
+        if self.host is not None:
+            self.host.loading.wait_all()
 
     def settle(self, before: int | None = None) -> None:
         """Have the ledger know what was freed and sealed, waiting for the device where it must.
@@ -206,10 +210,10 @@ class PageStore:
     def problems(self) -> list[str]:
         """What cannot be, by the counters alone: in O(1), without waiting for the device."""
         ledger, totals = self.ledger, self.totals
-        held = ledger.open_pages + ledger.sealed_pages
+        sealed = ledger.sealed_pages + ledger.host_pages
         sums = {
-            "pages by quality": (totals.by_quality.total(), held),
-            "sealed pages by plan": (totals.by_plan.total(), ledger.sealed_pages),
+            "pages by quality": (totals.by_quality.total(), self._pages_counted),
+            "sealed pages by plan": (totals.by_plan.total(), sealed),
         }
         found = [
             f"{name}: {counted}, by the ledger {expected}"
@@ -244,9 +248,10 @@ class PageStore:
 
     @property
     def nbytes(self) -> int:
-        """Every byte that the store has allocated, or will take when it works."""
+        """Every byte that the store has allocated on its device, or will take when it works."""
         tables = self.directory.nbytes + self.arena.nbytes + self.raw.nbytes + self.totals.nbytes
         tables += self.key_means.nbytes
+        tables += 0 if self.host is None else self.host.table_bytes
         meter = 0 if self.retention is None else self.retention.nbytes
         beside = self.sizes.workspace.nbytes + self.sizes.attention_bytes
         return tables + meter + self.policy.nbytes + beside

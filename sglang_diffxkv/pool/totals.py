@@ -29,8 +29,8 @@ class Totals:
     """Sums over pages: what only the device knows on the device, the rest on the host.
 
     Attributes:
-        by_quality: open and sealed pages by `Quality`. by_plan: sealed pages by the number of the
-            plan that was in force when they were sealed.
+        by_quality: pages in use by `Quality`. by_plan: sealed pages, and those on the host, by the
+            number of the plan that was in force when they were sealed.
     """
 
     def __init__(self, num_layers: int, device: str) -> None:

@@ -75,12 +75,13 @@ class Unsettled:
         return sealed
 
     def _release(self, states: PageStates) -> None:
-        if not (states.is_open | states.sealed).all():
+        if not states.in_use.all():
             raise PageStateError("release: page is already free")
         self._totals.by_quality.subtract(states.by_quality())
         self._totals.by_plan.subtract(states.by_plan())
-        share = states.sealed_share
-        self._ledger.release(states.open_share(), share(demoted=False), share(demoted=True))
+        fresh, demoted = (states.sealed_share(demoted=x) for x in (False, True))
+        on_host = [states.host_share(demoted=x) for x in (False, True)]
+        self._ledger.release(states.open_share(), fresh, demoted, on_host)
 
     def _seal(self, event: Sealed) -> int:
         pages, frames = event.sums.values().tolist()

@@ -135,7 +135,7 @@ class DiffXKVWindowAllocator(SWATokenToKVPoolAllocator):
                 f"{self.size_swa // PAGE_TOKENS} that there are"
             )
         directory = self.full_attn_allocator.store.directory
-        held = ((directory.raw_slot >= 0) | directory.sealed).cpu()
+        held = directory.in_use.cpu()
         if bool((mapped & ~held[: len(mapped)]).any()):
             problems.append("window pages: one is mapped to a free page")
         return problems

@@ -25,7 +25,9 @@ def sizes_of(
     budget: int, policy: TierPolicy, raw_share: float, virtual_slack: float = VIRTUAL_SLACK
 ) -> PoolSizes:
     """The sizes of a pool of so many bytes, the policy's own ones included."""
-    memory = PoolBudget(budget - policy.nbytes, raw_share, virtual_slack)
+    memory = PoolBudget(
+        budget - policy.nbytes, raw_share, virtual_slack, host_bytes=policy.config.host_bytes
+    )
     return size_pool(memory, policy.layout, policy.caps, policy.expected_fill)
 
 

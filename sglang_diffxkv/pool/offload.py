@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sealed pages go to host memory when nobody reads them, and come back when somebody will.
+
+A page keeps its id, and so its place in SGLang's radix tree; its payload moves as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang_diffxkv.kernels.arena import copy_frames
+from sglang_diffxkv.pool.demotion import WINDOWS, coldest_first, unheld
+from sglang_diffxkv.pool.host_level import HostLevel
+from sglang_diffxkv.pool.page_states import PageStates, read_states
+from sglang_diffxkv.pool.store import PageStore
+from sglang_diffxkv.pool.unsettled import PageStateError
+
+MOVED_AT_ONCE = 256
+"""Pages: their tables take some MiB."""
+
+
+def offload_cold(store: PageStore, held_since: int, headroom: int) -> int:
+    """Offload cold pages, as far as the host has room, until ``headroom`` pages may be opened.
+
+    Args:
+        held_since: the step since which every page that a request holds has been used.
+
+    Returns:
+        How many were.
+    """
+    ledger, before = store.ledger, store.counters.offloaded
+    for pages in _cold_pages(store, held_since):
+        frames = store.directory.num_frames[pages].cumsum(0).cpu()
+        wanted = headroom * ledger.worst_frames - ledger.frames_free
+        if wanted <= 0:
+            break
+        enough = int((frames < wanted).sum()) + 1  # the last of them may free more than that
+        offload(store, pages[: min(enough, int((frames <= ledger.host_free).sum()))])
+    return store.counters.offloaded - before
+
+
+def _cold_pages(store: PageStore, held_since: int) -> Iterator[torch.Tensor]:
+    """Sealed pages that nobody holds, the coldest of some windows at a time; int64 [N]."""
+    windows = list(store.recency.sealed_hand.windows())
+    for i in range(0, len(windows), WINDOWS):
+        found = [unheld(store, window, held_since) for window in windows[i : i + WINDOWS]]
+        yield coldest_first(store, torch.cat(found))
+
+
+def offload(store: PageStore, pages: torch.Tensor) -> None:
+    """Move the payload of sealed ``pages`` (int64 [N], distinct, held by nobody) to the host.
+
+    Raises:
+        PageStateError: one of them is not sealed.
+        RuntimeError: the host has no room for them.
+    """
+    for part in pages.split(MOVED_AT_ONCE) if len(pages) else ():
+        _offload(store, part)
+
+
+def _offload(store: PageStore, pages: torch.Tensor) -> None:
+    d, host = store.directory, host_of(store)
+    states = PageStates(read_states(d, pages))
+    if not states.sealed.all():
+        raise PageStateError("offload: page is not sealed")
+    store.ledger.offload(states.sealed_share(demoted=False), states.sealed_share(demoted=True))
+    host.loading.wait_all()  # its frames are free before they have been read
+    frames, heads = d.frames[:, pages], d.heads[:, pages]
+    counts = (frames >= 0).sum(dim=2, dtype=torch.int32)
+    taken = host.arena.take(counts.flatten(), store.layout.max_frames).view_as(frames)
+    copy_frames(store.arena.buffer, frames, host.arena.buffer, taken)
+    store.arena.give_back(frames)
+    store.totals.add_payload(heads, counts, sign=-1)
+    host.heads[:, pages] = heads
+    d.offload(pages, taken)
+    store.counters.offloaded += len(pages)
+    for listener in host.on_offload:
+        listener(pages)
+
+
+def load_back(store: PageStore, pages: torch.Tensor) -> None:
+    """Bring the payload of ``pages`` (int64 [N], distinct, on the host) back.
+
+    Who reads it waits for `HostLevel.loading`.
+
+    Raises:
+        PageStateError: one of them is not on the host.
+        RuntimeError: there are not enough frames free.
+    """
+    for part in pages.split(MOVED_AT_ONCE) if len(pages) else ():
+        _load_back(store, part)
+
+
+def _load_back(store: PageStore, pages: torch.Tensor) -> None:
+    d, host = store.directory, host_of(store)
+    states = PageStates(read_states(d, pages))
+    if not states.on_host.all():
+        raise PageStateError("load back: page is not on the host")
+    fresh, demoted = (states.host_share(demoted=x) for x in (False, True))
+    store.ledger.load_back(fresh, demoted)
+    frames, heads = d.frames[:, pages], host.heads[:, pages]
+    counts = (frames >= 0).sum(dim=2, dtype=torch.int32)
+    taken = store.arena.take(counts.flatten(), store.layout.max_frames).view_as(frames)
+    with host.loading.layers(frames, taken) as layers:
+        for layer in layers:
+            copy_frames(host.arena.buffer, frames[layer], store.arena.buffer, taken[layer])
+            host.loading.copied(layer)
+    host.arena.give_back(frames)
+    store.totals.add_payload(heads, counts)
+    d.load_back(pages, taken, heads)
+    store.counters.loaded_back += len(pages)
+    for listener in host.on_load_back:
+        listener(pages)
+
+
+def on_host(store: PageStore, pages: torch.Tensor) -> torch.Tensor:
+    """Those of ``pages`` (int64 [N]) that are on the host; waits for the device."""
+    if not store.ledger.host_pages:
+        return pages[:0]
+    return pages[store.directory.on_host[pages]]
+
+
+def host_of(store: PageStore) -> HostLevel:
+    assert store.host is not None
+    return store.host

@@ -29,6 +29,13 @@ class FrameTable(NamedTuple):
     width: int
 
 
+class Listed(NamedTuple):
+    """int32 [F, words], an arena, and int32 [entries], frames of it, negative for none."""
+
+    arena: torch.Tensor
+    ids: torch.Tensor
+
+
 @dataclass(frozen=True)
 class Blocks:
     """How much a program looks at.
@@ -105,10 +112,8 @@ def return_kernel(stack: FreeStack, ids, before, entries, BLOCKS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["entries"])
 def copy_kernel(
-    source,
-    source_ids,
-    target,
-    target_ids,
+    source: Listed,
+    target: Listed,
     entries,
     WORDS: tl.constexpr,
     IDS: tl.constexpr,
@@ -117,18 +122,18 @@ def copy_kernel(
     """Grid (blocks,): each copies the frames of IDS entries, one after the other.
 
     Args:
-        source, target: int32 [F, WORDS].
+        WORDS: of a frame. BLOCK: words at a time.
     """
     first = tl.program_id(0) * IDS
     for entry in range(first, tl.minimum(first + IDS, entries)):
-        old = tl.load(source_ids + entry).to(tl.int64)
-        new = tl.load(target_ids + entry).to(tl.int64)
+        old = tl.load(source.ids + entry).to(tl.int64)
+        new = tl.load(target.ids + entry).to(tl.int64)
         if old >= 0:
             for start in range(0, WORDS, BLOCK):
                 word = start + tl.arange(0, BLOCK)
                 inside = word < WORDS
-                copied = tl.load(source + old * WORDS + word, mask=inside)
-                tl.store(target + new * WORDS + word, copied, mask=inside)
+                copied = tl.load(source.arena + old * WORDS + word, mask=inside)
+                tl.store(target.arena + new * WORDS + word, copied, mask=inside)
 
 
 @triton.jit

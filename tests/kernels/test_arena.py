@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The free stack of frames: popping, pushing, and conservation under random use."""
+"""The free stack of frames: popping, pushing, and conservation under random use. Copies."""
 
 from __future__ import annotations
 
@@ -120,3 +120,26 @@ def test_many_owners() -> None:
     assert n_free.tolist() == [total]
     after = ids_in(stack, n_free)
     assert torch.equal(after[5:], before[5:].flip(0)) and torch.equal(after[:5], before[:5])
+
+
+@pytest.mark.parametrize("arena", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("frames", "frame_bytes", "shape"), [(7, 16, (5,)), (97, 4176, (3, 7, 4))])
+def test_copies_frames(
+    arena: ModuleType, frames: int, frame_bytes: int, shape: tuple[int, ...]
+) -> None:
+    """Those that are listed, and no byte beside them."""
+    source, target = torch.randint(0, 256, (2, frames, frame_bytes), dtype=torch.uint8)
+    source, target = source.to(DEVICE), target.to(DEVICE)
+    there = torch.rand(shape) < 0.7
+    if there.sum() > frames:
+        there.view(-1)[frames:] = False
+    old, new = (torch.full(shape, -1, dtype=torch.int32) for _ in range(2))
+    count = int(there.sum())
+    old[there] = torch.randint(0, frames, (count,), dtype=torch.int32)
+    new[there] = torch.randperm(frames, dtype=torch.int32)[:count]
+    expected = target.clone()
+    for a, b in zip(old[there].tolist(), new[there].tolist(), strict=True):
+        expected[b] = source[a]
+    before = source.clone()
+    arena.copy_frames(source, old.to(DEVICE), target, new.to(DEVICE))
+    assert torch.equal(target, expected) and torch.equal(source, before)

@@ -81,6 +81,7 @@ class DeviceBackend(DiffXKVBackend):
         if in_capture:
             self.decode.tick(0)
             return
+        self.store.wait_for_host()
         batch = decode_batch(forward_batch)
         self.begin_decode(batch)
         self.decode.tick(len(batch.seq_lens_cpu))

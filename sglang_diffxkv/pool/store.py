@@ -83,8 +83,10 @@ class PageStore:
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
 
     def sealed_tables(self, layer: int) -> SealedTables:
-        """Where the sealed pages of one layer lie."""
+        """Where the sealed pages of one layer lie, once those that are loading are there."""
         d = self.directory
+        if self.host is not None:
+            self.host.loading.wait(layer)
         return SealedTables(self.arena.buffer, d.frames[layer], d.heads[layer], self.layout)
 
     def layer_pages(self, layer: int) -> LayerPages:

@@ -68,21 +68,25 @@ class AllocatorMachine(RuleBasedStateMachine):
 
     policy = "diffkv"
     drafts = 0
+    host_bytes = 300_000
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocator = make_allocator(self.policy)
+        self.allocator = make_allocator(self.policy, host_bytes=self.host_bytes)
         self.cache = PrefixCache(self.allocator)
         self.free_indices = list(range(ROWS))
         self.table = torch.zeros(ROWS, LONGEST, dtype=torch.int32)
         self.running: list[Request] = []
+        self.demotions = torch.zeros_like(self.allocator.store.directory.demotions)
+        """Of pages, before they came to be held."""
 
-    def _touch(self, decodes: bool) -> None:
-        """What a forward pass notes: over all running requests, or over the newest one."""
+    def _touch(self, decodes: bool, start: int = 0) -> None:
+        """What a forward pass notes: over all running requests, or over the newest one, which has
+        ``start`` tokens of others."""
         store = self.allocator.store
         store.begin_step(decodes)
         for slots, _, _, index, *_ in self.running if decodes else self.running[-1:]:
-            start, end = len(slots) - 1 if decodes else 0, len(slots)
+            start, end = len(slots) - 1 if decodes else start, len(slots)
             self.table[index, :end] = slots
             committed = self.allocator.running.commit(
                 [index], torch.tensor([start]), torch.tensor([end])
@@ -106,7 +110,30 @@ class AllocatorMachine(RuleBasedStateMachine):
         held = sum(other.raw_pages for other in self.running)
         if request.raw_pages and held + request.raw_pages > self.allocator.capacity.lossless_pages:
             return
+        self._admit(request, tokens)
+
+    @precondition(lambda self: self.cache.sequences)
+    @rule(data=st.data(), tokens=st.integers(1, 200))
+    def prefill_behind_a_prefix(self, data: st.DataObject, tokens: int) -> None:
+        """As far back as a sequence that is in the cache, some of it on the host perhaps."""
+        cached = data.draw(st.sampled_from(range(len(self.cache.sequences))))
+        prefix = self.cache.sequences[cached]
+        longest = min(LONGEST, self.allocator.capacity.longest_prompt)
+        directory, pages = self.allocator.store.directory, prefix[::PAGE_TOKENS] // PAGE_TOKENS
+        if len(prefix) + tokens > longest or bool(directory.never_compressed(pages).any()):
+            return  # requests of other qualities have pages of their own
+        del self.cache.sequences[cached]  # nobody may evict it
+        request = Request(prefix, Quality.BALANCED, longest, self.free_indices[-1])
+        if not self._admit(request._replace(drafts=self.drafts), tokens):
+            self.cache.sequences.append(prefix)
+
+    def _admit(self, request: Request, tokens: int) -> bool:
+        """Whether ``tokens`` behind what it has are admitted; if so, some of them are prefilled."""
+        store, prefix = self.allocator.store, request.slots
         budget = self.allocator.create_prefill_budget(self.cache)
+        pages = prefix[::PAGE_TOKENS] // PAGE_TOKENS
+        store.recency.expect(pages)
+        budget.expect_prefix(pages)
         fits, limit = budget.check_prefill(
             extend_input_len=tokens,
             total_tokens=tokens + 64,
@@ -117,18 +144,21 @@ class AllocatorMachine(RuleBasedStateMachine):
         )
         if not fits or not limit:
             assert self.running, "an idle pool must admit what it can hold"
-            return
+            return False
         # what is admitted must be allocated: to fail here would end SGLang's scheduler
         tokens = min(tokens, limit)
         self.allocator.evict_to_free_tokens(self.cache, tokens)
-        out = self.allocator.alloc_extend(
-            lens(0), lens(0), lens(tokens), lens(tokens), lens(-1), tokens
-        )
+        start, end = lens(len(prefix)), lens(len(prefix) + tokens)
+        last = prefix[-1:] if len(prefix) else lens(-1)
+        out = self.allocator.alloc_extend(start, start, end, end, last, tokens)
         assert out is not None and len(torch.unique(out)) == tokens
-        self.running.append(request._replace(slots=out, committed=tokens))
-        entry = running(quality, self.allocator.store.recency.next_step)
+        slots = torch.cat([prefix, out])
+        self.running.append(request._replace(slots=slots, committed=len(slots)))
+        self.demotions[slots // PAGE_TOKENS] = store.directory.demotions[slots // PAGE_TOKENS]
+        entry = running(request.quality, store.recency.next_step)
         self.allocator.running.enter([self.free_indices.pop()], [entry])
-        self._touch(decodes=False)
+        self._touch(decodes=False, start=len(prefix))
+        return True
 
     @precondition(lambda self: self.running)
     @rule()
@@ -154,6 +184,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         last_slots = torch.stack([r.slots[-1] for r in self.running])
         out = self.allocator.alloc_decode(seq_lens, seq_lens, last_slots)
         assert out is not None
+        self.demotions[out[out % PAGE_TOKENS == 0] // PAGE_TOKENS] = 0
         self.running = [
             r._replace(slots=torch.cat([r.slots, slot[None]]))
             for r, slot in zip(self.running, out, strict=True)
@@ -185,6 +216,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         for request in self.running:
             self._leave(request)
         self.running.clear()
+        self.demotions.zero_()
         self.cache.sequences.clear()
 
     @invariant()
@@ -195,7 +227,9 @@ class AllocatorMachine(RuleBasedStateMachine):
         free = self.allocator.available_size() // PAGE_TOKENS
         assert held + free == self.allocator.num_pages
         pages = torch.unique(torch.cat([lens(), *running]) // PAGE_TOKENS)
-        assert not bool(self.allocator.store.directory.demotions[pages].any()), "somebody holds it"
+        directory = self.allocator.store.directory
+        assert not bool(directory.on_host[pages].any()), "somebody reads it"
+        assert torch.equal(directory.demotions[pages], self.demotions[pages]), "somebody holds it"
         self._check_usage(pages)
 
     def _check_usage(self, pages: torch.Tensor) -> None:

@@ -97,7 +97,7 @@ lint: $(DEV_STAMP) types
 types: $(DEV_STAMP)
 	rm -rf build/typed && mkdir -p $(TYPED)
 	ln -s $(CURDIR)/sglang_diffxkv/* $(CURDIR)/kernels $(CURDIR)/patches $(TYPED)
-	$(BIN)/mypy build/typed
+	$(BIN)/mypy build/typed examples
 
 format: $(DEV_STAMP)
 	$(BIN)/ruff check --fix

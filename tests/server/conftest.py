@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.models.prepare import prepare
 from tests.support.demo_model import write_demo_model
 from tests.support.harness import Server
@@ -61,10 +62,17 @@ def stock_server(model: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def workers_server(model: Path) -> Iterator[Server]:
-    """Ours with the default policy, which has every quality; two processes serve HTTP."""
+def workers_server() -> Iterator[Server]:
+    """Ours with the bundled model and the default policy, which has every quality; two processes
+    serve HTTP.
+
+    Of the parsers of tool calls "pythonic" constrains required ones by a JSON schema; others do it
+    by structural tags, in which this model writes blanks until its limit.
+    """
     args = ["--attention-backend", "diffxkv", "--tokenizer-worker-num", 2]
     args += ["--diffxkv-config", json.dumps({"memory_bytes": "24MiB"})]
-    with Server(model, *args, "--served-model-name", "default", "--enable-cache-report") as server:
+    args += ["--served-model-name", "default", "--enable-cache-report"]
+    args += ["--tool-call-parser", "pythonic", "--constrained-json-disable-any-whitespace"]
+    with Server(BUNDLED, *args, dtype="bfloat16") as server:
         yield server
         assert_healthy(server)

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookType
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_diffxkv.metrics import PrometheusGauges, pool_gauges, pool_stats
 from sglang_diffxkv.patches.hook import hook
@@ -15,6 +17,7 @@ from sglang_diffxkv.pool.window_allocator import find_windows
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from sglang.srt.managers.scheduler_components.metrics_reporter import PrefillStats
 
 SCHEDULER = "sglang.srt.managers.scheduler_components"
 STATE_KEY = "diffxkv"
@@ -22,6 +25,22 @@ STATE_KEY = "diffxkv"
 EXPORT_INTERVAL_S = 1.0
 """SGLang reports after every decode step, which is more than anybody reads."""
 
+
+@dataclass
+class PrefixHits:
+    """Of all prompts that were prefilled since the start; what is retracted and prefilled again
+    counts once."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+
+    def add(self, stats: PrefillStats) -> None:
+        cached = stats.log_hit_tokens - stats.reprocessed_log_hit_tokens
+        self.cached_tokens += cached
+        self.prompt_tokens += cached + stats.log_input_tokens - stats.reprocessed_log_input_tokens
+
+
+_hits = PrefixHits()
 _gauges: PrometheusGauges | None = None
 _last_export = 0.0
 
@@ -30,7 +49,14 @@ def _add_memory_usage(result: Any, self: Any, state: dict[str, Any]) -> None:
     allocator = find_allocator(self.scheduler.token_to_kv_pool_allocator)
     if allocator is not None:
         windows = find_windows(self.scheduler.token_to_kv_pool_allocator)
-        state[STATE_KEY] = pool_stats(allocator.store, windows)
+        stats = pool_stats(allocator.store, windows)
+        state[STATE_KEY] = stats | {"prefix": asdict(_hits), "dp_rank": get_parallel().dp_rank or 0}
+
+
+def _count_hits(
+    result: Any, self: Any, batch: Any, prefill_stats: PrefillStats, **kwargs: Any
+) -> None:
+    _hits.add(prefill_stats)
 
 
 def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
@@ -53,9 +79,10 @@ def add_route(app: FastAPI) -> None:
 
     @app.get("/diffxkv/stats")
     async def diffxkv_stats() -> list[dict[str, Any]] | dict[str, Any]:
-        """Pool statistics; a list with one entry per data-parallel rank where there are several."""
+        """Pool statistics; a list by data-parallel rank where there are several."""
         states = await http_server._global_state.tokenizer_manager.get_internal_state()
         stats = [state[STATE_KEY] for state in states if STATE_KEY in state]
+        stats.sort(key=lambda of_rank: of_rank["dp_rank"])
         return stats[0] if len(stats) == 1 else stats
 
 
@@ -63,5 +90,6 @@ def install() -> None:
     state = f"{SCHEDULER}.internal_state.SchedulerInternalStateController._add_memory_usage"
     hook(state, _add_memory_usage, HookType.AFTER, ("state",))
     reporter = f"{SCHEDULER}.metrics_reporter.SchedulerMetricsReporter"
+    hook(f"{reporter}.report_prefill_stats", _count_hits, HookType.AFTER, ("prefill_stats",))
     for method in ("report_decode_stats", "report_prefill_stats", "_maybe_log_idle_metrics"):
         hook(f"{reporter}.{method}", _export, HookType.AFTER, ())

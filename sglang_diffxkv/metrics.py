@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_diffxkv.kernels.layout import META_BYTES, PAGE_TOKENS, TOKEN_METADATA_BYTES, TierFormat
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.store import PageStore
 from sglang_diffxkv.pool.totals import LayerSums
 from sglang_diffxkv.pool.window_use import WindowUse
+
+if TYPE_CHECKING:
+    from prometheus_client import Gauge
 
 PREFIX = "sglang:diffxkv_"
 
@@ -71,9 +74,13 @@ def pool_stats(store: PageStore, windows: WindowUse | None = None) -> dict[str, 
 def pool_gauges(store: PageStore, windows: WindowUse | None = None) -> dict[str, Any]:
     """The part of `pool_stats` that gauges show, as far as it is known without any wait.
 
-    On a GPU tiers may be some steps older or newer than pages are.
+    On a GPU tiers and importances may be some steps older or newer than pages are.
     """
-    return _gauges(store, store.totals.lately(), windows)
+    meter = store.retention
+    return {
+        **_gauges(store, store.totals.lately(), windows),
+        "importance": {} if meter is None else meter.lately(),
+    }
 
 
 def _gauges(store: PageStore, sums: LayerSums, windows: WindowUse | None) -> dict[str, Any]:
@@ -113,51 +120,91 @@ def _host(store: PageStore) -> dict[str, int] | None:
     }
 
 
+GAUGES = {
+    "sealed_pages": "Sealed pages",
+    "open_pages": "Open pages",
+    "frames_used": "Frames allocated to sealed pages",
+    "tokens_held": "Tokens of open and sealed pages",
+    "bytes_total": "Bytes that the pool has allocated on the device",
+    "bytes_in_use": "Bytes of those that serve what is held",
+    "physical_compression": "Bytes that SGLang's own pool takes for the tokens held, over ours",
+}
+
+LABELLED = {
+    "tier_tokens": (
+        "tier_tokens",
+        "tier",
+        "(token, KV head, layer) entries of sealed pages",
+    ),
+    "counters": (
+        "events",
+        "event",
+        "Pages opened, sealed, released, evicted, demoted, frames freed by demotion, and "
+        "reclaims, since the start",
+    ),
+    "importance": (
+        "importance",
+        "part",
+        "Attention on what was sealed, kept of it by sealing, and taken since by demotion, since "
+        "the start, in units of uniform attention",
+    ),
+}
+"""Parts of the statistics that are gauges with a label more: name, label and meaning."""
+
+LEVELS = {
+    "host": {
+        "bytes_total": "Bytes of host memory for offloaded pages",
+        "bytes_in_use": "Bytes of those in use",
+        "pages": "Pages in host memory",
+        "frames": "Frames of host memory",
+        "frames_used": "Frames of those in use",
+        "offloaded": "Pages offloaded from the device, since the start",
+        "loaded_back": "Pages loaded back to the device, since the start",
+        "evicted": "Pages evicted from host memory, since the start",
+    },
+    "disk": {
+        "bytes_total": "Bytes that pages may take on disk",
+        "bytes_in_use": "Bytes that they take",
+        "pages": "Pages on disk",
+        "written": "Pages backed up to disk, since the start",
+        "read": "Pages read from disk, since the start",
+        "hits": "Pages that were looked for and found on disk, since the start",
+        "misses": "Pages that were looked for and not found on disk, since the start",
+        "dropped": "Pages not backed up because the disk was too slow, since the start",
+        "errors": "Reads and writes that failed, and records found damaged, since the start",
+    },
+}
+"""Levels below the device, and what the gauges of each say; a level that is off has none."""
+
+
 class PrometheusGauges:
     """Gauges of one scheduler process; made after SGLang has set up multiprocess mode."""
 
-    NAMES = (
-        "sealed_pages",
-        "open_pages",
-        "frames_used",
-        "tokens_held",
-        "bytes_total",
-        "bytes_in_use",
-        "physical_compression",
-    )
-
     def __init__(self, labels: dict[str, str]) -> None:
+        self.labels = labels
+        self.gauges = {name: self._gauge(name, text) for name, text in GAUGES.items()}
+        self.labelled = {
+            key: (label, self._gauge(name, text, label))
+            for key, (name, label, text) in LABELLED.items()
+        }
+        self.levels = {
+            level: {key: self._gauge(f"{level}_{key}", text) for key, text in texts.items()}
+            for level, texts in LEVELS.items()
+        }
+
+    def _gauge(self, name: str, text: str, *more_labels: str) -> Gauge:
         from prometheus_client import Gauge
 
-        self.labels = labels
-        self.gauges = {
-            name: Gauge(
-                PREFIX + name,
-                f"DiffXKV: {name}",
-                list(labels),
-                multiprocess_mode="mostrecent",
-            )
-            for name in self.NAMES
-        }
-        self.tiers = Gauge(
-            PREFIX + "tier_tokens",
-            "DiffXKV: (token, KV head, layer) entries of sealed pages by tier",
-            [*labels, "tier"],
-            multiprocess_mode="mostrecent",
-        )
-        self.events = Gauge(
-            PREFIX + "events",
-            "DiffXKV: pages opened, sealed, released, evicted, demoted, frames freed by demotion, "
-            "and reclaims, since the start",
-            [*labels, "event"],
-            multiprocess_mode="mostrecent",
-        )
+        labels = [*self.labels, *more_labels]
+        return Gauge(PREFIX + name, f"DiffXKV: {text}", labels, multiprocess_mode="mostrecent")
 
     def update(self, stats: dict[str, Any]) -> None:
         """Show what `pool_gauges` says."""
         for name, gauge in self.gauges.items():
             gauge.labels(**self.labels).set(stats[name])
-        for tier, tokens in stats["tier_tokens"].items():
-            self.tiers.labels(**self.labels, tier=tier).set(tokens)
-        for event, count in stats["counters"].items():
-            self.events.labels(**self.labels, event=event).set(count)
+        for part, (label, gauge) in self.labelled.items():
+            for key, value in stats[part].items():
+                gauge.labels(**self.labels, **{label: key}).set(value)
+        for level, gauges in self.levels.items():
+            for key, value in (stats.get(level) or {}).items():
+                gauges[key].labels(**self.labels).set(value)

@@ -38,3 +38,24 @@ class Download:
         if self._copied is not None:
             self._copied.synchronize()
         return self._values
+
+
+class Readback:
+    """The values of a small device tensor, copied to the host when somebody looks."""
+
+    def __init__(self, source: torch.Tensor) -> None:
+        self._source = source
+        self._values = torch.zeros(source.shape, dtype=source.dtype)
+        self._coming: Download | None = None
+
+    def latest(self) -> torch.Tensor:
+        """On the host: the newest values that have arrived. Asks for newer ones."""
+        if self._source.is_cpu:
+            return self._source
+        if self._source.is_meta:  # which has none
+            return self._values
+        if self._coming is None or self._coming.is_here:
+            if self._coming is not None:
+                self._values = self._coming.values()
+            self._coming = Download(self._source)
+        return self._values

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from sglang_diffxkv.kernels.gpu.transfer import Readback
 from sglang_diffxkv.kernels.layout import HIGH, LOW
 from sglang_diffxkv.policy.base import SealContext, TierPolicy
 from sglang_diffxkv.policy.budgeting.target import low_utility
@@ -30,6 +31,7 @@ class RetentionMeter:
         self._sums = torch.zeros(3, num_layers, dtype=torch.float64, device=device)
         """Of importances that sealing kept, of all, and of those that demotion took, in units of
         uniform attention, in which sequences of all lengths are comparable."""
+        self._seen = Readback(self._sums)
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +58,12 @@ class RetentionMeter:
         weight = weight * ~self._policy.is_sink(ctx)[:, None]
         taken = self._utility(ctx.tiers) - self._utility(tiers)
         self._sums[2, ctx.layer] += (weight * taken).sum()
+
+    def lately(self) -> dict[str, float]:
+        """Importances of all layers, in units of uniform attention, without waiting for the device:
+        of what was sealed, what sealing kept of that, and what demotion has since taken."""
+        kept, whole, taken = self._seen.latest().sum(1).tolist()
+        return {"sealed": whole, "kept": kept, "demoted": taken}
 
     def by_layer(self) -> list[float | None]:
         """R of each layer, as it was sealed; None where nothing is known."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.gpu.transfer import Download
+from sglang_diffxkv.kernels.gpu.transfer import Readback
 from sglang_diffxkv.kernels.layout import head_counts
 from sglang_diffxkv.policy.quality import Quality
 
@@ -37,7 +37,7 @@ class Totals:
         self._by_layer = torch.zeros(3, num_layers, dtype=torch.int64, device=device)
         self.by_quality: Counter[Quality] = Counter()
         self.by_plan: Counter[int] = Counter()
-        self._seen = _Readback(self._by_layer)
+        self._seen = Readback(self._by_layer)
 
     @property
     def nbytes(self) -> int:
@@ -78,24 +78,3 @@ class Totals:
     def lately(self) -> LayerSums:
         """As they were when the device was last asked, without waiting for it."""
         return LayerSums(*self._seen.latest().tolist())
-
-
-class _Readback:
-    """The values of a small device tensor, copied to the host when somebody looks."""
-
-    def __init__(self, source: torch.Tensor) -> None:
-        self._source = source
-        self._values = torch.zeros(source.shape, dtype=source.dtype)
-        self._coming: Download | None = None
-
-    def latest(self) -> torch.Tensor:
-        """On the host: the newest values that have arrived. Asks for newer ones."""
-        if self._source.is_cpu:
-            return self._source
-        if self._source.is_meta:  # which has none
-            return self._values
-        if self._coming is None or self._coming.is_here:
-            if self._coming is not None:
-                self._values = self._coming.values()
-            self._coming = Download(self._source)
-        return self._values

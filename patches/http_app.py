@@ -25,7 +25,7 @@ from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.websockets import WebSocket
 
-from sglang_diffxkv.patches import check, observability
+from sglang_diffxkv.patches import check, dashboard, observability, requests
 from sglang_diffxkv.patches.asked import (
     Asked,
     QualityError,
@@ -130,8 +130,8 @@ def server_policy() -> type[TierPolicy]:
 
 def extend(app: FastAPI) -> None:
     """Add the middleware and our endpoints to SGLang's application, before it serves."""
-    observability.add_route(app)
-    check.add_route(app)
+    for endpoint in (dashboard, observability, requests, check):
+        endpoint.add_route(app)
     # Innermost: what it refuses has SGLang's CORS headers, and comes after its API keys.
     app.user_middleware.append(Middleware(QualityMiddleware))
 

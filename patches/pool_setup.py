@@ -16,7 +16,13 @@ from sglang_diffxkv.patches.kv_dtype import check_dtype
 from sglang_diffxkv.patches.server_args import fraction_is_given, ranks_per_host
 from sglang_diffxkv.patches.window_setup import log_division, window_layers
 from sglang_diffxkv.policy.registry import make_policy
-from sglang_diffxkv.pool.host_memory import available_memory, default_budget, on_each, too_much
+from sglang_diffxkv.pool.host_memory import (
+    available_memory,
+    default_budget,
+    on_each,
+    too_much,
+    too_much_on_host,
+)
 from sglang_diffxkv.pool.kv_pool import PoolSetup
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK, VIRTUAL_SLACK, PoolBudget, size_pool
@@ -79,6 +85,7 @@ def make_setup(
     )
     sizes = size_pool(budget, policy.layout, policy.caps, expected_fill)
     _check_chunk(sizes.raw_pages, windows, window_tokens)
+    _check_host_level(config.host_bytes)
     if draft_bytes:
         log_draft_pool(draft_bytes, sizes.virtual_tokens)
     return PoolSetup(policy, sizes, agree, window_tokens)
@@ -180,6 +187,26 @@ def host_budget(memory_bytes: int | None, budget_bytes: int) -> int:
             available / 2**30,
         )
     return chosen
+
+
+def _check_host_level(host_bytes: int) -> None:
+    """
+    Raises:
+        ValueError: there is no prefix cache whose pages could go to host memory, or too little of
+            that.
+    """
+    from sglang.srt.runtime_context import get_memory, get_parallel
+
+    if not host_bytes:
+        return
+    if get_memory().disable_radix_cache:
+        raise ValueError(
+            "diffxkv: host_bytes is for prefixes that nobody reads, which --disable-radix-cache "
+            "does not keep: leave out one of them"
+        )
+    problem = too_much_on_host(host_bytes, available_memory(), ranks_per_host(get_parallel()))
+    if problem is not None:
+        raise ValueError(f"diffxkv: {problem}")
 
 
 def _check_chunk(raw_pages: int, windows: WindowLayers | None, window_tokens: int) -> None:

@@ -34,6 +34,7 @@ class _Flag(NamedTuple):
 
 _RANKS = "only tensor-parallel ranks agree on what their pages take"
 _OWN_CACHE = "it moves KV out of the pool, whose pages are compressed"
+_HOST_LEVEL = "it keeps its own pages in host memory (host_bytes in --diffxkv-config)"
 _FLAGS = (
     _Flag("page_size", (None, PAGE_TOKENS), f"sealed pages hold {PAGE_TOKENS} tokens"),
     _Flag(
@@ -44,7 +45,7 @@ _FLAGS = (
     _Flag("dllm_algorithm", (None,), "diffusion rewrites tokens, sealed pages are written once"),
     _Flag("disaggregation_mode", ("null",), "sealed pages are not transferred between servers"),
     _Flag("enable_pdmux", (False,), "prefill and decode share its pages"),
-    _Flag("enable_hierarchical_cache", (False,), _OWN_CACHE),
+    _Flag("enable_hierarchical_cache", (False,), _HOST_LEVEL),
     _Flag("enable_lmcache", (False,), _OWN_CACHE),
     _Flag("enable_flexkv", (False,), _OWN_CACHE),
     _Flag("enable_unified_cache_external_linker", (False,), _OWN_CACHE),

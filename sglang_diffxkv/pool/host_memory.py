@@ -92,6 +92,16 @@ def on_each(ranks: int) -> str:
     return "" if ranks == 1 else f" on each of {ranks} ranks"
 
 
+def too_much_on_host(host_bytes: int, available: int, ranks: int) -> str | None:
+    """What is wrong with so much host memory for pages on every rank; None where it fits."""
+    if host_bytes * ranks <= available:
+        return None
+    return (
+        f"host_bytes of {host_bytes / _GIB:.1f} GiB{on_each(ranks)} is more than the "
+        f"{available / _GIB:.1f} GiB that this host has available: lower host_bytes"
+    )
+
+
 def too_much(memory_bytes: int, available: int, ranks: int) -> str | None:
     """What is wrong with a pool of this size on every rank of a host; None where it fits."""
     if memory_bytes * ranks <= available:

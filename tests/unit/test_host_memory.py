@@ -9,7 +9,12 @@ import psutil
 import pytest
 
 from sglang_diffxkv.patches import pool_setup
-from sglang_diffxkv.pool.host_memory import available_memory, default_budget, too_much
+from sglang_diffxkv.pool.host_memory import (
+    available_memory,
+    default_budget,
+    too_much,
+    too_much_on_host,
+)
 
 GIB = 2**30
 V2 = ("memory.max", "memory.current", "")
@@ -112,3 +117,9 @@ def test_budget_of_a_rank(
         assert all(part in line for line in told)
     with pytest.raises(ValueError, match=r"^diffxkv: memory_bytes of 41.0 GiB on each of 2 ranks"):
         pool_setup.host_budget(41 * GIB, 90 * GIB)
+
+
+def test_too_much_host_memory_is_told_in_one_line() -> None:
+    assert too_much_on_host(50 * GIB, 100 * GIB, 2) is None
+    message = str(too_much_on_host(51 * GIB, 100 * GIB, 2))
+    assert "host_bytes of 51.0 GiB on each of 2 ranks" in message and "100.0 GiB" in message

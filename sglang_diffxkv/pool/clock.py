@@ -16,10 +16,14 @@ class ClockHand:
     def __init__(self, entries: int, window: int) -> None:
         self._entries, self._window, self._at = entries, window, 0
 
+    @property
+    def all_windows(self) -> int:
+        """How many make a round."""
+        return -(-self._entries // self._window)
+
     def windows(self, most: int | None = None) -> Iterator[slice]:
         """Up to ``most`` windows, or all, none twice; the hand moves as they are taken."""
-        everything = -(-self._entries // self._window)
-        for _ in range(everything if most is None else min(most, everything)):
+        for _ in range(self.all_windows if most is None else min(most, self.all_windows)):
             start, end = self._at, min(self._at + self._window, self._entries)
             self._at = end % self._entries
             yield slice(start, end)

@@ -42,10 +42,14 @@ def offload_cold(store: PageStore, held_since: int, headroom: int) -> int:
 
 
 def _cold_pages(store: PageStore, held_since: int) -> Iterator[torch.Tensor]:
-    """Sealed pages that nobody holds, the coldest of some windows at a time; int64 [N]."""
-    windows = list(store.recency.sealed_hand.windows())
-    for i in range(0, len(windows), WINDOWS):
-        found = [unheld(store, window, held_since) for window in windows[i : i + WINDOWS]]
+    """Sealed pages that nobody holds, of some windows at a time, coldest first; int64 [N].
+
+    Goes round all of them if it is asked to: where most pages are on the host, windows in a row may
+    have none.
+    """
+    hand = store.recency.sealed_hand
+    for _ in range(-(-hand.all_windows // WINDOWS)):
+        found = [unheld(store, window, held_since) for window in hand.windows(WINDOWS)]
         yield coldest_first(store, torch.cat(found))
 
 

@@ -13,6 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_stats
+from sglang_diffxkv.pool.clock import ClockHand
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
 from sglang_diffxkv.pool.offload import load_back, offload, offload_cold, on_host
@@ -251,3 +252,18 @@ def test_what_the_host_costs_on_the_device_is_in_the_budget() -> None:
         assert store.sizes.expected_tokens <= alone.sizes.expected_tokens
         full = store.sizes.host_frames / store.sizes.expected_frames
         assert store.sizes.host_pages >= full, "page ids would run out first"
+
+
+def test_pages_are_found_wherever_they_are() -> None:
+    """Where a window has none, the next ones are searched, and the search goes on from there."""
+    store = make_store("diffkv", host_bytes=HOST_BYTES)
+    store.recency.sealed_hand = ClockHand(store.directory.num_pages, 2)
+    pages = torch.tensor([50, 3, 60])
+    fill(store, pages)
+    store.recency.step += 1
+    gone = []
+    for _ in pages:
+        offload_cold(store, store.recency.step, store.ledger.frame_headroom + 1)
+        gone += [page for page in on_host(store, pages).tolist() if page not in gone]
+    assert gone == [3, 50, 60]
+    assert offload_cold(store, store.recency.step, store.ledger.frame_headroom + 1) == 0

@@ -29,6 +29,7 @@ ALLOWED = {
         "policy.quality",
         "policy.retention",
     ),
+    "offload": ("kernels", "pool"),
     "attention": ("kernels", "policy.scoring", "pool", "config"),
     "metrics": ("kernels.layout", "policy.quality", "pool"),
     "patches": ("kernels", "policy", "pool", "attention", "config", "metrics", "platform"),

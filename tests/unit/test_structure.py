@@ -29,10 +29,13 @@ ALLOWED = {
         "policy.quality",
         "policy.retention",
     ),
-    "offload": ("kernels", "pool"),
+    "offload": ("kernels.layout", "kernels.gpu.transfer", "pool"),
     "attention": ("kernels", "policy.scoring", "pool", "config"),
     "metrics": ("kernels.layout", "policy.quality", "pool"),
-    "patches": ("kernels", "policy", "pool", "attention", "config", "metrics", "platform"),
+    "patches": (
+        *("kernels", "policy", "pool", "offload", "attention"),
+        *("config", "metrics", "platform"),
+    ),
     "plugin": ("kernels", "attention", "patches"),
     "worker_app": ("patches",),
     "platform": (),
@@ -46,6 +49,7 @@ SGLANG = {
     "config": (),
     "metrics": (),
     "pool": ("sglang.srt.mem_cache", "sglang.srt.utils", "sglang.srt.constants"),
+    "offload": ("sglang.srt.mem_cache", "sglang.srt.disaggregation.kv_events"),
     "attention": ("sglang.srt.layers", "sglang.srt.model_executor"),
 }
 """What some parts may import of SGLang; the others may import anything."""

@@ -165,7 +165,7 @@ def test_chat_schema_stream_and_samples(server: Server) -> None:
 def test_kv_events_mirror_the_cache(server: Server, mirror: CacheMirror) -> None:
     """Equal prompts in several qualities, and more of them than fits, so that blocks go, too."""
     server.flush_cache()
-    mirror.blocks.clear()
+    mirror.clear()
     before = server.stats()["counters"]["evicted"]
     rng = random.Random(14)
     loose = ["balanced", "high", "small"]

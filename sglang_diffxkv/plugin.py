@@ -36,6 +36,7 @@ def _install() -> None:
         idle,
         input_buffers,
         kv_dtype,
+        kv_events,
         linear_state,
         logits_softcap,
         lossless,
@@ -51,7 +52,16 @@ def _install() -> None:
     )
 
     of_model = (server_args, window_models, kv_dtype, logits_softcap)
-    of_pool = (linear_state, pool, published_capacity, input_buffers, forward, check, idle)
+    of_pool = (
+        linear_state,
+        pool,
+        published_capacity,
+        input_buffers,
+        kv_events,
+        forward,
+        check,
+        idle,
+    )
     of_requests = (
         running,
         committed,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import msgspec
 from sglang.srt.disaggregation.kv_events import BlockStored, StorageMedium
@@ -35,7 +36,7 @@ class Block(msgspec.Struct, gc=False):  # a million of them, and none refers to 
         return bool(self.device or self.host or self.disk or self.writing)
 
     def stored(self, medium: StorageMedium) -> BlockStored:
-        tokens = self.tokens.tolist()
+        tokens: list[Any] = self.tokens.tolist()
         if self.paired:
             tokens = list(zip(tokens[::2], tokens[1::2], strict=True))
         return BlockStored(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.harness import Server
-from tests.support.kv_events import CacheMirror
+from tests.support.kv_events import CacheMirror, wait_until
 from tests.support.workload import (
     SCHEMA,
     assert_healthy,
@@ -180,7 +180,7 @@ def test_kv_events_mirror_the_cache(server: Server, mirror: CacheMirror) -> None
                 for prompt, level in requests
             ]
         )
-    _wait_for(lambda: _by_quality(mirror) == server.stats()["pages_by_quality"])
+    wait_until(lambda: _by_quality(mirror) == server.stats()["pages_by_quality"])
     assert _by_quality(mirror) == server.stats()["pages_by_quality"]
     assert all(_by_quality(mirror).values())
     assert all(len(block.tokens) == PAGE for block in mirror.blocks.values())
@@ -191,10 +191,10 @@ def test_kv_events_mirror_the_cache(server: Server, mirror: CacheMirror) -> None
         expected = mirror.cached_tokens(prompt, PAGE, salt)
         answer = server.generate(prompt, max_new_tokens=1, sampling=quality(level))
         assert answer["meta_info"]["cached_tokens"] == expected
-        _wait_for(lambda: _by_quality(mirror) == server.stats()["pages_by_quality"])
+        wait_until(lambda: _by_quality(mirror) == server.stats()["pages_by_quality"])
     assert not mirror.faults
     server.flush_cache()
-    _wait_for(lambda: not mirror.blocks)
+    wait_until(lambda: not mirror.blocks)
     assert not mirror.blocks
 
 
@@ -203,13 +203,6 @@ def _by_quality(mirror: CacheMirror) -> dict[str, int]:
     counts = mirror.count_by_salt()
     levels = {"lossless": 0, "high": 0, "small": 0} | {"balanced": counts[None]}
     return levels | {salt.split(":")[1]: n for salt, n in counts.items() if salt is not None}
-
-
-def _wait_for(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    """Events arrive a moment after answers."""
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 def test_pressure_with_compression(server: Server) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 import random
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support.harness import Json, Server
+from tests.support.kv_events import GPU, HOST, CacheMirror, wait_until
 from tests.support.workload import assert_healthy, hang_up, mixed_prompts, random_tokens
 
 PAGE = 64
@@ -93,3 +96,43 @@ def test_flushed_on_every_level(server: Server) -> None:
     server.flush_cache()
     stats = server.stats()
     assert stats["host"]["pages"] == stats["host"]["bytes_in_use"] == stats["sealed_pages"] == 0
+
+
+def test_kv_events_name_levels(model: Path) -> None:
+    """A consumer has on each medium as many blocks as the pool has pages there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    events = json.dumps({"publisher": "zmq", "endpoint": endpoint, "bind": True})
+    config = arguments(memory_bytes="6MiB", host_bytes="4MiB")
+    with (
+        Server(model, *config, "--kv-events-config", events, env=BUSY) as server,
+        CacheMirror(endpoint) as mirror,
+    ):
+        time.sleep(0.5)  # a subscription takes a moment to reach the publisher
+        for turn in converse(server, 3):
+            wait_until(lambda: pages_by_medium(mirror) == pages_by_level(server))
+            assert pages_by_medium(mirror) == pages_by_level(server)
+            for chat, answer in turn[-2:]:
+                prompt = chat + answer["output_ids"]
+                expected = mirror.cached_tokens(prompt, PAGE)
+                again = server.generate(prompt, max_new_tokens=1)["meta_info"]
+                assert again["cached_tokens"] == expected
+        host = server.stats()["host"]
+        assert host["loaded_back"] > 0 and host["evicted"] > 0
+        assert not mirror.faults
+        server.flush_cache()
+        wait_until(lambda: not mirror.blocks)
+        assert not mirror.blocks
+        assert_healthy(server)
+
+
+def pages_by_medium(mirror: CacheMirror) -> tuple[int, int]:
+    return len(mirror.media[GPU]), len(mirror.media[HOST])
+
+
+def pages_by_level(server: Server) -> tuple[int, int]:
+    """On the device and on the host."""
+    stats = server.stats()
+    on_host = stats["host"]["pages"]
+    return sum(stats["pages_by_quality"].values()) - on_host, on_host

@@ -3,9 +3,10 @@
 
 import hashlib
 import threading
+import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -133,3 +134,10 @@ def block_hashes(tokens: Sequence[int], page: int, salt: str | None) -> Iterator
         words = array("I", tokens[start : start + page]).tobytes()
         digest = hashlib.sha256(digest + words).digest()
         yield int.from_bytes(digest[:8], "big", signed=True)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    """Events arrive a moment after answers."""
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)

@@ -13,11 +13,15 @@ unexport PYTHONDONTWRITEBYTECODE
 # Where `make env` has put uv, if there was none: models are downloaded with it.
 export PATH := $(PATH):$(CURDIR)/.uv/bin
 
-.PHONY: demo test test-fast bench compile-kernels bench-gpu gpu-pack gpu-run sanitize lint types format env clean
+.PHONY: demo demo-router test test-fast bench compile-kernels bench-gpu gpu-pack gpu-run sanitize lint types format env clean
 
 # MODEL=smollm2 brings a model that people use, MODEL=/folder takes a checkpoint that is there.
 demo: env
 	$(BIN)/sglang-diffxkv demo $(if $(MODEL),--model $(MODEL))
+
+# Two replicas behind SGLang's router; the pictures go to build/. ARGS="--output FOLDER" elsewhere.
+demo-router: env
+	$(BIN)/sglang-diffxkv demo-router $(ARGS)
 
 ifdef ARGS
 test: env

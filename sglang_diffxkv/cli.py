@@ -13,10 +13,17 @@ from types import FrameType
 
 from sglang_diffxkv.calibrate import command as calibrate
 from sglang_diffxkv.demo import command as demo
+from sglang_diffxkv.demo.router import command as demo_router
 from sglang_diffxkv.eval import command as evaluation
 from sglang_diffxkv.models import command as model
 
-_COMMANDS = {"demo": demo, "eval": evaluation, "calibrate": calibrate, "model": model}
+_COMMANDS = {
+    "demo": demo,
+    "demo-router": demo_router,
+    "eval": evaluation,
+    "calibrate": calibrate,
+    "model": model,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

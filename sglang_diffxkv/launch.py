@@ -59,6 +59,14 @@ class ServerProcess(Client):
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start it, and wait until it answers; again, at the same address, after it has ended."""
         begin = time.monotonic()
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -76,29 +84,36 @@ class ServerProcess(Client):
             self.stop()
             raise
         self.start_seconds = time.monotonic() - begin
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.stop()
 
     def stop(self) -> None:
         """End the server and all its children; harmless where it has ended."""
-        if self._process is None:
-            return
-        tree: list[psutil.Process] = []
-        with suppress(psutil.NoSuchProcess):
-            root = psutil.Process(self._process.pid)
-            tree = [*root.children(recursive=True), root]
+        tree = self._tree()
         # Children first: asked alone, the main process takes many seconds to drain.
         for process in tree:
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
         _, alive = psutil.wait_procs(tree, timeout=3)
-        for process in alive:
+        self._kill(alive)
+
+    def kill(self) -> None:
+        """End all its processes at once, none of which is told: SIGKILL."""
+        self._kill(self._tree())
+
+    def _kill(self, processes: list[psutil.Process]) -> None:
+        for process in processes:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self._process.wait()
+        if self._process is not None:
+            self._process.wait()
         self._process = None
+
+    def _tree(self) -> list[psutil.Process]:
+        """Its processes, the main one last."""
+        if self._process is not None:
+            with suppress(psutil.NoSuchProcess):
+                root = psutil.Process(self._process.pid)
+                return [*root.children(recursive=True), root]
+        return []
 
     def is_alive(self) -> bool:
         """Whether the main process runs; SGLang ends it when its scheduler dies."""

@@ -1,17 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quality through SGLang's own router, which hands on only what it knows of a request."""
 
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import requests
 
-from sglang_diffxkv.launch import free_port
+from sglang_diffxkv.demo.router.process import RouterProcess
 from tests.support.harness import Json, Server
 
 TEXT = "what is it? " * 30
@@ -28,33 +23,9 @@ ANSWERS = {
 @pytest.fixture(scope="module")
 def router(workers_server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Address of a router with one worker."""
-    log, port = tmp_path_factory.mktemp("router") / "log", free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "sglang_router.launch_router"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--worker-urls", workers_server.url]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=os.environ | {"PYTHONSAFEPATH": "1"}, stdout=output, stderr=output
-        )
-    try:
-        _wait_for_a_worker(process, url, log)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def _wait_for_a_worker(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if requests.get(f"{url}/v1/models", timeout=5).json()["data"]:
-                return
-        except (requests.RequestException, KeyError):
-            pass
-        time.sleep(0.2)
-    raise RuntimeError(f"the router found no worker\n{log.read_text()[-2000:]}")
+    log = tmp_path_factory.mktemp("router") / "log"
+    with RouterProcess([workers_server.url], log=log) as process:
+        yield process.url
 
 
 def post(url: str, path: str, model: str, body: Json | None = None) -> requests.Response:

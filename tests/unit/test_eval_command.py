@@ -44,5 +44,5 @@ def test_help_does_not_wait_for_torch() -> None:
         "try:\n    main([*sys.argv[1:], '--help'])\nexcept SystemExit:\n    pass\n"
         "assert not {'torch', 'sglang', 'transformers', 'requests'} & sys.modules.keys()"
     )
-    for command in ([], ["eval"], ["calibrate"], ["demo"], ["model"]):
+    for command in ([], ["eval"], ["calibrate"], ["demo"], ["demo-router"], ["model"]):
         subprocess.run([sys.executable, "-c", code, *command], check=True, capture_output=True)

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router demo as a whole: policies compared, then a replica that dies and returns."""
+
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from openai import OpenAIError
+from tokenizers import Tokenizer
+
+from sglang_diffxkv.bundled_model import BUNDLED
+from sglang_diffxkv.demo.measure import Probe
+from sglang_diffxkv.demo.router.measure import Return
+from sglang_diffxkv.demo.router.pictures import draw_policies, draw_return
+from sglang_diffxkv.demo.router.process import RouterProcess
+from sglang_diffxkv.demo.router.replicas import MEMORY_BYTES, NAMES, replicas, router_options
+from sglang_diffxkv.demo.router.table import Run, summary, table
+from sglang_diffxkv.demo.router.workload import Chat, Shape, open_chats, speak
+from sglang_diffxkv.demo.workload import connect
+from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
+
+POLICIES = ("round_robin", "cache_aware")
+"""The last of them is that of the router before which a replica is killed."""
+_RETURN_TIMEOUT_S = 60.0
+
+Servers = Mapping[str, ServerProcess]
+
+
+class Findings(NamedTuple):
+    runs: dict[str, Run]
+    """By policy."""
+    back: Return
+
+
+def run_router_demo(device: str | None, output: Path, shape: Shape | None = None) -> Findings:
+    """Run it on `device` (None: cuda where there is one, else cpu), and print what was measured.
+
+    Args:
+        output: folder that the pictures are written to.
+        shape: how much load; None: what fits the replicas' memory in part.
+
+    Raises:
+        ServerError: a server or the router did not start, or refused a request.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    # More threads than this gain nothing on matrices as small as this model's.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    shape = shape or Shape()
+    print(
+        f"{len(NAMES)} replicas, {MEMORY_BYTES / 2**20:.0f} MiB for KV each; {shape.tenants} "
+        f"tenants with {shape.chats} chats each, {shape.at_once} requests at once.\n"
+        "Starting the replicas (some 30 s on two cores)",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory(prefix="diffxkv-demo-router-") as folder:
+        try:
+            found = _measure(device or default_device(), shape, Path(folder))
+        except OpenAIError as error:
+            raise ServerError(str(error)) from error
+    print(f"\n{table(found.runs, NAMES)}\n\n{summary(found.back)}")
+    output.mkdir(parents=True, exist_ok=True)
+    files = [output / f"router_{name}.png" for name in ("policies", "return")]
+    draw_policies({name: run.answers for name, run in found.runs.items()}, NAMES, files[0])
+    draw_return(found.back, NAMES, files[1])
+    print(f"\nPictures: {', '.join(map(str, files))}")
+    return found
+
+
+def _measure(device: str, shape: Shape, folder: Path) -> Findings:
+    tokenizer = Tokenizer.from_file(str(BUNDLED / "tokenizer.json"))
+    runs: dict[str, Run] = {}
+    with replicas(device, folder) as servers:
+        urls = [server.url for server in servers.values()]
+        for policy in POLICIES:
+            for server in servers.values():
+                server.flush_cache()
+            log = folder / f"{policy}.log"
+            with RouterProcess(urls, *router_options(policy), log=log) as router:
+                chats = open_chats(shape, lambda text: len(tokenizer.encode(text)))
+                runs[policy] = _take_turns(policy, router.url, servers, chats, shape)
+                if policy == POLICIES[-1]:
+                    back = _kill_and_return(router, servers, chats, runs[policy], shape)
+    return Findings(runs, back)
+
+
+def _take_turns(
+    policy: str, url: str, servers: Servers, chats: Sequence[Chat], shape: Shape
+) -> Run:
+    before = _evicted_tokens(servers)
+    turns = []
+    for turn in range(shape.turns):
+        begin = time.monotonic()
+        turns.append(list(speak(connect(url), chats, shape.at_once, seed=turn)))
+        seconds = time.monotonic() - begin
+        print(f"{policy}, turn {turn + 1}: {len(chats)} requests in {seconds:.1f} s", flush=True)
+    return Run(turns, _evicted_tokens(servers) - before)
+
+
+def _kill_and_return(
+    router: RouterProcess, servers: Servers, chats: Sequence[Chat], run: Run, shape: Shape
+) -> Return:
+    """Kill the last replica while every second chat speaks, start it again, and have all speak."""
+    name, victim = list(servers.items())[-1]
+    client = connect(router.url)
+    answers = run.turns[-1].copy()
+    print(f"killing {name} while {len(chats[::2])} chats speak", flush=True)
+    killed_at = 0.0
+    for answer in speak(client, chats[::2], shape.at_once, seed=shape.turns):
+        answers.append(answer)
+        if not killed_at:
+            victim.kill()
+            killed_at = time.monotonic()
+    print(f"starting {name} again", flush=True)
+    victim.start()
+    _wait_until_healthy(router, len(servers))
+    returned_at = time.monotonic()
+    answers += speak(client, chats, shape.at_once, seed=shape.turns + 1)
+    return Return(name, killed_at, returned_at, answers)
+
+
+def _wait_until_healthy(router: RouterProcess, workers: int) -> None:
+    deadline = time.monotonic() + _RETURN_TIMEOUT_S
+    while router.healthy_workers() < workers:
+        if time.monotonic() > deadline:
+            raise ServerError("the router did not notice that the replica is back")
+        time.sleep(0.2)
+
+
+def _evicted_tokens(servers: Servers) -> int:
+    probes = [Probe(server.url, 0, None) for server in servers.values()]
+    return sum(probe.counters().evicted_tokens for probe in probes)

@@ -15,7 +15,7 @@ A, B = NAMES = ("a", "b")
 
 
 def answers(count: int, replica: str, cached: int, begin: float = 0.0) -> list[Answered]:
-    return [Answered(replica, 100, cached, begin + second, 0.5) for second in range(count)]
+    return [Answered(0, replica, 100, cached, begin + second, 0.5) for second in range(count)]
 
 
 RETURN = Return(
@@ -24,7 +24,7 @@ RETURN = Return(
 
 
 def test_hit_rates_weigh_tokens() -> None:
-    assert hit_rate([Answered(A, 300, 300, 0, 1), Answered(A, 100, 0, 1, 1)]) == 0.75
+    assert hit_rate([Answered(0, A, 300, 300, 0, 1), Answered(0, A, 100, 0, 1, 1)]) == 0.75
     assert math.isnan(hit_rate([]))
     found = by_replica(RETURN.answers, NAMES)
     assert len(found[A]) == 40 and len(found[B]) == 30
@@ -46,7 +46,7 @@ def test_a_return_is_told_from_what_was_before() -> None:
     ]
     assert [len(x) for x in (RETURN.before, RETURN.meanwhile, RETURN.after)] == [10, 20, 20]
     told = summary(RETURN)
-    assert f"first {WINDOW} requests after: 25.0%" in told and "after 20 s" in told
+    assert f"first {WINDOW} requests after, of 20: 25.0%" in told and "after 20 s" in told
 
 
 def test_table_and_pictures(tmp_path: Path) -> None:

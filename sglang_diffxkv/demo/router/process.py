@@ -40,8 +40,8 @@ class RouterProcess:
         self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"
         self.log = log
         self._workers = len(workers)
-        command = [sys.executable, "-m", "sglang_router.launch_router", "--host", "127.0.0.1"]
-        command += ["--port", port, "--worker-urls", *workers]
+        command: list[object] = [sys.executable, "-m", "sglang_router.launch_router"]
+        command += ["--host", "127.0.0.1", "--port", port, "--worker-urls", *workers]
         command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", metrics_port, *args]
         self._command = [str(part) for part in command]
         self._process: subprocess.Popen[bytes] | None = None

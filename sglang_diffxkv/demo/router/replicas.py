@@ -2,7 +2,7 @@
 """The router demo's replicas: all their settings, and how they are started side by side."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,10 +14,13 @@ NAMES = ("replica 1", "replica 2")
 MEMORY_BYTES = 8 * 2**20
 """Of each replica: with compression about two thirds of what all tenants say."""
 
+Servers = Mapping[str, ServerProcess]
+"""By name."""
+
 
 @contextmanager
-def replicas(device: str, folder: Path) -> Iterator[dict[str, ServerProcess]]:
-    """All of them, by name, while the context lasts; what they write lies in `folder`.
+def replicas(device: str, folder: Path) -> Iterator[Servers]:
+    """All of them, while the context lasts; what they write lies in `folder`.
 
     Raises:
         ServerError: one did not start.
@@ -48,8 +51,12 @@ def _config(folder: Path) -> dict[str, object]:
 
 
 def router_options(policy: str) -> Sequence[object]:
-    """Flags of a router that notices within seconds that a replica has gone or come back."""
+    """Flags of a router that notices within seconds that a replica has gone or come back.
+
+    Two failures open a worker's circuit, fewer than a request is retried: with the router's own
+    ten a request can spend all its retries on a dead worker, and fails.
+    """
     options: list[object] = ["--policy", policy, "--health-check-interval-secs", 1]
     options += ["--health-failure-threshold", 1, "--health-success-threshold", 1]
-    options += ["--worker-startup-check-interval", 1, "--cb-timeout-duration-secs", 2]
-    return options
+    options += ["--cb-failure-threshold", 2, "--cb-timeout-duration-secs", 2]
+    return [*options, "--worker-startup-check-interval", 1]

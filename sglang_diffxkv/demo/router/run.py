@@ -4,7 +4,7 @@
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,19 +14,23 @@ from tokenizers import Tokenizer
 from sglang_diffxkv.bundled_model import BUNDLED
 from sglang_diffxkv.demo.measure import Probe
 from sglang_diffxkv.demo.router.measure import Return
+from sglang_diffxkv.demo.router.outage import kill_and_return
 from sglang_diffxkv.demo.router.pictures import draw_policies, draw_return
 from sglang_diffxkv.demo.router.process import RouterProcess
-from sglang_diffxkv.demo.router.replicas import MEMORY_BYTES, NAMES, replicas, router_options
+from sglang_diffxkv.demo.router.replicas import (
+    MEMORY_BYTES,
+    NAMES,
+    Servers,
+    replicas,
+    router_options,
+)
 from sglang_diffxkv.demo.router.table import Run, summary, table
-from sglang_diffxkv.demo.router.workload import Chat, Shape, open_chats, speak
+from sglang_diffxkv.demo.router.workload import Chat, Shape, open_chats, shuffled, speak
 from sglang_diffxkv.demo.workload import connect
-from sglang_diffxkv.launch import ServerError, ServerProcess, default_device
+from sglang_diffxkv.launch import ServerError, default_device
 
 POLICIES = ("round_robin", "cache_aware")
-"""The last of them is that of the router before which a replica is killed."""
-_RETURN_TIMEOUT_S = 60.0
-
-Servers = Mapping[str, ServerProcess]
+"""A replica is killed behind the router that has the last of them."""
 
 
 class Findings(NamedTuple):
@@ -82,7 +86,8 @@ def _measure(device: str, shape: Shape, folder: Path) -> Findings:
                 chats = open_chats(shape, lambda text: len(tokenizer.encode(text)))
                 runs[policy] = _take_turns(policy, router.url, servers, chats, shape)
                 if policy == POLICIES[-1]:
-                    back = _kill_and_return(router, servers, chats, runs[policy], shape)
+                    last = runs[policy].turns[-1]
+                    back = kill_and_return(router, servers, chats, last, shape.at_once)
     return Findings(runs, back)
 
 
@@ -93,40 +98,10 @@ def _take_turns(
     turns = []
     for turn in range(shape.turns):
         begin = time.monotonic()
-        turns.append(list(speak(connect(url), chats, shape.at_once, seed=turn)))
+        turns.append(list(speak(connect(url), shuffled(chats, turn), shape.at_once)))
         seconds = time.monotonic() - begin
         print(f"{policy}, turn {turn + 1}: {len(chats)} requests in {seconds:.1f} s", flush=True)
     return Run(turns, _evicted_tokens(servers) - before)
-
-
-def _kill_and_return(
-    router: RouterProcess, servers: Servers, chats: Sequence[Chat], run: Run, shape: Shape
-) -> Return:
-    """Kill the last replica while every second chat speaks, start it again, and have all speak."""
-    name, victim = list(servers.items())[-1]
-    client = connect(router.url)
-    answers = run.turns[-1].copy()
-    print(f"killing {name} while {len(chats[::2])} chats speak", flush=True)
-    killed_at = 0.0
-    for answer in speak(client, chats[::2], shape.at_once, seed=shape.turns):
-        answers.append(answer)
-        if not killed_at:
-            victim.kill()
-            killed_at = time.monotonic()
-    print(f"starting {name} again", flush=True)
-    victim.start()
-    _wait_until_healthy(router, len(servers))
-    returned_at = time.monotonic()
-    answers += speak(client, chats, shape.at_once, seed=shape.turns + 1)
-    return Return(name, killed_at, returned_at, answers)
-
-
-def _wait_until_healthy(router: RouterProcess, workers: int) -> None:
-    deadline = time.monotonic() + _RETURN_TIMEOUT_S
-    while router.healthy_workers() < workers:
-        if time.monotonic() > deadline:
-            raise ServerError("the router did not notice that the replica is back")
-        time.sleep(0.2)
 
 
 def _evicted_tokens(servers: Servers) -> int:

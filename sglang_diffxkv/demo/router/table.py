@@ -37,7 +37,7 @@ def table(runs: Mapping[str, Run], replicas: Sequence[str]) -> str:
 
 
 def summary(found: Return) -> str:
-    """What the return was like, in three lines."""
+    """What the return was like, before, meanwhile and after."""
     first = found.after[:WINDOW]
     cached, prompt = (
         sum(getattr(x, field) for x in first) for field in ("cached_tokens", "prompt_tokens")
@@ -48,9 +48,9 @@ def summary(found: Return) -> str:
         f"{found.returned_at - found.killed_at:.0f} s; meanwhile {len(found.meanwhile)} requests "
         f"were answered, {hit_rate(found.meanwhile):.1%} of their tokens from cache.\n"
         f"Its last {len(last)} requests before: {hit_rate(last):.1%} of prompt tokens from cache.\n"
-        f"Its first {len(first)} requests after: {hit_rate(first):.1%}, "
-        f"{cached:,} of {prompt:,} prompt tokens; in their order "
-        + ", ".join(f"{answer.cached_tokens}/{answer.prompt_tokens}" for answer in first)
+        f"Its first {len(first)} requests after, of {len(found.after)}: {hit_rate(first):.1%}, "
+        f"{cached:,} of {prompt:,} prompt tokens; from cache of each: "
+        + ", ".join(str(answer.cached_tokens) for answer in first)
     )
 
 

@@ -40,6 +40,7 @@ class Shape(NamedTuple):
 class Answered(NamedTuple):
     """What one request was answered with."""
 
+    tenant: int
     replica: str
     """The name of the replica that answered."""
     prompt_tokens: int
@@ -75,8 +76,9 @@ class Chat:
         usage = answer.usage
         assert usage is not None and usage.prompt_tokens_details is not None
         cached = usage.prompt_tokens_details.cached_tokens or 0
-        replica = (answer.metadata or {})["weight_version"]
-        return Answered(replica, usage.prompt_tokens, cached, end, end - begin)
+        # SGLang's own field, beyond OpenAI's.
+        replica = (answer.model_extra or {})["metadata"]["weight_version"]
+        return Answered(self.tenant, replica, usage.prompt_tokens, cached, end, end - begin)
 
 
 def open_chats(shape: Shape, size: Size) -> list[Chat]:
@@ -88,11 +90,14 @@ def open_chats(shape: Shape, size: Size) -> list[Chat]:
     ]
 
 
-def speak(client: OpenAI, chats: Sequence[Chat], at_once: int, seed: int) -> Iterator[Answered]:
-    """One turn of each of the `chats`, in random order; yields as the answers come."""
-    order = random.Random(seed).sample(chats, len(chats))
+def speak(client: OpenAI, chats: Sequence[Chat], at_once: int) -> Iterator[Answered]:
+    """One turn of each of the `chats`, in their order; yields as the answers come."""
     with ThreadPoolExecutor(at_once) as pool:
-        yield from pool.map(lambda chat: chat.say(client), order)
+        yield from pool.map(lambda chat: chat.say(client), chats)
+
+
+def shuffled(chats: Sequence[Chat], seed: int) -> list[Chat]:
+    return random.Random(seed).sample(chats, len(chats))
 
 
 def _system_prompt(tenant: int, tokens: int, size: Size) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sglang_diffxkv.cli import main
+from sglang_diffxkv.demo.router import process
 from sglang_diffxkv.demo.router.measure import WINDOW, Return, by_replica, hit_rate, over_time
 from sglang_diffxkv.demo.router.pictures import draw_policies, draw_return
 from sglang_diffxkv.demo.router.table import Run, summary, table
@@ -68,3 +70,12 @@ def test_tenants_share_nothing_and_their_chats_the_system_prompt() -> None:
     systems = [chat._messages[0]["content"] for chat in open_chats(shape, lambda t: len(t.split()))]
     assert systems[0::2] == systems[1::2] and len(set(systems)) == 3
     assert all(len(text.split()) >= 50 for text in systems)
+
+
+def test_without_the_package_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(process, "find_spec", lambda name: None)
+    assert main(["demo-router"]) == 1
+    err = capsys.readouterr().err
+    assert "sglang-diffxkv[router]" in err and err.count("\n") == 1

@@ -18,6 +18,12 @@ _STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.2
 
 
+def require_router() -> None:
+    """Raise ServerError where the package is not installed, as it is optional."""
+    if find_spec("sglang_router") is None:
+        raise ServerError("no router is installed: pip install 'sglang-diffxkv[router]'")
+
+
 class RouterProcess:
     """The router with `args`, from entering the context (it then knows the workers) to leaving it.
 
@@ -28,13 +34,7 @@ class RouterProcess:
     """
 
     def __init__(self, workers: Sequence[str], *args: object, log: Path) -> None:
-        """`workers` are addresses of servers that answer.
-
-        Raises:
-            ServerError: the package is not installed.
-        """
-        if find_spec("sglang_router") is None:
-            raise ServerError("no router is installed: pip install 'sglang-diffxkv[router]'")
+        """`workers` are addresses of servers that answer."""
         port, metrics_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.metrics_url = f"http://127.0.0.1:{metrics_port}/metrics"

@@ -16,7 +16,7 @@ from sglang_diffxkv.demo.measure import Probe
 from sglang_diffxkv.demo.router.measure import Return
 from sglang_diffxkv.demo.router.outage import kill_and_return
 from sglang_diffxkv.demo.router.pictures import draw_policies, draw_return
-from sglang_diffxkv.demo.router.process import RouterProcess
+from sglang_diffxkv.demo.router.process import RouterProcess, require_router
 from sglang_diffxkv.demo.router.replicas import (
     MEMORY_BYTES,
     NAMES,
@@ -47,8 +47,9 @@ def run_router_demo(device: str | None, output: Path, shape: Shape | None = None
         shape: how much load; None: what fits the replicas' memory in part.
 
     Raises:
-        ServerError: a server or the router did not start, or refused a request.
+        ServerError: there is no router, a server did not start, or a request was refused.
     """
+    require_router()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # More threads than this gain nothing on matrices as small as this model's.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

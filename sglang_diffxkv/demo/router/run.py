@@ -79,12 +79,12 @@ def _measure(device: str, shape: Shape, folder: Path) -> Findings:
     runs: dict[str, Run] = {}
     with replicas(device, folder) as servers:
         urls = [server.url for server in servers.values()]
-        for policy in POLICIES:
+        for load, policy in enumerate(POLICIES, 1):
             for server in servers.values():
                 server.flush_cache()
             log = folder / f"{policy}.log"
             with RouterProcess(urls, *router_options(policy), log=log) as router:
-                chats = open_chats(shape, lambda text: len(tokenizer.encode(text)))
+                chats = open_chats(load, shape, lambda text: len(tokenizer.encode(text)))
                 runs[policy] = _take_turns(policy, router.url, servers, chats, shape)
                 if policy == POLICIES[-1]:
                     last = runs[policy].turns[-1]

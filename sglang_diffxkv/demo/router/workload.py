@@ -54,13 +54,15 @@ class Answered(NamedTuple):
 class Chat:
     """One conversation; `say` is its next turn."""
 
-    def __init__(self, tenant: int, number: int, shape: Shape, size: Size) -> None:
+    def __init__(self, load: int, tenant: int, number: int, shape: Shape, size: Size) -> None:
         self.tenant = tenant
         self._rng = random.Random(f"{tenant}/{number}")
         self._shape = shape
         self._size = size
         system = _system_prompt(tenant, shape.system_tokens, size)
-        self._messages: list[Any] = [{"role": "system", "content": system}]
+        # Caches that outlive a load hold nothing of the next one.
+        begin = {"role": "system", "content": f"Load {load}. {system}"}
+        self._messages: list[Any] = [begin]
 
     def say(self, client: OpenAI) -> Answered:
         """Send the history and a new message."""
@@ -81,10 +83,10 @@ class Chat:
         return Answered(self.tenant, replica, usage.prompt_tokens, cached, end, end - begin)
 
 
-def open_chats(shape: Shape, size: Size) -> list[Chat]:
-    """All chats, none of which has spoken; the same ones in every run."""
+def open_chats(load: int, shape: Shape, size: Size) -> list[Chat]:
+    """All chats, none of which has spoken: the same in every load, but for its number."""
     return [
-        Chat(tenant, number, shape, size)
+        Chat(load, tenant, number, shape, size)
         for tenant in range(shape.tenants)
         for number in range(shape.chats)
     ]

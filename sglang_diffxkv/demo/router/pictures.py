@@ -18,22 +18,39 @@ def draw_policies(
 ) -> None:
     """A panel for each policy's run of the same load."""
     figure, panels = _panels(len(runs))
-    for panel, (policy, answers) in zip(panels, runs.items(), strict=True):
-        _curves(panel, answers, replicas, min(x.at - x.seconds for x in answers))
+    for panel, (policy, given) in zip(panels, runs.items(), strict=True):
+        answers = _from_zero(given, _begin(given))
+        for style, (name, own) in zip(_STYLES, by_replica(answers, replicas).items(), strict=False):
+            _curve(panel, style, name, [own])
         panel.set_title(f"{policy}: {hit_rate(answers):.0%} of {len(answers)} requests' tokens")
+        panel.legend(loc="lower right", fontsize="small")
     figure.savefig(file, dpi=100)
 
 
 def draw_return(found: Return, replicas: Sequence[str], file: Path) -> None:
     """One panel: a replica is killed, and comes back."""
     figure, (panel,) = _panels(1)
-    begin = min(x.at - x.seconds for x in found.answers)
-    _curves(panel, found.answers, replicas, begin)
+    begin = _begin(found.answers)
+    parts = by_replica(_from_zero(found.answers, begin), replicas)
+    for style, (name, own) in zip(_STYLES, parts.items(), strict=False):
+        again = found.returned_at - begin if name == found.replica else float("inf")
+        before, after = ([x for x in own if (x.at >= again) == late] for late in (False, True))
+        _curve(panel, style, name, [before, after])
     for when, what in ((found.killed_at, "killed"), (found.returned_at, "back")):
         panel.axvline(when - begin, color="black", linestyle="--", linewidth=1)
         panel.annotate(f" {what}", (when - begin, 1.02), fontsize="small")
+    panel.legend(loc="lower right", fontsize="small")
     panel.set_title(f"{found.replica} is killed and comes back")
     figure.savefig(file, dpi=100)
+
+
+def _begin(answers: Sequence[Answered]) -> float:
+    """When the first request was sent."""
+    return min(answer.at - answer.seconds for answer in answers)
+
+
+def _from_zero(answers: Sequence[Answered], begin: float) -> list[Answered]:
+    return [answer._replace(at=answer.at - begin) for answer in answers]
 
 
 def _panels(count: int) -> tuple[Any, Sequence[Any]]:
@@ -48,14 +65,15 @@ def _panels(count: int) -> tuple[Any, Sequence[Any]]:
     return figure, panels
 
 
-def _curves(panel: Any, answers: Sequence[Answered], replicas: Sequence[str], begin: float) -> None:
-    for style, (name, own) in zip(_STYLES, by_replica(answers, replicas).items(), strict=False):
-        points = over_time(own)
+def _curve(panel: Any, style: str, name: str, parts: Sequence[Sequence[Answered]]) -> None:
+    """Of one replica, broken between `parts`, each of which its cache began anew."""
+    requests = sum(map(len, parts))
+    for number, part in enumerate(parts):
+        points = over_time(part)
         panel.plot(
-            [point.at - begin for point in points],
+            [point.at for point in points],
             [point.hit_rate for point in points],
             style,
             markersize=3,
-            label=f"{name} ({len(own)} requests)",
+            label="_nolegend_" if number else f"{name} ({requests} requests)",
         )
-    panel.legend(loc="lower right", fontsize="small")

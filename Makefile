@@ -51,7 +51,7 @@ test-fast: env
 
 BENCHES := kernels.decode kernels.extend kernels.formats \
 	serving.capacity serving.sharing serving.throughput serving.demotion serving.cost \
-	serving.scale serving.scale_store serving.speculation serving.soak \
+	serving.scale serving.scale_store serving.speculation serving.soak serving.levels \
 	accuracy.kl accuracy.ddid accuracy.quantizers accuracy.budgets
 
 # The servers that benches start are programs of their own, which the current folder cannot disturb.

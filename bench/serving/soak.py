@@ -4,7 +4,8 @@
     python -m bench.serving.soak [--requests 500] [--kinds ngram,standalone,gemma3,gpt_oss]
 
 Of random lengths, with shared prefixes, several samples, JSON schemas, aborts, qualities, sixteen
-at once, policy `diffxkv`. Afterwards the pool is recounted, and flushed: nothing may be left.
+at once, policy `diffxkv`. Afterwards the pool is recounted, and flushed: nothing may be left. Kinds
+that are not asked for stay in bench/results as they were.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from bench.serving.common import command_line, retractions, table, write_results
+from bench.serving.common import RESULTS, command_line, retractions, table, write_results
 from tests.support.demo_model import write_demo_model
 from tests.support.harness import Json, Server, models_but
 from tests.support.window_models import write_window_model
@@ -106,7 +107,6 @@ def soak(kind: str, count: int) -> Json:
         assert_healthy(server)
         log = server.log_text()
     return {
-        "kind": kind,
         "requests": dict(Counter(asked)),
         "seconds": seconds,
         "retractions": retractions(log),
@@ -114,13 +114,13 @@ def soak(kind: str, count: int) -> Json:
     }
 
 
-def report(runs: list[Json]) -> str:
-    head = ["kind", "requests", "retracted", "sealed", "demoted", "evicted"]
+def report(runs: dict[str, Json]) -> str:
+    head = ["kind", "requests", "seconds", "retracted", "sealed", "demoted", "evicted"]
     rows: list[list[Any]] = [head]
-    for run in runs:
-        counters = run["counters"]
-        events = [counters[name] for name in ("sealed", "demoted", "evicted")]
-        rows.append([run["kind"], sum(run["requests"].values()), run["retractions"], *events])
+    for kind, run in runs.items():
+        events = [run["counters"][name] for name in ("sealed", "demoted", "evicted")]
+        asked = sum(run["requests"].values())
+        rows.append([kind, asked, f"{run['seconds']:.0f}", run["retractions"], *events])
     return (
         f"{table(rows)}\n\nPages sealed, demoted and evicted. No leak or byte check complained, "
         "busy or idle; the recounted pool was right, and empty after a flush."
@@ -132,8 +132,11 @@ def main() -> None:
     made.add_argument("--requests", type=int, default=500)
     made.add_argument("--kinds", default=",".join(KINDS))
     args = made.parse_args()
-    runs = [soak(kind, args.requests) for kind in args.kinds.split(",")]
-    write_results(args.name, "Soak under memory pressure", {"runs": runs}, report(runs))
+    path = RESULTS / f"{args.name}.json"
+    runs: dict[str, Json] = json.loads(path.read_text())["runs"] if path.exists() else {}
+    for kind in args.kinds.split(","):
+        runs[kind] = soak(kind, args.requests)
+        write_results(args.name, "Soak under memory pressure", {"runs": runs}, report(runs))
 
 
 if __name__ == "__main__":

@@ -2,22 +2,23 @@
 """Chats that return after others have filled the memory: device alone, host and disk behind it.
 
 Servers with device memory M, with 4M of host memory behind it, and with 16M of disk behind that;
-stock SGLang with 5M of device memory; and one whose memory never runs out, for the answers. All are
-up all the time, asleep unless asked. Each turn of each chat is put to every one of them, one after
-the other in rotating order, so that whatever else the machine does hits all alike. Chats return
-in random order. In the end the server with a disk is started again, and every chat returns once
-more.
+stock SGLang with 5M of device memory; one whose memory never runs out, for the answers; and that
+one without a prefix cache, for the time that recomputing takes. All are up all the time, asleep
+unless asked. Each turn of each chat is put to every one of them, one after the other in rotating
+order, so that whatever else the machine does hits all alike. Chats return in random order. In the
+end the server with a disk is started again, and every chat returns once more.
 
     python -m bench.serving.levels
-    python -m bench.serving.levels --model SmolLM2-135M --label SmolLM2-135M --memory-mib 32 \
-        --chats 32 --turns 4 --first 432 --user 384 --config '{"raw_share": 0.4}' \
-        --name levels_smollm2
+    OMP_NUM_THREADS=2 python -m bench.serving.levels --model SmolLM2-135M --label SmolLM2-135M \
+        --memory-mib 32 --chats 30 --turns 3 --first 440 --user 440 --answer 8 \
+        --config '{"raw_share": 0.4}' --name levels_smollm2
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -46,9 +47,9 @@ from tests.support.harness import Json, Server
 
 HOST, DISK, STOCK, AMPLE = 4, 16, 5, 32
 """Times M: of host memory, of disk, of stock's device memory and of memory without pressure."""
-SIDES = ("device", "host", "disk", "stock", "ample")
+SIDES = ("device", "host", "disk", "stock", "ample", "recomputed")
 REFERENCE = "ample"
-RESTARTED = ("device", "disk", "ample")
+RESTARTED = ("disk", "ample", "recomputed")
 """Sides that answer after the restart of the one with a disk."""
 BYTES_BF16 = 2
 EXACT: Json = {"window": 0, "learn_share": 0, "demote": False, "target": 4, "raw_share": 0.3}
@@ -159,7 +160,7 @@ class Bench(NamedTuple):
         if side == "stock":
             tokens = page_floor(STOCK * self.memory // self.token_bytes)
             return stock_server(self.model, tokens)
-        times = AMPLE if side == "ample" else 1
+        times = AMPLE if side in ("ample", "recomputed") else 1
         own: Json = {"memory_bytes": times * self.memory}
         if side == "device":  # today's way to hold more
             own["demote"] = True
@@ -167,7 +168,8 @@ class Bench(NamedTuple):
             own["host_bytes"] = HOST * self.memory
         if side == "disk":
             own |= {"disk_path": str(self.disk), "disk_bytes": DISK * self.memory}
-        return diffxkv_server(self.model, self.config | own)
+        args = ["--disable-radix-cache"] if side == "recomputed" else []
+        return diffxkv_server(self.model, self.config | own, *args)
 
 
 def run(bench: Bench, workload: Workload, sides: list[str]) -> Json:
@@ -231,15 +233,15 @@ def parse() -> argparse.Namespace:
     made = command_line(__doc__ or "", "levels")
     made.add_argument("--model", type=Path, default=BUNDLED)
     made.add_argument("--label", default="embedded model")
-    made.add_argument("--memory-mib", type=float, default=4, help="M")
-    made.add_argument("--chats", type=int, default=36)
+    made.add_argument("--memory-mib", type=float, default=8, help="M")
+    made.add_argument("--chats", type=int, default=48)
     made.add_argument("--turns", type=int, default=6)
-    made.add_argument("--first", type=int, default=240)
-    made.add_argument("--user", type=int, default=228)
+    made.add_argument("--first", type=int, default=360)
+    made.add_argument("--user", type=int, default=360)
     made.add_argument("--answer", type=int, default=12)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--config", type=json.loads, default={}, help="JSON beside `EXACT`")
-    made.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES, help="with ample")
+    made.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     return made.parse_args()
 
 
@@ -257,6 +259,8 @@ def main() -> None:
     result: Json = {
         "model": options.label,
         "memory_bytes": memory,
+        "ample": AMPLE,
+        "threads": os.environ.get("OMP_NUM_THREADS", "1"),  # as the harness has it
         "token_bytes": token_bytes,
         "config": config,
         "workload": workload._asdict(),

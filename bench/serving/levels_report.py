@@ -17,6 +17,7 @@ NAMES = {
     "disk": "M + 4M host + 16M disk",
     "stock": "stock, 5M",
     "ample": "ample",
+    "recomputed": "ample, no prefix cache",
 }
 PLACES = ("device", "host", "disk", "nowhere")
 COUNTERS = ("sealed", "sealed_under_pressure", "demoted", "evicted")
@@ -31,10 +32,10 @@ def hits(turns: list[Json]) -> int:
     return sum(turn["cached_tokens"] for turn in turns)
 
 
-def pairs(result: Json, side: str, base: str = "device") -> Iterator[tuple[Json, Json]]:
-    """A turn of a returning chat on `base`, which had nothing of it, and the same on `side`."""
-    for there, here in zip(result["turns"][base], result["turns"][side], strict=True):
-        if there["turn"] > 0 and there["cached_tokens"] == 0:
+def pairs(result: Json, side: str) -> Iterator[tuple[Json, Json]]:
+    """Each turn of a returning chat: as it was recomputed, and as it was on `side`."""
+    for there, here in zip(result["turns"]["recomputed"], result["turns"][side], strict=True):
+        if there["turn"] > 0:
             yield there, here
 
 
@@ -88,7 +89,6 @@ def sides_table(result: Json) -> str:
             "times M's",
             "TTFT of returning chats, ms",
             "times shorter than recomputing",
-            "than stock's recomputing",
             "equal answers",
             "chats that parted: all found, some computed again",
         ]
@@ -107,7 +107,6 @@ def sides_table(result: Json) -> str:
                 found / max(1, base),
                 spread([turn["ttft_ms"] for turn in back]),
                 spread(gains(list(pairs(result, side)))),
-                spread(gains(list(pairs(result, side, "stock")))),
                 f"{equal} of {len(turns)}",
                 f"{early}, {late}",
             ]
@@ -131,21 +130,15 @@ def places_table(result: Json) -> str:
 
 
 def lengths_table(result: Json) -> str:
-    """Median TTFT by turn, and that of turns where `device` and `stock` had nothing."""
+    """Median TTFT by turn."""
     sides = list(result["turns"])
-    head = ["turn", "prompt tokens", "recomputed", "recomputed by stock"]
-    rows: list[list[object]] = [[*head, *(NAMES[side] for side in sides)]]
+    rows: list[list[object]] = [["turn", "prompt tokens", *(NAMES[side] for side in sides)]]
     for number in range(1, result["workload"]["turns"]):
-        own = {s: [t for t in result["turns"][s] if t["turn"] == number] for s in sides}
-        prompt = own[sides[0]][0]["prompt_tokens"]
-        missed = [[t for t in own[side] if not t["cached_tokens"]] for side in ("device", "stock")]
-        again = [f"{_median_ttft(turns)} ({len(turns)} turns)" for turns in missed]
-        rows.append([number + 1, prompt, *again, *(_median_ttft(own[side]) for side in sides)])
+        own = [[t for t in result["turns"][s] if t["turn"] == number] for s in sides]
+        prompt = own[0][0]["prompt_tokens"]
+        times = (median(turn["ttft_ms"] for turn in turns) for turns in own)
+        rows.append([number + 1, prompt, *(f"{ms:.0f}" for ms in times)])
     return table(rows)
-
-
-def _median_ttft(turns: list[Json]) -> str:
-    return f"{median(turn['ttft_ms'] for turn in turns):.0f}" if turns else "-"
 
 
 def moved_bytes(stats: Json) -> dict[str, float]:
@@ -215,16 +208,16 @@ def goals(result: Json) -> str:
 def report(result: Json) -> str:
     load, memory = result["workload"], result["memory_bytes"] / MIB
     sections = [
-        f"{result['model']}, bfloat16, one thread a server, M = {memory:g} MiB. {load['chats']} "
-        f"chats of {load['turns']} turns: {load['first']} tokens of Python's documentation, then "
-        f"{load['user']} a turn, {load['answer']} answered greedily; whose turn it is is random "
-        "(first turns hit nothing and are left out of times and shares). Every server gets each "
-        "turn before the next one, in rotating order; each chat goes on with that server's own "
-        f"answers. Ours: `{json.dumps(result['config'])}`, with M alone graded eviction "
-        "(`demote`) as by default. Stock: `torch_native`, page size 64. *Recomputing* is the same "
-        "turn on the server with M, or on stock's, where that had nothing of the chat; *times "
-        "shorter* is its time to first token over this one's, by turn. Medians and quartiles. "
-        "Equal answers: the ample server's.",
+        f"{result['model']}, bfloat16, threads of a server: {result['threads']}, M = {memory:g} "
+        f"MiB. {load['chats']} chats of {load['turns']} turns: {load['first']} tokens of Python's "
+        f"documentation, then {load['user']} a turn, {load['answer']} answered greedily. Whose "
+        "turn it is is random; first turns, which hit nothing, are left out of shares and times. "
+        "Every server gets each turn before the next one, in rotating order, and each chat goes on "
+        f"with that server's own answers. Ours: `{json.dumps(result['config'])}`, with M alone "
+        "graded eviction (`demote`) as by default. Stock: `torch_native`, page size 64. *Ample* is "
+        f"{result['ample']} times M, which holds all; *recomputing* is the same turn there without "
+        "a prefix cache, and *times shorter* its time to first token over this one's, turn by "
+        "turn. Medians and quartiles. Equal answers: ample's.",
         section("Goals", goals(result)),
         sides_table(result),
         section("By level", places_table(result)),

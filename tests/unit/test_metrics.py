@@ -10,7 +10,7 @@ import pytest
 
 from sglang_diffxkv.metrics import LEVELS, PREFIX, PrometheusGauges, pool_gauges
 from sglang_diffxkv.patches.observability import PrefixHits
-from tests.support.gauges import exposed
+from tests.support.monitoring import exposed
 from tests.support.stores import make_store
 
 LABELS = {"model_name": "demo", "tp_rank": "0"}

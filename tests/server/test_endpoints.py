@@ -133,3 +133,10 @@ def test_prompts_of_a_batch(workers_server: Server) -> None:
     assert post(server, "/generate", whole, **batch).status_code == 400
     server.flush_cache()
     assert post(server, "/generate", whole, **batch | {"sampling_params": params[::2] * 2}).ok
+
+
+def test_every_worker_says_what_runs(workers_server: Server) -> None:
+    """Its answers find their way back to the worker that asked."""
+    for _ in range(8):
+        assert workers_server.get("/diffxkv/requests").json() == []
+        assert workers_server.get("/diffxkv").text.startswith("<!doctype html>")

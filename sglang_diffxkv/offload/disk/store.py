@@ -33,6 +33,8 @@ from sglang_diffxkv.offload.disk.segments import EMPTY_BYTES, ForeignSegment, Se
 log = logging.getLogger(__name__)
 
 SEGMENT_BYTES, MOST_SEGMENTS, FEWEST_SEGMENTS = 16 << 20, 256, 8
+PATIENCE_SECONDS = 1.0
+"""How long a start waits for another process to let go of the folder."""
 
 
 def segment_bytes(nbytes: int) -> int:
@@ -64,16 +66,20 @@ class DiskStore:
         self._identity = digest(identity)
         self._folder = subfolder(folder, self._identity)
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lock: FolderLock | None = FolderLock(self._folder)
+        self._lock: FolderLock | None = FolderLock(self._folder, PATIENCE_SECONDS)
         self._writing = threading.Lock()
         self._index: dict[bytes, Segment] = {}
         self._segments: deque[Segment] = deque()
         self._current: Segment | None = None
         self._next = 0
-        for path in segment_paths(self._folder):
-            self._open(path)
+        try:
+            self._abandoned = Abandoned(folder, self._folder)
+            for path in segment_paths(self._folder):
+                self._open(path)
+        except OSError:
+            self._lock.release()
+            raise
         self._used = sum(segment.nbytes for segment in self._segments)
-        self._abandoned = Abandoned(folder, self._folder)
         with suppress(OSError):
             self._make_room(0, [])
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from sglang_diffxkv.offload.disk import segments as segments_module
+from sglang_diffxkv.offload.disk.record import record_bytes
 from sglang_diffxkv.offload.disk.store import DiskStore
 from tests.support.disk import bytes_in, crash, is_right, key_of, put, segments
 
@@ -201,6 +202,24 @@ def test_every_byte_may_be_damaged_or_the_last(tmp_path: Path, sealed: bool) -> 
         store = DiskStore(tmp_path, 1 << 20, "model")
         records = [record for key in keys if (record := store.get(key)) is not None]
         assert all(is_right(record, most=60) for record in records)
+        if len(damaged) < len(whole):
+            assert store.counters.errors == 0, "a torn end is cut off at the start"
         if sealed and len(damaged) == len(whole) and damaged[:START_BYTES] == whole[:START_BYTES]:
             assert len(records) >= 5, "the index tells where the others are"
         store.close()
+
+
+def test_records_that_changed_places(tmp_path: Path) -> None:
+    """Each is whole, and of this identity, but not what the index says."""
+    store = DiskStore(tmp_path, 1 << 20, "model")
+    for number in range(3):
+        store.put(key_of(number), b"", bytes([number]) * 1000)
+    size = record_bytes(0, 1000)
+    store.close()
+    (path,) = segments(tmp_path)
+    data = path.read_bytes()
+    first, second = data[START_BYTES:][:size], data[START_BYTES + size :][:size]
+    path.write_bytes(data[:START_BYTES] + second + first + data[START_BYTES + 2 * size :])
+    store = DiskStore(tmp_path, 1 << 20, "model")
+    found = [store.get(key_of(number)) for number in range(3)]
+    assert found[:2] == [None, None] and found[2] is not None and store.counters.errors == 2

@@ -118,6 +118,10 @@ def test_kv_events_name_levels(model: Path) -> None:
                 expected = mirror.cached_tokens(prompt, PAGE)
                 again = server.generate(prompt, max_new_tokens=1)["meta_info"]
                 assert again["cached_tokens"] == expected
+        crowd = [{"prompt": p, "max_new_tokens": 4} for p in mixed_prompts(5, 40, 1000)]
+        server.generate_many(crowd)
+        wait_until(lambda: pages_by_medium(mirror) == pages_by_level(server))
+        assert pages_by_medium(mirror) == pages_by_level(server)
         host = server.stats()["host"]
         assert host["loaded_back"] > 0 and host["evicted"] > 0
         assert not mirror.faults

@@ -10,8 +10,7 @@ end the server with a disk is started again, and every chat returns once more.
 
     python -m bench.serving.levels
     OMP_NUM_THREADS=2 python -m bench.serving.levels --model SmolLM2-135M --label SmolLM2-135M \
-        --memory-mib 32 --chats 30 --turns 3 --first 440 --user 440 --answer 8 \
-        --config '{"raw_share": 0.4}' --name levels_smollm2
+        --memory-mib 32 --chats 28 --turns 3 --first 900 --answer 8 --name levels_smollm2
 """
 
 from __future__ import annotations
@@ -53,9 +52,10 @@ RESTARTED = ("disk", "ample", "recomputed")
 """Sides that answer after the restart of the one with a disk."""
 BYTES_BF16 = 2
 EXACT: Json = {"window": 0, "learn_share": 0, "demote": False, "target": 4, "raw_share": 0.3}
-"""With the first three a page is sealed as soon as it is full and scored, from what its own chat
-has, and stays as it is: whether memory is short shows in no answer, unless tokens are computed
-again. Raw pages must hold the new tokens of a turn."""
+CHUNK = 128
+"""With these a page is sealed by itself as soon as it is full and scored, whatever room there is to
+grade it with others, and stays as it is: whether memory is short shows in no answer, unless tokens
+are computed again."""
 REST_S = 3.0
 """Before a restart: an idle server writes to disk what is not there yet."""
 
@@ -168,7 +168,9 @@ class Bench(NamedTuple):
             own["host_bytes"] = HOST * self.memory
         if side == "disk":
             own |= {"disk_path": str(self.disk), "disk_bytes": DISK * self.memory}
-        args = ["--disable-radix-cache"] if side == "recomputed" else []
+        # Recomputing is as fast as it can be: a prompt in one chunk.
+        chunk = ["--chunked-prefill-size", CHUNK]
+        args = ["--disable-radix-cache"] if side == "recomputed" else chunk
         return diffxkv_server(self.model, self.config | own, *args)
 
 
@@ -235,9 +237,9 @@ def parse() -> argparse.Namespace:
     made.add_argument("--label", default="embedded model")
     made.add_argument("--memory-mib", type=float, default=8, help="M")
     made.add_argument("--chats", type=int, default=48)
-    made.add_argument("--turns", type=int, default=6)
-    made.add_argument("--first", type=int, default=360)
-    made.add_argument("--user", type=int, default=360)
+    made.add_argument("--turns", type=int, default=5)
+    made.add_argument("--first", type=int, default=1000)
+    made.add_argument("--user", type=int, default=100)
     made.add_argument("--answer", type=int, default=12)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--config", type=json.loads, default={}, help="JSON beside `EXACT`")
@@ -260,6 +262,7 @@ def main() -> None:
         "model": options.label,
         "memory_bytes": memory,
         "ample": AMPLE,
+        "chunk": CHUNK,
         "threads": os.environ.get("OMP_NUM_THREADS", "1"),  # as the harness has it
         "token_bytes": token_bytes,
         "config": config,

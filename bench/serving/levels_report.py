@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -32,16 +31,14 @@ def hits(turns: list[Json]) -> int:
     return sum(turn["cached_tokens"] for turn in turns)
 
 
-def pairs(result: Json, side: str) -> Iterator[tuple[Json, Json]]:
-    """Each turn of a returning chat: as it was recomputed, and as it was on `side`."""
-    for there, here in zip(result["turns"]["recomputed"], result["turns"][side], strict=True):
-        if there["turn"] > 0:
-            yield there, here
-
-
-def gains(found: list[tuple[Json, Json]]) -> list[float]:
-    """How many times shorter the second's time to first token is."""
-    return [there["ttft_ms"] / here["ttft_ms"] for there, here in found]
+def gains(result: Json, side: str, base: str, where: str | None = None) -> list[float]:
+    """How many times shorter a returning chat's time to first token is on `side` than on `base`
+    where that had nothing of it; all, or of turns whose history came from `where`."""
+    return [
+        there["ttft_ms"] / here["ttft_ms"]
+        for there, here in zip(result["turns"][base], result["turns"][side], strict=True)
+        if there["turn"] > 0 and there["cached_tokens"] == 0 and where in (None, place(here))
+    ]
 
 
 def spread(values: list[float]) -> str:
@@ -88,7 +85,8 @@ def sides_table(result: Json) -> str:
             "of the prompts",
             "times M's",
             "TTFT of returning chats, ms",
-            "times shorter than recomputing",
+            "times shorter than recomputing with ample memory",
+            "with M",
             "equal answers",
             "chats that parted: all found, some computed again",
         ]
@@ -106,7 +104,8 @@ def sides_table(result: Json) -> str:
                 f"{found / prompts:.1%}",
                 found / max(1, base),
                 spread([turn["ttft_ms"] for turn in back]),
-                spread(gains(list(pairs(result, side)))),
+                spread(gains(result, side, "recomputed")),
+                spread(gains(result, side, "device")),
                 f"{equal} of {len(turns)}",
                 f"{early}, {late}",
             ]
@@ -117,15 +116,15 @@ def sides_table(result: Json) -> str:
 def places_table(result: Json) -> str:
     """What it takes to return, by the level that the history lies in."""
     rows: list[list[object]] = [
-        ["memory", "history from", "turns", "TTFT, ms", "times shorter than recomputing"]
+        ["memory", "history from", "turns", "TTFT, ms", "times shorter than recomputing", "with M"]
     ]
     for side in ("device", "host", "disk"):
         for where in PLACES if side in result["turns"] else ():
             turns = [t for t in returning(result["turns"][side]) if place(t) == where]
             if turns:
-                paired = [pair for pair in pairs(result, side) if place(pair[1]) == where]
                 times = spread([turn["ttft_ms"] for turn in turns])
-                rows.append([NAMES[side], where, len(turns), times, spread(gains(paired))])
+                ratios = [spread(gains(result, side, b, where)) for b in ("recomputed", "device")]
+                rows.append([NAMES[side], where, len(turns), times, *ratios])
     return table(rows)
 
 
@@ -192,16 +191,17 @@ def restart_table(result: Json) -> str:
 
 
 def goals(result: Json) -> str:
-    """What issue and users ask of the side with all levels, or of the last one that ran."""
+    """What the levels are for, and what they do."""
     turns, stats = result["turns"], result["stats"]
-    rows: list[list[object]] = [["of", "hit tokens, times M's", "TTFT, times shorter", "bytes"]]
-    rows.append(["goal", GOAL_HITS, GOAL_TTFT, f"1/{GOAL_BYTES} of bf16's"])
+    head = ["memory", "hit tokens, times M's", "TTFT, times shorter than recomputing", "with M"]
+    rows: list[list[object]] = [[*head, "bytes moved per token"]]
+    rows.append(["goal", GOAL_HITS, GOAL_TTFT, GOAL_TTFT, f"1/{GOAL_BYTES} of bf16's"])
     for side in ("host", "disk"):
         if side in turns:
             least = result["token_bytes"] / moved_bytes(stats[side]).get("host", float("inf"))
             ratio = hits(turns[side]) / max(1, hits(turns["device"]))
-            found = gains(list(pairs(result, side)))
-            rows.append([NAMES[side], ratio, spread(found), f"1/{least:.2f}"])
+            found = [spread(gains(result, side, base)) for base in ("recomputed", "device")]
+            rows.append([NAMES[side], ratio, *found, f"1/{least:.2f}"])
     return table(rows)
 
 
@@ -214,10 +214,12 @@ def report(result: Json) -> str:
         "turn it is is random; first turns, which hit nothing, are left out of shares and times. "
         "Every server gets each turn before the next one, in rotating order, and each chat goes on "
         f"with that server's own answers. Ours: `{json.dumps(result['config'])}`, with M alone "
-        "graded eviction (`demote`) as by default. Stock: `torch_native`, page size 64. *Ample* is "
-        f"{result['ample']} times M, which holds all; *recomputing* is the same turn there without "
-        "a prefix cache, and *times shorter* its time to first token over this one's, turn by "
-        "turn. Medians and quartiles. Equal answers: ample's.",
+        f"graded eviction (`demote`) as by default; chunks of {result['chunk']} tokens. Stock: "
+        f"`torch_native`, page size 64. *Ample* is {result['ample']} times M, which holds all. "
+        "*Recomputing* is the same turn there without a prefix cache, in one chunk; *with M* it is "
+        "that on the server with M where it had nothing of the chat. *Times shorter* is its time "
+        "to first token over this one's, turn by turn. Medians and quartiles. Equal answers: "
+        "ample's.",
         section("Goals", goals(result)),
         sides_table(result),
         section("By level", places_table(result)),
@@ -249,13 +251,7 @@ def plot(path: Path, result: Json) -> None:
     left.barh([NAMES[side] for side in sides], shares)
     left.invert_yaxis()
     left.set(title="prompt tokens of returning chats", xlabel="% from the cache")
-    again = [there for there, _ in pairs(result, "device")]
-    shown = {"recomputed": again}
-    shown |= {
-        NAMES[s]: returning(result["turns"][s])
-        for s in ("host", "disk", "stock", "ample")
-        if s in sides
-    }
+    shown = {NAMES[side]: returning(result["turns"][side]) for side in sides}
     for name, turns in shown.items():
         x, y = ([turn[key] for turn in turns] for key in ("prompt_tokens", "ttft_ms"))
         right.scatter(x, y, s=8, alpha=0.5, label=name)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import sys
@@ -24,20 +25,29 @@ def lazy_zeros(*shape: int, dtype: torch.dtype, device: torch.device | str) -> t
     nbytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or nbytes < MIN_BYTES:
         return torch.zeros(shape, dtype=dtype, device=device)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return torch.frombuffer(_mapped(nbytes), dtype=dtype).view(shape)
+
+
+def _mapped(nbytes: int) -> mmap.mmap:
+    return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE)
 
 
 def pinned_zeros(*shape: int, device: torch.device) -> torch.Tensor:
     """Zero bytes in host memory, uint8, which ``device`` can read and write where it is a GPU.
 
-    Pinned in place: torch's own allocator of pinned memory rounds up to a power of two.
+    Pinned in place, until the process ends: torch's own allocator of pinned memory rounds up to a
+    power of two. Pages come from the NUMA node of the thread that calls this.
 
     Raises:
         RuntimeError: the host does not let us have so much.
     """
-    memory = lazy_zeros(*shape, dtype=torch.uint8, device="cpu")
+    pages = _mapped(math.prod(shape))
+    memory = torch.frombuffer(pages, dtype=torch.uint8).view(shape)
     if device.type == "cuda":
+        # A child of a fork would get copies of all pinned pages, or the device's writes be lost.
+        pages.madvise(mmap.MADV_DONTFORK)
+        with contextlib.suppress(OSError):  # kernels without huge pages
+            pages.madvise(mmap.MADV_HUGEPAGE)  # fewer to pin
         error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
         if int(error) != 0:
             gib = memory.nbytes / 2**30

@@ -7,6 +7,7 @@ A page keeps its id, and so its place in SGLang's radix tree; its payload moves 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
 import torch
 
@@ -93,30 +94,39 @@ def load_back(store: PageStore, pages: torch.Tensor) -> None:
         PageStateError: one of them is not on the host.
         RuntimeError: there are not enough frames free.
     """
-    for part in pages.split(MOVED_AT_ONCE) if len(pages) else ():
-        _load_back(store, part)
-
-
-def _load_back(store: PageStore, pages: torch.Tensor) -> None:
+    if not len(pages):
+        return
     d, host = store.directory, host_of(store)
     states = PageStates(read_states(d, pages))
     if not states.on_host.all():
         raise PageStateError("load back: page is not on the host")
-    fresh, demoted = (states.host_share(demoted=x) for x in (False, True))
-    store.ledger.load_back(fresh, demoted)
-    frames, heads = d.frames[:, pages], host.heads[:, pages]
-    counts = (frames >= 0).sum(dim=2, dtype=torch.int32)
-    taken = store.arena.take(counts.flatten(), store.layout.max_frames).view_as(frames)
-    with host.loading.layers(frames, taken) as layers:
-        for layer in layers:
-            copy_frames(host.arena.buffer, frames[layer], store.arena.buffer, taken[layer])
+    store.ledger.load_back(states.host_share(demoted=False), states.host_share(demoted=True))
+    parts = [_return(store, part) for part in pages.split(MOVED_AT_ONCE)]
+    with host.loading.layers(*chain.from_iterable(parts)) as layers:
+        for layer in layers:  # of all pages, or the first layer would be there with the last
+            for frames, taken in parts:
+                copy_frames(host.arena.buffer, frames[layer], store.arena.buffer, taken[layer])
             host.loading.copied(layer)
-    host.arena.give_back(frames)
-    store.totals.add_payload(heads, counts)
-    d.load_back(pages, taken, heads)
+    for frames, _ in parts:
+        host.arena.give_back(frames)
     store.counters.loaded_back += len(pages)
     for listener in host.on_load_back:
         listener(pages)
+
+
+def _return(store: PageStore, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Point ``pages`` (int64 [N]) on the host at frames of the device; the payload is yet to come.
+
+    Returns:
+        Their frames on the host, and those taken: int32 [L, N, max_frames].
+    """
+    d, host = store.directory, host_of(store)
+    frames, heads = d.frames[:, pages], host.heads[:, pages]
+    counts = (frames >= 0).sum(dim=2, dtype=torch.int32)
+    taken = store.arena.take(counts.flatten(), store.layout.max_frames).view_as(frames)
+    store.totals.add_payload(heads, counts)
+    d.load_back(pages, taken, heads)
+    return frames, taken
 
 
 def on_host(store: PageStore, pages: torch.Tensor) -> torch.Tensor:

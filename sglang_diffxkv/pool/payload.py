@@ -90,6 +90,7 @@ def adopt(store: PageStore, pages: torch.Tensor, payload: Sequence[PagePayload])
     taken = taken.view(places.shape)
     host.loading.wait_all()  # frames that were just given back are still being read
     copy_frames(staging, upload(places, device), host.arena.buffer, taken)
+    host.loading.keep(staging)
     host.heads[:, pages] = upload(torch.stack([page.heads for page in payload], dim=1), device)
     facts = torch.stack([page.facts for page in payload])
     for name, column in zip(_FACTS, facts.unbind(1), strict=True):

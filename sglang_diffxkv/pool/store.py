@@ -139,6 +139,7 @@ class PageStore:
 
     def _release(self, pages: torch.Tensor) -> None:
         d = self.directory
+        self.wait_for_host()  # nobody gets frames that are still being loaded into
         states = read_states(d, pages)
         if not self.checks_use or PageStates(states).sealed.any():
             frames = d.frames[:, pages].masked_fill(~d.sealed[pages][:, None], -1)

@@ -17,6 +17,10 @@ from sglang_diffxkv.kernels.cpu.function import unbind_all
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+    from tests.support.interpreter import speed_up
+
+    speed_up()
+
 
 @pytest.fixture(autouse=True)
 def asked_instruction_set() -> Iterator[None]:

@@ -19,9 +19,10 @@ def test_no_operation_is_left_out() -> None:
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a process that has loaded nothing, for an instruction set that compiles fast."""
+    """And a process that has loaded nothing, for what compiles fast."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(build.ISA_VARIABLE, "baseline")
+    monkeypatch.setattr(build, "_COMMON", build._COMMON.replace("-O3", "-O0"))
     build._load.cache_clear()
 
 

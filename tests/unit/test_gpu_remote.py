@@ -57,8 +57,9 @@ def test_archives_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     pack.write_archive("triton", [("b/x.py", b"1"), ("a/x.json", b"{}")])
     with tarfile.open(tmp_path / "triton.tar.xz") as archive:
         assert sorted(archive.getnames()) == ["a/x.json", "b/x.py"]
+    monkeypatch.setitem(pack.LIMITS, "triton", 100_000)
     with pytest.raises(SystemExit, match="larger than"):
-        pack.write_archive("triton", [("noise", os.urandom(10_000_000))])
+        pack.write_archive("triton", [("noise", os.urandom(101_000))])
 
 
 def test_every_pin_is_exact_and_sglang_finds_our_entry_points() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sglang.srt.plugins.hook_registry import HookType
 
+from sglang_diffxkv.patches.disk import disk_of
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import find_allocator
 
@@ -16,6 +17,9 @@ def _rest(result: Any, self: Any) -> None:
     if allocator is not None:
         allocator.store.settle()
         allocator.store.policy.on_idle()
+        disk = disk_of(self.scheduler.tree_cache)
+        if disk is not None:
+            disk.backup.rest()
 
 
 def install() -> None:

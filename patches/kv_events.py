@@ -11,6 +11,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.offload.events import LevelEvents, NoEvents
 from sglang_diffxkv.offload.recorder import LevelRecorder
 from sglang_diffxkv.patches.hook import hook
+from sglang_diffxkv.patches.page_keys import give_keys
 from sglang_diffxkv.pool.allocator import find_allocator
 from sglang_diffxkv.pool.store import PageStore
 
@@ -33,6 +34,7 @@ def level_events(tree: Any) -> LevelEvents:
 def _name_levels(result: None, self: Any, params: Any) -> None:
     allocator = find_allocator(params.token_to_kv_pool_allocator)
     if params.enable_kv_cache_events and allocator is not None and allocator.store.host is not None:
+        give_keys(self)
         name_levels(self, allocator.store)
 
 

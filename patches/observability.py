@@ -11,6 +11,7 @@ from sglang.srt.plugins.hook_registry import HookType
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_diffxkv.metrics import PrometheusGauges, pool_gauges, pool_stats
+from sglang_diffxkv.patches.disk import disk_stats
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.pool.allocator import find_allocator
 from sglang_diffxkv.pool.window_allocator import find_windows
@@ -49,8 +50,12 @@ def _add_memory_usage(result: Any, self: Any, state: dict[str, Any]) -> None:
     allocator = find_allocator(self.scheduler.token_to_kv_pool_allocator)
     if allocator is not None:
         windows = find_windows(self.scheduler.token_to_kv_pool_allocator)
-        stats = pool_stats(allocator.store, windows)
-        state[STATE_KEY] = stats | {"prefix": asdict(_hits), "dp_rank": get_parallel().dp_rank or 0}
+        beside = {
+            "disk": disk_stats(self.scheduler.tree_cache),
+            "prefix": asdict(_hits),
+            "dp_rank": get_parallel().dp_rank or 0,
+        }
+        state[STATE_KEY] = pool_stats(allocator.store, windows) | beside
 
 
 def _count_hits(

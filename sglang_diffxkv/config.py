@@ -5,9 +5,9 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Self
 
-from pydantic import ByteSize, Field, TypeAdapter, ValidationError
+from pydantic import ByteSize, Field, TypeAdapter, ValidationError, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ErrorDetails
 
@@ -42,6 +42,15 @@ class DiffXKVConfig(ThresholdSettings, PlanSettings):
     ] = ByteSize(0)
     """host memory, on a rank, for pages that nobody reads: they go there before anything is demoted
     or evicted, and come back when a prompt begins with them. On a GPU it is pinned. 0: none"""
+    disk_path: Annotated[str | None, Allowed("the path of a folder, or null")] = None
+    """folder to which sealed pages are written, too, and in which a server that starts finds those
+    of an earlier one; needs `host_bytes`, through which they come back. `null`: none"""
+    disk_bytes: Annotated[
+        ByteSize | None,
+        Field(gt=0),
+        Allowed('a positive number of bytes, such as "200GiB", or null'),
+    ] = None
+    """how much of the disk, on a rank; needed with `disk_path`"""
     window: Annotated[
         int, Field(ge=0), Allowed("a whole number of recent tokens kept raw, at least 0")
     ] = 64
@@ -55,6 +64,14 @@ class DiffXKVConfig(ThresholdSettings, PlanSettings):
     """queries per prefill chunk that score the tokens before them: with `diffxkv` half from the
     chunk's end and half strided over the rest, with `diffkv` strided over all, with `snapkv` and
     `xkv` the last ones"""
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if self.disk_path is not None and not self.host_bytes:
+            raise ValueError("disk_path needs host_bytes: pages come back through host memory")
+        if (self.disk_path is None) != (self.disk_bytes is None):
+            raise ValueError("disk_path and disk_bytes need each other: give both, or neither")
+        return self
 
     def to_json(self) -> str:
         """JSON text that `load_config` turns into an equal configuration."""

@@ -30,6 +30,7 @@ def _install() -> None:
         check,
         committed,
         dashboard,
+        disk,
         expected_pages,
         forward,
         http_app,
@@ -41,7 +42,9 @@ def _install() -> None:
         logits_softcap,
         lossless,
         observability,
+        page_keys,
         pool,
+        prefetch,
         profiling,
         published_capacity,
         quality,
@@ -62,6 +65,7 @@ def _install() -> None:
         check,
         idle,
     )
+    of_disk = (page_keys, disk, prefetch)
     of_requests = (
         running,
         committed,
@@ -75,7 +79,7 @@ def _install() -> None:
         profiling,
         chains,
     )
-    for hook in (*of_model, *of_pool, *of_requests):
+    for hook in (*of_model, *of_pool, *of_disk, *of_requests):
         hook.install()
 
     @register_attention_backend(server_args.BACKEND)

@@ -106,6 +106,11 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
             self.store.open(before[:taken])
         return out
 
+    def take_free(self, count: int) -> torch.Tensor:
+        """Take so many free pages off the list, without opening them; int64 [count]."""
+        taken, self.free_pages = self.free_pages[:count], self.free_pages[count:]
+        return taken.clone()  # the list is written in place
+
     def _release_page_ids(self, *page_ids: torch.Tensor) -> None:
         """Put pages at the front of the list, in place: the base class would copy all of it."""
         pages = torch.cat(page_ids).long()

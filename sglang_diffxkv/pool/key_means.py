@@ -41,6 +41,11 @@ class KeyMeans:
     def bytes_for(num_layers: int, num_kv_heads: int, head_dim: int) -> int:
         return num_layers * num_kv_heads * head_dim * 4
 
+    @property
+    def are_set(self) -> bool:
+        """Waits for the device."""
+        return bool(self._is_set)
+
     def set(self, by_layer: torch.Tensor) -> None:
         """Set them to those of an earlier run."""
         self.by_layer.copy_(by_layer)

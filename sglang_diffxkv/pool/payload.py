@@ -24,7 +24,7 @@ class PagePayload(NamedTuple):
     Attributes:
         heads: int32 [L, H, 2], its records. counts: int32 [L], its frames in each layer.
         frames: uint8 [sum of counts, frame_bytes], layer by layer.
-        facts: int32 [F], what else the directory says of it (`_FACTS`).
+        facts: int32 [F], what else the directory says of it (`FACTS`).
     """
 
     heads: torch.Tensor
@@ -33,7 +33,7 @@ class PagePayload(NamedTuple):
     facts: torch.Tensor
 
 
-_FACTS = ("position", "context", "plan", "quality", "demotions")
+FACTS = ("position", "context", "plan", "quality", "demotions")
 """Columns of the directory."""
 
 
@@ -60,7 +60,7 @@ def read_payload(store: PageStore, pages: torch.Tensor) -> list[PagePayload]:
     if store.host is not None:
         copy(store.host.arena, on_host)
         heads = torch.where(on_host[:, None, None], store.host.heads[:, pages], heads)
-    facts = torch.stack([getattr(d, name)[pages].int() for name in _FACTS], dim=1)
+    facts = torch.stack([getattr(d, name)[pages].int() for name in FACTS], dim=1)
     arrived = [Download(x) for x in (heads.transpose(0, 1), counts.T, facts)]
     heads, counts, facts = (download.values() for download in arrived)  # behind the frames
     sizes = counts.sum(1).tolist()
@@ -93,7 +93,7 @@ def adopt(store: PageStore, pages: torch.Tensor, payload: Sequence[PagePayload])
     host.loading.keep(staging)
     host.heads[:, pages] = upload(torch.stack([page.heads for page in payload], dim=1), device)
     facts = torch.stack([page.facts for page in payload])
-    for name, column in zip(_FACTS, facts.unbind(1), strict=True):
+    for name, column in zip(FACTS, facts.unbind(1), strict=True):
         table = getattr(d, name)
         table[pages] = upload(column.to(table.dtype), device)
     d.num_frames[pages] = upload(allocated, device)
@@ -115,6 +115,6 @@ def _staging(frames: int, frame_bytes: int, device: torch.device) -> torch.Tenso
 
 
 def _count(store: PageStore, facts: torch.Tensor) -> None:
-    by_name = dict(zip(_FACTS, facts.T.tolist(), strict=True))
+    by_name = dict(zip(FACTS, facts.T.tolist(), strict=True))
     store.totals.by_quality.update(map(Quality, by_name["quality"]))
     store.totals.by_plan.update(Counter(by_name["plan"]))

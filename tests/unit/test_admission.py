@@ -7,15 +7,12 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from sglang.srt.plugins import load_plugins
-from sglang.srt.runtime_context import publish, restore_context, snapshot_context
-from sglang.srt.server_args import prepare_server_args
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.shared_pages import distinct_pages, paged
-from tests.support.demo_model import write_demo_model
+from tests.support.published import published
 from tests.support.scheduling import VOCABULARY, Requests, Scheduling
 from tests.support.stores import make_allocator
 
@@ -24,19 +21,8 @@ LOSSLESS, BALANCED = Quality.LOSSLESS, Quality.BALANCED
 
 @pytest.fixture(scope="module", autouse=True)
 def server_arguments(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Published as a scheduler process has them, with preemption."""
-    state = snapshot_context()
-    load_plugins()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("SGLANG_CPU_OMP_THREADS_BIND", "OMP_NUM_THREADS"):
-            patch.setenv(name, "1")  # which the CPU platform would set for good
-        model = str(write_demo_model(tmp_path_factory.mktemp("model"), layers=2))
-        argv = ["--model-path", model, "--device", "cpu", "--attention-backend", "diffxkv"]
-        server_args = prepare_server_args([*argv, "--enable-priority-scheduling"])
-        server_args.resolve_once()
-        publish(server_args, role="scheduler")
+    with published(tmp_path_factory.mktemp("model"), "--enable-priority-scheduling"):
         yield
-    restore_context(state)
 
 
 @pytest.fixture

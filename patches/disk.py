@@ -13,8 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from sglang.srt.disaggregation.kv_events import uses_dynamo_format
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_parallel, get_server_args
+from sglang.srt.runtime_context import get_observability, get_parallel, get_server_args
 
 from sglang_diffxkv.offload.disk.identity import identity_of
 from sglang_diffxkv.offload.identity import of_layout, of_model, of_settings
@@ -70,7 +71,7 @@ def _open(self: Any) -> None:
     found, tree = level.stats["pages"], self.tree_cache
     logger.info("diffxkv: %d pages found in %s", found, folder)
     setattr(tree, _DISK, level)
-    give_keys(tree)
+    give_keys(tree, dynamo=uses_dynamo_format(get_observability().kv_events_config))
     assert store.host is not None
     store.host.on_offload.append(level.backup.write)
     _open_gates(self)

@@ -34,7 +34,7 @@ def level_events(tree: Any) -> LevelEvents:
 def _name_levels(result: None, self: Any, params: Any) -> None:
     allocator = find_allocator(params.token_to_kv_pool_allocator)
     if params.enable_kv_cache_events and allocator is not None and allocator.store.host is not None:
-        give_keys(self)
+        give_keys(self, dynamo=self.tree_core.kv_events.dynamo_format)
         name_levels(self, allocator.store)
 
 

@@ -11,9 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.disaggregation.kv_events import uses_dynamo_format
 from sglang.srt.plugins.hook_registry import HookType
-from sglang.srt.runtime_context import get_observability
 
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
@@ -28,9 +26,13 @@ _KEYS = "diffxkv_page_keys"
 _DYNAMO = "diffxkv_dynamo_keys"
 
 
-def give_keys(tree: Any) -> None:
-    """Have pages of an empty ``tree`` given keys from now on."""
-    setattr(tree, _DYNAMO, uses_dynamo_format(get_observability().kv_events_config))
+def give_keys(tree: Any, *, dynamo: bool) -> None:
+    """Have pages of an empty ``tree`` given keys from now on.
+
+    Args:
+        dynamo: as `PageKeys` takes it.
+    """
+    setattr(tree, _DYNAMO, dynamo)
 
 
 def keys_of(tree: Any, req: Req) -> PageKeys | None:

@@ -32,11 +32,16 @@ IDS = 4096
 SUMS = 1024
 """Counts of earlier blocks that a block reads at a time."""
 NUM_WARPS = 8
-COPY_IDS = 32
-"""Table entries of a block that copies: so few that the link is waited for, and no block."""
-COPY_WORDS = 1024
-"""Words of 32 bits of a frame that are copied at a time."""
-COPY_WARPS = 4
+COPY_PROGRAMS = 16
+"""Programs of a copy, at most: few, so that kernels beside it find the other multiprocessors free.
+One that takes all registers of a multiprocessor does not start on one where a program copies."""
+COPY_TILE = 8192
+"""Words of 32 bits that a program asks for before it waits, half of them on the way where half of
+the entries have a frame. All programs together then have 256 KiB on the way: PCIe 5.0 wants some
+100 KiB (64 GB/s for 1.5 us)."""
+COPY_WORDS = 256
+"""Of these, at most so many of one frame: warps read 512 bytes in a row."""
+COPY_WARPS = 16
 
 
 @arena.take_frames.register("gpu")
@@ -85,15 +90,18 @@ def copy_frames(
     target_ids: torch.Tensor,
 ) -> None:
     old, new = (x.contiguous().view(-1) for x in (source_ids, target_ids))
+    words = source.shape[1] // 4
+    block = min(COPY_WORDS, triton.next_power_of_2(words))
+    ids = COPY_TILE // block
     launch(
         copy_kernel,
-        (triton.cdiv(len(old), COPY_IDS),),
+        (min(COPY_PROGRAMS, triton.cdiv(len(old), ids)),),
         source=Listed(source.view(torch.int32), old),
         target=Listed(target.view(torch.int32), new),
         entries=len(old),
-        WORDS=source.shape[1] // 4,
-        IDS=COPY_IDS,
-        BLOCK=min(COPY_WORDS, triton.next_power_of_2(source.shape[1] // 4)),
+        WORDS=words,
+        IDS=ids,
+        BLOCK=block,
         num_warps=COPY_WARPS,
     )
 

@@ -119,21 +119,25 @@ def copy_kernel(
     IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid (blocks,): each copies the frames of IDS entries, one after the other.
+    """Grid (programs,): they copy the frames of IDS entries at a time, in turn.
 
     Args:
-        WORDS: of a frame. BLOCK: words at a time.
+        WORDS: of a frame. BLOCK: of them, of each of the frames at a time.
     """
-    first = tl.program_id(0) * IDS
-    for entry in range(first, tl.minimum(first + IDS, entries)):
-        old = tl.load(source.ids + entry).to(tl.int64)
-        new = tl.load(target.ids + entry).to(tl.int64)
-        if old >= 0:
-            for start in range(0, WORDS, BLOCK):
-                word = start + tl.arange(0, BLOCK)
-                inside = word < WORDS
-                copied = tl.load(source.arena + old * WORDS + word, mask=inside)
-                tl.store(target.arena + new * WORDS + word, copied, mask=inside)
+    step = tl.num_programs(0) * IDS
+    for first in range(tl.program_id(0) * IDS, entries, step):
+        entry = first + tl.arange(0, IDS)
+        old = tl.load(source.ids + entry, mask=entry < entries, other=-1)
+        new = tl.load(target.ids + entry, mask=entry < entries, other=-1)
+        there = (old >= 0)[:, None]
+        source_row = source.arena + old.to(tl.int64)[:, None] * WORDS
+        target_row = target.arena + new.to(tl.int64)[:, None] * WORDS
+        for start in range(0, WORDS, BLOCK):
+            word = start + tl.arange(0, BLOCK)[None, :]
+            mask = there & (word < WORDS)
+            # Nobody reads the source again; who loads pages back reads the target next.
+            copied = tl.load(source_row + word, mask=mask, eviction_policy="evict_first")
+            tl.store(target_row + word, copied, mask=mask)
 
 
 @triton.jit

@@ -38,20 +38,25 @@ class PageMetadata(NamedTuple):
     """Tables of the page directory that a decode step writes, and those that it is told by.
 
     Attributes:
-        raw_slot: int32 [V], read. The others are written, for open pages; ``last_used`` for all.
+        raw_slot: int32 [V], and sealed: bool [V], read. The others are written, for open pages;
+            ``last_used`` for all.
         position, context, filled: int32 [V].
         window_step, last_used: int64 [V].
         counts: fp32 [R, 64] by raw slot, how many queries have scored each token; None: no one
             reads that.
+        unread: int32 [1], raised by one for each page of a sequence that is neither open nor
+            sealed: attention reads nothing of it. On a CPU that is a ValueError.
     """
 
     raw_slot: torch.Tensor
+    sealed: torch.Tensor
     position: torch.Tensor
     context: torch.Tensor
     filled: torch.Tensor
     window_step: torch.Tensor
     last_used: torch.Tensor
     counts: torch.Tensor | None
+    unread: torch.Tensor
 
 
 class StepPages(NamedTuple):

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kPageTokens = 64;
 
 // cpu.py passes words of 64 bits. Tables of the page directory, by virtual page; counts: fp32
-// [R, 64] by raw slot, or null. sealed may be null: then nobody asks whether a page is free.
+// [R, 64] by raw slot, or null.
 struct PageMetadata {
     const int32_t* raw_slot;
     const bool* sealed;
@@ -51,7 +51,7 @@ extern "C" bool diffxkv_begin_decode(const int32_t* req_to_token, int64_t contex
             out->table[b * out->width + place] = page;
             d.last_used[page] = step;
             if (slot < 0) {
-                known = known && (!d.sealed || d.sealed[page]);
+                known = known && d.sealed[page];
                 continue;
             }
             for (int64_t t = std::max(first, begin); t < std::min(length, begin + kPageTokens); ++t)

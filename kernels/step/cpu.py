@@ -30,21 +30,13 @@ class StepKernel:
 
     Args:
         req_to_token, metadata, window: as for `kernels.step.begin_decode`.
-        sealed: bool [V]; None: nobody asks whether a page is free.
     """
 
-    def __init__(
-        self,
-        req_to_token: torch.Tensor,
-        metadata: PageMetadata,
-        window: int,
-        sealed: torch.Tensor | None = None,
-    ) -> None:
-        self._kept = req_to_token, metadata, sealed  # alive: the kernel has their addresses
+    def __init__(self, req_to_token: torch.Tensor, metadata: PageMetadata, window: int) -> None:
+        self._kept = req_to_token, metadata  # alive: the kernel has their addresses
         self._table, self._window = req_to_token, window
-        first, *rest, counts = metadata
-        words = [first, sealed, *rest, counts]
-        self._metadata = int64_words(*(0 if t is None else t.data_ptr() for t in words))
+        tables = metadata[:-1]
+        self._metadata = int64_words(*(0 if t is None else t.data_ptr() for t in tables))
 
     def begin(
         self,

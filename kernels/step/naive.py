@@ -31,6 +31,7 @@ def begin_decode(
             metadata.last_used[page] = step
             slot = int(metadata.raw_slot[page])
             if slot < 0:
+                metadata.unread[0] += not metadata.sealed[page]
                 continue
             for i, token in enumerate(range(length - queries, length)):
                 if begin <= token < begin + PAGE_TOKENS:

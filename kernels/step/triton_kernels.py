@@ -64,6 +64,11 @@ def look_up_pages(
     tl.store(metadata.last_used + page, tl.load(clock) + tl.zeros_like(page), mask=valid)
     slot = tl.load(metadata.raw_slot + page, mask=valid, other=-1)
     is_open = slot >= 0
+    closed = valid & (slot < 0)
+    sealed = tl.load(metadata.sealed + page, mask=closed, other=1)
+    unread = tl.sum((closed & (sealed == 0)).to(tl.int32))
+    if unread > 0:  # never, unless the directory and the radix tree disagree
+        tl.atomic_add(metadata.unread, unread, sem="relaxed")
     for i in tl.static_range(QUERIES):
         new = accepted - 1 + i
         row = tl.where(is_open, slot.to(tl.int64) * _PAGE_TOKENS + new % _PAGE_TOKENS, 0)

@@ -102,6 +102,5 @@ def page_metadata(store: PageStore) -> PageMetadata:
     """The tables in which a decode step notes what `note_use` and `count_scores` do."""
     d = store.directory
     counts = store.raw.counts if store.policy.needs_scores else None
-    return PageMetadata(
-        d.raw_slot, d.position, d.context, d.filled, d.window_step, d.last_used, counts
-    )
+    used = d.position, d.context, d.filled, d.window_step, d.last_used
+    return PageMetadata(d.raw_slot, d.sealed, *used, counts, store.unread)

@@ -31,7 +31,7 @@ class HostDecode:
         means = store.key_means.by_layer
         sealed = SealedLayers(store.arena.buffer, d.frames, d.heads, means, store.layout)
         self._layers = DecodeLayers(LayerTables(d.raw_slot, raw.keys, raw.values, scores, sealed))
-        self._step = StepKernel(req_to_token, page_metadata(store), window, d.sealed)
+        self._step = StepKernel(req_to_token, page_metadata(store), window)
 
     def begin(self, tokens: StepTokens) -> StepPages:
         """Look up the batch's pages, and note their use.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from sglang_diffxkv.kernels.gpu.transfer import upload
+from sglang_diffxkv.kernels.gpu.transfer import Readback, upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.pages import LayerPages, SealedTables
 from sglang_diffxkv.policy.base import TierPolicy
@@ -79,6 +79,9 @@ class PageStore:
         self.counters = Counters()
         self.unsettled = Unsettled(self.ledger, self.totals)
         self.recency = Recency(self.directory, self.raw)
+        self.unread = torch.zeros(1, dtype=torch.int32, device=device)
+        """How often a decode step had a page that is neither open nor sealed (`kernels.step`)."""
+        self._unread_lately = Readback(self.unread)
         self.checks_use = torch.device(device).type == "cpu"
         """Whether misuse of pages raises: not on a GPU, where asking is to wait for it."""
 
@@ -211,7 +214,8 @@ class PageStore:
         self.ledger.never_compress(opened[Quality.LOSSLESS], lossless_full)
 
     def problems(self) -> list[str]:
-        """What cannot be, by the counters alone: in O(1), without waiting for the device."""
+        """What cannot be, by counters alone: in O(1), without waiting for the device, which may
+        tell of its part the second time only."""
         ledger, totals = self.ledger, self.totals
         sealed = ledger.sealed_pages + ledger.host_pages
         sums = {
@@ -223,6 +227,8 @@ class PageStore:
             for name, (counted, expected) in sums.items()
             if counted != expected
         ]
+        if unread := int(self._unread_lately.latest()):
+            found.append(f"pages: {unread} read by decode steps were neither open nor sealed")
         return [*ledger.problems(), *found]
 
     def check_ids(self, pages: torch.Tensor) -> None:
@@ -253,7 +259,7 @@ class PageStore:
     def nbytes(self) -> int:
         """Every byte that the store has allocated on its device, or will take when it works."""
         tables = self.directory.nbytes + self.arena.nbytes + self.raw.nbytes + self.totals.nbytes
-        tables += self.key_means.nbytes
+        tables += self.key_means.nbytes + self.unread.nbytes
         tables += 0 if self.host is None else self.host.table_bytes
         meter = 0 if self.retention is None else self.retention.nbytes
         beside = self.sizes.workspace.nbytes + self.sizes.attention_bytes

@@ -74,7 +74,9 @@ def test_only_the_first_new_token_is_recorded(queries: int, scores: bool) -> Non
     poisoned = [torch.full_like(raw_slot, -77) for _ in range(3)]
     longs = [torch.full((page,), -77) for _ in range(2)]
     counts = torch.rand(2 * page + 18, PAGE_TOKENS) if scores else None
-    metadata = PageMetadata(raw_slot, *poisoned, *longs, counts)
+    sealed = (raw_slot < 0) & (torch.rand(page) < 0.7)
+    unread = torch.zeros(1, dtype=torch.int32)
+    metadata = PageMetadata(raw_slot, sealed, *poisoned, *longs, counts, unread)
     recorded, on_device = (moved(metadata, "cpu"), moved(metadata, DEVICE))
     recorded, on_device = (
         PageMetadata(*(None if x is None else x.clone() for x in tables))

@@ -181,7 +181,8 @@ def test_step_records_what_is_known_to_be_accepted(queries: int, window: int) ->
     ints = [torch.full_like(raw_slot, -77) for _ in range(3)]
     longs = [torch.full((PAGES + 1,), -77) for _ in range(2)]
     counts = torch.rand(PAGES + 6, PAGE_TOKENS, generator=gen)
-    metadata = PageMetadata(raw_slot, *ints, *longs, counts)
+    unread = torch.zeros(1, dtype=torch.int32)
+    metadata = PageMetadata(raw_slot, raw_slot < 0, *ints, *longs, counts, unread)
     recorded = PageMetadata(*(x.clone() for x in metadata))
     requests = StepRequests(req_to_token, rows, lengths, num_real, queries)
     clock = torch.tensor([1 << 33, 77])

@@ -26,7 +26,8 @@ def make_metadata(gen: torch.Generator, scores: bool) -> PageMetadata:
     ints = [torch.full_like(raw_slot, POISON) for _ in range(3)]
     longs = [torch.full((PAGES + 1,), POISON) for _ in range(2)]
     counts = torch.rand(PAGES // 3 + 1, PAGE_TOKENS, generator=gen) if scores else None
-    return PageMetadata(raw_slot, *ints, *longs, counts)
+    unread = torch.tensor([5], dtype=torch.int32)
+    return PageMetadata(raw_slot, raw_slot < 0, *ints, *longs, counts, unread)
 
 
 def copied(metadata: PageMetadata, device: torch.device) -> PageMetadata:
@@ -49,7 +50,7 @@ def on_gpu(requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, 
 def on_cpu(requests: StepRequests, metadata: PageMetadata, clock: torch.Tensor, window: int) -> Run:
     metadata = copied(metadata, torch.device("cpu"))
     table, rows, lengths, num_real, queries = requests
-    kernel = cpu.StepKernel(table, metadata, window, sealed=metadata.raw_slot < 0)
+    kernel = cpu.StepKernel(table, metadata, window)
     pages = kernel.begin(rows, lengths, int(num_real), *clock.tolist(), queries)
     return Run(pages, metadata)
 
@@ -85,6 +86,9 @@ def test_begin_decode(run: Callable[..., Run], window: int, scores: bool) -> Non
         if table is None:
             continue
         want = getattr(recorded, name)
+        if name == "unread":
+            assert table.tolist() == want.tolist() == [5]
+            continue
         if name == "counts":
             assert torch.allclose(table.cpu(), want)
             continue
@@ -96,13 +100,35 @@ def test_begin_decode(run: Callable[..., Run], window: int, scores: bool) -> Non
     assert (recorded.last_used == 1 << 33).any()
 
 
+@pytest.mark.parametrize("begin_decode", [naive.begin_decode, triton.begin_decode])
+def test_pages_that_cannot_be_read_are_counted(begin_decode: Callable[..., StepPages]) -> None:
+    """In several blocks of two sequences, and nothing behind their ends."""
+    gen = torch.Generator().manual_seed(2)
+    metadata = make_metadata(gen, scores=False)
+    metadata.sealed.copy_((metadata.raw_slot < 0) & (torch.rand(PAGES + 1, generator=gen) < 0.6))
+    lengths = [PAGE_TOKENS * 70 + 1, PAGE_TOKENS * 3, PAGE_TOKENS * 9]  # the last is padding
+    table = (torch.arange(PAGES) + 1).mul(PAGE_TOKENS).repeat_interleave(PAGE_TOKENS).int()
+    expected = 5
+    for length in lengths[:2]:
+        pages = table[:length:PAGE_TOKENS].long() // PAGE_TOKENS
+        expected += int(((metadata.raw_slot[pages] < 0) & ~metadata.sealed[pages]).sum())
+    assert expected > 20
+    arguments = StepRequests(
+        table[None], torch.zeros(3, dtype=torch.int64), torch.tensor(lengths),
+        torch.tensor([2], dtype=torch.int32),
+    ), metadata, torch.tensor([1, 1])  # fmt: skip
+    device = DEVICE if begin_decode is triton.begin_decode else "cpu"
+    requests, metadata, clock = moved(arguments, device)
+    begin_decode(requests, metadata, clock, 64)
+    assert metadata.unread.tolist() == [expected]
+
+
 def test_free_pages_are_noticed() -> None:
     metadata = make_metadata(torch.Generator().manual_seed(1), scores=True)
     table = torch.arange(PAGES * PAGE_TOKENS, dtype=torch.int32)[None]
-    sealed = metadata.raw_slot < 0
     closed = int((metadata.raw_slot[1:] < 0).nonzero()[0]) + 1
-    sealed[closed] = False
-    begin = cpu.StepKernel(table, metadata, 64, sealed).begin
+    metadata.sealed[closed] = False
+    begin = cpu.StepKernel(table, metadata, 64).begin
     row, step = torch.tensor([0]), (1, 1, 1)
     begin(row, torch.tensor([closed * PAGE_TOKENS]), *step)
     with pytest.raises(ValueError, match="free page"):

@@ -4,11 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 
-from sglang_diffxkv.kernels.arena import return_frames, take_frames
+from bench.gpu.compile.settings import (
+    BATCH,
+    FRAMES,
+    LLAMA_8B,
+    OPEN_PAGES,
+    PAGES,
+    QUERIES,
+    SETTINGS,
+    Model,
+    Setting,
+    floats,
+    ints,
+    setting,
+)
+from sglang_diffxkv.kernels.arena import copy_frames, return_frames, take_frames
 from sglang_diffxkv.kernels.decode import decode_open, decode_sealed
 from sglang_diffxkv.kernels.decode.triton import attend
 from sglang_diffxkv.kernels.decode.work import SequencePages, divide_open, divide_work
@@ -16,126 +29,14 @@ from sglang_diffxkv.kernels.extend import extend_open, extend_sealed
 from sglang_diffxkv.kernels.extend.scratch import make_scratch
 from sglang_diffxkv.kernels.extend.unpacked import extend_unpacked
 from sglang_diffxkv.kernels.gpu.launch import Launch, recorded
-from sglang_diffxkv.kernels.layout import PAGE_TOKENS, PageLayout
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.kernels.merge import add_sinks, empty_state, merge_states
 from sglang_diffxkv.kernels.pack import Grades, RawTokens, copy_rows, pack, unpack
-from sglang_diffxkv.kernels.pages import LayerPages, OpenPages, Queries, SealedPages, SealedTables
+from sglang_diffxkv.kernels.pages import LayerPages, SealedTables
 from sglang_diffxkv.kernels.score import RawTables, ScoringQueries, score_decode, score_open
 from sglang_diffxkv.kernels.softmax import Softmax
 from sglang_diffxkv.kernels.step import PageMetadata, StepPages, StepRequests, begin_decode
 from sglang_diffxkv.kernels.write import NewQKV, write_tokens
-from tests.support.layouts import layout_of
-
-BATCH, PAGES, OPEN_PAGES, QUERIES, FRAMES = 64, 8192, 192, 2048, 65536
-"""Sequences; sealed pages listed and in the tables; raw pages; new tokens; frames of the arena."""
-
-
-class Model(NamedTuple):
-    """Attention of one rank."""
-
-    name: str
-    heads: int
-    kv_heads: int
-    head_dim: int
-
-
-LLAMA_8B = Model("Llama-3.1-8B", 32, 8, 128)
-MODELS = (
-    LLAMA_8B,
-    Model("Qwen2.5-7B", 28, 4, 128),
-    Model("Llama-3.1-70B TP8", 8, 1, 128),
-    Model("Qwen3-235B", 64, 4, 128),
-    Model("Qwen2.5-0.5B", 14, 2, 64),
-    Model("Phi-2", 32, 32, 80),
-    Model("Phi-3-mini", 32, 32, 96),
-    Model("Gemma-2-9B", 16, 8, 256),
-)
-TIERS = ("K8V4", "K4V2")
-
-
-class Setting(NamedTuple):
-    """What an operation is called for; its tensors are on the meta device."""
-
-    model: Model
-    layout: PageLayout
-    dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        tiers = f"{self.layout.high.name}/{self.layout.low.name}"
-        return f"{self.model.name} {tiers} {str(self.dtype).removeprefix('torch.')}"
-
-    @property
-    def softmax(self) -> Softmax:
-        return Softmax(self.model.head_dim**-0.5)
-
-    def of_model(self, *shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=self.dtype, device="meta")
-
-    def queries(self, count: int) -> torch.Tensor:
-        return self.of_model(count, self.model.heads, self.model.head_dim)
-
-    def new_tokens(self, count: int, sequences: int) -> Queries:
-        return Queries(self.queries(count), ints(sequences + 1), ints(sequences))
-
-    def raw_pages(self) -> torch.Tensor:
-        return self.of_model(OPEN_PAGES, PAGE_TOKENS, self.model.kv_heads, self.model.head_dim)
-
-    def accumulated(self) -> torch.Tensor:
-        return floats(OPEN_PAGES, self.model.kv_heads, PAGE_TOKENS)
-
-    def arena(self) -> torch.Tensor:
-        return torch.empty(FRAMES, self.layout.frame_bytes, dtype=torch.uint8, device="meta")
-
-    def key_mean(self) -> torch.Tensor | None:
-        shape = self.model.kv_heads, self.model.head_dim
-        return torch.empty(shape, device="meta") if self.layout.rotates else None
-
-    def sealed_pages(self, sequences: int, pages: int) -> SealedPages:
-        """So many of `PAGES` pages, of so many sequences."""
-        return self.sealed().listed(ints(sequences + 1), ints(pages))
-
-    def opened(self) -> OpenPages:
-        """`OPEN_PAGES` pages of `BATCH` sequences."""
-        raw = self.raw_pages()
-        return OpenPages(raw, raw, ints(BATCH + 1), ints(OPEN_PAGES), ints(OPEN_PAGES))
-
-    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Frame table and head records of `PAGES` pages."""
-        return ints(PAGES, self.layout.max_frames), ints(PAGES, self.model.kv_heads, 2)
-
-    def sealed(self) -> SealedTables:
-        return SealedTables(self.arena(), *self.tables(), self.layout)
-
-    def tiers(self) -> torch.Tensor:
-        shape = PAGES, self.model.kv_heads, PAGE_TOKENS
-        return torch.empty(shape, dtype=torch.uint8, device="meta")
-
-
-def ints(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.int32, device="meta")
-
-
-def floats(*shape: int) -> torch.Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="meta")
-
-
-def setting(
-    model: Model, tiers: tuple[str, str] = TIERS, dtype: torch.dtype = torch.bfloat16
-) -> Setting:
-    """A model with a pair of tiers."""
-    layout = layout_of(
-        *tiers, head_dim=model.head_dim, kv_heads=model.kv_heads, itemsize=dtype.itemsize
-    )
-    return Setting(model, layout, dtype)
-
-
-SETTINGS = (
-    *(setting(model) for model in MODELS),
-    setting(LLAMA_8B, ("raw", "K4V2")),
-    setting(LLAMA_8B, ("K8V8", "K4V4")),
-    setting(LLAMA_8B, dtype=torch.float16),
-)
 
 
 def _sequences() -> SequencePages:
@@ -250,6 +151,12 @@ def _return_frames(s: Setting) -> None:
     return_frames(ints(FRAMES), ints(1), ints(PAGES, s.layout.max_frames))
 
 
+def _copy_frames(s: Setting) -> None:
+    """To the host or back: of many pages' layers, or of one layer."""
+    ids = ints(PAGES, s.layout.max_frames)
+    copy_frames(s.arena(), ids, s.arena(), ids)
+
+
 def _merge(s: Setting) -> None:
     part = empty_state(s.queries(QUERIES))
     merge_states(part, part)
@@ -260,10 +167,12 @@ def _begin_decode(s: Setting, queries: int = 1) -> None:
         return torch.empty(n, dtype=torch.int64, device="meta")
 
     counts = torch.empty(OPEN_PAGES, PAGE_TOKENS, device="meta")
-    directory = [ints(PAGES) for _ in range(4)] + [longs(PAGES) for _ in range(2)]
+    sealed = torch.empty(PAGES, dtype=torch.bool, device="meta")
+    used = [ints(PAGES) for _ in range(3)] + [longs(PAGES) for _ in range(2)]
     for scores in (counts, None):
         requests = StepRequests(ints(BATCH, 1 << 17), longs(BATCH), longs(BATCH), ints(1), queries)
-        begin_decode(requests, PageMetadata(*directory, scores), longs(2), PAGE_TOKENS)
+        metadata = PageMetadata(ints(PAGES), sealed, *used, scores, ints(1))
+        begin_decode(requests, metadata, longs(2), PAGE_TOKENS)
 
 
 def _write_tokens(s: Setting) -> None:
@@ -320,6 +229,7 @@ OPERATIONS: dict[str, Callable[[Setting], None]] = {
     "copy_rows": _copy_rows,
     "take_frames": _take_frames,
     "return_frames": _return_frames,
+    "copy_frames": _copy_frames,
 }
 """By the name that ``--only`` takes: what is called for every setting of `SETTINGS_OF`."""
 

@@ -23,8 +23,9 @@ import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
-from bench.gpu.compile.cases import SETTINGS, cases
+from bench.gpu.compile.cases import cases
 from bench.gpu.compile.meta import decode_launches
+from bench.gpu.compile.settings import SETTINGS
 from bench.gpu.compile.specialise import Configuration, distinct, specialise
 from bench.gpu.remote.shim import kernels as shim
 from bench.gpu.shapes import LLAMA_8B, LLAMA_70B, QWEN_7B

@@ -18,6 +18,7 @@ from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support.builders import error_norm
 from tests.support.decode_layer import KV_HEADS, LAYERS, Case, make_case
 from tests.support.layouts import layout_of
+from tests.support.pairs import pairs
 
 OUT = {torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4}
 """Rounding of the output to its dtype; sealed tiers add what `test_decode.py` allows for them."""
@@ -56,29 +57,29 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     return str(request.param)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("scores", [True, False])
-@pytest.mark.parametrize("formats", [("K8V4", "K4V2"), ("raw", "K4V4")])
+SHAPES = [
+    (64, 2, torch.float32),
+    (128, 4, torch.bfloat16),
+    (80, 1, torch.float16),
+    (96, 3, torch.float32),
+    (48, 5, torch.bfloat16),
+    (256, 1, torch.float32),
+]
+"""head_dim, queries of a KV head, dtype."""
+FORMATS = [("K8V4", "K4V2"), ("raw", "K4V4")]
+
+
 @pytest.mark.parametrize(
-    ("dim", "group", "dtype"),
-    [
-        (64, 2, torch.float32),
-        (128, 4, torch.bfloat16),
-        (80, 1, torch.float16),
-        (96, 3, torch.float32),
-        (48, 5, torch.bfloat16),
-        (256, 1, torch.float32),
-    ],
+    ("shape", "formats", "scores", "threads"), pairs(SHAPES, FORMATS, [True, False], [1, 2])
 )
 def test_layer(
     isa: str,
-    dim: int,
-    group: int,
-    dtype: torch.dtype,
+    shape: tuple[int, int, torch.dtype],
     formats: tuple[str, str],
     scores: bool,
     threads: int,
 ) -> None:
+    dim, group, dtype = shape
     layout = layout_of(*formats, head_dim=dim, kv_heads=KV_HEADS, itemsize=dtype.itemsize)
     case = make_case(layout, group, dtype, scores=scores)
     softmax = Softmax(1.7 * dim**-0.5)

@@ -32,6 +32,7 @@ from sglang_diffxkv.kernels.pages import (
 from sglang_diffxkv.kernels.softmax import Softmax
 from tests.support.attention import assert_close, indptr, moved
 from tests.support.device import DEVICE
+from tests.support.pairs import in_turn
 from tests.support.sealed import random_tiers, seal
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -63,17 +64,18 @@ def starts_at_0(q: torch.Tensor, queries: torch.Tensor) -> Queries:
     return Queries(q, queries, torch.zeros(len(queries) - 1, dtype=torch.int32))
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+BITS = ("K4V8", "K2V2", torch.float32, 5)
+RAW = [
+    ("raw", "K8V8", torch.float32, 1),
+    ("raw", "raw", torch.float16, 2),
+    ("raw", "K4V2", torch.bfloat16, 8),
+]
+USUAL = [("K8V4", "K4V2", torch.bfloat16, 4), ("K4V4", "K8V4", torch.bfloat16, 7)]
+
+
 @pytest.mark.parametrize(
-    ("high", "low", "dtype", "group"),
-    [
-        ("K8V4", "K4V2", torch.bfloat16, 4),
-        ("raw", "K8V8", torch.float32, 1),
-        ("K4V8", "K2V2", torch.float32, 5),
-        ("raw", "raw", torch.float16, 2),
-        ("K4V4", "K8V4", torch.bfloat16, 7),
-        ("raw", "K4V2", torch.bfloat16, 8),
-    ],
+    ("head_dim", "high", "low", "dtype", "group"),
+    [*in_turn([64, 80, 96, 128, 256], [BITS], RAW), *in_turn([64, 80, 96, 128, 256], [], USUAL)],
 )
 def test_sealed(
     implementation: ModuleType,
@@ -83,7 +85,10 @@ def test_sealed(
     dtype: torch.dtype,
     group: int,
 ) -> None:
-    """Ragged heads, sequences without pages or queries, pages shared by two sequences."""
+    """Ragged heads, sequences without pages or queries, pages shared by two sequences.
+
+    Keys and values of all bits with every head_dim.
+    """
     torch.manual_seed(head_dim + group)
     layout = make_layout(
         head_dim=head_dim,

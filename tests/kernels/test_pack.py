@@ -30,6 +30,7 @@ from sglang_diffxkv.kernels.pack import Grades, RawTokens, TokenRows, cpu, naive
 from sglang_diffxkv.kernels.pages import SealedTables
 from tests.support import builders, layouts, torch_pack
 from tests.support.device import DEVICE
+from tests.support.pairs import in_turn
 from tests.support.sealed import Sealed, random_tiers, seal
 from tests.support.torch_pack import dequantize_rows, quantize_rows
 
@@ -79,21 +80,25 @@ def test_measure_agrees_with_layout(high: str, low: str) -> None:
         assert nbytes[page, 0] == cursor
 
 
+SHAPES = [
+    (64, torch.float32),
+    (80, torch.bfloat16),
+    (96, torch.float16),
+    (128, torch.bfloat16),
+    (256, torch.float32),
+]
+ALL_BITS = [("raw", "K8V8"), ("K4V4", "K2V2")]
+
+
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"),
-    [
-        (64, torch.float32),
-        (80, torch.bfloat16),
-        (96, torch.float16),
-        (128, torch.bfloat16),
-        (256, torch.float32),
-    ],
+    ("shape", "high", "low"),
+    in_turn(SHAPES, ALL_BITS, [pair for pair in PAIRS if pair not in ALL_BITS]),
 )
-@pytest.mark.parametrize(("high", "low"), PAIRS)
 def test_implementations_agree(
-    implementation: ModuleType, head_dim: int, high: str, low: str, dtype: torch.dtype
+    implementation: ModuleType, shape: tuple[int, torch.dtype], high: str, low: str
 ) -> None:
     """Same bytes in the arena, nothing written elsewhere, and the same values read back."""
+    head_dim, dtype = shape
     case = reference(head_dim, high, low, dtype)
     sealed = case.sealed
     assert torch.equal(packed_again(implementation, sealed), sealed.arena)

@@ -52,10 +52,10 @@ RESTARTED = ("disk", "ample", "recomputed")
 """Sides that answer after the restart of the one with a disk."""
 BYTES_BF16 = 2
 EXACT: Json = {"window": 0, "learn_share": 0, "demote": False, "target": 4, "raw_share": 0.3}
-CHUNK = 128
-"""With these a page is sealed by itself as soon as it is full and scored, whatever room there is to
-grade it with others, and stays as it is: whether memory is short shows in no answer, unless tokens
-are computed again."""
+CHUNK = 64
+"""With these a page is sealed by itself, not with as many as there is room to grade or to turn at
+once, as soon as it is full and scored, and stays as it is: whether memory is short shows in no
+answer, unless tokens are computed again."""
 REST_S = 3.0
 """Before a restart: an idle server writes to disk what is not there yet."""
 
@@ -242,7 +242,7 @@ def parse() -> argparse.Namespace:
     made.add_argument("--user", type=int, default=100)
     made.add_argument("--answer", type=int, default=12)
     made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--config", type=json.loads, default={}, help="JSON beside `EXACT`")
+    made.add_argument("--config", type=json.loads, default=EXACT, help="JSON instead of `EXACT`")
     made.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     return made.parse_args()
 
@@ -255,8 +255,7 @@ def main() -> None:
     token_bytes = 2 * shape.layers * shape.kv_heads * shape.head_dim * BYTES_BF16
     memory = int(options.memory_mib * MIB)
     with TemporaryDirectory(prefix="levels-") as disk:
-        config = EXACT | options.config
-        bench = Bench(options.model, memory, token_bytes, config, Path(disk))
+        bench = Bench(options.model, memory, token_bytes, options.config, Path(disk))
         found = run(bench, workload, list(options.sides))
     result: Json = {
         "model": options.label,
@@ -265,7 +264,7 @@ def main() -> None:
         "chunk": CHUNK,
         "threads": os.environ.get("OMP_NUM_THREADS", "1"),  # as the harness has it
         "token_bytes": token_bytes,
-        "config": config,
+        "config": options.config,
         "workload": workload._asdict(),
         **found,
     }

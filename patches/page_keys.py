@@ -30,7 +30,7 @@ def give_keys(tree: Any, *, dynamo: bool) -> None:
     """Have pages of an empty ``tree`` given keys from now on.
 
     Args:
-        dynamo: as `PageKeys` takes it.
+        dynamo: whether KV events are published in Dynamo's format.
     """
     setattr(tree, _DYNAMO, dynamo)
 

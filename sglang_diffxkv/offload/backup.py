@@ -66,9 +66,10 @@ class Backup:
         window = slice(self._hand + 1, min(self._hand + WINDOW, d.num_pages) + 1)
         cached = (d.sealed[window] | d.on_host[window]).nonzero().flatten() + window.start
         lacking = self._lacking(cached)
-        if not self._offer(_Lacking(lacking.pages[:BATCH], lacking.keys[:BATCH])):
-            self._left = 0  # until there is more to be written: writing fails, or is no use yet
-        elif len(lacking.keys) <= BATCH:
+        offered = self._offer(_Lacking(lacking.pages[:BATCH], lacking.keys[:BATCH]))
+        if lacking.keys and not offered:
+            self._left = 0  # until more was sealed: nothing can be written now
+        elif offered == len(lacking.keys):
             self._left = max(0, self._left - (window.stop - window.start))
             self._hand = (window.stop - 1) % d.num_pages
 
@@ -78,18 +79,16 @@ class Backup:
         found = [(i, key) for i, key in keys if key is not None and not self._disk.contains(key)]
         return _Lacking(pages[[i for i, _ in found]], [key for _, key in found])
 
-    def _offer(self, lacking: _Lacking) -> bool:
-        """Whether all of them will be written."""
-        if not lacking.keys:
-            return True
-        form = self._form()
+    def _offer(self, lacking: _Lacking) -> int:
+        """How many of them, from the first on, will be written."""
+        form = self._form() if lacking.keys else None
         if form is None:
-            return False
-        offers = zip(lacking.keys, read_payload(self._store, lacking.pages), strict=True)
-        return all(
-            self._writer.offer(key, form.metadata(page), page.frames.numpy())
-            for key, page in offers
-        )
+            return 0
+        payload = read_payload(self._store, lacking.pages)
+        for i, (key, page) in enumerate(zip(lacking.keys, payload, strict=True)):
+            if not self._writer.offer(key, form.metadata(page), page.frames.numpy()):
+                return i
+        return len(payload)
 
     def _form(self) -> PageForm | None:
         """None: the means of keys are not known, or cannot be saved."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
-from tests.support.disk_level import DiskScheduling
+from tests.support.disk_scheduling import DiskScheduling
 from tests.support.published import published
 
 

@@ -13,6 +13,8 @@ from sglang_diffxkv.launch import ServerProcess
 NAMES = ("replica 1", "replica 2")
 MEMORY_BYTES = 8 * 2**20
 """Of each replica: with compression about two thirds of what all tenants say."""
+HOST_BYTES, DISK_BYTES = MEMORY_BYTES // 2, 16 * MEMORY_BYTES
+"""Beside that. Little host memory: what is read from disk comes by way of it."""
 
 Servers = Mapping[str, ServerProcess]
 """By name."""
@@ -47,7 +49,12 @@ def _replica(name: str, device: str, folder: Path) -> ServerProcess:
 
 def _config(folder: Path) -> dict[str, object]:
     """The pool's settings; a replica that is started again finds its `folder` as it left it."""
-    return {"memory_bytes": MEMORY_BYTES}
+    return {
+        "memory_bytes": MEMORY_BYTES,
+        "host_bytes": HOST_BYTES,
+        "disk_path": str(folder / "disk"),
+        "disk_bytes": DISK_BYTES,
+    }
 
 
 def router_options(policy: str) -> Sequence[object]:

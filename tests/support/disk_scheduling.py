@@ -14,6 +14,7 @@ from sglang.srt.managers.scheduler import Scheduler
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.offload.level import DiskLevel
+from sglang_diffxkv.patches.page_keys import give_keys
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.payload import PagePayload, read_payload
 from sglang_diffxkv.pool.sealing import seal
@@ -40,7 +41,7 @@ class DiskScheduling(Scheduling):
         self.level = DiskLevel(self.store, folder, disk_bytes, policy)
         self.requests = Requests()
         self.tree.diffxkv_disk = self.level
-        self.tree.diffxkv_dynamo_keys = False
+        give_keys(self.tree, dynamo=False)
         assert self.store.host is not None
         self.store.host.on_offload.append(self.level.backup.write)
         self.scheduler: Any = SimpleNamespace(tree_cache=self.tree, enable_lmcache=True)

@@ -21,7 +21,6 @@ def name_levels(tree: Any, store: PageStore) -> None:
     recorder, keys, host = tree.tree_core.kv_events, store.directory.key, store.host
     assert host is not None
     events = tree.tree_core.kv_events = LevelRecorder(recorder, PAGE_TOKENS)
-    give_keys(tree, dynamo=recorder.dynamo_format)
     host.on_offload.append(lambda pages: events.offloaded(keys[pages]))
     host.on_load_back.append(lambda pages: events.loaded_back(keys[pages]))
 
@@ -35,6 +34,7 @@ def level_events(tree: Any) -> LevelEvents:
 def _name_levels(result: None, self: Any, params: Any) -> None:
     allocator = find_allocator(params.token_to_kv_pool_allocator)
     if params.enable_kv_cache_events and allocator is not None and allocator.store.host is not None:
+        give_keys(self, dynamo=params.dynamo_kv_event_format)
         name_levels(self, allocator.store)
 
 

@@ -119,6 +119,18 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
         self._page_list[end - len(pages) : end] = pages
         self.free_pages = self._page_list[end - len(pages) :]
 
+    @contextmanager
+    def freeing_later(self) -> Iterator[None]:
+        """What is freed meanwhile is freed at the end, or with the group that SGLang has begun."""
+        if self.free_group is not None:
+            yield
+            return
+        self.free_group_begin()
+        try:
+            yield
+        finally:
+            self.free_group_end()
+
     def commit(self, index: int, length: int, req_to_token: torch.Tensor) -> None:
         """Count what the last verification of a request accepted, before the tree takes its pages.
 

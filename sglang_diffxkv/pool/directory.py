@@ -145,6 +145,16 @@ class PageDirectory:
         self.sealed.index_fill_(0, pages, True)
         self.on_host.index_fill_(0, pages, False)
 
+    def exchange(self, pages: torch.Tensor, others: torch.Tensor) -> None:
+        """``pages`` and ``others`` (int64 [N], all distinct) of the same tokens trade what stands
+        behind them."""
+        to, of = torch.cat([pages, others]), torch.cat([others, pages])
+        for name, table in vars(self).items():
+            if name in ("frames", "heads"):
+                table[:, to] = table[:, of]
+            elif isinstance(table, torch.Tensor) and name != "key":
+                table[to] = table[of]
+
     def never_compressed(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) are of lossless requests, and so never sealed: bool [N]."""
         return self.quality[pages] == Quality.LOSSLESS

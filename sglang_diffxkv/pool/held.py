@@ -27,10 +27,18 @@ class Held(NamedTuple):
     bytes: int
 
 
-def held(store: PageStore, running: RunningRequests, req_to_token: torch.Tensor) -> dict[int, Held]:
-    """What each running request holds, by ``req_pool_index``.
+class HeldPages(NamedTuple):
+    """int64 [N] each, on the device: pages, and whose they are, as the how many-th of the requests.
 
-    Costs O(pages held), and waits for the device.
+    Those of several requests are there several times.
+    """
+
+    page: torch.Tensor
+    owner: torch.Tensor
+
+
+def held_pages(running: RunningRequests, req_to_token: torch.Tensor) -> HeldPages:
+    """Pages of the committed tokens of all running requests; does not wait for the device.
 
     Args:
         req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
@@ -42,14 +50,24 @@ def held(store: PageStore, running: RunningRequests, req_to_token: torch.Tensor)
     positions = (torch.arange(len(owner)) - (pages.cumsum(0) - pages)[owner]) * PAGE_TOKENS
     rows = torch.tensor(indices, dtype=torch.int64)[owner]
     owner, rows, positions = upload(torch.stack([owner, rows, positions]), req_to_token.device)
-    page, d = req_to_token[rows, positions].long() // PAGE_TOKENS, store.directory
-    is_open, sealed = d.raw_slot[page] >= 0, d.sealed[page]
-    counts = torch.stack([is_open.long(), sealed.long(), d.num_frames[page] * sealed])
+    return HeldPages(req_to_token[rows, positions].long() // PAGE_TOKENS, owner)
+
+
+def held(store: PageStore, running: RunningRequests, req_to_token: torch.Tensor) -> dict[int, Held]:
+    """What each running request holds, by ``req_pool_index``.
+
+    Costs O(pages held), and waits for the device.
+
+    Args:
+        req_to_token: int32 [max_requests, max_context], SGLang's ``ReqToTokenPool`` table.
+    """
+    (page, owner), d = held_pages(running, req_to_token), store.directory
+    indices = list(running.by_index)
+    is_open, is_sealed = d.raw_slot[page] >= 0, d.sealed[page]
+    counts = torch.stack([is_open.long(), is_sealed.long(), d.num_frames[page] * is_sealed])
     sums = torch.zeros(3, len(indices), dtype=torch.int64, device=page.device)
     by_request = sums.index_add_(1, owner, counts).T.tolist()
     return {
-        index: Held(length, opened, sealed_pages, store.page_bytes(frames, opened))
-        for index, length, (opened, sealed_pages, frames) in zip(
-            indices, tokens.tolist(), by_request, strict=True
-        )
+        index: Held(running.tokens(index), opened, sealed, store.page_bytes(frames, opened))
+        for index, (opened, sealed, frames) in zip(indices, by_request, strict=True)
     }

@@ -23,7 +23,8 @@ MOVED_AT_ONCE = 256
 
 
 def offload_cold(store: PageStore, held_since: int, headroom: int) -> int:
-    """Offload cold pages, as far as the host has room, until ``headroom`` pages may be opened.
+    """Offload cold pages, as far as the host has room for one more at its worst, until frames allow
+    ``headroom`` pages to be opened.
 
     Args:
         held_since: the step since which every page that a request holds has been used.
@@ -33,10 +34,10 @@ def offload_cold(store: PageStore, held_since: int, headroom: int) -> int:
     """
     ledger, before = store.ledger, store.counters.offloaded
     for pages in _cold_pages(store, held_since):
-        frames = store.directory.num_frames[pages].cumsum(0).cpu()
         wanted = headroom * ledger.worst_frames - ledger.frames_free
-        if wanted <= 0:
+        if wanted <= 0 or ledger.host_free < ledger.worst_frames:
             break
+        frames = store.directory.num_frames[pages].cumsum(0).cpu()
         enough = int((frames < wanted).sum()) + 1  # the last of them may free more than that
         offload(store, pages[: min(enough, int((frames <= ledger.host_free).sum()))])
     return store.counters.offloaded - before
@@ -127,6 +128,20 @@ def _return(store: PageStore, pages: torch.Tensor) -> tuple[torch.Tensor, torch.
     store.totals.add_payload(heads, counts)
     d.load_back(pages, taken, heads)
     return frames, taken
+
+
+def replace(store: PageStore, pages: torch.Tensor, computed: torch.Tensor) -> None:
+    """``pages`` on the host get what was ``computed`` again of the same tokens, open or sealed,
+    without a copy (int64 [N] both, all distinct); ``computed`` get, to be freed with it, what was
+    on the host."""
+    if not len(pages):
+        return
+    d, host = store.directory, host_of(store)
+    d.exchange(pages, computed)
+    host.heads[:, computed] = host.heads[:, pages]
+    store.raw.move(d.raw_slot[pages], pages)
+    for listener in host.on_load_back:
+        listener(pages)
 
 
 def on_host(store: PageStore, pages: torch.Tensor) -> torch.Tensor:

@@ -74,6 +74,8 @@ def adopt(store: PageStore, pages: torch.Tensor, payload: Sequence[PagePayload])
         RuntimeError: the host has no room for them.
     """
     d, layout, host, device = store.directory, store.layout, host_of(store), pages.device
+    if not payload:
+        return
     counts = torch.stack([page.counts for page in payload], dim=1)  # [L, N]
     allocated = store.agree(counts.sum(0, dtype=torch.int32))
     share = Share(len(pages), int(allocated.sum()))

@@ -77,6 +77,12 @@ class RawPages:
         self.counts.index_fill_(0, slots, 0)
         return taken
 
+    def move(self, slots: torch.Tensor, pages: torch.Tensor) -> None:
+        """``slots`` (int [N], distinct where above 0; those below 1 stand for none) are ``pages``'
+        now."""
+        self.page[slots.long().clamp(min=0)] = pages.to(torch.int32)
+        self.page[:1].fill_(0)
+
     def write(self, layer: int, rows: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write K/V [T, H, D] of one layer to ``rows`` (int64 [T], `PageStore.write_rows`)."""
         for pages, new in ((self.keys[layer], k), (self.values[layer], v)):

@@ -91,6 +91,16 @@ class Recency:
         pages = pages[mask]
         return pages[torch.argsort(d.last_used[pages], stable=True)]
 
+    def unheld_full(self, since: int) -> torch.Tensor:
+        """Full pages that may be sealed, and that no step since that one has used; int64 [N]."""
+        pages = self.sealable(slice(None), include_window=True)
+        return pages[self._directory.last_used[pages] < since]
+
+    def any_sealed_before(self, since: int) -> bool:
+        """Whether no step since that one has used some sealed page; looks at all."""
+        d = self._directory
+        return bool((d.sealed & (d.last_used < since)).any())
+
     def never_compressed_unused(self, since: int) -> int:
         """How many pages that are never compressed no step since that one has used.
 

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.capacity import Capacity
 from sglang_diffxkv.pool.demotion import demote_cold
+from sglang_diffxkv.pool.held import held_pages
 from sglang_diffxkv.pool.offload import load_back, offload_cold
 from sglang_diffxkv.pool.running import RunningRequests
 from sglang_diffxkv.pool.sealing import seal
@@ -180,15 +181,33 @@ class Reclaimer:
             demote_cold(self.store, self.held_since, pages)
 
     def _evict(self, tree_cache: Any, pages: int) -> None:
-        """Evict prefixes until frames allow it, or until the host has room for what is warmer."""
-        ledger = self.store.ledger
+        """Evict prefixes until frames allow it."""
+        if self.store.host is not None and tree_cache.supports_prefix_sharing():
+            self._evict_from_host(tree_cache, pages)
+        else:
+            self.evict_until(tree_cache, lambda: self._lacking(pages) <= 0)
 
-        def lacking() -> int:
-            return pages * ledger.worst_frames - ledger.frames_free
+    def _evict_from_host(self, tree_cache: Any, pages: int) -> None:
+        """Evict prefixes as far as the host needs room for what is warmer, and offload that.
 
-        if self.store.host is not None:
-            while lacking() > 0:
-                self.evict_until(tree_cache, lambda: ledger.host_free >= lacking())
-                if not self._offload(tree_cache, pages):
-                    break
-        self.evict_until(tree_cache, lambda: lacking() <= 0)
+        The coldest lie on the host and free nothing here: if nobody's pages are left here, they
+        stay.
+        """
+        store, ledger, worst = self.store, self.store.ledger, self.store.ledger.worst_frames
+        table = tree_cache.req_to_token_pool.req_to_token
+        store.recency.expect(held_pages(self._running, table).page)
+        unheld_since = store.recency.next_step
+        seal(store, store.recency.unheld_full(unheld_since))
+
+        def enough() -> bool:
+            lacking = self._lacking(pages)
+            return lacking <= 0 or ledger.host_free >= lacking + worst
+
+        while self._lacking(pages) > 0 and store.recency.any_sealed_before(unheld_since):
+            self.evict_until(tree_cache, enough)
+            if not offload_cold(store, unheld_since, pages):
+                return
+
+    def _lacking(self, pages: int) -> int:
+        """Frames that lack for ``pages`` at their worst."""
+        return pages * self.store.ledger.worst_frames - self.store.ledger.frames_free

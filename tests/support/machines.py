@@ -73,9 +73,9 @@ class AllocatorMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.allocator = make_allocator(self.policy, host_bytes=self.host_bytes)
-        self.cache = PrefixCache(self.allocator)
-        self.free_indices = list(range(ROWS))
         self.table = torch.zeros(ROWS, LONGEST, dtype=torch.int32)
+        self.cache = PrefixCache(self.allocator, self.table)
+        self.free_indices = list(range(ROWS))
         self.running: list[Request] = []
         self.demotions = torch.zeros_like(self.allocator.store.directory.demotions)
         """Of pages, before they came to be held."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -29,6 +30,12 @@ from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from tests.support.pages import ask, write
 
 VOCABULARY = 1000
+
+
+def prompt(pages: float, seed: int = 0) -> list[int]:
+    """Random tokens, so many pages of them."""
+    rng = random.Random(seed)
+    return [rng.randrange(VOCABULARY) for _ in range(int(pages * PAGE_TOKENS))]
 
 
 class Requests:
@@ -104,8 +111,8 @@ class Scheduling:
             SpeculativeAlgorithm.NONE,
         )
 
-    def prefill(self, preemption: bool = False) -> list[Req]:
-        """One prefill step; who was in it."""
+    def prefill(self, preemption: bool = False, cached: bool = True) -> list[Req]:
+        """One prefill step; who was in it. ``cached``: their prompts, and at once."""
         self.waiting.sort(key=lambda request: -request.priority)
         adder: Any = PrefillAdder(
             PAGE_TOKENS, self.tree, self.allocator, self.running, 0.5, 16384, self.chunk,
@@ -130,10 +137,17 @@ class Scheduling:
         self.chunked = adder.new_chunked_req or self.chunked
         if adder.can_run_list:
             self._run(adder.can_run_list)
+        if cached:
+            self.cache(adder.can_run_list)
         return list(adder.can_run_list)
 
+    def cache(self, requests: Sequence[Req]) -> None:
+        """The results of a prefill have come: prompts go to the tree."""
+        for request in requests:
+            checkpoint_kv_cache(request, self.tree)
+
     def _run(self, requests: list[Req]) -> None:
-        """Allocate for a prefill, note what a backend notes, cache the prompts."""
+        """Allocate for a prefill, note what a backend notes."""
         batch = self._batch(ScheduleBatch, requests)
         batch.prefix_lens = [r.prefix_len for r in requests]
         batch.extend_lens = [r.extend_len for r in requests]
@@ -141,8 +155,6 @@ class Scheduling:
         batch.extend_num_tokens = sum(batch.extend_lens)
         alloc_for_extend(batch)
         self._write(requests, [(r.prefix_len, r.extend_end) for r in requests])
-        for request in requests:
-            checkpoint_kv_cache(request, self.tree)
         self.running.reqs += [r for r in requests if r is not self.chunked]
 
     def _write(self, requests: list[Req], spans: list[tuple[int, int]]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -84,10 +85,17 @@ def allocator_of(
 
 
 class PrefixCache:
-    """Stands in for the radix tree: whole sequences of full pages, the oldest evicted first."""
+    """Stands in for the radix tree: whole sequences of full pages, the oldest evicted first.
 
-    def __init__(self, allocator: DiffXKVAllocator) -> None:
+    Attributes:
+        req_to_token_pool: SGLang's, as far as it is looked at: the table.
+    """
+
+    def __init__(self, allocator: DiffXKVAllocator, table: torch.Tensor | None = None) -> None:
         self.allocator = allocator
+        if table is None:
+            table = torch.zeros(0, 0, dtype=torch.int32)
+        self.req_to_token_pool = SimpleNamespace(req_to_token=table)
         self.sequences: list[torch.Tensor] = []
 
     def supports_prefix_sharing(self) -> bool:

@@ -13,7 +13,7 @@ from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.shared_pages import distinct_pages, paged
 from tests.support.published import published
-from tests.support.scheduling import VOCABULARY, Requests, Scheduling
+from tests.support.scheduling import Requests, Scheduling, prompt
 from tests.support.stores import make_allocator
 
 LOSSLESS, BALANCED = Quality.LOSSLESS, Quality.BALANCED
@@ -34,11 +34,6 @@ def allocator() -> DiffXKVAllocator:
 
 
 make = Requests()
-
-
-def prompt(pages: float, seed: int = 0) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(VOCABULARY) for _ in range(int(pages * PAGE_TOKENS))]
 
 
 def with_cached_prefix(

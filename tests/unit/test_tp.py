@@ -21,6 +21,8 @@ from sglang_diffxkv.policy.importance.file import load_importance, save_importan
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.demotion import demote_cold
 from sglang_diffxkv.pool.integrity import check_integrity
+from sglang_diffxkv.pool.offload import load_back, offload_cold, replace
+from sglang_diffxkv.pool.payload import adopt, read_payload
 from sglang_diffxkv.pool.ranks import Agree, alone
 from sglang_diffxkv.pool.reclaim import seal_cold
 from sglang_diffxkv.pool.sealing import seal
@@ -35,6 +37,7 @@ T = TypeVar("T")
 SHARED_TABLES = (
     "raw_slot",
     "sealed",
+    "on_host",
     "num_frames",
     "position",
     "context",
@@ -99,20 +102,22 @@ def assert_alike(first: PageStore, second: PageStore) -> None:
         tables = [getattr(store.directory, name) for store in (first, second)]
         assert torch.equal(*tables), name
     assert torch.equal(first.raw.page, second.raw.page)
-    sealed = first.directory.sealed.nonzero().flatten()
-    owned = [store.directory.owned(sealed) for store in (first, second)]
-    assert torch.equal(torch.maximum(*owned), first.directory.num_frames[sealed])
+    d = first.directory
+    has_frames = (d.sealed | d.on_host).nonzero().flatten()
+    owned = [store.directory.owned(has_frames) for store in (first, second)]
+    assert torch.equal(torch.maximum(*owned), d.num_frames[has_frames])
     for store in (first, second):
         assert check_integrity(store) == []
 
 
 @pytest.mark.parametrize("policy", ["diffkv", "diffxkv"])
 def test_stores_stay_alike(policy: str) -> None:
-    """Opened, sealed, demoted and freed at random: charges are the maximum of what ranks take."""
+    """Opened, sealed, demoted, moved to the host and back, adopted there and freed at random:
+    charges are the maximum of what ranks take, wherever pages lie."""
     rng = random.Random(7)
     differed = [False, False]
     with Ranks() as ranks:
-        stores = [make_store(policy, 6 << 20) for _ in range(2)]
+        stores = [make_store(policy, 6 << 20, host_bytes=1 << 20) for _ in range(2)]
         generators = [torch.Generator().manual_seed(rank) for rank in range(2)]
         for rank, store in enumerate(stores):
             store.agree = ranks.agree(rank)
@@ -163,8 +168,36 @@ def test_stores_stay_alike(policy: str) -> None:
             more = rng.randint(1, 6)
             on_both(lambda s: seal_cold(s, s.ledger.headroom + more, include_window=True))
 
-        for _ in range(150):
-            rng.choice([open_some, open_some, seal_some, seal_coldest, demote_some, release_some])()
+        def offload_some() -> None:
+            more, held_since = rng.randint(1, 30), stores[0].recency.step + rng.randint(-2, 1)
+            on_both(lambda s: offload_cold(s, held_since, s.ledger.frame_headroom + more))
+
+        def some_on_host() -> torch.Tensor:
+            away = stores[0].directory.on_host.nonzero().flatten()
+            return away[torch.randperm(len(away))[: rng.randint(0, 8)]]
+
+        def load_some_back() -> None:
+            pages = some_on_host()
+            if stores[0].share(pages).frames <= stores[0].ledger.frames_free:
+                on_both(lambda store: load_back(store, pages))
+
+        def adopt_some() -> None:
+            pages = some_on_host()
+            if stores[0].share(pages).frames <= stores[0].ledger.host_free:
+                copies = torch.tensor(sorted(free)[: len(pages)])
+                free.difference_update(copies.tolist())
+                held.update(copies.tolist())
+                on_both(lambda store: adopt(store, copies, read_payload(store, pages)))
+
+        def replace_some() -> None:
+            pages, computed = some_on_host(), stores[0].directory.raw_slot.gt(0).nonzero().flatten()
+            number = min(len(pages), len(computed))
+            on_both(lambda store: replace(store, pages[:number], computed[:number]))
+
+        seal_or_free = [open_some, open_some, seal_some, seal_coldest, demote_some, release_some]
+        move = [offload_some, offload_some, load_some_back, adopt_some, replace_some]
+        for _ in range(300):
+            rng.choice([*seal_or_free, *move])()
             assert_alike(*stores)
             for rank, store in enumerate(stores):
                 sealed = store.directory.sealed.nonzero().flatten()
@@ -172,6 +205,7 @@ def test_stores_stay_alike(policy: str) -> None:
                 differed[rank] |= bool(short.any())
         counters = stores[0].counters
     assert min(counters.sealed, counters.demoted, counters.released) > 20
+    assert min(counters.offloaded, counters.loaded_back, counters.prefetched) > 20
     assert all(differed), "each rank takes fewer than are allocated, at times"
 
 
@@ -180,8 +214,8 @@ class RankMachine(AllocatorMachine):
 
     rank = 0
 
-    def _touch(self, decodes: bool) -> None:
-        super()._touch(decodes)
+    def _touch(self, decodes: bool, start: int = 0) -> None:
+        super()._touch(decodes, start)
         store = self.allocator.store
         pages = store.raw.page[1:].long()
         pages = pages[pages > 0]
@@ -215,13 +249,17 @@ def test_allocators_decide_alike() -> None:
             tokens, answer = rng.randint(100, 700), rng.randint(1, 200)
             quality = rng.choices([Quality.BALANCED, Quality.LOSSLESS], [5, 1])[0]
             on_both(lambda m: m.prefill(tokens=tokens, answer=answer, quality=quality))  # noqa: B023
+            if machines[0].cache.sequences:
+                more = rng.randint(1, 200)
+                on_both(lambda m: m.prefill_behind_a_prefix(data=first, tokens=more))  # noqa: B023
             for _ in range(rng.randint(0, 15)):
                 on_both(lambda m: m.decode())
             while len(machines[0].running) > 2:
                 on_both(lambda m: m.finish(data=first, cached=True))
             on_both(lambda m: m.consistent())
         counters = machines[0].allocator.store.counters
-    assert min(counters.sealed, counters.demoted, counters.evicted) > 20
+    assert min(counters.sealed, counters.demoted, counters.evicted, counters.offloaded) > 20
+    assert counters.loaded_back > 0
     assert ranks.agreements > 20
 
 

@@ -129,6 +129,8 @@ class Chats:
         self._moved = moved
         loaded, read = (now - then for now, then in zip(moved, before, strict=True))
         output = last["output_ids"]
+        if len(output) != self._answer:
+            raise SystemExit(f"no whole answer: {last['meta_info']['finish_reason']}")
         self.turns.append(Turn(chat, turn, len(prompt), cached, ttft * 1e3, loaded, read, output))
         prompt += output
 
@@ -193,7 +195,7 @@ def run(bench: Bench, workload: Workload, sides: list[str]) -> Json:
             turn_of[chat] += 1
             if (number + 1) % workload.chats == 0:
                 print(f"{number + 1} of {workload.chats * workload.turns} turns", flush=True)
-        turns = {side: chats.turns for side, chats in all_chats.items()}
+        turns = {side: chats.turns.copy() for side, chats in all_chats.items()}
         stats = {side: chats.stats() for side, chats in all_chats.items()}
         again = warm_start(bench, workload, all_chats, messages) if "disk" in sides else {}
     return {"turns": compared(turns), "stats": stats, "restarted": compared(again)}

@@ -79,6 +79,24 @@ def check_prefix_cache(view: Any, model: "ModelConfig") -> None:
         )
 
 
+def check_disk(view: Any, model: "ModelConfig") -> None:
+    """Check that pages on disk are all that a server needs to go on with a prompt.
+
+    Raises:
+        ValueError: they are not.
+    """
+    lacking = {
+        "--disable-radix-cache": view.disable_radix_cache,
+        "sliding windows, whose K/V is SGLang's": model.is_hybrid_swa,
+        "linear attention, whose states are SGLang's": mambaish_config(model) is not None,
+        f"--speculative-algorithm {view.speculative_algorithm}, whose draft model has K/V of its "
+        "own": view.speculative_algorithm not in (None, "NGRAM"),
+    }
+    found = next((name for name, present in lacking.items() if present), None)
+    if found is not None:
+        raise ValueError(f"disk_path does not go with {found}: leave disk_path out")
+
+
 def _unsupported_kind(model: "ModelConfig") -> str | None:
     return next((kind for kind, present in kinds_of(model).items() if present), None)
 

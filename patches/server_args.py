@@ -23,7 +23,11 @@ from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig, load_config
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches.capabilities import check_capabilities
 from sglang_diffxkv.patches.hook import hook
-from sglang_diffxkv.patches.model_validation import check_model_config, check_prefix_cache
+from sglang_diffxkv.patches.model_validation import (
+    check_disk,
+    check_model_config,
+    check_prefix_cache,
+)
 from sglang_diffxkv.patches.speculation import (
     check_speculation,
     choose_chains,
@@ -151,6 +155,8 @@ def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_kv_dtype(view.kv_cache_dtype, model.dtype)
             check_model_config(model, server_args._diffxkv, view.tp_size)
             check_prefix_cache(view, model)
+            if server_args._diffxkv.disk_path is not None:
+                check_disk(view, model)
         choose_draft_attention(server_args, model)
         if model.is_hybrid_swa:
             _standing_in(server_args, previous)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.arg_groups.overrides import resolving_view
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 from sglang.srt.plugins import load_plugins
 from sglang.srt.runtime_context import publish, restore_context, snapshot_context
@@ -21,7 +22,7 @@ from torch import nn
 
 from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig
 from sglang_diffxkv.kernels.cpu import build
-from sglang_diffxkv.patches.model_validation import check_layers
+from sglang_diffxkv.patches.model_validation import check_disk, check_layers
 from sglang_diffxkv.patches.server_args import fraction_is_given, get_config, is_active
 from sglang_diffxkv.patches.validation import WORKER_APP
 from tests.support.demo_model import write_demo_model
@@ -540,3 +541,36 @@ def test_a_refused_launch_prints_one_line_and_no_traceback(model: str) -> None:
     assert done.returncode == 1
     assert re.search(r"^sglang_diffxkv: --pp-size 2 .*; use 1$", done.stderr, re.MULTILINE)
     assert "Traceback" not in done.stderr
+
+
+DISK = ("--diffxkv-config", '{"host_bytes": "1MiB", "disk_path": "pages", "disk_bytes": "1GiB"}')
+
+
+def test_a_disk_goes_with_what_has_all_its_kv_in_pages(model: str, tmp_path: Path) -> None:
+    resolve(model, *OURS, *DISK)
+    resolve(model, *OURS, *DISK, *NGRAM)
+    draft = (*STANDALONE, "--speculative-draft-model-path", model)
+    assert "STANDALONE" in refusal(model, *OURS, *DISK, *draft)
+    linear = write_config(tmp_path, "FalconH1ForCausalLM", HYBRIDS["FalconH1ForCausalLM"])
+    assert "linear attention" in refusal(linear, *OURS, *DISK)
+
+
+def test_a_disk_does_not_go_with_window_layers(model: str) -> None:
+    view = resolving_view(resolve(model, *OURS))
+    config = ModelConfig(model)
+    check_disk(view, config)
+    config.is_hybrid_swa = True
+    with pytest.raises(ValueError, match="disk_path does not go with sliding windows"):
+        check_disk(view, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ('{"disk_path": "pages", "disk_bytes": "1GiB"}', "disk_path needs host_bytes"),
+        ('{"disk_path": "pages", "host_bytes": "1MiB"}', "need each other"),
+        ('{"disk_bytes": "1GiB", "host_bytes": "1MiB"}', "need each other"),
+    ],
+)
+def test_settings_of_a_disk_need_each_other(model: str, config: str, text: str) -> None:
+    assert text in refusal(model, *OURS, "--diffxkv-config", config)

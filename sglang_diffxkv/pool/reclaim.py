@@ -83,6 +83,8 @@ class Reclaimer:
             store.settle()
         if ledger.headroom < pages:
             store.counters.reclaims += 1
+            if ledger.raw_free >= pages:  # only frames lack: what costs no accuracy comes first
+                self._offload(tree_cache, pages)
             seal_cold(store, pages, include_window=False)
             self._free_frames(tree_cache, pages)
             self.evict_for_raw_pages(tree_cache, num_tokens)

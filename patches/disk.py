@@ -21,6 +21,7 @@ from sglang_diffxkv.offload.disk.identity import identity_of
 from sglang_diffxkv.offload.identity import of_layout, of_model, of_settings
 from sglang_diffxkv.offload.level import DiskLevel
 from sglang_diffxkv.patches.hook import SGLANG_VERSION, hook
+from sglang_diffxkv.patches.kv_events import level_events
 from sglang_diffxkv.patches.page_keys import give_keys
 from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.pool.allocator import find_allocator
@@ -65,7 +66,7 @@ def _open(self: Any) -> None:
     store = allocator.store
     try:
         identity = _identity(self, store.layout)
-        level = DiskLevel(store, folder, config.disk_bytes, identity)
+        level = DiskLevel(store, level_events(self.tree_cache), folder, config.disk_bytes, identity)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"diffxkv: disk_path = {config.disk_path!r}: {error}") from error
     found, tree = level.stats["pages"], self.tree_cache

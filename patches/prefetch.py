@@ -60,7 +60,7 @@ def _gate(original: Callable[..., bool], self: Any, request: Any) -> bool:
         return False
     arrived = level.prefetcher.take(request)
     if arrived is not None:
-        span = adopt_arrived(self, allocator, arrived)
+        span = adopt_arrived(self, allocator, level.events, arrived)
         if span.tokens:
             self.prefetch_loaded_tokens_by_reqid[request] = span.tokens
             self.prefetch_loaded_storage_start_by_reqid[request] = span.start

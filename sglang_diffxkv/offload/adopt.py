@@ -11,6 +11,7 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 
 from sglang_diffxkv.kernels.gpu.transfer import upload
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.offload.events import LevelEvents
 from sglang_diffxkv.offload.keys import to_numbers
 from sglang_diffxkv.offload.prefetch import Arrived, Prompt
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
@@ -24,10 +25,15 @@ class Span(NamedTuple):
     tokens: int
 
 
-def adopt_arrived(tree: Any, allocator: DiffXKVAllocator, arrived: Arrived) -> Span:
+def adopt_arrived(
+    tree: Any, allocator: DiffXKVAllocator, events: LevelEvents, arrived: Arrived
+) -> Span:
     """Have as many of them in the tree as there is room for, behind what it has of the prompt.
 
     The tree may have got some of them meanwhile, or may have lost what comes before.
+
+    Args:
+        events: are told that the pages are on the host, and on disk.
     """
     last = arrived.first + len(arrived.payload)
     matched = tree.match_prefix(MatchPrefixParams(key=_key(arrived.prompt, last)))
@@ -46,17 +52,20 @@ def adopt_arrived(tree: Any, allocator: DiffXKVAllocator, arrived: Arrived) -> S
     pages = allocator.take_free(count)
     adopt(allocator.store, pages, payload[:count])
     begin = have - arrived.first
-    keys = torch.from_numpy(to_numbers(b"".join(arrived.keys[begin : begin + count])))
-    allocator.store.directory.key[pages] = upload(keys, pages.device)
+    keys = arrived.keys[begin : begin + count]
+    numbers = torch.from_numpy(to_numbers(b"".join(keys)))
+    allocator.store.directory.key[pages] = upload(numbers, pages.device)
     token = torch.arange(PAGE_TOKENS, device=pages.device)
     new = (pages[:, None] * PAGE_TOKENS + token).flatten()
-    tree.insert(
-        InsertParams(
-            key=_key(arrived.prompt, have + count),
-            value=torch.cat([slots.to(new.device), new]),
-            prev_prefix_len=len(slots),
+    with events.adopting():
+        tree.insert(
+            InsertParams(
+                key=_key(arrived.prompt, have + count),
+                value=torch.cat([slots.to(new.device), new]),
+                prev_prefix_len=len(slots),
+            )
         )
-    )
+    events.backed_up(keys)
     return Span(len(slots), len(new))
 
 

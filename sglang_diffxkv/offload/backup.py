@@ -10,6 +10,7 @@ import torch
 
 from sglang_diffxkv.offload.disk.store import DiskStore
 from sglang_diffxkv.offload.disk.writer import Writer
+from sglang_diffxkv.offload.events import LevelEvents
 from sglang_diffxkv.offload.keys import from_numbers
 from sglang_diffxkv.offload.means import SavedMeans
 from sglang_diffxkv.offload.records import PageForm
@@ -36,9 +37,15 @@ class Backup:
     """
 
     def __init__(
-        self, store: PageStore, disk: DiskStore, writer: Writer, means: SavedMeans
+        self,
+        store: PageStore,
+        disk: DiskStore,
+        writer: Writer,
+        means: SavedMeans,
+        events: LevelEvents,
     ) -> None:
         self._store, self._disk, self._writer, self._means = store, disk, writer, means
+        self._events = events
         self._hand, self._left, self._sealed = 0, 0, 0
 
     @property
@@ -86,7 +93,9 @@ class Backup:
             return 0
         payload = read_payload(self._store, lacking.pages)
         for i, (key, page) in enumerate(zip(lacking.keys, payload, strict=True)):
+            self._events.backing_up([key])
             if not self._writer.offer(key, form.metadata(page), page.frames.numpy()):
+                self._events.dropped_from_disk([key])
                 return i
         return len(payload)
 

@@ -12,6 +12,7 @@ from sglang_diffxkv.offload.disk.identity import digest, subfolder
 from sglang_diffxkv.offload.disk.reader import Reader, Records
 from sglang_diffxkv.offload.disk.store import DiskStore
 from sglang_diffxkv.offload.disk.writer import Writer
+from sglang_diffxkv.offload.events import LevelEvents
 from sglang_diffxkv.offload.means import SavedMeans
 from sglang_diffxkv.offload.prefetch import Prefetcher
 from sglang_diffxkv.offload.records import PageForm
@@ -28,13 +29,16 @@ again by what was read."""
 class DiskLevel:
     """Attributes:
     backup, prefetcher: the two directions.
+    events: who is told what becomes of pages.
     is_on: False once it has been switched off; then nothing is on disk, and nothing gets there.
     """
 
-    def __init__(self, store: PageStore, folder: Path, nbytes: int, identity: str) -> None:
-        """``nbytes``, ``identity``: as `DiskStore` takes them, and raises for."""
+    def __init__(
+        self, store: PageStore, events: LevelEvents, folder: Path, nbytes: int, identity: str
+    ) -> None:
+        """``folder`` and what follows: as `DiskStore` takes them, and raises for."""
         self.is_on = True
-        self._store = store
+        self._store, self.events = store, events
         self._disk = DiskStore(folder, nbytes, identity)
         path = subfolder(folder, digest(identity)) / "key_means"
         self._means = SavedMeans(path, store.key_means, store.layout.rotates)
@@ -42,10 +46,11 @@ class DiskLevel:
         if not self._means.restore() and found:
             log.warning("disk: %d pages are discarded: the means of their keys are gone", found)
             self._disk.clear()
+        self._disk.on_written, self._disk.on_removed = events.backed_up, events.dropped_from_disk
         buffer = int(store.ledger.host_total * store.layout.frame_bytes * BUFFER_SHARE)
         self._writer = Writer(self._disk, buffer)
         self._reader = Reader(self._disk)
-        self.backup = Backup(store, self._disk, self._writer, self._means)
+        self.backup = Backup(store, self._disk, self._writer, self._means, events)
         self.prefetcher = Prefetcher(self._disk, self._reader, self._decode, store.agree, buffer)
 
     @property

@@ -13,6 +13,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler import Scheduler
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.offload.events import LevelEvents, NoEvents
 from sglang_diffxkv.offload.level import DiskLevel
 from sglang_diffxkv.patches.page_keys import give_keys
 from sglang_diffxkv.policy.quality import Quality
@@ -35,10 +36,11 @@ class DiskScheduling(Scheduling):
         mib: float = 6,
         host_bytes: int = 4 << 20,
         disk_bytes: int = 1 << 28,
+        events: LevelEvents | None = None,
     ) -> None:
         super().__init__(make_allocator(policy, mib, host_bytes=host_bytes), rows=8)
         self.store = self.allocator.store
-        self.level = DiskLevel(self.store, folder, disk_bytes, policy)
+        self.level = DiskLevel(self.store, events or NoEvents(), folder, disk_bytes, policy)
         self.requests = Requests()
         self.tree.diffxkv_disk = self.level
         give_keys(self.tree, dynamo=False)

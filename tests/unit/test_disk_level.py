@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
+from sglang_diffxkv.offload.events import NoEvents
 from tests.support.disk_scheduling import DiskScheduling
 from tests.support.published import published
 
@@ -53,3 +54,47 @@ def test_a_server_finds_what_another_has_written(tmp_path: Path, policy: str) ->
     assert healthy(second)
     second.write_all()
     assert second.level.stats["written"] == 0
+
+
+class Told(NoEvents):
+    """What becomes of pages, in the order in which it is told."""
+
+    def __init__(self) -> None:
+        self.of: dict[bytes, list[str]] = {}
+
+    def backing_up(self, keys: Sequence[bytes]) -> None:
+        self._note(keys, "backing up")
+
+    def backed_up(self, keys: Sequence[bytes]) -> None:
+        self._note(keys, "backed up")
+
+    def dropped_from_disk(self, keys: Sequence[bytes]) -> None:
+        self._note(keys, "dropped")
+
+    def _note(self, keys: Sequence[bytes], what: str) -> None:
+        for key in keys:
+            self.of.setdefault(key, []).append(what)
+
+
+def test_who_listens_is_told_of_every_page(tmp_path: Path) -> None:
+    told = Told()
+    first = DiskScheduling(tmp_path, events=told)
+    first.serve(prompt(0))
+    first.write_all()
+    assert list(told.of.values()) == [["backing up", "backed up"]] * 6
+    written = set(told.of)
+    first.level.close()
+    told = Told()
+    second = DiskScheduling(tmp_path, events=told)
+    second.serve(prompt(0))
+    assert told.of == {key: ["backed up"] for key in written}
+    second.level.close()
+
+
+def test_what_was_not_written_is_dropped(tmp_path: Path) -> None:
+    told = Told()
+    server = DiskScheduling(tmp_path, events=told, disk_bytes=1 << 12)  # not even one
+    server.serve(prompt(0))
+    server.write_all()
+    assert told.of and all(x[0] == "backing up" and x[1] == "dropped" for x in told.of.values())
+    server.level.close()

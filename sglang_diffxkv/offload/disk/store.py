@@ -44,8 +44,9 @@ def segment_bytes(nbytes: int) -> int:
 
 
 class DiskStore:
-    """``on_removed``: told the keys of records that fell off or turned out damaged, on the thread
-    that found it; not those of `clear`."""
+    """``on_written``: told the keys of records that are here now, on the thread that wrote them.
+    ``on_removed``: of those that fell off, turned out damaged or were not written after all, on the
+    thread that found it; not those of `clear`."""
 
     def __init__(self, folder: Path, nbytes: int, identity: bytes | str) -> None:
         """Opens what is there; reads headers or indices, not payloads.
@@ -60,6 +61,7 @@ class DiskStore:
             FolderInUse: another process has this identity's sub-folder.
             OSError: the folder cannot be created or written to.
         """
+        self.on_written: Callable[[list[bytes]], None] = lambda keys: None
         self.on_removed: Callable[[list[bytes]], None] = lambda keys: None
         self.counts = Counts()
         self._nbytes, self._segment_bytes = nbytes, segment_bytes(nbytes)
@@ -118,10 +120,12 @@ class DiskStore:
                     return
                 if self._lock is None or need + EMPTY_BYTES > self._nbytes:
                     self.counts.add("dropped")
+                    removed.append(key)
                     return
                 self._make_room(need + EMPTY_BYTES, removed)
                 self._append(key, metadata, view)
                 self.counts.add("written")
+            self.on_written([key])
         finally:
             if removed:
                 self.on_removed(removed)

@@ -89,8 +89,8 @@ class Writer:
     def _is_idle(self) -> bool:
         return not self._queue and not self._busy
 
-    def _forget(self) -> int:
-        forgotten = len(self._queue)
+    def _forget(self) -> list[bytes]:
+        forgotten = list(self._queue)
         self._queued_bytes -= sum(offered.nbytes for offered in self._queue.values())
         self._queue.clear()
         return forgotten
@@ -115,18 +115,19 @@ class Writer:
         try:
             self._store.put(key, *offered)
         except Exception as error:  # whatever it is, it must not end the thread
-            self._stop_for_a_while(error)
+            self._stop_for_a_while(key, error)
         else:
             if self._failing:
                 self._failing = False
                 log.info("disk: writing again")
 
-    def _stop_for_a_while(self, error: Exception) -> None:
+    def _stop_for_a_while(self, key: bytes, error: Exception) -> None:
         with self._changed:
             self._resume_at = time.monotonic() + self._pause
-            lost = 1 + self._forget()
+            lost = [key, *self._forget()]
         self._store.counts.add("errors")
-        self._store.counts.add("dropped", lost)
+        self._store.counts.add("dropped", len(lost))
+        self._store.on_removed(lost)
         if not self._failing:
             self._failing = True
             log.warning("disk: nothing is written until it works again: %s", error)

@@ -19,6 +19,7 @@ from sglang_diffxkv.policy.budgeting.plan import Plan, solve_plan
 from sglang_diffxkv.policy.budgeting.sketch import ImportanceSketch
 from sglang_diffxkv.policy.methods.diffxkv import DiffXKVPolicy
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.offload import load_back, offload
 from sglang_diffxkv.pool.sealing import seal
 from sglang_diffxkv.pool.store import PageStateError, PageStore
 from tests.support.device_server import HEADS, LAYERS, Server
@@ -34,9 +35,10 @@ def started(
     lengths: tuple[int, int] = (130, 62),
     *,
     predicts: bool = False,
+    host_bytes: int = 0,
 ) -> Server:
     """Two requests that decode; the second one may have asked for a quality."""
-    server = Server(policy, predicts=predicts)
+    server = Server(policy, predicts=predicts, host_bytes=host_bytes)
     requests = [running(Quality.BALANCED, 0), running(second, 0)]
     server.allocator.running.enter([2, 1], requests)
     server.extend(list(lengths))
@@ -75,6 +77,30 @@ def test_decode_steps_with_statistics_do_not_wait(policy: str, second: Quality) 
         assert found == []
     assert server.store.counters.opened == opened + 1
     assert 0 < stats.full_token_usage < 1
+    assert server.allocator.check() == []
+
+
+@pytest.mark.usefixtures("noticing_device")
+@pytest.mark.parametrize("policy", ["diffxkv", "uniform"])
+def test_decode_steps_do_not_wait_for_what_comes_back_from_the_host(policy: str) -> None:
+    """Nor those that seal beside it, nor who finishes meanwhile with a page that is there."""
+    server = started(policy, Quality.BALANCED, lengths=(126, 62), host_bytes=400_000)
+    store = server.store
+    if isinstance(store.policy, DiffXKVPolicy):
+        store.policy.learner.plan = some_plan(store)
+    slots = [cached(server) for _ in range(3)]
+    pages = [x[:1] // PAGE_TOKENS for x in slots]
+    server.decode(checks=False)
+    offload(store, torch.cat(pages))
+    load_back(store, pages[0])
+    with waits() as found:
+        for step in range(6):
+            server.decode(checks=False)
+            if step == 1:
+                server.allocator.free_segment(slots[1], start_pos=0)
+            load_snapshot(server)
+        assert found == []
+    assert store.ledger.host_pages == 1 and store.ledger.sealed_pages == 2
     assert server.allocator.check() == []
 
 

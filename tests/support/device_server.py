@@ -16,7 +16,8 @@ from sglang_diffxkv.policy.importance.features import Rotary
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
 from sglang_diffxkv.pool.kv_pool import DiffXKVPool
 from sglang_diffxkv.pool.sizing import DEMOTION_SLACK
-from tests.support.fake_device import DEVICE, Event
+from tests.support.fake_device import DEVICE
+from tests.support.fake_streams import Event
 from tests.support.importance import random_importance
 from tests.support.policies import Shape, config_of
 from tests.support.stores import PrefixCache, make_store
@@ -29,10 +30,10 @@ WINDOW = 64
 class Server:
     """As much of SGLang as drives the backend: rows of requests, an allocator, forward passes."""
 
-    def __init__(self, policy: str, *, predicts: bool = False) -> None:
+    def __init__(self, policy: str, *, predicts: bool = False, host_bytes: int = 0) -> None:
         self.store = store = make_store(
             policy, 2 << 20, DEMOTION_SLACK, shape=SHAPE, raw_share=0.5, device=DEVICE,
-            window=WINDOW,
+            window=WINDOW, host_bytes=host_bytes,
         )  # fmt: skip
         if predicts:
             model = random_importance(Rotary(DIM), SHAPE)

@@ -4,7 +4,7 @@
 What runs on it is what runs on a GPU, with kernels in Triton's interpreter, and Python's bindings
 do what they do for CUDA tensors. An operation that mixes host and device raises, and so does a copy
 to the device that our own code waits for, if only of a number that is assigned to an element. What
-else a GPU would make the host wait for is noted.
+else a GPU would make the host wait for is noted. Of streams see `fake_streams`.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from sglang_diffxkv.kernels.basis.rotation import hadamard
 from sglang_diffxkv.kernels.extend import flashinfer
 from sglang_diffxkv.kernels.gpu import launch
 from sglang_diffxkv.policy.budgeting import caps
+from tests.support import fake_streams
+from tests.support.fake_streams import Event, Stream
 
 DEVICE = "cuda"
 _CACHES = (hadamard, caps._size_table)
@@ -46,10 +48,13 @@ _WAITS = (
 """Their results, or the shapes of these, are for the host; so are those of all unique ones."""
 _UNIQUE, _REPEAT = "unique", "aten::repeat_interleave"
 _ROOT = Path(launch.__file__).resolve().parents[2]
+_FAKES = (__file__, fake_streams.__file__)
 _INDEXES = ("aten::index", "aten::index_put_", "aten::index_put")
 _waits: list[str] = []
 _pinned: list[torch.Tensor] = []
 """Kept, so that no other memory comes to lie there."""
+_registered: list[range] = []
+"""Addresses that were pinned in place."""
 
 
 class OnDevice(torch.Tensor):
@@ -73,6 +78,10 @@ class OnDevice(torch.Tensor):
     def tolist(self) -> Any:
         _note_wait("tolist")
         return self.host.tolist()
+
+    def record_stream(self, stream: Any) -> None:
+        assert isinstance(stream, Stream)
+        stream.used.add(self.host.untyped_storage().data_ptr())
 
     def __repr__(self) -> str:
         return f"OnDevice({self.host})"
@@ -102,32 +111,22 @@ class _Calls(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class Event:
-    """`torch.cuda.Event`: done once the host has the results of the forward pass before it."""
-
-    launched = 0
-    """Forward passes so far."""
-    seen = 0
-    """Of those, whose results the host has."""
-
-    def record(self) -> None:
-        self._pass = Event.launched
-
-    def query(self) -> bool:
-        return self._pass <= Event.seen
-
-    def synchronize(self) -> None:
-        if not self.query():
-            _note_wait("synchronize")
-
-
 def _pin(host: torch.Tensor) -> torch.Tensor:
     _pinned.append(host)
     return host
 
 
+def _register(address: int, nbytes: int, flags: int) -> int:
+    """`cudaHostRegister`."""
+    _registered.append(range(address, address + nbytes))
+    return 0
+
+
 def _is_pinned(host: torch.Tensor) -> bool:
-    return any(host.data_ptr() == other.data_ptr() for other in _pinned)
+    address = host.data_ptr()
+    return any(address == other.data_ptr() for other in _pinned) or any(
+        address in memory for memory in _registered
+    )
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -153,7 +152,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         kwargs = {**kwargs, "device": torch.device("cpu")}
     out = func(*tree_map(_host, args), **tree_map(_host, kwargs))
     if func._schema.is_mutable:
-        return args[0]
+        return kwargs.get("out", args[0] if args else None)
     return tree_map(_on_device, out) if on_device else out
 
 
@@ -190,7 +189,7 @@ def _makes_the_host_wait(name: str, args: Any, kwargs: dict[str, Any]) -> bool:
 def _caller() -> traceback.FrameSummary:
     """Who called torch."""
     stack = [x for x in traceback.extract_stack() if "/torch/" not in x.filename]
-    return next(x for x in reversed(stack) if x.filename != __file__)
+    return next(x for x in reversed(stack) if x.filename not in _FAKES)
 
 
 def _is_ours(caller: traceback.FrameSummary) -> bool:
@@ -222,12 +221,18 @@ def _on_device(x: Any) -> Any:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """`launch.launch`, of tensors of the device only."""
+    """`launch.launch`, of tensors of the device, or pinned ones of the host."""
     for name, x in arguments.items():
-        if any(isinstance(y, torch.Tensor) and not isinstance(y, OnDevice) for y in tree_leaves(x)):
+        tensors = [y for y in tree_leaves(x) if isinstance(y, torch.Tensor)]
+        if any(not isinstance(y, OnDevice) and not _is_pinned(y) for y in tensors):
             raise RuntimeError(f"{kernel}: {name} has a tensor of the host")
-    with _disable_current_modes():
-        launch.launch(kernel, grid, **tree_map(_host, arguments))
+    hosts = tree_map(_host, arguments)
+
+    def work() -> None:
+        with _disable_current_modes():
+            launch.launch(kernel, grid, **hosts)
+
+    fake_streams.run_or_put_off(work)
 
 
 @cache
@@ -246,6 +251,11 @@ def fake_device() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, _Calls(), _Operations():
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "stream", fake_streams.stream)
+        patch.setattr(torch.cuda, "current_stream", fake_streams.current_stream)
+        patch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=_register))
+        patch.setattr(fake_streams, "note_wait", _note_wait)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
         patch.setattr(flashinfer, "supports", lambda q, softmax: False)
@@ -257,7 +267,8 @@ def fake_device() -> Iterator[None]:
 
 
 def _reset() -> None:
-    Event.launched = Event.seen = 0
+    fake_streams.reset()
     _pinned.clear()
+    _registered.clear()
     for table in _CACHES:
         table.cache_clear()

@@ -17,6 +17,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang_diffxkv.attention.device_backend import DeviceBackend
 from sglang_diffxkv.kernels.gpu.launch import recorded
 from sglang_diffxkv.policy.quality import Quality
+from sglang_diffxkv.pool.ledger import Share
+from sglang_diffxkv.pool.offload import on_host
 from sglang_diffxkv.pool.running import RunningRequest, RunningRequests
 from tests.support.policies import Shape, config_of
 from tests.support.stores import make_store
@@ -26,8 +28,8 @@ LAYERS, HEADS, DIM, _ = SHAPE
 BATCH = 5
 
 
-def meta_backend(policy: str) -> DeviceBackend:
-    store = make_store(policy, 16 << 20, 2.0, shape=SHAPE, device="meta")
+def meta_backend(policy: str, host_bytes: int = 0) -> DeviceBackend:
+    store = make_store(policy, 16 << 20, 2.0, shape=SHAPE, device="meta", host_bytes=host_bytes)
     table = torch.empty(8, 1024, dtype=torch.int32, device="meta")
     return DeviceBackend(store, table, config_of(policy), RunningRequests())
 
@@ -65,10 +67,14 @@ def decode(backend: DeviceBackend, batch: SimpleNamespace) -> None:
     backend.end_of_step()
 
 
+@pytest.mark.parametrize("host_bytes", [0, 1 << 20])
 @pytest.mark.parametrize("queries", [1, 2, 16])
 @pytest.mark.parametrize("policy", ["diffxkv", "diffkv", "uniform", "lossless", "streaming"])
-def test_decode_steps_do_not_wait_for_the_device(policy: str, queries: int) -> None:
-    backend = meta_backend(policy)
+def test_decode_steps_do_not_wait_for_the_device(
+    policy: str, queries: int, host_bytes: int
+) -> None:
+    backend = meta_backend(policy, host_bytes)
+    backend.store.ledger.take_in_host(Share(bool(host_bytes), 1))
     with recorded() as launches:
         decode(backend, meta_batch([70, 130, 3, 999, 500], queries))
         first = [(launch.kernel, launch.grid) for launch in launches]
@@ -88,6 +94,15 @@ def test_requests_that_ask_for_a_quality_do_not_wait_either() -> None:
     with recorded():
         decode(backend, meta_batch([70, 130, 65, 999, 500]))  # the third opens a page
     assert backend.store.totals.by_quality[Quality.HIGH] == 1
+
+
+def test_a_host_level_that_is_empty_is_not_asked() -> None:
+    store = meta_backend("uniform", host_bytes=1 << 20).store
+    pages = torch.empty(9, dtype=torch.int64, device="meta")
+    assert len(on_host(store, pages)) == 0
+    store.ledger.take_in_host(Share(1, 1))
+    with pytest.raises(NotImplementedError, match="nonzero"):
+        on_host(store, pages)
 
 
 def test_a_step_that_seals_does_wait() -> None:

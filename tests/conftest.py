@@ -11,12 +11,13 @@ import torch
 from hypothesis import settings
 
 settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.register_profile("long", derandomize=True, deadline=None)
 settings.register_profile("random", deadline=None)
 settings.load_profile("fixed")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    help_text = "of random numbers (default 0); hypothesis: --hypothesis-profile=random"
+    help_text = "of random numbers (default 0); hypothesis: --hypothesis-profile=random or long"
     parser.addoption("--seed", type=int, default=0, help=help_text)
 
 

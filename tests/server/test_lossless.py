@@ -17,6 +17,7 @@ from tests.support.workload import (
     answer_in_json,
     assert_healthy,
     assert_same_outputs,
+    expected_outputs,
     hang_up,
     mixed_prompts,
     outputs,
@@ -40,7 +41,7 @@ def server(model: Path) -> Iterator[Server]:
 def test_outputs_equal_torch_native(stock_server: Server, server: Server) -> None:
     prompts = mixed_prompts(seed=1, count=64)
     items = [{"prompt": p, "max_new_tokens": 8 + 5 * (i % 20)} for i, p in enumerate(prompts)]
-    expected = outputs(stock_server.generate_many(items))
+    expected = expected_outputs(stock_server, items)
     answers = server.generate_many(items)
     assert_same_outputs(stock_server, prompts, expected, outputs(answers))
     assert sum(a["meta_info"]["cached_tokens"] for a in answers) > 1000
@@ -59,7 +60,7 @@ def test_outputs_after_retraction(stock_server: Server, server: Server) -> None:
     # where EOS is not ignored SGLang admits on an estimate of the length, here far too low
     sampling = {"ignore_eos": False, "min_new_tokens": 420}
     items = [{"prompt": p, "max_new_tokens": 420, "sampling": sampling} for p in prompts]
-    expected = outputs(stock_server.generate_many(items))
+    expected = expected_outputs(stock_server, items)
     assert_same_outputs(stock_server, prompts, expected, outputs(server.generate_many(items)))
     assert "Retract requests" in server.log_text()
 
@@ -85,7 +86,7 @@ def test_300_requests_under_pressure(stock_server: Server, server: Server) -> No
     with ThreadPoolExecutor(16) as pool:
         got = list(pool.map(lambda job: _send(server, *job), zip(kinds, items, strict=True)))
     plain = [i for i, kind in enumerate(kinds) if kind == "plain"][:150]
-    expected = outputs(stock_server.generate_many([items[i] for i in plain]))
+    expected = expected_outputs(stock_server, [items[i] for i in plain])
     assert_same_outputs(
         stock_server, [prompts[i] for i in plain], expected, [got[i] for i in plain]
     )

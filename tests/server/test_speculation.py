@@ -16,6 +16,7 @@ from tests.support.workload import (
     answer_in_json,
     assert_healthy,
     assert_same_outputs,
+    expected_outputs,
     hang_up,
     mixed_prompts,
     outputs,
@@ -69,7 +70,7 @@ def test_outputs_equal_those_without(stock_server: Server, server: Server) -> No
     """With prefix hits, chunks and eviction; again on pages that other requests have sealed."""
     prompts = mixed_prompts(seed=1, count=48)
     items = [{"prompt": p, "max_new_tokens": 8 + 5 * (i % 20)} for i, p in enumerate(prompts)]
-    expected = outputs(stock_server.generate_many(items))
+    expected = expected_outputs(stock_server, items)
     answers = server.generate_many(items)
     assert_same_outputs(stock_server, prompts, expected, outputs(answers))
     assert sum(a["meta_info"]["cached_tokens"] for a in answers) > 1000
@@ -86,8 +87,8 @@ def test_drafts_are_accepted(algorithm: str, stock_server: Server, server: Serve
     """
     prompt = random_tokens(random.Random(4), 900)
     first, second = (server.generate(prompt, max_new_tokens=96) for _ in range(2))
-    expected = stock_server.generate(prompt, max_new_tokens=96)
-    assert first["output_ids"] == second["output_ids"] == expected["output_ids"]
+    (expected,) = expected_outputs(stock_server, [{"prompt": prompt, "max_new_tokens": 96}])
+    assert first["output_ids"] == second["output_ids"] == expected
     assert accepted_length(second) > (1 if algorithm == "EAGLE" else 0.7 * NODES[algorithm])
 
 
@@ -97,7 +98,7 @@ def test_outputs_after_retraction(stock_server: Server, server: Server) -> None:
     # where EOS is not ignored SGLang admits on an estimate of the length, here far too low
     sampling = {"ignore_eos": False, "min_new_tokens": 420}
     items = [{"prompt": p, "max_new_tokens": 420, "sampling": sampling} for p in prompts]
-    expected = outputs(stock_server.generate_many(items))
+    expected = expected_outputs(stock_server, items)
     assert_same_outputs(stock_server, prompts, expected, outputs(server.generate_many(items)))
     assert "Retract requests" in server.log_text()
 
@@ -120,7 +121,7 @@ def test_requests_of_all_kinds(stock_server: Server, server: Server) -> None:
     with ThreadPoolExecutor(16) as pool:
         got = list(pool.map(lambda job: _send(server, *job), zip(kinds, items, strict=True)))
     plain = [i for i, kind in enumerate(kinds) if kind == "plain"]
-    expected = outputs(stock_server.generate_many([items[i] for i in plain]))
+    expected = expected_outputs(stock_server, [items[i] for i in plain])
     assert_same_outputs(
         stock_server, [prompts[i] for i in plain], expected, [got[i] for i in plain]
     )

@@ -17,6 +17,8 @@ from sglang_diffxkv.pool.committed import count
 from tests.support.pages import running
 from tests.support.stores import PrefixCache, make_allocator
 
+SHARE = 3
+"""A run takes one in so many walks; hypothesis's profile "long" takes all."""
 ROWS, LONGEST = 8192, 1024
 """Of SGLang's table: requests that a walk may have, and tokens of each."""
 
@@ -24,7 +26,12 @@ ROWS, LONGEST = 8192, 1024
 def walks(
     machine: type[RuleBasedStateMachine], policy: str, examples: int, steps: int
 ) -> type[Any]:
-    """The test of a machine with a policy, as a class that pytest collects."""
+    """The test of a machine with a policy, as a class that pytest collects.
+
+    ``examples`` are the walks of hypothesis's profile "long".
+    """
+    if settings.get_current_profile_name() != "long":
+        examples //= SHARE
     case = type(f"{machine.__name__}_{policy}", (machine,), {"policy": policy}).TestCase
     case.settings = settings(
         max_examples=examples,

@@ -219,11 +219,11 @@ class HostMachine(RuleBasedStateMachine):
         assert stats["host"]["evicted"] >= 0
 
 
-TestDiffXKVHost = walks(HostMachine, "diffxkv", examples=25, steps=25)
-TestXKVHost = walks(HostMachine, "xkv", examples=25, steps=25)
-TestDiffKVHost = walks(HostMachine, "diffkv", examples=25, steps=25)
-TestLosslessHost = walks(HostMachine, "lossless", examples=25, steps=25)
-TestStreamingHost = walks(HostMachine, "streaming", examples=25, steps=25)
+TestDiffXKVHost = walks(HostMachine, "diffxkv", examples=75, steps=25)
+TestXKVHost = walks(HostMachine, "xkv", examples=75, steps=25)
+TestDiffKVHost = walks(HostMachine, "diffkv", examples=75, steps=25)
+TestLosslessHost = walks(HostMachine, "lossless", examples=75, steps=25)
+TestStreamingHost = walks(HostMachine, "streaming", examples=75, steps=25)
 
 
 def test_the_coldest_go_first() -> None:

@@ -27,7 +27,7 @@ RESULTS, DRY_RESULTS = BENCH / "results", BENCH.parent / "build/dry"
 SHARDS = {"decode": 4, "extend": 2, "score": 1, "pack": 2, "arena": 1}
 """Processes that share a group of checks: their time is that of compiling, on one core each."""
 
-TIMED = {"decode": 0.5, "sweep": 0.55, "prefill": 0.85, "arena": 1.0}
+TIMED = {"decode": 0.5, "sweep": 0.55, "prefill": 0.8, "arena": 0.5, "copies": 1.0}
 """In this order; each may take so much of the time that is left when it begins."""
 
 LEAST_S = 3.0

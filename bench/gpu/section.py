@@ -61,6 +61,10 @@ def records(name: str, options: argparse.Namespace, device: torch.device) -> Ite
         from bench.gpu.timing import arena
 
         yield from arena.run(device, deadline, red)
+    elif name == "copies":
+        from bench.gpu.timing import copies
+
+        yield from copies.run(device, deadline, red)
     else:
         sys.exit(f"no section {name}")
 

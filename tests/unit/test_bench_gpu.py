@@ -38,7 +38,7 @@ def test_dry_run_without_sglang_and_flashinfer(tmp_path: Path) -> None:
     for name in ("sglang", "flashinfer"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").write_text("raise ImportError('not here')\n")
-    only = "machine,verify-score,arena,decode"
+    only = "machine,verify-score,verify-arena,arena,copies,decode"
     folder = tmp_path / "results"
     arguments = ("bench.gpu", "--dry", "--only", only, "--output", folder)
     done = run(*arguments, PYTHONPATH=str(tmp_path), OMP_NUM_THREADS="1")
@@ -52,6 +52,12 @@ def test_dry_run_without_sglang_and_flashinfer(tmp_path: Path) -> None:
         "score_decode",
     }
     assert found["failures"] == []
+    assert {(x["frame_bytes"], x["direction"]) for x in found["copies"]} == {
+        (size, direction)
+        for size in (512, 3328, 8448)
+        for direction in ("to the host", "from the host")
+    }
+    assert sum("copy" in check["name"] for check in found["verify-arena-1"]) == 10
     (decode,) = found["decode"]
     assert set(decode["times"]) == {"diffxkv", "merge", "score_decode", "plan", "sdpa bf16"}
     assert 0 < decode["bytes"] < decode["raw_bytes"]

@@ -34,6 +34,7 @@ def report(results: Records, command: str, seconds: float) -> str:
         "sweep": (SWEEP, _sweep),
         "prefill": (PREFILL, _prefill),
         "arena": (ARENA, _arena),
+        "copies": (COPIES, _copies),
     }
     for section, (text, write) in titles.items():
         entries = results.sections.get(section, [])
@@ -73,6 +74,11 @@ everything, and the matrix products. The first table has both ways over a sealed
 in attention itself, or unpacked (alone: "unpack") for dense attention."""
 
 ARENA = "## Free stack\n\nTimes in µs."
+
+COPIES = """## Frames to the host and back
+
+GB/s of the kernel with so many programs, the first of which ship, and of one copy of as many bytes
+in a row. The host's memory is pinned."""
 
 
 def _failures(results: Records) -> str:
@@ -198,6 +204,16 @@ def _arena(entries: list[Record], copy: float) -> str:
     ]
     names = list(entries[0]["times"]) if entries else []
     return table(["stack", "owners", "frames", *names], rows)
+
+
+def _copies(entries: list[Record], copy: float) -> str:
+    rows = [
+        [x["frame_bytes"], x["direction"], x["bytes"] / 1e6]
+        + [x["bytes"] / t["median"] / 1e9 for t in x["times"].values()]
+        for x in entries
+    ]
+    names = list(entries[0]["times"]) if entries else []
+    return table(["frame, bytes", "direction", "MB", *names], rows)
 
 
 def _us(timing: Record) -> float:

@@ -20,6 +20,7 @@ def name_levels(tree: Any, store: PageStore) -> None:
     """Have the events of an empty ``tree`` tell where its pages lie; ``store`` has a host level."""
     recorder, keys, host = tree.tree_core.kv_events, store.directory.key, store.host
     assert host is not None
+    assert not isinstance(recorder, LevelRecorder), "the levels of this tree are named already"
     events = tree.tree_core.kv_events = LevelRecorder(recorder, PAGE_TOKENS)
     host.on_offload.append(lambda pages: events.offloaded(keys[pages]))
     host.on_load_back.append(lambda pages: events.loaded_back(keys[pages]))

@@ -27,9 +27,11 @@ from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.plugins import load_plugins
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.offload.blocks import blocks_of
+from sglang_diffxkv.offload.events import NoEvents
 from sglang_diffxkv.patches import kv_events
 from sglang_diffxkv.pool.offload import load_back, offload
 from sglang_diffxkv.pool.sealing import seal
@@ -69,7 +71,8 @@ class CachedPages:
             )
         )
         assert ("rust" in type(self.tree.tree_core).__module__) == (core == "rust")
-        kv_events.name_levels(self.tree, self.store)
+        if isinstance(kv_events.level_events(self.tree), NoEvents):  # no plugins are loaded
+            kv_events.name_levels(self.tree, self.store)
         self.levels: Any = kv_events.level_events(self.tree)
         self.known: set[Name] = set()
         self.on_disk: set[Name] = set()
@@ -409,3 +412,17 @@ def test_pairs_of_tokens_are_kept() -> None:
     event = BlockStored([5], None, [(7, 8), (8, 9)], 2, None, medium=StorageMedium.GPU)
     (block,) = blocks_of(event)
     assert block.stored(StorageMedium.GPU) == event
+
+
+@pytest.mark.parametrize("core", ["rust", "python"])
+def test_loaded_plugins_name_the_levels_of_a_tree(core: str) -> None:
+    """Once: a recorder before a recorder would tell each move twice."""
+    load_plugins()
+    made = CachedPages(core, dynamo=False)
+    with pytest.raises(AssertionError, match="already"):
+        kv_events.name_levels(made.tree, made.store)
+    made.insert((0,), None)
+    made.offload(made.cached())
+    made.publish()
+    assert not made.mirror.faults
+    assert made.mirror.media[HOST].keys() == made.hashes(made.known)

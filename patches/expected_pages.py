@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 
 def _use_prefix(self: Any, req: Req, *args: Any, **kwargs: Any) -> None:
     allocator = find_allocator(self.token_to_kv_pool_allocator)
-    if req.prefix_len and allocator is not None:
-        pages = _use(allocator, self.tree_cache.prefix_device_indices(req))
+    if allocator is not None:
+        prefix = self.tree_cache.prefix_device_indices(req) if req.prefix_len else None
+        pages = None if prefix is None else _use(allocator, prefix)
         self.memory_budget.expect_prefix(pages)
 
 

@@ -41,8 +41,8 @@ class DiffXKVPrefillBudget(PrefillBudget):
         # nobody else may be admitted in this pass.
         self.closed = False
 
-    def expect_prefix(self, pages: torch.Tensor) -> None:
-        """The next prompt that is checked begins with cached ``pages`` (int64 [N])."""
+    def expect_prefix(self, pages: torch.Tensor | None) -> None:
+        """The next prompt that is checked begins with cached ``pages`` (int64 [N]), or with none."""
         self._prefix = pages
 
     @property

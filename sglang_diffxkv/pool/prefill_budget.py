@@ -42,7 +42,7 @@ class DiffXKVPrefillBudget(PrefillBudget):
         self.closed = False
 
     def expect_prefix(self, pages: torch.Tensor | None) -> None:
-        """The next prompt that is checked begins with cached ``pages`` (int64 [N]), or with none."""
+        """The next prompt to be checked begins with cached ``pages`` (int64 [N]), or with none."""
         self._prefix = pages
 
     @property

@@ -15,6 +15,7 @@ from tests.support.harness import fast_environment
 SHAPE = Shape(tenants=4, chats=3, turns=3, system_tokens=384, turn_tokens=96)
 
 
+@pytest.mark.long
 def test_requests_go_where_their_prefix_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in fast_environment("cpu").items():
         monkeypatch.setenv(name, value)

@@ -30,7 +30,7 @@ MEMORY = {"NGRAM": "20MiB", "STANDALONE": "56MiB", "EAGLE": "28MiB"}
 
 @pytest.fixture(
     scope="module",
-    params=["NGRAM", "STANDALONE", pytest.param("EAGLE", marks=pytest.mark.long)],
+    params=["NGRAM", *(pytest.param(x, marks=pytest.mark.long) for x in ("STANDALONE", "EAGLE"))],
 )
 def algorithm(request: pytest.FixtureRequest) -> str:
     return str(request.param)

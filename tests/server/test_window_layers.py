@@ -64,7 +64,10 @@ def _routers_tie(by_layer: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return tie
 
 
-@pytest.fixture(scope="module", params=list(MODELS))
+@pytest.fixture(
+    scope="module",
+    params=["gemma3", pytest.param("gemma2", marks=pytest.mark.long), "gpt_oss"],
+)
 def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Served]:

@@ -30,7 +30,8 @@ else
 # The tests of servers keep little more than one core busy: the others run beside them, and after
 # them servers that nobody else uses. Those of kernels are a process of their own: without a GPU it
 # is one of Triton's interpreter. Their failures are printed when they happen, their log at the end.
-OWN_SERVERS := $(addprefix tests/server/test_,public_reports.py sglang_kits.py tp.py)
+OWN_SERVERS := $(addprefix tests/server/test_,public_reports.py sglang_kits.py tp.py host_level.py \
+	window_layers.py)
 test: env
 	@mkdir -p build
 	@(export OMP_NUM_THREADS=1; failed=0; \

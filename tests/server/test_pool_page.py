@@ -55,18 +55,21 @@ def running(server: Server) -> Iterator[list[dict[str, Any]]]:
     stop = threading.Event()
 
     def generate(rid: str, **body: Any) -> None:
-        for _ in server.stream(CHAT + "1", max_new_tokens=1500, rid=rid, **body):
-            if stop.is_set():
-                return
+        while not stop.is_set():  # an answer may be over before both of them are seen
+            for _ in server.stream(CHAT + "1", max_new_tokens=1500, rid=rid, **body):
+                if stop.is_set():
+                    return
 
     bodies: list[dict[str, Any]] = [{"rid": HOSTILE}, {"rid": "plain"}]
     threads = [threading.Thread(target=generate, kwargs=body) for body in bodies]
     for thread in threads:
         thread.start()
-    yield _wait_for_requests(server, 2)
-    stop.set()
-    for thread in threads:
-        thread.join()
+    try:
+        yield _wait_for_requests(server, 2)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     _wait_for_requests(server, 0)
 
 

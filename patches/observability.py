@@ -75,7 +75,8 @@ def _export(result: Any, self: Any, *args: Any, **kwargs: Any) -> None:
     if _gauges is None:
         _gauges = PrometheusGauges(dict(self.metrics_collector.labels))
     windows = find_windows(self.scheduler.token_to_kv_pool_allocator)
-    _gauges.update(pool_gauges(allocator.store, windows))
+    disk = disk_stats(self.scheduler.tree_cache)
+    _gauges.update(pool_gauges(allocator.store, windows) | {"disk": disk})
 
 
 def add_route(app: FastAPI) -> None:

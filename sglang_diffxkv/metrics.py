@@ -139,8 +139,8 @@ LABELLED = {
     "counters": (
         "events",
         "event",
-        "Pages opened, sealed, released, evicted, demoted, frames freed by demotion, and "
-        "reclaims, since the start",
+        "Pages opened, sealed, released, evicted, demoted, offloaded, loaded back and prefetched, "
+        "frames freed by demotion, and reclaims, since the start",
     ),
     "importance": (
         "importance",
@@ -199,12 +199,12 @@ class PrometheusGauges:
         return Gauge(PREFIX + name, f"DiffXKV: {text}", labels, multiprocess_mode="mostrecent")
 
     def update(self, stats: dict[str, Any]) -> None:
-        """Show what `pool_gauges` says."""
+        """Show what `pool_gauges` says, with ``disk`` as in ``/diffxkv/stats``."""
         for name, gauge in self.gauges.items():
             gauge.labels(**self.labels).set(stats[name])
         for part, (label, gauge) in self.labelled.items():
             for key, value in stats[part].items():
                 gauge.labels(**self.labels, **{label: key}).set(value)
         for level, gauges in self.levels.items():
-            for key, value in (stats.get(level) or {}).items():
+            for key, value in (stats[level] or {}).items():
                 gauges[key].labels(**self.labels).set(value)

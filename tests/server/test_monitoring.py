@@ -11,21 +11,23 @@ from pathlib import Path
 import pytest
 
 from sglang_diffxkv import bundled_model
-from sglang_diffxkv.metrics import LEVELS, PREFIX
+from sglang_diffxkv.metrics import LEVELS
 from tests.support.harness import Server
 from tests.support.monitoring import Labels, asked, exposed, expressions
 from tests.support.workload import assert_healthy
 
-CONFIG = {"memory_bytes": "24MiB"}
+CONFIG = {"memory_bytes": "24MiB", "host_bytes": "8MiB", "disk_bytes": "64MiB"}
 PROMPT = "Nobody on the quay knew the name of the ship that had left at dawn. " * 10
 RETRACT = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "20"}
 """SGLang exposes its counters of retractions once there is one."""
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """With all levels: one that is off has no metrics."""
+    config = CONFIG | {"disk_path": str(tmp_path_factory.mktemp("disk"))}
     args = ["--attention-backend", "diffxkv", "--enable-metrics"]
-    args += ["--diffxkv-config", json.dumps(CONFIG)]
+    args += ["--diffxkv-config", json.dumps(config)]
     model = Path(bundled_model.__file__).parent
     with Server(model, *args, env=RETRACT) as server:
         yield server
@@ -44,23 +46,16 @@ def samples(server: Server) -> dict[str, list[Labels]]:
     return exposed(server.get("/metrics").text)
 
 
-def levels_that_are_off(server: Server) -> tuple[str, ...]:
-    """Prefixes of metrics that this server does not have, with our names for the others' parts."""
+def test_levels_say_all_that_statistics_do(server: Server) -> None:
     stats = server.stats()
-    return tuple(f"{PREFIX}{level}_" for level in LEVELS if not stats.get(level))
+    assert {level: set(stats[level]) for level in LEVELS} == {x: set(LEVELS[x]) for x in LEVELS}
 
 
 @pytest.mark.parametrize("shows, expression", expressions())
-def test_it_is_exposed(
-    server: Server, samples: dict[str, list[Labels]], shows: str, expression: str
-) -> None:
-    ours = {f"{PREFIX}{level}_{key}" for level, keys in LEVELS.items() for key in keys}
+def test_it_is_exposed(samples: dict[str, list[Labels]], shows: str, expression: str) -> None:
     found = list(asked(expression))
     assert found, shows
     for name, wanted in found:
-        if name.startswith(levels_that_are_off(server)):
-            assert name in ours
-            continue
         assert name in samples, f"{shows}: no server exposes {name}"
         matching = [labels for labels in samples[name] if wanted.items() <= labels.items()]
         assert matching, f"{shows}: {name} has {samples[name][0]}, not {wanted}"

@@ -25,7 +25,7 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[prometheus_client.Coll
 
 
 def test_gauges_are_what_the_store_says(registry: prometheus_client.CollectorRegistry) -> None:
-    stats = pool_gauges(make_store("diffxkv"))
+    stats = pool_gauges(make_store("diffxkv")) | {"disk": None}
     PrometheusGauges(LABELS).update(stats)
     for name in ("sealed_pages", "bytes_total", "physical_compression"):
         assert registry.get_sample_value(PREFIX + name, LABELS) == stats[name]

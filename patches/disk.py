@@ -25,6 +25,7 @@ from sglang_diffxkv.patches.kv_events import level_events
 from sglang_diffxkv.patches.page_keys import give_keys
 from sglang_diffxkv.patches.server_args import get_config, is_active
 from sglang_diffxkv.pool.allocator import find_allocator
+from sglang_diffxkv.pool.store import PageStore
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +65,7 @@ def _open(self: Any) -> None:
     if parallel.dp_size > 1:
         folder /= f"dp{parallel.dp_rank}"
     store = allocator.store
+    _check_size(config.disk_bytes, store)
     try:
         identity = _identity(self, store.layout)
         level = DiskLevel(store, level_events(self.tree_cache), folder, config.disk_bytes, identity)
@@ -76,6 +78,21 @@ def _open(self: Any) -> None:
     assert store.host is not None
     store.host.on_offload.append(level.backup.write)
     _open_gates(self)
+
+
+def _check_size(disk_bytes: int, store: PageStore) -> None:
+    """
+    Raises:
+        ValueError: it is less than what is cached, which idle servers would write over and over.
+    """
+    assert store.host is not None
+    least = store.arena.buffer.nbytes + store.host.arena.buffer.nbytes
+    if disk_bytes < least:
+        raise ValueError(
+            f"diffxkv: disk_bytes of {disk_bytes / 2**20:.0f} MiB is less than the pages that the "
+            f"device and the host hold: raise it to at least {least / 2**20:.0f} MiB, or lower "
+            "host_bytes"
+        )
 
 
 def _open_gates(scheduler: Any) -> None:

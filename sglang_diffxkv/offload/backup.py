@@ -30,6 +30,9 @@ class _Lacking(NamedTuple):
     pages: torch.Tensor
     keys: list[bytes]
 
+    def first(self, count: int) -> _Lacking:
+        return _Lacking(self.pages[:count], self.keys[:count])
+
 
 class Backup:
     """Attributes:
@@ -55,9 +58,12 @@ class Backup:
     def write(self, pages: torch.Tensor) -> None:
         """Offer those of ``pages`` (int64 [N], sealed or on the host) that the disk lacks.
 
-        Waits for the device.
+        As many as there is room for to wait: the others are not even read. Waits for the device.
         """
-        self._offer(self._lacking(pages))
+        lacking = self._lacking(pages)
+        fitting = self._fitting(lacking)
+        self._disk.counts.add("dropped", len(lacking.keys) - len(fitting.keys))
+        self._offer(fitting)
 
     def rest(self) -> None:
         """Nothing runs: go on with a round over what is cached, or begin one if pages were sealed
@@ -73,7 +79,7 @@ class Backup:
         window = slice(self._hand + 1, min(self._hand + WINDOW, d.num_pages) + 1)
         cached = (d.sealed[window] | d.on_host[window]).nonzero().flatten() + window.start
         lacking = self._lacking(cached)
-        offered = self._offer(_Lacking(lacking.pages[:BATCH], lacking.keys[:BATCH]))
+        offered = self._offer(self._fitting(lacking.first(BATCH)))
         if lacking.keys and not offered:
             self._left = 0  # until more was sealed: nothing can be written now
         elif offered == len(lacking.keys):
@@ -85,6 +91,12 @@ class Backup:
         keys = list(enumerate(from_numbers(numbers)))
         found = [(i, key) for i, key in keys if key is not None and not self._disk.contains(key)]
         return _Lacking(pages[[i for i, _ in found]], [key for _, key in found])
+
+    def _fitting(self, lacking: _Lacking) -> _Lacking:
+        """The first of them, which the writer has room for."""
+        frames = self._store.directory.num_frames[lacking.pages].cumsum(0)
+        nbytes = frames.cpu() * self._store.layout.frame_bytes
+        return lacking.first(int((nbytes <= self._writer.room).sum()))
 
     def _offer(self, lacking: _Lacking) -> int:
         """How many of them, from the first on, will be written."""

@@ -35,6 +35,20 @@ class Block(msgspec.Struct, gc=False):  # a million of them, and none refers to 
     def is_anywhere(self) -> bool:
         return bool(self.device or self.host or self.disk or self.writing)
 
+    def to_host(self) -> bool:
+        """Whether a page of it was on the device, and is on the host now."""
+        if not self.device:
+            return False
+        self.device, self.host = self.device - 1, self.host + 1
+        return True
+
+    def to_device(self) -> bool:
+        """The other way."""
+        if not self.host:
+            return False
+        self.device, self.host = self.device + 1, self.host - 1
+        return True
+
     def stored(self, medium: StorageMedium) -> BlockStored:
         tokens: list[Any] = self.tokens.tolist()
         if self.paired:

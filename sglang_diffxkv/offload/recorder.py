@@ -54,21 +54,11 @@ class LevelRecorder:
         return self._events.take()
 
     def offloaded(self, keys: torch.Tensor) -> None:
-        moved = []
-        for block in self._named(keys):
-            if block.device:
-                block.device -= 1
-                block.host += 1
-                moved.append(block)
+        moved = [block for block in self._named(keys) if block.to_host()]
         self._tell(moved, HOST, GPU)
 
     def loaded_back(self, keys: torch.Tensor) -> None:
-        moved = []
-        for block in self._named(keys):
-            if block.host:
-                block.host -= 1
-                block.device += 1
-                moved.append(block)
+        moved = [block for block in self._named(keys) if block.to_device()]
         self._tell(moved, GPU, HOST)
 
     @contextmanager

@@ -21,6 +21,15 @@ class ClockHand:
         """How many make a round."""
         return -(-self._entries // self._window)
 
+    def stretch(self, most: int) -> list[slice]:
+        """Up to ``most`` windows, as the one or two slices that they make together."""
+        parts: list[slice] = []
+        for window in self.windows(most):
+            if parts and parts[-1].stop == window.start:
+                window = slice(parts.pop().start, window.stop)
+            parts.append(window)
+        return parts
+
     def windows(self, most: int | None = None) -> Iterator[slice]:
         """Up to ``most`` windows, or all, none twice; the hand moves as they are taken."""
         for _ in range(self.all_windows if most is None else min(most, self.all_windows)):

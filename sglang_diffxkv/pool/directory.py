@@ -155,6 +155,11 @@ class PageDirectory:
             elif isinstance(table, torch.Tensor) and name != "key":
                 table[to] = table[of]
 
+    def frame_counts(self, pages: torch.Tensor) -> torch.Tensor:
+        """Frames that ``pages`` (int64 [N]), sealed or on the host, have in each layer on this
+        rank: int32 [L, N]."""
+        return (self.frames[:, pages] >= 0).sum(dim=2, dtype=torch.int32)
+
     def never_compressed(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) are of lossless requests, and so never sealed: bool [N]."""
         return self.quality[pages] == Quality.LOSSLESS

@@ -33,9 +33,10 @@ def offload_cold(store: PageStore, held_since: int, headroom: int) -> int:
         How many were.
     """
     ledger, before = store.ledger, store.counters.offloaded
-    for pages in _cold_pages(store, held_since):
-        wanted = headroom * ledger.worst_frames - ledger.frames_free
-        if wanted <= 0 or ledger.host_free < ledger.worst_frames:
+    searched = _cold_pages(store, held_since)
+    while (wanted := headroom * ledger.worst_frames - ledger.frames_free) > 0:
+        pages = next(searched, None) if ledger.host_free >= ledger.worst_frames else None
+        if pages is None:
             break
         frames = store.directory.num_frames[pages].cumsum(0).cpu()
         enough = int((frames < wanted).sum()) + 1  # the last of them may free more than that
@@ -46,13 +47,15 @@ def offload_cold(store: PageStore, held_since: int, headroom: int) -> int:
 def _cold_pages(store: PageStore, held_since: int) -> Iterator[torch.Tensor]:
     """Sealed pages that nobody holds, of some windows at a time, coldest first; int64 [N].
 
-    Goes round all of them if it is asked to: where most pages are on the host, windows in a row may
-    have none.
+    Goes round all of them if it is asked to, twice as many windows each time: where most pages are
+    on the host, windows in a row may have none, and each time is waited for.
     """
-    hand = store.recency.sealed_hand
-    for _ in range(-(-hand.all_windows // WINDOWS)):
-        found = [unheld(store, window, held_since) for window in hand.windows(WINDOWS)]
+    hand, at_once = store.recency.sealed_hand, WINDOWS
+    left = hand.all_windows
+    while left > 0:
+        found = [unheld(store, part, held_since) for part in hand.stretch(min(at_once, left))]
         yield coldest_first(store, torch.cat(found))
+        left, at_once = left - at_once, 2 * at_once
 
 
 def offload(store: PageStore, pages: torch.Tensor) -> None:
@@ -73,8 +76,7 @@ def _offload(store: PageStore, pages: torch.Tensor) -> None:
         raise PageStateError("offload: page is not sealed")
     store.ledger.offload(states.sealed_share(demoted=False), states.sealed_share(demoted=True))
     host.loading.wait_all()  # its frames are free before they have been read
-    frames, heads = d.frames[:, pages], d.heads[:, pages]
-    counts = (frames >= 0).sum(dim=2, dtype=torch.int32)
+    frames, heads, counts = d.frames[:, pages], d.heads[:, pages], d.frame_counts(pages)
     taken = host.arena.take(counts.flatten(), store.layout.max_frames).view_as(frames)
     copy_frames(store.arena.buffer, frames, host.arena.buffer, taken)
     store.arena.give_back(frames)
@@ -122,8 +124,7 @@ def _return(store: PageStore, pages: torch.Tensor) -> tuple[torch.Tensor, torch.
         Their frames on the host, and those taken: int32 [L, N, max_frames].
     """
     d, host = store.directory, host_of(store)
-    frames, heads = d.frames[:, pages], host.heads[:, pages]
-    counts = (frames >= 0).sum(dim=2, dtype=torch.int32)
+    frames, heads, counts = d.frames[:, pages], host.heads[:, pages], d.frame_counts(pages)
     taken = store.arena.take(counts.flatten(), store.layout.max_frames).view_as(frames)
     store.totals.add_payload(heads, counts)
     d.load_back(pages, taken, heads)

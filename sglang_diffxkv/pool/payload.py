@@ -43,17 +43,12 @@ def read_payload(store: PageStore, pages: torch.Tensor) -> list[PagePayload]:
     if not len(pages):
         return []
     store.wait_for_host()
-    frames, heads, counts = d.frames[:, pages], d.heads[:, pages], _frame_counts(store, pages)
-    on_host = d.on_host[pages]
-    by_page = counts.T.flatten().cumsum(0).view(len(pages), -1)  # where each (page, layer) ends
-    first = (by_page.T - counts)[:, :, None]
-    column = torch.arange(layout.max_frames, device=frames.device)
-    places = torch.where(frames >= 0, first + column, -1).int()
-    staging = _staging(int(by_page[-1, -1]), layout.frame_bytes, frames.device)
+    frames, heads, counts = d.frames[:, pages], d.heads[:, pages], d.frame_counts(pages)
+    on_host, places = d.on_host[pages], _places(counts, layout.max_frames)
+    staging = _staging(int(counts.sum()), layout.frame_bytes, frames.device)
 
     def copy(arena: FrameArena, there: torch.Tensor) -> None:
-        ids = (x.masked_fill(~there[:, None], -1) for x in (frames, places))
-        old, new = ids
+        old, new = (x.masked_fill(~there[:, None], -1) for x in (frames, places))
         copy_frames(arena.buffer, old, staging, new)
 
     copy(store.arena, ~on_host)
@@ -84,10 +79,7 @@ def adopt(store: PageStore, pages: torch.Tensor, payload: Sequence[PagePayload])
         raise RuntimeError(f"{share.frames} frames to adopt, {free} free on the host")
     staging = _staging(int(counts.sum()), layout.frame_bytes, device)
     torch.cat([page.frames for page in payload], out=staging)
-    ends = counts.T.flatten().cumsum(0).view(len(pages), -1).T
-    column = torch.arange(layout.max_frames)
-    inside = column < counts[:, :, None]
-    places = torch.where(inside, (ends - counts)[:, :, None] + column, -1).int()
+    places = _places(counts, layout.max_frames)
     taken = host.arena.take(upload(counts.flatten(), device), layout.max_frames)
     taken = taken.view(places.shape)
     host.loading.wait_all()  # frames that were just given back are still being read
@@ -106,9 +98,19 @@ def adopt(store: PageStore, pages: torch.Tensor, payload: Sequence[PagePayload])
     store.counters.prefetched += len(pages)
 
 
-def _frame_counts(store: PageStore, pages: torch.Tensor) -> torch.Tensor:
-    """Frames of ``pages`` in each layer: int32 [L, N]."""
-    return (store.directory.frames[:, pages] >= 0).sum(dim=2, dtype=torch.int32)
+def _places(counts: torch.Tensor, max_frames: int) -> torch.Tensor:
+    """Where frames lie that are put page after page, and of a page layer after layer.
+
+    Args:
+        counts: int32 [L, N].
+
+    Returns:
+        int32 [L, N, max_frames], -1 where unused.
+    """
+    ends = counts.T.flatten().cumsum(0).view(counts.shape[::-1]).T
+    column = torch.arange(max_frames, device=counts.device)
+    places = (ends - counts)[:, :, None] + column
+    return places.masked_fill(column >= counts[:, :, None], -1).int()
 
 
 def _staging(frames: int, frame_bytes: int, device: torch.device) -> torch.Tensor:

@@ -148,7 +148,7 @@ class PageStore:
             frames = d.frames[:, pages].masked_fill(~d.sealed[pages][:, None], -1)
             self.totals.add_payload(d.heads[:, pages], (frames >= 0).sum(2), sign=-1)
             self.arena.give_back(frames)
-        if self.host is not None:
+        if self.host is not None and self.ledger.host_pages:
             frames = d.frames[:, pages].masked_fill(~d.on_host[pages][:, None], -1)
             self.host.arena.give_back(frames)
         self.raw.give_back(d.raw_slot[pages])

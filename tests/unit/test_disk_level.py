@@ -98,3 +98,45 @@ def test_what_was_not_written_is_dropped(tmp_path: Path) -> None:
     server.write_all()
     assert told.of and all(x[0] == "backing up" and x[1] == "dropped" for x in told.of.values())
     server.level.close()
+
+
+def test_who_is_aborted_is_not_read_for(tmp_path: Path) -> None:
+    first = DiskScheduling(tmp_path)
+    first.serve(prompt(0))
+    first.write_all()
+    first.level.close()
+    second = DiskScheduling(tmp_path)
+    request = second.come(prompt(0))
+    second.tree.release_aborted_request(request.cache_request_handle)
+    assert not second.level.prefetcher.in_flight
+    assert second.gate(request), "nobody is waited for"
+    assert second.store.ledger.host_pages == 0 and healthy(second)
+
+
+def test_what_the_tree_has_lost_meanwhile_is_computed(tmp_path: Path) -> None:
+    """The first pages are cached when a request comes, and gone when the others have been read."""
+    text = prompt(0)
+    first = DiskScheduling(tmp_path)
+    first.serve(text)
+    first.write_all()
+    first.level.close()
+    second = DiskScheduling(tmp_path)
+    assert second.serve(text[: 2 * PAGE_TOKENS + 1]) == 2 * PAGE_TOKENS
+    request = second.come(text)
+    second.allocator.reclaimer.evict_until(second.tree, lambda: False)
+    while not second.gate(request):
+        second.level.prefetcher.wait(1)
+    request.init_next_round_input(second.tree)
+    assert request.prefix_len == 0 and healthy(second)
+
+
+def test_no_disk_after_its_weights_changed(tmp_path: Path) -> None:
+    server = DiskScheduling(tmp_path)
+    server.serve(prompt(0))
+    server.write_all()
+    assert server.level.stats["pages"] == 6
+    server.level.switch_off("a test")
+    server.serve(prompt(1))
+    assert not server.level.is_on and server.level.stats["pages"] == 0
+    server.level.close()
+    assert DiskScheduling(tmp_path).serve(prompt(0)) == 0

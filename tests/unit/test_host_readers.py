@@ -171,3 +171,51 @@ def test_a_host_that_is_nearly_full_makes_room_for_a_page(scheduling: Scheduling
     assert check_decode(allocator, 1, scheduling.tree)
     assert ledger.host_pages >= on_host - 1, "the coldest prefix went, of two pages"
     assert not away(scheduling)
+
+
+def nearly_fill(scheduling: Scheduling) -> None:
+    """Sealed prompts that nobody reads, until few pages can be opened; and two that are open."""
+    store, seed = scheduling.allocator.store, 0
+    while store.ledger.frame_headroom > 8:
+        scheduling.finish(run(scheduling, prompt(4, seed))[0])
+        scheduling.decode()
+        seal(store, store.recency.unheld_full(store.recency.next_step))
+        seed += 1
+    scheduling.finish(run(scheduling, prompt(2, 99))[0])
+    scheduling.decode()
+    assert store.ledger.full_pages == 2 and store.ledger.raw_free > store.ledger.frame_headroom + 2
+
+
+def test_pages_go_to_the_host_before_others_are_sealed_early(scheduling: Scheduling) -> None:
+    store = scheduling.allocator.store
+    nearly_fill(scheduling)
+    sealed = store.counters.sealed
+    assert check_decode(scheduling.allocator, 2, scheduling.tree)
+    assert store.counters.offloaded > 0 and store.counters.sealed == sealed
+
+
+def test_nothing_is_demoted_to_load_back_while_the_host_has_room() -> None:
+    scheduling = Scheduling(make_allocator(mib=4, host_bytes=4 << 20), rows=64, chunk=512)
+    store = scheduling.allocator.store
+    for seed in range(8):
+        scheduling.finish(run(scheduling, prompt(4, 100 + seed))[0])
+    pages = offload_cached(scheduling)
+    nearly_fill(scheduling)
+    assert store.share(pages).frames > store.ledger.frames_free
+    before = store.counters.offloaded
+    assert scheduling.allocator.reclaimer.load_back(scheduling.tree, pages)
+    assert store.directory.sealed[pages].all() and store.counters.offloaded > before
+    assert (store.counters.demoted, store.counters.evicted) == (0, 0)
+
+
+def test_nothing_is_demoted_while_the_host_has_room() -> None:
+    scheduling = Scheduling(make_allocator(mib=4, host_bytes=1 << 20), rows=64, chunk=512)
+    store = scheduling.allocator.store
+    nearly_fill(scheduling)
+    assert check_decode(scheduling.allocator, 2, scheduling.tree)
+    assert store.counters.offloaded > 0 and store.counters.demoted == 0
+    store.ledger.host_total = store.ledger.host_used  # full
+    offloaded, evicted = store.counters.offloaded, store.counters.evicted
+    assert check_decode(scheduling.allocator, 4, scheduling.tree)
+    assert store.counters.demoted > 0
+    assert (store.counters.offloaded, store.counters.evicted) == (offloaded, evicted)

@@ -56,13 +56,23 @@ class Writer:
             if key in self._queue or self._store.contains(key):
                 return True
             full = self._queued_bytes + offered.nbytes > self._most
-            if full or self._closed or time.monotonic() < self._resume_at:
+            if full or self._is_off:
                 self._store.counts.add("dropped")
                 return False
             self._queue[key] = offered
             self._queued_bytes += offered.nbytes
             self._changed.notify_all()
         return True
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be offered now; 0 as long as nothing is written."""
+        with self._changed:
+            return 0 if self._is_off else max(0, self._most - self._queued_bytes)
+
+    @property
+    def _is_off(self) -> bool:
+        return self._closed or time.monotonic() < self._resume_at
 
     def idle(self, timeout: float | None = 0.0) -> bool:
         """Whether all that was offered is written or dropped; waits for it up to ``timeout``

@@ -176,28 +176,28 @@ class Bench(NamedTuple):
         return diffxkv_server(self.model, self.config | own, *args)
 
 
-def run(bench: Bench, workload: Workload, sides: list[str]) -> Json:
+def run(bench: Bench, workload: Workload) -> Json:
     """Turns of all sides, those after the restart, and what the pools held."""
     texts = Tokenizer.from_file(str(bench.model / "tokenizer.json"))
     tokens = [i for document in load_documents(None) for i in texts.encode(document.text).ids]
     messages = workload.messages(tokens)
     with ExitStack() as stack:
         all_chats = {}
-        for side in sides:
+        for side in SIDES:
             server = stack.enter_context(bench.server(side))
             all_chats[side] = Chats(server, workload, is_ours=side != "stock")
         turn_of = [0] * workload.chats
         for number, chat in enumerate(workload.order()):
             message = next(messages[chat])
-            for shift in range(len(sides)):
-                side = sides[(number + shift) % len(sides)]
+            for shift in range(len(SIDES)):
+                side = SIDES[(number + shift) % len(SIDES)]
                 all_chats[side].say(chat, turn_of[chat], message)
             turn_of[chat] += 1
             if (number + 1) % workload.chats == 0:
                 print(f"{number + 1} of {workload.chats * workload.turns} turns", flush=True)
         turns = {side: chats.turns.copy() for side, chats in all_chats.items()}
         stats = {side: chats.stats() for side, chats in all_chats.items()}
-        again = warm_start(bench, workload, all_chats, messages) if "disk" in sides else {}
+        again = warm_start(bench, workload, all_chats, messages)
     return {"turns": compared(turns), "stats": stats, "restarted": compared(again)}
 
 
@@ -209,21 +209,20 @@ def warm_start(
 ) -> dict[str, list[Turn]]:
     """One more turn of every chat, after the server with a disk was started again."""
     time.sleep(REST_S)
-    compared_with = [side for side in RESTARTED if side in all_chats]
     done = {side: len(all_chats[side].turns) for side in all_chats}
     all_chats["disk"].server.stop()
     with bench.server("disk") as server:
         all_chats["disk"].moves_to(server)
         for chat in random.Random(workload.seed).sample(range(workload.chats), workload.chats):
             message = next(messages[chat])
-            for side in compared_with:
+            for side in RESTARTED:
                 all_chats[side].say(chat, workload.turns, message)
-    return {side: all_chats[side].turns[done[side] :] for side in compared_with}
+    return {side: all_chats[side].turns[done[side] :] for side in RESTARTED}
 
 
 def compared(turns: dict[str, list[Turn]]) -> dict[str, list[Json]]:
     """Turns with `equal` instead of their answer: whether it is that of the reference."""
-    expected = [turn.output for turn in turns.get(REFERENCE, [])]
+    expected = [turn.output for turn in turns[REFERENCE]]
     found: dict[str, list[Json]] = {}
     for side, own in turns.items():
         rows = [turn._asdict() for turn in own]
@@ -245,7 +244,6 @@ def parse() -> argparse.Namespace:
     made.add_argument("--answer", type=int, default=12)
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--config", type=json.loads, default=EXACT, help="JSON instead of `EXACT`")
-    made.add_argument("--sides", nargs="+", default=SIDES, choices=SIDES)
     return made.parse_args()
 
 
@@ -258,7 +256,7 @@ def main() -> None:
     memory = int(options.memory_mib * MIB)
     with TemporaryDirectory(prefix="levels-") as disk:
         bench = Bench(options.model, memory, token_bytes, options.config, Path(disk))
-        found = run(bench, workload, list(options.sides))
+        found = run(bench, workload)
     result: Json = {
         "model": options.label,
         "memory_bytes": memory,

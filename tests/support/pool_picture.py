@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from sglang_diffxkv import bundled_model
 from tests.support.browser import Browser
@@ -17,7 +18,7 @@ from tests.support.harness import Server
 from tests.support.workload import quality
 
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "pool-page.png"
-CONFIG = {"memory_bytes": "12MiB", "target": 4}
+CONFIG = {"memory_bytes": "8MiB", "target": 4, "host_bytes": "3MiB", "disk_bytes": "64MiB"}
 TEXT = "The ship left the harbour at dawn, and nobody on the quay knew its name. "
 SHARED = TEXT * 8
 WIDTH, HEIGHT = 1180, 820
@@ -36,10 +37,15 @@ def chats(server: Server, user: int, until: threading.Event) -> None:
         server.generate(prompt, max_new_tokens=120, sampling=sampling, rid=rid)
 
 
+def serve(model: Path, disk: str) -> Server:
+    config = json.dumps(CONFIG | {"disk_path": disk})
+    args = ["--attention-backend", "diffxkv", "--diffxkv-config", config]
+    return Server(model, *args, "--max-running-requests", 5)
+
+
 def main() -> None:
     model, until = Path(bundled_model.__file__).parent, threading.Event()
-    args = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(CONFIG)]
-    with Server(model, *args, "--max-running-requests", 5) as server, Browser() as browser:
+    with TemporaryDirectory() as disk, Browser() as browser, serve(model, disk) as server:
         threads = [threading.Thread(target=chats, args=(server, user, until)) for user in range(5)]
         for thread in threads:
             thread.start()

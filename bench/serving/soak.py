@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mixed requests under memory pressure, with SGLang's leak checks on, for each kind of serving.
 
-    python -m bench.serving.soak [--requests 500] [--kinds ngram,standalone,gemma3,gpt_oss]
+    python -m bench.serving.soak [--requests 500] [--kinds ngram,standalone,gemma3,gpt_oss,...]
 
 Of random lengths, with shared prefixes, several samples, JSON schemas, aborts, qualities, sixteen
-at once, policy `diffxkv`. Afterwards the pool is recounted, and flushed: nothing may be left. Kinds
-that are not asked for stay in bench/results as they were.
+at once, policy `diffxkv`. With host memory, or that and a disk, a third of the prompts have been
+there before. Afterwards the pool is recounted, and flushed: nothing may be left. Kinds that are not
+asked for stay in bench/results as they were.
 """
 
 from __future__ import annotations
@@ -38,33 +39,53 @@ REQUESTS = {"plain": 60, "n=3": 8, "json": 8, "abort": 12, "lossless": 6, "small
 DRAFTS = {"ngram": 8, "standalone": 4}
 WINDOWS = {"gemma3": ("wwwwwf", "gemma3_causal"), "gpt_oss": ("wf", "gpt_oss")}
 """Layers in turn, and the file of SGLang that has the model."""
-KINDS = (*DRAFTS, *WINDOWS)
+LEVELS = {
+    "host": {"host_bytes": "12MiB"},
+    "disk": {"host_bytes": "12MiB", "disk_bytes": "64MiB"},
+}
+COMBINED = ("ngram-disk", "gemma3-host")
+KINDS = (*DRAFTS, *WINDOWS, *LEVELS, *COMBINED)
+EVENTS = ("sealed", "offloaded", "loaded_back", "demoted", "evicted")
 MEMORY = {"standalone": "40MiB"}
 """With the draft model's KV in it; 16 MiB elsewhere."""
 
 
 @contextmanager
 def serve(kind: str) -> Iterator[Server]:
-    config = {"memory_bytes": MEMORY.get(kind, "16MiB"), "raw_share": 0.3}
-    args: list[object] = ["--attention-backend", "diffxkv"]
-    args += ["--diffxkv-config", json.dumps(config), "--chunked-prefill-size", 128]
+    parts = kind.split("-")
+    config: Json = {"memory_bytes": MEMORY.get(kind, "16MiB"), "raw_share": 0.3}
+    args: list[object] = ["--attention-backend", "diffxkv", "--chunked-prefill-size", 128]
     args += ["--schedule-conservativeness", 0.1, "--constrained-json-disable-any-whitespace"]
     env = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
-    with TemporaryDirectory(prefix="soak-") as name:
+    with TemporaryDirectory(prefix="soak-") as name, TemporaryDirectory(prefix="soak-") as disk:
         folder = Path(name)
-        if kind in WINDOWS:
-            layers, file = WINDOWS[kind]
-            write_window_model(folder, kind, layers)
+        if parts[0] in WINDOWS:
+            layers, file = WINDOWS[parts[0]]
+            write_window_model(folder, parts[0], layers)
             env["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(models_but(file))
         else:
             write_demo_model(folder)
-            args += ["--speculative-algorithm", kind.upper()]
-            args += ["--speculative-num-draft-tokens", DRAFTS[kind]]
-            args += ["--speculative-draft-model-path", folder] if kind == "standalone" else []
+        for method in set(parts) & set(DRAFTS):
+            args += ["--speculative-algorithm", method.upper()]
+            args += ["--speculative-num-draft-tokens", DRAFTS[method]]
+            args += ["--speculative-draft-model-path", folder] if method == "standalone" else []
+        for level in set(parts) & set(LEVELS):
+            config |= LEVELS[level]
+            config |= {"disk_path": disk} if level == "disk" else {}
         if kind == "gpt_oss":  # what SGLang has for its experts on a CPU
             args += ["--moe-runner-backend", "triton"]
-        with Server(folder, *args, env=env) as server:
+        with Server(folder, *args, "--diffxkv-config", json.dumps(config), env=env) as server:
             yield server
+
+
+def returning(rng: random.Random, prompts: list[list[int]]) -> list[list[int]]:
+    """A third of them are an earlier one, and some tokens more."""
+    found: list[list[int]] = []
+    for prompt in prompts:
+        if found and rng.random() < 1 / 3:
+            prompt = [*rng.choice(found)[:900], *prompt[:40]]
+        found.append(prompt)
+    return found
 
 
 def send(server: Server, kind: str, prompt: list[int], new: int) -> None:
@@ -92,6 +113,8 @@ def soak(kind: str, count: int) -> Json:
     rng = random.Random(kind)
     asked = rng.choices([*REQUESTS], [*REQUESTS.values()], k=count)
     prompts = mixed_prompts(seed=count, count=count, longest=900)
+    if set(kind.split("-")) & set(LEVELS):
+        prompts = returning(rng, prompts)
     jobs = [(what, prompt, rng.randint(1, 96)) for what, prompt in zip(asked, prompts, strict=True)]
     with serve(kind) as server:
         begin = time.monotonic()
@@ -104,6 +127,7 @@ def soak(kind: str, count: int) -> Json:
         server.flush_cache()
         left = server.stats()["bytes_in_use"]
         assert left == 0, f"{left} bytes are in use after a flush"
+        assert not any((server.stats()[level] or {}).get("pages") for level in LEVELS)
         assert_healthy(server)
         log = server.log_text()
     return {
@@ -111,18 +135,20 @@ def soak(kind: str, count: int) -> Json:
         "seconds": seconds,
         "retractions": retractions(log),
         "counters": stats["counters"],
+        "levels": {level: stats[level] for level in LEVELS},
     }
 
 
 def report(runs: dict[str, Json]) -> str:
-    head = ["kind", "requests", "seconds", "retracted", "sealed", "demoted", "evicted"]
+    head = ["kind", "requests", "seconds", "retracted", *EVENTS, "from disk"]
     rows: list[list[Any]] = [head]
     for kind, run in runs.items():
-        events = [run["counters"][name] for name in ("sealed", "demoted", "evicted")]
+        events = [run["counters"].get(name, 0) for name in EVENTS]
+        events.append((run.get("levels", {}).get("disk") or {}).get("hits", 0))
         asked = sum(run["requests"].values())
         rows.append([kind, asked, f"{run['seconds']:.0f}", run["retractions"], *events])
     return (
-        f"{table(rows)}\n\nPages sealed, demoted and evicted. No leak or byte check complained, "
+        f"{table(rows)}\n\nEvents are of pages. No leak or byte check complained, "
         "busy or idle; the recounted pool was right, and empty after a flush."
     )
 

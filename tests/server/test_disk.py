@@ -90,3 +90,23 @@ def test_a_restarted_server_is_warm(model: Path, tmp_path: Path) -> None:
         server.flush_cache()
         assert server.stats()["disk"]["pages"] == 0
         assert sum(cached(ask(server, 1))) == 0
+        wait_for_disk(server, PROMPTS * (LENGTH // PAGE - 1))
+        check_update_of_weights(server, model, expected[0])
+    with serve(model, tmp_path) as server:
+        assert server.stats()["disk"]["pages"] == 0
+        assert outputs(ask(server, 1)) == expected[0]
+        wait_for_disk(server, PROMPTS * (LENGTH // PAGE - 1))
+
+
+def check_update_of_weights(server: Server, model: Path, expected: list[list[int]]) -> None:
+    """Pages of the old weights are forgotten on every level, and those of the new ones, which the
+    disk does not know, are not written."""
+    update = server.post("/update_weights_from_disk", {"model_path": str(model)}).json()
+    assert update["success"], update
+    assert "disk: switched off until the server starts again" in server.log_text()
+    answers = ask(server, 1)
+    assert (outputs(answers), sum(cached(answers))) == (expected, 0)
+    time.sleep(1)  # idle: it would write
+    assert server.stats()["disk"]["pages"] == 0
+    assert sum(cached(ask(server, 1))) > 0
+    assert_healthy(server)

@@ -210,7 +210,8 @@ def report(result: Json) -> str:
     sections = [
         f"{result['model']}, {result['dtype']}, threads of a server: {result['threads']}, "
         f"M = {memory:g} MiB. {load['chats']} chats of {load['turns']} turns: {load['first']} "
-        f"tokens of Python's documentation, then {load['user']} a turn, {load['answer']} answered greedily. Whose "
+        f"tokens of Python's documentation, then {load['user']} a turn, {load['answer']} answered "
+        "greedily. Whose "
         "turn it is is random; first turns, which hit nothing, are left out of shares and times. "
         "Every server gets each turn before the next one, in rotating order, and each chat goes on "
         f"with that server's own answers. Ours: `{json.dumps(result['config'])}`, with M alone "

@@ -13,7 +13,16 @@ import pytest
 from sglang_diffxkv import bundled_model
 from sglang_diffxkv.metrics import LEVELS
 from tests.support.harness import Server
-from tests.support.monitoring import Labels, asked, exposed, expressions
+from tests.support.monitoring import (
+    Labels,
+    alerts,
+    asked,
+    dashboard,
+    exposed,
+    expressions,
+    filled_in,
+)
+from tests.support.prometheus import PROMETHEUS, Prometheus
 from tests.support.workload import assert_healthy
 
 CONFIG = {"memory_bytes": "24MiB", "host_bytes": "8MiB", "disk_bytes": "64MiB"}
@@ -59,3 +68,26 @@ def test_it_is_exposed(samples: dict[str, list[Labels]], shows: str, expression:
         assert name in samples, f"{shows}: no server exposes {name}"
         matching = [labels for labels in samples[name] if wanted.items() <= labels.items()]
         assert matching, f"{shows}: {name} has {samples[name][0]}, not {wanted}"
+
+
+@pytest.mark.skipif(PROMETHEUS is None, reason="no prometheus: apt-get install prometheus")
+def test_every_panel_shows_something(server: Server, tmp_path: Path) -> None:
+    """In a real Prometheus, which takes all alerts, too."""
+    with Prometheus(server.url, tmp_path) as prometheus:
+        begin = time.monotonic()
+        while time.monotonic() < begin + 8:
+            list(server.stream(PROMPT, max_new_tokens=8))
+            items = [{"prompt": f"{n}{PROMPT}", "max_new_tokens": 60} for n in range(4)]
+            server.generate_many(items)
+        time.sleep(2)  # the last are scraped
+        panels = [panel for panel in dashboard()["panels"] if panel.get("targets")]
+        empty = [
+            (panel["title"], target["expr"])
+            for panel in panels
+            for target in panel["targets"]
+            if not prometheus.query(filled_in(target["expr"], "10s"))
+        ]
+        assert empty == []
+        rules = prometheus.rules()
+        assert {rule["name"] for rule in rules} == {alert["alert"] for alert in alerts()}
+        assert all(rule["health"] == "ok" for rule in rules), rules

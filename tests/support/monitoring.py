@@ -42,6 +42,14 @@ def expressions() -> Iterator[tuple[str, str]]:
         yield rule["alert"], rule["expr"]
 
 
+def filled_in(expression: str, interval: str) -> str:
+    """An expression of the dashboard as Grafana asks it, of all servers."""
+    for name, value in {"$__rate_interval": interval, "$instance": ".*"}.items():
+        expression = expression.replace(name, value)
+    assert "$" not in expression
+    return expression
+
+
 def asked(expression: str) -> Iterator[tuple[str, dict[str, str]]]:
     """SGLang's metrics and ours in an expression, each with the labels that it is to have; those
     that Prometheus adds, or that the user chooses, are left out."""

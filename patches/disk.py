@@ -75,8 +75,6 @@ def _open(self: Any) -> None:
     logger.info("diffxkv: %d pages found in %s", found, folder)
     setattr(tree, _DISK, level)
     give_keys(tree, dynamo=uses_dynamo_format(get_observability().kv_events_config))
-    assert store.host is not None
-    store.host.on_offload.append(level.backup.write)
     _open_gates(self)
 
 

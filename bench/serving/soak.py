@@ -46,7 +46,7 @@ LEVELS = {
 COMBINED = ("ngram-disk", "gemma3-host")
 KINDS = (*DRAFTS, *WINDOWS, *LEVELS, *COMBINED)
 EVENTS = ("sealed", "offloaded", "loaded_back", "demoted", "evicted")
-MEMORY = {"standalone": "40MiB"}
+MEMORY = {"standalone": "40MiB", "gemma3-host": "20MiB"}
 """With the draft model's KV in it; 16 MiB elsewhere."""
 
 

@@ -16,6 +16,7 @@ from sglang_diffxkv.offload.events import LevelEvents
 from sglang_diffxkv.offload.means import SavedMeans
 from sglang_diffxkv.offload.prefetch import Prefetcher
 from sglang_diffxkv.offload.records import PageForm
+from sglang_diffxkv.pool.offload import host_of
 from sglang_diffxkv.pool.payload import PagePayload
 from sglang_diffxkv.pool.store import PageStore
 
@@ -52,6 +53,7 @@ class DiskLevel:
         self._reader = Reader(self._disk)
         self.backup = Backup(store, self._disk, self._writer, self._means, events)
         self.prefetcher = Prefetcher(self._disk, self._reader, self._decode, store.agree, buffer)
+        host_of(store).on_offload.append(self.backup.write)
 
     @property
     def stats(self) -> dict[str, Any]:
@@ -68,6 +70,7 @@ class DiskLevel:
         """Delete what is on disk, and leave it so: pages are no longer what their keys say."""
         if self.is_on:
             self.is_on = False
+            host_of(self._store).on_offload.remove(self.backup.write)
             log.warning("disk: switched off until the server starts again: %s", reason)
             self.clear()
 

@@ -21,12 +21,13 @@ PROMPTS, LENGTH, ANSWER = 10, 600, 16
 ENV = {
     "SGLANG_ENABLE_RANK_CONSENSUS_CHECKER": "1",
     "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CPU_OMP_THREADS_BIND": "0|1",  # replicas on one NUMA node
 }
 
 
-def serve(model: Path, folder: Path, *parallel: object) -> Server:
+def serve(model: Path, folder: Path, policy: str, *parallel: object) -> Server:
     """With less memory than the prompts take, so that pages come and go by all levels."""
-    config = {"policy": "lossless", "memory_bytes": "8MiB", "host_bytes": "6MiB"}
+    config = {"policy": policy, "memory_bytes": "8MiB", "host_bytes": "6MiB"}
     config |= {"disk_path": str(folder), "disk_bytes": "200MiB"}
     args = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
     args += ["--chunked-prefill-size", "512", "--enable-cache-report"]
@@ -49,23 +50,27 @@ def all_stats(server: Server) -> list[Json]:
     return stats if isinstance(stats, list) else [stats]
 
 
-@pytest.mark.parametrize("parallel", ["--tp-size", "--dp-size"])
+@pytest.mark.parametrize(
+    "parallel, policy",
+    [("--tp-size", "lossless"), ("--dp-size", "lossless"), ("--tp-size", "diffxkv")],
+)
 def test_they_are_warm_after_a_restart(
-    make_model: Callable[..., Path], tmp_path: Path, parallel: str
+    make_model: Callable[..., Path], tmp_path: Path, parallel: str, policy: str
 ) -> None:
+    """With a policy that loses nothing all answers are equal."""
     model = make_model(dtype="float32", head_dim=64, layers=3)
-    with serve(model, tmp_path, parallel, 2) as server:
+    with serve(model, tmp_path, policy, parallel, 2) as server:
         expected = outputs(ask(server))
-        assert outputs(ask(server)) == expected
+        assert outputs(ask(server)) == expected or policy != "lossless"
         assert sum(x["host"]["offloaded"] for x in all_stats(server)) > 0
         time.sleep(3)
         assert_healthy(server)
         server.kill()
-    assert len(list(tmp_path.rglob("key_means"))) == 2, "one a process"
-    assert len({path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.segment")}) == 2
-    with serve(model, tmp_path, parallel, 2) as server:
+    folders = {path.relative_to(tmp_path).parts[0] for path in tmp_path.rglob("*.segment")}
+    assert len(folders) == 2, "one a process"
+    with serve(model, tmp_path, policy, parallel, 2) as server:
         answers = ask(server)
-        assert outputs(answers) == expected
+        assert outputs(answers) == expected or policy != "lossless"
         found = sum(answer["meta_info"]["cached_tokens"] for answer in answers)
         assert found > 0.5 * PROMPTS * (LENGTH // PAGE) * PAGE
         assert sum(x["disk"]["hits"] for x in all_stats(server)) > 0

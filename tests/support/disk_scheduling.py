@@ -44,8 +44,6 @@ class DiskScheduling(Scheduling):
         self.requests = Requests()
         self.tree.diffxkv_disk = self.level
         give_keys(self.tree, dynamo=False)
-        assert self.store.host is not None
-        self.store.host.on_offload.append(self.level.backup.write)
         self.scheduler: Any = SimpleNamespace(tree_cache=self.tree, enable_lmcache=True)
 
     def come(self, tokens: Sequence[int], quality: Quality = Quality.BALANCED) -> Req:

@@ -12,6 +12,7 @@ import torch
 
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.offload.events import NoEvents
+from sglang_diffxkv.pool.offload import offload
 from tests.support.disk_scheduling import DiskScheduling
 from tests.support.published import published
 
@@ -137,6 +138,8 @@ def test_no_disk_after_its_weights_changed(tmp_path: Path) -> None:
     assert server.level.stats["pages"] == 6
     server.level.switch_off("a test")
     server.serve(prompt(1))
+    offload(server.store, server.store.directory.sealed.nonzero().flatten())
+    server.level.wait_for_writes(10)
     assert not server.level.is_on and server.level.stats["pages"] == 0
     server.level.close()
     assert DiskScheduling(tmp_path).serve(prompt(0)) == 0

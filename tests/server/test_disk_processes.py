@@ -62,7 +62,8 @@ def test_they_are_warm_after_a_restart(
     with serve(model, tmp_path, policy, parallel, 2) as server:
         expected = outputs(ask(server))
         assert outputs(ask(server)) == expected or policy != "lossless"
-        assert sum(x["host"]["offloaded"] for x in all_stats(server)) > 0
+        offloaded = sum(x["host"]["offloaded"] for x in all_stats(server))
+        assert offloaded > 0 or policy != "lossless", "compressed, they all fit"
         time.sleep(3)
         assert_healthy(server)
         server.kill()
@@ -75,4 +76,4 @@ def test_they_are_warm_after_a_restart(
         assert found > 0.5 * PROMPTS * (LENGTH // PAGE) * PAGE
         assert sum(x["disk"]["hits"] for x in all_stats(server)) > 0
         assert_healthy(server)
-        assert "divergence" not in server.log_text()
+        assert "Found rank divergence" not in server.log_text()

@@ -69,7 +69,7 @@ class Server(ServerProcess):
         return self.post("/v1/chat/completions", request | {"temperature": 0.0} | body).json()
 
     def violations(self) -> list[str]:
-        """POST /diffxkv/check: what is wrong with the pool, by all of its tables; of all replicas."""
+        """POST /diffxkv/check: what is wrong with the pools of all replicas, by their tables."""
         answer = self.post("/diffxkv/check", {}).json()
         replicas = answer if isinstance(answer, list) else [answer]
         return [violation for replica in replicas for violation in replica["violations"]]

@@ -18,7 +18,7 @@ from tests.support.harness import Server
 from tests.support.workload import quality
 
 PICTURE = Path(__file__).parents[2] / "docs" / "images" / "pool-page.png"
-CONFIG = {"memory_bytes": "8MiB", "target": 4, "host_bytes": "3MiB", "disk_bytes": "64MiB"}
+CONFIG = {"memory_bytes": "12MiB", "target": 4, "host_bytes": "3MiB", "disk_bytes": "64MiB"}
 TEXT = "The ship left the harbour at dawn, and nobody on the quay knew its name. "
 SHARED = TEXT * 8
 WIDTH, HEIGHT = 1180, 820

@@ -10,6 +10,7 @@ import torch
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefill_budget import PrefillBudget
 
+from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.pool.capacity import MIN_CHUNK_PAGES, Capacity
 from sglang_diffxkv.pool.offload import on_host
 from sglang_diffxkv.pool.reclaim import Reclaimer
@@ -103,7 +104,8 @@ class DiffXKVPrefillBudget(PrefillBudget):
         if pages is None:
             return True
         absent = on_host(self._reclaimer.store, pages)
-        return not len(absent) or self._reclaimer.load_back(self.tree_cache, absent)
+        promised = -(-int(self.current_offset) // PAGE_TOKENS)
+        return not len(absent) or self._reclaimer.load_back(self.tree_cache, absent, promised)
 
     def check_prefill(
         self,

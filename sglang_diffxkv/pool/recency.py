@@ -69,9 +69,19 @@ class Recency:
         """Note that sealed ``pages`` (int [N], may repeat) are about to be attended to."""
         self._directory.last_used.index_fill_(0, pages.long(), self.step)
 
-    def expect(self, pages: torch.Tensor) -> None:
-        """Note that ``pages`` (int64 [N]) will be attended to in the next step."""
+    def expect(self, pages: torch.Tensor) -> torch.Tensor:
+        """Note that ``pages`` (int64 [N]) will be attended to in the next step.
+
+        Returns:
+            The steps that used them last before, for `withdraw`: int [N].
+        """
+        before = self._directory.last_used[pages]
         self._directory.last_used.index_fill_(0, pages, self.next_step)
+        return before
+
+    def withdraw(self, pages: torch.Tensor, before: torch.Tensor) -> None:
+        """``pages`` that were expected will not be attended to in the next step after all."""
+        self._directory.last_used[pages] = before
 
     def in_window(self, pages: torch.Tensor) -> torch.Tensor:
         """Which ``pages`` (int64 [N]) lie in the recent window of a sequence that may still run.

@@ -146,14 +146,17 @@ class Reclaimer:
         recency = self.store.recency
         return max(recency.decoded_at, self._running.entered_since(recency.next_step))
 
-    def load_back(self, tree_cache: Any, pages: torch.Tensor) -> bool:
+    def load_back(self, tree_cache: Any, pages: torch.Tensor, promised: int = 0) -> bool:
         """Bring ``pages`` (int64 [N], on the host, of a prefix that nobody may evict) back.
+
+        Args:
+            promised: how many pages others may still open, whose frames are not taken.
 
         Returns:
             Whether there is room for them now: for all, or none comes.
         """
         store, ledger = self.store, self.store.ledger
-        frames = store.share(pages).frames
+        frames = store.share(pages).frames + promised * ledger.worst_frames
         if ledger.frames_free < frames:
             store.settle()
             self._free_frames(tree_cache, -(-frames // ledger.worst_frames))

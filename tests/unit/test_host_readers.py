@@ -173,6 +173,28 @@ def test_a_host_that_is_nearly_full_makes_room_for_a_page(scheduling: Scheduling
     assert not away(scheduling)
 
 
+def test_who_is_not_admitted_holds_nothing(
+    scheduling: Scheduling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise a queue's prefixes would keep each other from coming back, and wait for ever."""
+    store = scheduling.allocator.store
+    for seed in (0, 1):
+        scheduling.finish(run(scheduling, prompt(4, seed))[0])
+    scheduling.decode()
+    seal(store, store.recency.unheld_full(store.recency.next_step))
+    used = store.directory.last_used.clone()
+    longer = [prompt(4, seed) + prompt(2, 9) for seed in (0, 1)]
+    with monkeypatch.context() as patched:
+        budget = "sglang_diffxkv.pool.prefill_budget.DiffXKVPrefillBudget"
+        patched.setattr(f"{budget}._make_room", lambda *_: 0)
+        assert run(scheduling, *longer) == []
+    assert torch.equal(store.directory.last_used, used)
+    admitted = scheduling.prefill()
+    assert len(admitted) == 2
+    pages = [page for request in admitted for page in scheduling.pages(request)]
+    assert (store.directory.last_used[pages] > used[pages]).all()
+
+
 def nearly_fill(scheduling: Scheduling) -> None:
     """Sealed prompts that nobody reads, until few pages can be opened; and two that are open."""
     store, seed = scheduling.allocator.store, 0
@@ -202,10 +224,11 @@ def test_nothing_is_demoted_to_load_back_while_the_host_has_room() -> None:
     pages = offload_cached(scheduling)
     nearly_fill(scheduling)
     assert store.share(pages).frames > store.ledger.frames_free
-    before = store.counters.offloaded
-    assert scheduling.allocator.reclaimer.load_back(scheduling.tree, pages)
+    before, promised = store.counters.offloaded, store.ledger.frame_headroom
+    assert scheduling.allocator.reclaimer.load_back(scheduling.tree, pages, promised)
     assert store.directory.sealed[pages].all() and store.counters.offloaded > before
     assert (store.counters.demoted, store.counters.evicted) == (0, 0)
+    assert store.ledger.frame_headroom >= promised > 0, "others were admitted on it"
 
 
 def test_nothing_is_demoted_while_the_host_has_room() -> None:

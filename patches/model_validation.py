@@ -79,27 +79,16 @@ def check_prefix_cache(view: Any, model: "ModelConfig") -> None:
         )
 
 
-def check_host_level(model: "ModelConfig") -> None:
-    """Check that pages in host memory are all that a server needs to go on with a prompt.
+def check_disk(view: Any, model: "ModelConfig") -> None:
+    """Check that pages on disk are all that a server needs to go on with a prompt.
 
     Raises:
         ValueError: they are not.
     """
-    found = "linear attention, whose states are" if mambaish_config(model) is not None else None
-    if model.is_hybrid_swa:
-        found = "sliding windows, whose K/V is"
-    if found is not None:
-        raise ValueError(f"host_bytes does not go with {found} SGLang's: leave host_bytes out")
-
-
-def check_disk(view: Any) -> None:
-    """The same of pages on disk, beyond what host memory needs.
-
-    Raises:
-        ValueError: they are not all.
-    """
     lacking = {
         "--disable-radix-cache": view.disable_radix_cache,
+        "sliding windows, whose K/V is SGLang's": model.is_hybrid_swa,
+        "linear attention, whose states are SGLang's": mambaish_config(model) is not None,
         f"--speculative-algorithm {view.speculative_algorithm}, whose draft model has K/V of its "
         "own": view.speculative_algorithm not in (None, "NGRAM"),
     }

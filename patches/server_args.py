@@ -25,7 +25,6 @@ from sglang_diffxkv.patches.capabilities import check_capabilities
 from sglang_diffxkv.patches.hook import hook
 from sglang_diffxkv.patches.model_validation import (
     check_disk,
-    check_host_level,
     check_model_config,
     check_prefix_cache,
 )
@@ -156,10 +155,8 @@ def _check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
             check_kv_dtype(view.kv_cache_dtype, model.dtype)
             check_model_config(model, server_args._diffxkv, view.tp_size)
             check_prefix_cache(view, model)
-            if server_args._diffxkv.host_bytes:
-                check_host_level(model)
             if server_args._diffxkv.disk_path is not None:
-                check_disk(view)
+                check_disk(view, model)
         choose_draft_attention(server_args, model)
         if model.is_hybrid_swa:
             _standing_in(server_args, previous)

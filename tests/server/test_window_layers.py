@@ -19,6 +19,7 @@ from tests.support.workload import TIE, assert_healthy, mixed_prompts, outputs, 
 FILES = {"gemma3": "gemma3_causal", "gemma2": "gemma2", "gpt_oss": "gpt_oss"}
 MODELS = {"gemma3": "wwwwwf", "gemma2": "wfwf", "gpt_oss": "wfwf"}
 EXPERTS_PER_TOKEN = 2
+HOST_BYTES = {"gemma2": 16 << 20}
 """Pages of full-attention layers go there; a prefix is found again as long as SGLang has kept its
 window layers' KV, too."""
 ENVIRONMENT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
@@ -74,6 +75,7 @@ def served(
     kind: str = request.param
     folder = write_window_model(tmp_path_factory.mktemp(kind), kind, MODELS[kind])
     config: Json = {"policy": "lossless", "memory_bytes": "20MiB", "raw_share": 0.3}
+    config["host_bytes"] = HOST_BYTES.get(kind, 0)
     args = ["--attention-backend", "diffxkv", "--diffxkv-config", json.dumps(config)]
     args += ["--chunked-prefill-size", 128, "--schedule-conservativeness", 0.1]
     if kind == "gpt_oss":  # what SGLang has for its experts on a CPU
@@ -96,6 +98,8 @@ def test_outputs_are_those_of_the_model(served: Served) -> None:
     assert sum(a["meta_info"]["cached_tokens"] for a in again) > 500
     counters = served.server.stats()["counters"]
     assert counters["sealed"] > 50 and counters["evicted"] > 0
+    if served.kind in HOST_BYTES:
+        assert counters["offloaded"] > 0
 
 
 def test_after_retraction(served: Served) -> None:

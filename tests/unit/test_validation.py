@@ -22,7 +22,7 @@ from torch import nn
 
 from sglang_diffxkv.config import ENV_VAR, DiffXKVConfig
 from sglang_diffxkv.kernels.cpu import build
-from sglang_diffxkv.patches.model_validation import check_host_level, check_layers
+from sglang_diffxkv.patches.model_validation import check_disk, check_layers
 from sglang_diffxkv.patches.server_args import fraction_is_given, get_config, is_active
 from sglang_diffxkv.patches.validation import WORKER_APP
 from tests.support.demo_model import write_demo_model
@@ -546,28 +546,22 @@ def test_a_refused_launch_prints_one_line_and_no_traceback(model: str) -> None:
 DISK = ("--diffxkv-config", '{"host_bytes": "1MiB", "disk_path": "pages", "disk_bytes": "1GiB"}')
 
 
-def test_a_disk_does_not_go_with_draft_models(model: str) -> None:
+def test_a_disk_goes_with_what_has_all_its_kv_in_pages(model: str, tmp_path: Path) -> None:
     resolve(model, *OURS, *DISK)
     resolve(model, *OURS, *DISK, *NGRAM)
     draft = (*STANDALONE, "--speculative-draft-model-path", model)
     assert "STANDALONE" in refusal(model, *OURS, *DISK, *draft)
-
-
-@pytest.mark.parametrize("levels", [("--diffxkv-config", '{"host_bytes": "1MiB"}'), DISK])
-def test_host_memory_goes_with_what_has_all_its_kv_in_pages(
-    model: str, tmp_path: Path, levels: tuple[str, str]
-) -> None:
-    resolve(model, *OURS, *levels)
     linear = write_config(tmp_path, "FalconH1ForCausalLM", HYBRIDS["FalconH1ForCausalLM"])
-    assert "host_bytes does not go with linear attention" in refusal(linear, *OURS, *levels)
+    assert "linear attention" in refusal(linear, *OURS, *DISK)
 
 
-def test_host_memory_does_not_go_with_window_layers(model: str) -> None:
+def test_a_disk_does_not_go_with_window_layers(model: str) -> None:
+    view = resolving_view(resolve(model, *OURS))
     config = ModelConfig(model)
-    check_host_level(config)
+    check_disk(view, config)
     config.is_hybrid_swa = True
-    with pytest.raises(ValueError, match="host_bytes does not go with sliding windows"):
-        check_host_level(config)
+    with pytest.raises(ValueError, match="disk_path does not go with sliding windows"):
+        check_disk(view, config)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hook: what a request has computed takes the place of the same pages on the host.
+"""Hook: what a request has computed takes the place of the same pages on the host, and what it is
+given instead counts as used.
 
 Where a prompt turns out to be cached already, SGLang gives the request the cached pages in exchange
 for its own. It computed what it had not found, or was not to look for: the last token of every
 prompt, those whose log probabilities are asked for, what others cached meanwhile. Pages that were
-not loaded back for it may so be on the host, and it goes on to read them.
+not loaded back for it may so be on the host, and it goes on to read them; or here, and read by
+nobody for so long that they would be offloaded or demoted before its next step.
 """
 
 from __future__ import annotations
@@ -27,17 +29,20 @@ def _keep_computed(
     original: Callable[..., None], self: Any, req: Req, *, up_to: int, **kwargs: Any
 ) -> None:
     allocator = find_allocator(self.token_to_kv_pool_allocator)
-    if allocator is None or not allocator.store.ledger.host_pages or req.finished():
+    if allocator is None or req.finished():
         original(self, req, up_to=up_to, **kwargs)
         return
+    store = allocator.store
     row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
     heads = slice(req.kv.cache_protected_len, up_to, PAGE_TOKENS)
     with allocator.freeing_later():
         own = row[heads].long() // PAGE_TOKENS
         original(self, req, up_to=up_to, **kwargs)
         cached = row[heads].long() // PAGE_TOKENS
-        away = (cached != own) & allocator.store.directory.on_host[cached]
-        replace(allocator.store, cached[away], own[away])
+        if store.ledger.host_pages:
+            away = (cached != own) & store.directory.on_host[cached]
+            replace(store, cached[away], own[away])
+    store.recency.expect(cached)
 
 
 def install() -> None:

@@ -43,9 +43,10 @@ LEVELS = {
     "host": {"host_bytes": "12MiB"},
     "disk": {"host_bytes": "12MiB", "disk_bytes": "64MiB"},
 }
-KINDS = (*DRAFTS, *WINDOWS, *LEVELS, "ngram-disk")
+COMBINED = ("ngram-disk", "gemma3-host")
+KINDS = (*DRAFTS, *WINDOWS, *LEVELS, *COMBINED)
 EVENTS = ("sealed", "offloaded", "loaded_back", "demoted", "evicted")
-MEMORY = {"standalone": "40MiB"}
+MEMORY = {"standalone": "40MiB", "gemma3-host": "24MiB"}
 """With the draft model's KV in it; 16 MiB elsewhere."""
 
 
@@ -58,9 +59,9 @@ def serve(kind: str) -> Iterator[Server]:
     env = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1"}
     with TemporaryDirectory(prefix="soak-") as name, TemporaryDirectory(prefix="soak-") as disk:
         folder = Path(name)
-        if kind in WINDOWS:
-            layers, file = WINDOWS[kind]
-            write_window_model(folder, kind, layers)
+        if parts[0] in WINDOWS:
+            layers, file = WINDOWS[parts[0]]
+            write_window_model(folder, parts[0], layers)
             env["SGLANG_DISABLED_MODEL_ARCHS"] = ",".join(models_but(file))
         else:
             write_demo_model(folder)

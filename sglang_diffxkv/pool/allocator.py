@@ -150,6 +150,7 @@ class DiffXKVAllocator(PagedTokenToKVPoolAllocator):
     def create_prefill_budget(
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
     ) -> DiffXKVPrefillBudget:
+        self.store.recency.schedule()
         return DiffXKVPrefillBudget(
             self, tree_cache, self.reclaimer, self.capacity, num_mixed_decode_tokens
         )

@@ -17,11 +17,12 @@ SEALED_WINDOW = 4096
 
 
 class Recency:
-    """Counts forward passes, and keeps what the directory knows of use.
+    """Counts steps, and keeps what the directory knows of use.
 
     Attributes:
-        step: forward passes so far.
-        decode_step: of these, those that had the next token of every running request; from 1 on,
+        forward_passes: so far.
+        step: these, and the times that the scheduler looked for prompts to admit.
+        decode_step: forward passes that had the next token of every running request; from 1 on,
             as 0 stands for never.
         decoded_at: the latest such step.
         raw_hand, sealed_hand: where the searches for cold raw pages and cold sealed ones go on.
@@ -29,7 +30,7 @@ class Recency:
 
     def __init__(self, directory: PageDirectory, raw: RawPages) -> None:
         self._directory, self._raw = directory, raw
-        self.step, self.decode_step, self.decoded_at = 0, 1, 0
+        self.forward_passes, self.step, self.decode_step, self.decoded_at = 0, 0, 1, 0
         self.raw_hand = ClockHand(raw.page.numel() - 1, RAW_WINDOW)
         self.sealed_hand = ClockHand(directory.num_pages, SEALED_WINDOW)
 
@@ -37,8 +38,17 @@ class Recency:
     def next_step(self) -> int:
         return self.step + 1
 
+    def schedule(self) -> None:
+        """The scheduler looks for prompts to admit.
+
+        What was expected for a step that never came, as its request was aborted, is held by nobody
+        now: if nothing else can run, no forward pass would ever make it cold.
+        """
+        self.step += 1
+
     def begin(self, decodes: bool) -> None:
         """A forward pass begins; ``decodes``: with the next token of every running request."""
+        self.forward_passes += 1
         self.step += 1
         if decodes:
             self.decode_step += 1

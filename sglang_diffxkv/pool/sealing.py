@@ -72,7 +72,7 @@ def seal_ready(store: PageStore, pages: torch.Tensor, ready: torch.Tensor) -> No
         allocated = write_sealed(store, pages[part], slots[part], None, ready[part])
         store.raw.give_back(slots[part])
         sums = Download(torch.stack([ready[part].sum(), allocated.sum()]))
-        store.unsettled.add(Sealed(store.recency.step, store.policy.plan_number, sums))
+        store.unsettled.add(Sealed(store.recency.forward_passes, store.policy.plan_number, sums))
     if store.checks_use:
         store.settle()
 

@@ -153,7 +153,7 @@ class PageStore:
             self.host.arena.give_back(frames)
         self.raw.give_back(d.raw_slot[pages])
         d.release(pages)
-        self.unsettled.add(Released(self.recency.step, pages.numel(), states))
+        self.unsettled.add(Released(self.recency.forward_passes, pages.numel(), states))
         self.counters.released += pages.numel()
 
     @property
@@ -192,7 +192,7 @@ class PageStore:
     def begin_step(self, decodes: bool) -> None:
         """A forward pass begins; ``decodes``: with the next token of every running request."""
         self.recency.begin(decodes)
-        self.settle(before=self.recency.next_step - STEPS_TO_ARRIVE)
+        self.settle(before=self.recency.forward_passes + 1 - STEPS_TO_ARRIVE)
 
     def note_quality(
         self, pages: torch.Tensor, asked: Sequence[Quality], lossless_full: int

@@ -76,6 +76,7 @@ class DiffXKVWindowAllocator(SWATokenToKVPoolAllocator):
     def create_prefill_budget(
         self, tree_cache: Any, *, num_mixed_decode_tokens: int = 0
     ) -> WindowPrefillBudget:
+        self.full_attn_allocator.store.recency.schedule()
         return WindowPrefillBudget(self, tree_cache, num_mixed_decode_tokens)
 
     def get_extend_allocation_demand(

@@ -14,7 +14,7 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.policy.quality import Quality
 from sglang_diffxkv.pool.allocator import DiffXKVAllocator
-from sglang_diffxkv.pool.offload import offload
+from sglang_diffxkv.pool.offload import offload, offload_cold
 from sglang_diffxkv.pool.payload import read_payload
 from sglang_diffxkv.pool.sealing import seal
 from tests.support.published import published
@@ -242,3 +242,51 @@ def test_nothing_is_demoted_while_the_host_has_room() -> None:
     assert check_decode(scheduling.allocator, 4, scheduling.tree)
     assert store.counters.demoted > 0
     assert (store.counters.offloaded, store.counters.evicted) == (offloaded, evicted)
+
+
+def cold_prefix(scheduling: Scheduling) -> list[int]:
+    """A prompt that is cached on the device, sealed, and that nobody has read for long."""
+    store, text = scheduling.allocator.store, prompt(5)
+    scheduling.finish(run(scheduling, text)[0])
+    for seed in (1, 2):
+        run(scheduling, prompt(1, seed))
+        scheduling.decode()
+    seal(store, store.recency.unheld_full(scheduling.allocator.reclaimer.held_since))
+    assert store.ledger.sealed_pages == 5
+    return text
+
+
+def test_cached_pages_given_for_computed_ones_are_held(scheduling: Scheduling) -> None:
+    """Nobody had read them for long, and the request has not run a step with them yet."""
+    store, text = scheduling.allocator.store, cold_prefix(scheduling)
+    request = make(text, 8, Quality.BALANCED)
+    request.return_logprob, request.logprob_start_len = True, 0
+    scheduling.waiting = [request]
+    assert scheduling.prefill(cached=False) == [request]
+    scheduling.decode()  # of a step that was launched before the results came
+    scheduling.cache([request])
+    assert store.directory.sealed[list(scheduling.pages(request))].any(), "the cached ones"
+    scheduling.allocator.create_prefill_budget(scheduling.tree)
+    offload_cold(store, scheduling.allocator.reclaimer.held_since, 1 << 20)
+    assert not away(scheduling)
+
+
+def test_what_was_expected_for_a_step_that_never_came_is_cold(scheduling: Scheduling) -> None:
+    """A prompt waits for room for its next chunk and is aborted: if nobody runs, there is no step
+    that would make its pages cold, and who is next would wait for them for ever."""
+    store, reclaimer = scheduling.allocator.store, scheduling.allocator.reclaimer
+    scheduling.waiting = [make(prompt(12), 8, Quality.BALANCED)]
+    scheduling.prefill()
+    assert (request := scheduling.chunked) is not None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(reclaimer), "reclaim", lambda *_: False)
+        patched.setattr(type(scheduling.allocator.capacity), "tokens_reservable", 0)
+        assert scheduling.prefill() == []
+    assert scheduling.chunked is request
+    scheduling.running.reqs.append(request)
+    scheduling.chunked = None
+    scheduling.finish(request)
+    scheduling.prefill()
+    seal(store, store.recency.unheld_full(reclaimer.held_since))
+    assert offload_cold(store, reclaimer.held_since, 1 << 20) == store.ledger.host_pages > 0
+    assert store.ledger.sealed_pages == 0

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
 from sglang.srt.managers.schedule_batch import Req
@@ -43,10 +44,11 @@ def hybrid_rows(requests: int, states: int) -> HybridReqToTokenPool:
 
 
 def hybrid_allocator(
-    rows: HybridReqToTokenPool, policy: str = "diffkv", mib: float = 3
+    rows: HybridReqToTokenPool, policy: str = "diffkv", mib: float = 3, **config: Any
 ) -> DiffXKVAllocator:
-    """SGLang's allocator over a hybrid pool whose attention layers are ours, of so many MiB."""
-    graded = policy_of(config_of(policy), ALLOCATOR)
+    """SGLang's allocator over a hybrid pool whose attention layers are ours, of so many MiB; the
+    rest are fields of the configuration."""
+    graded = policy_of(config_of(policy, **config), ALLOCATOR)
     sizes = sizes_of(int(mib * 2**20), graded, raw_share=0.4)
     pool = HybridLinearKVPool(
         size=sizes.virtual_tokens,

@@ -8,17 +8,19 @@ import random
 from array import array
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req, ScheduleBatch
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISH_LENGTH, Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import AddReqResult, PrefillAdder
 from sglang.srt.mem_cache.allocation import alloc_for_extend
+from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.common import checkpoint_kv_cache, release_kv_cache
 from sglang.srt.mem_cache.memory_pool import ReqToTokenPool
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -26,7 +28,7 @@ from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.patches import quality as quality_hook
 from sglang_diffxkv.patches import running as running_hook
 from sglang_diffxkv.policy.quality import Quality
-from sglang_diffxkv.pool.allocator import DiffXKVAllocator
+from sglang_diffxkv.pool.allocator import find_allocator
 from tests.support.pages import ask, write
 
 VOCABULARY = 1000
@@ -68,19 +70,24 @@ class Scheduling:
     called in it is SGLang's, hooks included where they are applied.
 
     Attributes:
-        components: what the tree keeps of a prefix.
+        ours: the allocator, or the part of it that has our pages.
+        components: what the tree keeps of a prefix; ``tree_options``: what it needs to know of it.
     """
 
-    components: tuple[ComponentType, ...] = (ComponentType.FULL,)
+    components: ClassVar[tuple[ComponentType, ...]] = (ComponentType.FULL,)
+    tree_options: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
-        allocator: DiffXKVAllocator,
+        allocator: BaseTokenToKVPoolAllocator,
         rows: int | ReqToTokenPool,
         chunk: int = 2048,
         radix: bool = True,
     ) -> None:
         self.allocator, self.chunk = allocator, chunk
+        ours = find_allocator(allocator)
+        assert ours is not None
+        self.ours = ours
         made = isinstance(rows, ReqToTokenPool)
         self.rows = rows if made else ReqToTokenPool(rows, 1 << 16, "cpu", False)
         running_hook.follow(self.rows, allocator)
@@ -92,6 +99,7 @@ class Scheduling:
                 page_size=PAGE_TOKENS,
                 tree_components=self.components,
                 enable_mamba_extra_buffer=ComponentType.MAMBA in self.components,
+                **self.tree_options,
             )
         )
         self.running = self._batch(_Running, [])
@@ -149,6 +157,7 @@ class Scheduling:
     def _run(self, requests: list[Req]) -> None:
         """Allocate for a prefill, note what a backend notes."""
         batch = self._batch(ScheduleBatch, requests)
+        batch.forward_mode = ForwardMode.EXTEND
         batch.prefix_lens = [r.prefix_len for r in requests]
         batch.extend_lens = [r.extend_len for r in requests]
         batch.seq_lens_cpu = batch.seq_lens = torch.tensor([r.extend_end for r in requests])
@@ -158,24 +167,24 @@ class Scheduling:
         self.running.reqs += [r for r in requests if r is not self.chunked]
 
     def _write(self, requests: list[Req], spans: list[tuple[int, int]]) -> None:
-        store = self.allocator.store
+        store = self.ours.store
         store.begin_step(decodes=False)
         for request, (start, end) in zip(requests, spans, strict=True):
             row = request.kv.req_pool_idx
             slots = self.rows.req_to_token[row, start:end].long()
-            pages = torch.unique(slots // PAGE_TOKENS)
+            pages = torch.unique_consecutive(slots // PAGE_TOKENS)
             position = torch.arange(start // PAGE_TOKENS, -(-end // PAGE_TOKENS))
             write(store, pages, position, torch.full((len(pages),), end))
-            self.allocator.running.commit([row], torch.tensor([start]), torch.tensor([end]))
+            self.ours.running.commit([row], torch.tensor([start]), torch.tensor([end]))
             level = quality_hook.quality_of(request)
             if level is not Quality.BALANCED:
                 ask(store, pages, [level] * len(pages))
 
     def decode(self) -> None:
         """A step that reads every page of those who run, and adds nothing to them."""
-        self.allocator.store.begin_step(decodes=True)
+        self.ours.store.begin_step(decodes=True)
         for request in self.running.reqs:
-            self.allocator.store.recency.read(torch.tensor(list(self.pages(request))))
+            self.ours.store.recency.read(torch.tensor(list(self.pages(request))))
 
     @property
     def held(self) -> list[Req]:
@@ -193,3 +202,10 @@ class Scheduling:
         request.finished_reason = FINISH_LENGTH(length=0)
         release_kv_cache(request, self.tree, checkpoint=True)
         self.running.reqs.remove(request)
+
+    def abort_chunked(self) -> None:
+        """The prompt between two chunks is given up: nothing that it computed stays."""
+        request, self.chunked = self.chunked, None
+        assert request is not None
+        request.finished_reason = FINISH_ABORT()
+        release_kv_cache(request, self.tree, checkpoint=False)

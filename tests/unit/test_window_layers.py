@@ -7,59 +7,25 @@ import random
 
 import pytest
 import torch
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_diffxkv.attention.decode_batch import StepTokens
 from sglang_diffxkv.attention.window_layers import WindowPages
 from sglang_diffxkv.kernels.layout import PAGE_TOKENS
 from sglang_diffxkv.metrics import pool_stats
 from sglang_diffxkv.pool.allocator import find_allocator
-from sglang_diffxkv.pool.kv_pool import DiffXKVPool, PoolSetup, find_pool
+from sglang_diffxkv.pool.kv_pool import find_pool
 from sglang_diffxkv.pool.window_allocator import DiffXKVWindowAllocator, find_windows
 from sglang_diffxkv.pool.window_sizing import TYPICAL_TOKENS, WindowLayers, size_window_pool
 from tests.support.machines import lens
-from tests.support.policies import Shape, config_of, policy_of
-from tests.support.stores import PrefixCache, sizes_of
+from tests.support.stores import PrefixCache
+from tests.support.window_pool import FULL, SHAPE, WINDOW_LEFT, WINDOWS, window_allocator
 
-SHAPE = Shape(layers=2, heads=2)
-FULL, WINDOWS = [2, 5], [0, 1, 3, 4]
-WINDOW_PAGES, WINDOW_LEFT = 12, 99
-
-
-def build_pool(setup: PoolSetup, *args: object, allocation_label: str, **kwargs: object) -> object:
-    """What `patches.pool` has SGLang build."""
-    if allocation_label == "SWA":
-        return MHATokenToKVPool(*args, **kwargs)
-    return DiffXKVPool(*args, setup=setup, **kwargs)
+WINDOW_PAGES = 12
 
 
 @pytest.fixture
 def allocator() -> DiffXKVWindowAllocator:
-    policy = policy_of(config_of("diffkv"), SHAPE)
-    sizes = sizes_of(8 << 20, policy, raw_share=0.6)
-    setup = PoolSetup(policy, sizes, window_tokens=WINDOW_PAGES * PAGE_TOKENS)
-    pool = SWAKVPool(
-        sizes.virtual_tokens,
-        setup.window_tokens,
-        PAGE_TOKENS,
-        SHAPE.dtype,
-        SHAPE.heads,
-        SHAPE.dim,
-        WINDOWS,
-        FULL,
-        "cpu",
-        token_to_kv_pool_class=lambda *args, **kwargs: build_pool(setup, *args, **kwargs),
-    )
-    return DiffXKVWindowAllocator(
-        sizes.virtual_tokens,
-        setup.window_tokens,
-        page_size=PAGE_TOKENS,
-        dtype=SHAPE.dtype,
-        device="cpu",
-        kvcache=pool,
-        need_sort=False,
-    )
+    return window_allocator(8, WINDOW_PAGES)
 
 
 def extend(

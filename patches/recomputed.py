@@ -12,6 +12,7 @@ nobody for so long that they would be offloaded or demoted before its next step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookType
@@ -35,14 +36,15 @@ def _keep_computed(
     store = allocator.store
     row = self.req_to_token_pool.req_to_token[req.kv.req_pool_idx]
     heads = slice(req.kv.cache_protected_len, up_to, PAGE_TOKENS)
-    with allocator.freeing_later():
+    with allocator.freeing_later() if store.ledger.host_pages else nullcontext():
         own = row[heads].long() // PAGE_TOKENS
         original(self, req, up_to=up_to, **kwargs)
         cached = row[heads].long() // PAGE_TOKENS
+        given = cached != own
         if store.ledger.host_pages:
-            away = (cached != own) & store.directory.on_host[cached]
+            away = given & store.directory.on_host[cached]
             replace(store, cached[away], own[away])
-    store.recency.expect(cached)
+    store.recency.expect(cached, given)
 
 
 def install() -> None:

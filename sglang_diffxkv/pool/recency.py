@@ -79,14 +79,18 @@ class Recency:
         """Note that sealed ``pages`` (int [N], may repeat) are about to be attended to."""
         self._directory.last_used.index_fill_(0, pages.long(), self.step)
 
-    def expect(self, pages: torch.Tensor) -> torch.Tensor:
-        """Note that ``pages`` (int64 [N]) will be attended to in the next step.
+    def expect(self, pages: torch.Tensor, which: torch.Tensor | None = None) -> torch.Tensor:
+        """Note that ``pages`` (int64 [N], or ``which`` of them: bool [N]) will be attended to in
+        the next step.
 
         Returns:
             The steps that used them last before, for `withdraw`: int [N].
         """
         before = self._directory.last_used[pages]
-        self._directory.last_used.index_fill_(0, pages, self.next_step)
+        if which is None:
+            self._directory.last_used.index_fill_(0, pages, self.next_step)
+        else:
+            self._directory.last_used[pages] = before.masked_fill(which, self.next_step)
         return before
 
     def withdraw(self, pages: torch.Tensor, before: torch.Tensor) -> None:

@@ -68,8 +68,17 @@ class ServerProcess(Client):
     def start(self) -> None:
         """Start it, and wait until it answers; again, at the same address, after it has ended."""
         begin = time.monotonic()
+        self._process = self._launch()
+        try:
+            self._wait_until_healthy(begin + self._start_timeout)
+        except BaseException:
+            self.stop()
+            raise
+        self.start_seconds = time.monotonic() - begin
+
+    def _launch(self) -> subprocess.Popen[bytes]:
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
+            return subprocess.Popen(
                 self._command,
                 env=self._env,
                 stdin=subprocess.DEVNULL,
@@ -78,12 +87,6 @@ class ServerProcess(Client):
                 # A group of its own: Ctrl-C reaches this program only, which then stops the server.
                 start_new_session=True,
             )
-        try:
-            self._wait_until_healthy(begin + self._start_timeout)
-        except BaseException:
-            self.stop()
-            raise
-        self.start_seconds = time.monotonic() - begin
 
     def stop(self) -> None:
         """End the server and all its children; harmless where it has ended."""

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models and servers that test files share: a server takes half a minute to start."""
+"""Models and servers that test files share. Servers are forked from a process that has imported
+SGLang; `ColdServer`s are started as users do."""
 
 import json
 import shutil
@@ -20,6 +21,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.server)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm() -> None:
+    Server.warm = True
 
 
 @pytest.fixture(scope="session")

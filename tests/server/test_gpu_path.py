@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.harness import Server
+from tests.support.harness import ColdServer, Server
 from tests.support.workload import assert_healthy, assert_same_outputs, outputs, random_tokens
 
 AS_GPU = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parent / "as_gpu")}
@@ -31,7 +31,7 @@ def servers(make_model: Callable[..., Path]) -> Iterator[Pair]:
     options = ["--attention-backend", "diffxkv", "--chunked-prefill-size", 128]
     options += ["--diffxkv-config", CONFIG]
     model = make_model(layers=2)
-    with Server(model, *options, env=AS_GPU) as gpu, Server(model, *options) as host:
+    with ColdServer(model, *options, env=AS_GPU) as gpu, Server(model, *options) as host:
         assert "as_gpu:" in gpu.log_text() and "as_gpu:" not in host.log_text()
         yield Pair(gpu, host)
         assert_healthy(gpu)

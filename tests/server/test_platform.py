@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 
-from tests.support.harness import Server
+from tests.support.harness import ColdServer, Server
 
 SCHEMA = {
     "type": "object",
@@ -97,11 +97,11 @@ def test_servers_that_are_told_nothing_leave_memory_to_others(model: Path, tmp_p
     They find no compiled kernels, and have them before they say that they are ready.
     """
     env = {"XDG_CACHE_HOME": str(tmp_path)}
-    servers = [Server(model, "--attention-backend", "diffxkv", env=env) for _ in range(2)]
+    servers = [ColdServer(model, "--attention-backend", "diffxkv", env=env) for _ in range(2)]
     with ExitStack() as stack, ThreadPoolExecutor(2) as pool:
         for server in servers:
             stack.callback(server.stop)
-        list(pool.map(Server.__enter__, servers))
+        list(pool.map(ColdServer.__enter__, servers))
         for server in servers:
             (told,) = re.findall(
                 r"the pool takes ([\d.]+) GiB of the ([\d.]+) GiB that this host has available; "

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sglang_diffxkv.client import Json, Prompt, generate_body
 from sglang_diffxkv.launch import ServerProcess
+from tests.support import warm_start
 
 
 class Server(ServerProcess):
@@ -19,7 +20,13 @@ class Server(ServerProcess):
 
     `args` are its command-line arguments, `env` what to add to its environment. Its log stays in
     the file `log` (a temporary one unless given).
+
+    Attributes:
+        warm: whether servers are forked from a process that has imported SGLang
+            (`tests.support.warm_start`), as tests have it, or started as users do.
     """
+
+    warm: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -39,6 +46,11 @@ class Server(ServerProcess):
             log=log or Path(tempfile.mkstemp(prefix="sglang-", suffix=".log")[1]),
             env=fast_environment(device) | (env or {}),
         )
+
+    def _launch(self) -> Any:
+        if not self.warm:
+            return super()._launch()
+        return warm_start.start(self._command, self._env, self.log)
 
     def stream(self, prompt: Prompt, *, max_new_tokens: int = 16, **body: Any) -> Iterator[Json]:
         """POST /generate with stream on: each event's JSON (its text is the text so far)."""
@@ -73,6 +85,12 @@ class Server(ServerProcess):
         answer = self.post("/diffxkv/check", {}).json()
         replicas = answer if isinstance(answer, list) else [answer]
         return [violation for replica in replicas for violation in replica["violations"]]
+
+
+class ColdServer(Server):
+    """Started as users do, whatever other servers are."""
+
+    warm = False
 
 
 def fast_environment(device: str) -> dict[str, str]:

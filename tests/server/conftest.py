@@ -6,11 +6,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sglang_diffxkv.bundled_model import BUNDLED
+from sglang_diffxkv.launch import ServerProcess
 from sglang_diffxkv.models.prepare import prepare
+from tests.support import warm_start
 from tests.support.demo_model import write_demo_model
 from tests.support.harness import Server
 from tests.support.workload import assert_healthy
@@ -24,8 +27,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def warm() -> None:
-    Server.warm = True
+def forked() -> Iterator[None]:
+    """Servers are, those of our commands included."""
+
+    def launch(server: ServerProcess) -> Any:
+        return warm_start.start(server._command, server._env, server.log)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ServerProcess, "_launch", launch)
+        yield
 
 
 @pytest.fixture(scope="session")

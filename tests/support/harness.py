@@ -8,11 +8,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from sglang_diffxkv.client import Json, Prompt, generate_body
 from sglang_diffxkv.launch import ServerProcess
-from tests.support import warm_start
 
 
 class Server(ServerProcess):
@@ -20,13 +19,7 @@ class Server(ServerProcess):
 
     `args` are its command-line arguments, `env` what to add to its environment. Its log stays in
     the file `log` (a temporary one unless given).
-
-    Attributes:
-        warm: whether servers are forked from a process that has imported SGLang
-            (`tests.support.warm_start`), as tests have it, or started as users do.
     """
-
-    warm: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -46,11 +39,6 @@ class Server(ServerProcess):
             log=log or Path(tempfile.mkstemp(prefix="sglang-", suffix=".log")[1]),
             env=fast_environment(device) | (env or {}),
         )
-
-    def _launch(self) -> Any:
-        if not self.warm:
-            return super()._launch()
-        return warm_start.start(self._command, self._env, self.log)
 
     def stream(self, prompt: Prompt, *, max_new_tokens: int = 16, **body: Any) -> Iterator[Json]:
         """POST /generate with stream on: each event's JSON (its text is the text so far)."""
@@ -88,9 +76,9 @@ class Server(ServerProcess):
 
 
 class ColdServer(Server):
-    """Started as users do, whatever other servers are."""
+    """Started as users do, where others are forked (`tests.support.warm_start`)."""
 
-    warm = False
+    _launch = ServerProcess._launch
 
 
 def fast_environment(device: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from multiprocessing import util
@@ -53,11 +54,15 @@ class Forked:
 
     def poll(self) -> int | None:
         """None while it runs; how it ended is not known here."""
-        running = self._process.is_running() and self._process.status() != psutil.STATUS_ZOMBIE
-        return None if running else 0
+        try:
+            return 0 if self._process.status() == psutil.STATUS_ZOMBIE else None
+        except psutil.NoSuchProcess:
+            return 0
 
     def wait(self) -> None:
-        psutil.wait_procs([self._process])
+        # Not until it is gone: its parent may have ended, and whoever adopts it may never look.
+        while self.poll() is None:
+            time.sleep(0.05)
 
 
 class _Imported:

@@ -49,7 +49,6 @@ class Walk:
         self._prompts: list[list[int]] = []
         capacity = scheduling.ours.capacity.longest_prompt
         self._longest = min(12, capacity // PAGE_TOKENS)
-        self.refusals = 0
 
     def submit(self) -> None:
         """A prompt of its own, or one that goes on with an earlier one; some want log
@@ -70,9 +69,7 @@ class Walk:
         idle, hopeful = not s.held, bool(s.waiting)
         admitted = s.prefill(cached=False)
         if idle and hopeful and not admitted:
-            self.refusals += 1
-            admitted = s.prefill(cached=False)  # a prefix may be given up for room at first
-            assert admitted, "nobody runs, and nobody is admitted"
+            raise AssertionError("nobody runs, and nobody is admitted")
         if self._random.random() < 0.5:
             self.decode()
         s.cache(admitted)

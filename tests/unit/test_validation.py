@@ -553,6 +553,7 @@ def test_a_disk_goes_with_what_has_all_its_kv_in_pages(model: str, tmp_path: Pat
     assert "STANDALONE" in refusal(model, *OURS, *DISK, *draft)
     linear = write_config(tmp_path, "FalconH1ForCausalLM", HYBRIDS["FalconH1ForCausalLM"])
     assert "linear attention" in refusal(linear, *OURS, *DISK)
+    resolve(linear, *OURS, "--diffxkv-config", '{"host_bytes": "1MiB"}')
 
 
 def test_a_disk_does_not_go_with_window_layers(model: str) -> None:
